@@ -2,6 +2,8 @@
 
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -62,7 +64,53 @@ def _step(config: RunConfig, materials, live_teacher: bool = False) -> Callable[
     return step
 
 
+_OPEN = """
+import sys, time
+from tdlib.config import RunConfig
+from tdlib.tasks.catalogue import reader
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+config = RunConfig.from_parameters(task=sys.argv[1], data_dir=sys.argv[2])
+before, start = anonymous(), time.perf_counter()
+examples = reader(config, sys.argv[3]).open()
+opened, after, start = time.perf_counter() - start, anonymous(), time.perf_counter()
+for index in range(0, len(examples), len(examples) // 1000):
+    examples[index]
+made = (time.perf_counter() - start) / 1000
+print(f"{len(examples):,} examples: opened in {opened:.2f} s, {after - before:.0f} MiB for the index "
+      f"({(after - before) * 2**20 / len(examples):.0f} bytes an example), one made in {made * 1e6:.0f} us; "
+      f"after 1,000 of them {anonymous() - before:.0f} MiB")
+"""
+
+
+def open_large(sizes: tuple[int, ...] = (10_000, 250_000)) -> None:
+    """Writes training splits with few pictures; prints what opening them costs, each in its own process."""
+    from tdlib.miniworld import writers
+
+    small = {"val": 30, "test": 30, "shifted": 30}
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            many = {"train": 60, "train_examples": size}
+            writers.write_vcr(folder / "vcr", 0, writers.VcrSize(**many, **small))
+            entailment = writers.SnliVeSize(**many, dev=30, test=30, shifted=30)
+            writers.write_snli_ve(folder / "snli_ve", 0, entailment)
+            writers.write_vqa(folder / "vqa_v2", 0, writers.VqaSize(**many, **small))
+            for task, split in (("vcr_qa", "train"), ("snli_ve", "train"), ("vqa_v2", "train2014")):
+                place = folder / task.removesuffix("_qa")
+                command = [sys.executable, "-c", _OPEN, task, str(place), split]
+                print(
+                    f"{task:<8}",
+                    subprocess.run(command, capture_output=True, text=True, check=True).stdout,
+                    end="",
+                )
+
+
 def main() -> None:
+    open_large()
     base = RunConfig.from_parameters(shots=16)
     materials = prepare(base, whole_splits=False)
     assert materials.builder is not None

@@ -38,17 +38,40 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _world(options: argparse.Namespace) -> int:
-    from tdlib.miniworld.writers import VcrSize, write_captions, write_vcr
+    from tdlib.miniworld import writers
 
-    folder = Path(options.folder)
-    if options.kind == "vcr":
-        size = VcrSize(
-            train=options.pictures, val=max(options.pictures // 3, 30), test=max(options.pictures // 15, 30)
-        )
-        write_vcr(folder, options.seed, size)
+    folder, seed, pictures = Path(options.folder), options.seed, options.pictures
+    few, fewer = max(pictures // 3, 30), max(pictures // 15, 30)
+    if options.kind in ("web", "curated"):
+        writers.write_captions(folder, options.kind, seed, pictures)
+    elif options.kind == "vcr":
+        writers.write_vcr(folder, seed, writers.VcrSize(train=pictures, val=few, test=fewer))
+    elif options.kind == "snli_ve":
+        writers.write_snli_ve(folder, seed, writers.SnliVeSize(train=pictures, dev=few, test=fewer))
     else:
-        write_captions(folder, options.kind, options.seed, options.pictures)
+        write = writers.write_vqa if options.kind == "vqa_v2" else writers.write_vqa_cp
+        write(folder, seed, writers.VqaSize(train=pictures, val=few, test=fewer))
     print(folder.resolve())
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from tdlib.tasks.catalogue import check_folder
+
+    bad = 0
+    for task, split, number, problems in check_folder(Path(options.folder), options.decode):
+        verdict = f"{len(problems)} problems" if problems else "ok"
+        print(f"{task:<10} {split:<24} {number:>8,} examples  {verdict}", flush=True)
+        for problem in problems:
+            print(f"  - {problem}")
+        bad += len(problems)
+    return int(bad > 0)
+
+
+def _mask(options: argparse.Namespace) -> int:
+    from tdlib.experiments import write_masked
+
+    print(write_masked(Path(options.folder), options.shift))
     return 0
 
 
@@ -63,11 +86,22 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--folder", help="where the results go (default: reports/<notebook>)")
     run.set_defaults(call=_run)
     world = commands.add_parser("world", help="write MiniWorld data in the official formats")
-    world.add_argument("kind", choices=["vcr", "web", "curated"])
+    world.add_argument("kind", choices=["vcr", "snli_ve", "vqa_v2", "vqa_cp_v2", "web", "curated"])
     world.add_argument("folder")
     world.add_argument("--seed", type=int, default=0)
     world.add_argument("--pictures", type=int, default=900)
     world.set_defaults(call=_world)
+    data = commands.add_parser("data", help="check a data set, make shifted sets").add_subparsers(
+        required=True
+    )
+    check = data.add_parser("check", help="validate every split in a folder and list all problems")
+    check.add_argument("folder")
+    check.add_argument("--decode", action="store_true", help="also decode every picture (slow)")
+    check.set_defaults(call=_check)
+    mask = data.add_parser("mask", help="make a masked VCR set from what a trained student leans on")
+    mask.add_argument("folder", help="run folder")
+    mask.add_argument("shift", choices=["rmtop1", "keeptop1", "keeptop3", "keeptop5"])
+    mask.set_defaults(call=_mask)
     options = parser.parse_args(arguments)
     try:
         return options.call(options)

@@ -30,12 +30,22 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    task: Literal["vcr_qa"] = "vcr_qa"
+    task: Literal["vcr_qa", "vcr_qar", "vcr", "snli_ve", "e_snli_ve", "vqa_v2", "vqa_cp_v2"] = "vcr_qa"
     data_dir: str = Field("", description="folder of the data set; '' for the MiniWorld, made on demand")
     world_seed: int = Field(0, ge=0, description="seed of the MiniWorld (only where data_dir is '')")
-    train_split: str = "train"
-    eval_splits: list[str] = Field(["val", "val_shortcut"], min_length=1)
-    references: Literal["names", "category"] = Field("names", description="how object references become text")
+    shift: str = Field(
+        "auto", description="evaluated beside the usual split; 'auto': the task's own, '': none"
+    )
+    train_split: str = Field("", description="'' for the task's own")
+    eval_splits: list[str] = Field([], description="[] for the task's own and its shift")
+    references: Literal["names", "person_tokens", "category"] = Field(
+        "names", description="how VCR's object references become text"
+    )
+    vocabulary: str = Field("", description="VQA: an ans2label file; '' for the training split's answers")
+    vocabulary_minimum: int = Field(9, ge=1, description="occurrences that an answer needs (VQA)")
+    modality: Literal["both", "text", "image"] = Field(
+        "both", description="what the student sees (controls; without a teacher)"
+    )
     shots: int | float = Field(
         24, ge=0, description="examples per stratum (int), a fraction of each (float), 0: all"
     )
@@ -60,6 +70,9 @@ class RunConfig(BaseModel):
     distill_weight: float = Field(1.0, ge=0)
     choice_weight: float = Field(1.0, ge=0, description="of the teacher's distribution over choices")
     choice_temperature: float = Field(1.0, gt=0)
+    class_probabilities: Literal["probe", "statements"] = Field(
+        "probe", description="the teacher's, where there are no choices: cross-fitted probe, or zero-shot"
+    )
     distill_layer: int = Field(
         -2, description="index into hidden states; -1 is the last, -2 what [CLS] reads"
     )
@@ -76,6 +89,9 @@ class RunConfig(BaseModel):
     instance_weight: str = "ratio"
     distance: str = "cosine"
 
+    submission_split: str = Field(
+        "", description="evaluated split whose predictions are also written as its benchmark wants them"
+    )
     probe_examples: int = Field(
         8, ge=0, description="examples per evaluated split whose selections are recorded"
     )

@@ -5,9 +5,10 @@ Knows no file format (``tasks`` does) and no model (``students`` and ``teacher``
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
 from tdlib.files import write_json
 
@@ -55,8 +56,11 @@ class Example:
     """One question about one picture.
 
     ``boxes`` are xyxy normalised to the picture ([0, 1]), one per object, with class ``names``.
-    ``choices`` are the candidate answers (empty where the task has a fixed label set). ``label``
-    is None in test files without labels. ``stratum`` is what low-shot subsets balance.
+    ``choices`` are the candidate answers (empty where the task has a fixed label set). ``label`` is
+    an index into them or into the label set; None in test files without labels, and where the
+    right answer is not in the vocabulary. ``stratum`` is what low-shot subsets balance.
+    ``annotators`` are the answers that people gave (VQA), ``answer_type`` their kind, and
+    ``soft_label`` what each of the vocabulary's answers is worth, as (index, score in [0, 1]).
     """
 
     id: str
@@ -68,36 +72,90 @@ class Example:
     label: int | None
     stratum: str
     relevant_boxes: tuple[Box, ...] = field(default=())
+    annotators: tuple[str, ...] = ()
+    answer_type: str = ""
+    soft_label: tuple[tuple[int, float], ...] = ()
 
     def statements(self) -> tuple[TextPart, ...]:
         """What is read about the picture: the prompt with each choice, or the prompt alone."""
         return tuple(join_parts(self.prompt, choice) for choice in self.choices) or (self.prompt,)
 
 
+class Examples(Sequence[Example]):
+    """Examples that are made when asked for; ids and strata are known at once.
+
+    Args:
+        ids: one per example.
+        strata: likewise.
+        make: gives the example at a position.
+        labelled: whether the examples have labels (a test split has none).
+    """
+
+    def __init__(
+        self, ids: Sequence[str], strata: Sequence[str], make: Callable[[int], Example], labelled: bool = True
+    ):
+        self.ids, self.strata, self._make, self.labelled = ids, strata, make, labelled
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "Examples":
+        """Examples that are there already."""
+        if isinstance(examples, Examples):
+            return examples
+        ids, strata = [e.id for e in examples], [e.stratum for e in examples]
+        return cls(ids, strata, examples.__getitem__, any(e.label is not None for e in examples))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Examples": ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.at(range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return self._make(index % len(self))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self._make(index) for index in range(len(self)))
+
+    def at(self, positions: Sequence[int]) -> "Examples":
+        """The examples at these positions, in this order."""
+        return Examples(
+            [self.ids[i] for i in positions], [self.strata[i] for i in positions],
+            lambda i: self._make(positions[i]), self.labelled,
+        )  # fmt: skip
+
+
 def _rank(seed: int, identifier: str) -> bytes:
-    return hashlib.sha256(f"{seed}:{identifier}".encode()).digest()
+    """Where an example stands in a seed's order; the parts of one question ("val-0:r") stand together."""
+    return hashlib.sha256(f"{seed}:{identifier.partition(':')[0]}".encode()).digest()
 
 
-def low_shot(examples: Sequence[Example], shots: int | float, seed: int) -> list[Example]:
+def low_shot(examples: Sequence[Example], shots: int | float, seed: int) -> Examples:
     """A seeded subset: ``shots`` per stratum (int), a fraction of each stratum (float), or all (0).
 
     Subsets of one seed are nested: a larger one contains every smaller one, and adding examples
-    to the data set never reorders the others (each is ranked by a hash of seed and id).
+    to the data set never reorders the others (each is ranked by a hash of seed and id). No example
+    is made to choose them.
 
     Raises:
         ValueError: a stratum has fewer examples than asked for, or ``shots`` is out of range.
     """
+    examples = Examples.of(examples)
     if shots == 0:
-        return list(examples)
+        return examples
     fraction = isinstance(shots, float)
     if (fraction and not 0 < shots <= 1) or (not fraction and shots < 1):
         raise ValueError(
             f"shots={shots!r}: expected an integer >= 1 (per stratum), a fraction in (0, 1], or 0 for all"
         )
-    strata: dict[str, list[Example]] = {}
-    for example in examples:
-        strata.setdefault(example.stratum, []).append(example)
-    chosen: set[str] = set()
+    strata: dict[str, list[int]] = {}
+    for position, stratum in enumerate(examples.strata):
+        strata.setdefault(stratum, []).append(position)
+    chosen: list[int] = []
     for stratum, members in strata.items():
         count = max(1, round(shots * len(members))) if fraction else int(shots)
         if count > len(members):
@@ -105,23 +163,23 @@ def low_shot(examples: Sequence[Example], shots: int | float, seed: int) -> list
                 f"shots={shots}: stratum {stratum!r} has only {len(members)} examples; "
                 "ask for at most that many"
             )
-        ranked = sorted(members, key=lambda example: _rank(seed, example.id))
-        chosen.update(example.id for example in ranked[:count])
-    return [example for example in examples if example.id in chosen]
+        chosen += sorted(members, key=lambda i: _rank(seed, examples.ids[i]))[:count]
+    return examples.at(sorted(chosen))
 
 
 def save_manifest(path: Path, examples: Sequence[Example], shots: int | float, seed: int) -> None:
     """Writes which examples a run used, so that another run can use the same."""
-    write_json(path, {"shots": shots, "seed": seed, "ids": [example.id for example in examples]})
+    write_json(path, {"shots": shots, "seed": seed, "ids": list(Examples.of(examples).ids)})
 
 
-def load_manifest(path: Path, examples: Sequence[Example]) -> list[Example]:
+def load_manifest(path: Path, examples: Sequence[Example]) -> Examples:
     """The examples that a manifest names, in its order.
 
     Raises:
         DataError: the manifest is missing or malformed, or names an id that the data set does not have.
     """
-    known = {example.id: example for example in examples}
+    examples = Examples.of(examples)
+    known = {identifier: position for position, identifier in enumerate(examples.ids)}
     try:
         ids = json.loads(Path(path).read_text(encoding="utf-8"))["ids"]
         if not isinstance(ids, list) or not all(isinstance(identifier, str) for identifier in ids):
@@ -136,4 +194,4 @@ def load_manifest(path: Path, examples: Sequence[Example]) -> list[Example]:
             f"{path}: {len(missing)} of {len(ids)} ids are not in the data set (first: {missing[0]!r}); "
             "the manifest belongs to another data set or split"
         )
-    return [known[identifier] for identifier in ids]
+    return examples.at([known[identifier] for identifier in ids])

@@ -2,25 +2,39 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from tdlib.arms import ARMS, apply_arm
 from tdlib.cache import TeacherCache
 from tdlib.config import ROOT, ConfigError, RunConfig
-from tdlib.examples import Example, low_shot
-from tdlib.miniworld.writers import ensure_vcr
+from tdlib.examples import Example, Examples, low_shot
+from tdlib.files import write_jsonl
 from tdlib.priors import Idf
+from tdlib.probe import answer_statements
 from tdlib.statistics import bootstrap_interval
-from tdlib.students.vilt import ViltEncoder
+from tdlib.students.vilt import ViltEncoder, load_vilt, pad_pictures
 from tdlib.targets import TargetBuilder
-from tdlib.tasks.vcr import VcrReader
-from tdlib.teacher import Teacher, choice_logits
-from tdlib.training import EncodedExamples, Materials, train_run
+from tdlib.tasks.catalogue import (
+    answer_vocabulary,
+    class_labels,
+    data_folder,
+    generated_file,
+    reader,
+    score,
+    splits_of,
+)
+from tdlib.tasks.reading import Records
+from tdlib.tasks.vcr import PERSON_TOKENS, render
+from tdlib.tasks.vcr_shifts import MASKINGS, shortcut_scores, write_shifted
+from tdlib.teacher import Teacher, choice_logits, open_picture
+from tdlib.training import EncodedExamples, Materials, class_logits, train_run
 
 log = logging.getLogger(__name__)
 
@@ -28,27 +42,24 @@ CACHE_ROOT = ROOT / "data" / "cache"
 
 # Parameters that decide which examples are read, encoded and cached: the same in every arm.
 SHARED = (
-    "task", "data_dir", "world_seed", "train_split", "eval_splits", "references", "shots", "teacher",
-    "teacher_pretrained", "student", "max_text_tokens", "probe_examples",
+    "task", "data_dir", "world_seed", "shift", "train_split", "eval_splits", "references", "vocabulary",
+    "vocabulary_minimum", "shots", "teacher", "teacher_pretrained", "student", "max_text_tokens",
+    "class_probabilities", "submission_split", "probe_examples",
 )  # fmt: skip
 
 
-def data_folder(config: RunConfig) -> Path:
-    """The data set's folder; the MiniWorld is written first if no other is named."""
-    if config.data_dir:
-        path = Path(config.data_dir).expanduser()
-        return path if path.is_absolute() else ROOT / path
-    return ensure_vcr(ROOT / "data" / "miniworld" / f"seed{config.world_seed}" / "vcr", config.world_seed)
-
-
 @lru_cache(maxsize=16)
-def _read(folder: Path, split: str, references: str) -> tuple[Example, ...]:
-    return tuple(VcrReader(folder, split, references=references).read())
+def _open(folder: Path, key: str, split: str) -> Examples:
+    config = RunConfig.model_validate_json(key)
+    return reader(config, split, answer_vocabulary(config)).open()
 
 
-def read_split(config: RunConfig, split: str) -> list[Example]:
-    """The examples of a split."""
-    return list(_read(data_folder(config), split, config.references))
+def read_split(config: RunConfig, split: str) -> Examples:
+    """The examples of a split, made when asked for."""
+    names = {
+        "task", "data_dir", "world_seed", "references", "train_split", "vocabulary", "vocabulary_minimum"
+    }  # fmt: skip
+    return _open(data_folder(config), config.model_dump_json(include=names), split)
 
 
 @lru_cache(maxsize=2)
@@ -65,35 +76,60 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         seeds: seeds of the runs (their training subsets are cached); the config's own if empty.
         whole_splits: also cache every evaluated example (for zero-shot figures), not only the probes.
     """
-    train = read_split(config, config.train_split)
-    evaluated = {split: read_split(config, split) for split in config.eval_splits}
+    train_split, eval_splits = splits_of(config)
+    train = read_split(config, train_split)
+    if config.submission_split and config.submission_split not in eval_splits:
+        eval_splits = [*eval_splits, config.submission_split]
+    evaluated = {split: read_split(config, split) for split in eval_splits}
+    labels = class_labels(config)
     encoder = ViltEncoder(config.student, config.max_text_tokens)
+    if config.references == "person_tokens":
+        encoder.tokenizer.add_tokens(PERSON_TOKENS)
     cache = open_cache(config.teacher, config.teacher_pretrained)
-    wanted: dict[str, Example] = {}
+    worded = labels if config.class_probabilities == "statements" else ()
     for seed in seeds or [config.seed]:
-        wanted |= {f"train {example.id}": example for example in low_shot(train, config.shots, seed)}
-    probes = {split: examples[: config.probe_examples] for split, examples in evaluated.items()}
-    for split, examples in (evaluated if whole_splits else probes).items():
-        wanted |= {f"{split} {example.id}": example for example in examples}
-    add_to_cache(cache, list(wanted.values()))
-    idf = Idf.fit(statement.text for example in train for statement in example.statements())
-    builder = TargetBuilder(cache, idf, config)
+        add_to_cache(cache, low_shot(train, config.shots, seed), worded)
+    for examples in evaluated.values():
+        for example in examples:  # a bad one is found now, not after the training
+            assert example
+        add_to_cache(cache, examples if whole_splits else examples[: config.probe_examples], worded)
     return Materials(
         train=train,
         evaluated=evaluated,
         encoder=encoder,
-        builder=builder,
-        encoded={split: EncodedExamples(examples, encoder) for split, examples in evaluated.items()},
-        probes={split: EncodedExamples(examples, encoder, builder) for split, examples in probes.items()},
+        builder=TargetBuilder(cache, fit_idf(train), config),
+        encoded={
+            split: EncodedExamples(examples, encoder, num_labels=len(labels))
+            for split, examples in evaluated.items()
+        },
+        labels=labels,
     )
 
 
-def add_to_cache(cache: TeacherCache, examples: Sequence[Example]) -> None:
-    """Stores the teacher's features of all statements and pictures of the examples."""
-    cache.add(
-        texts=[statement.text for example in examples for statement in example.statements()],
-        pictures=[example.image for example in examples],
-    )
+def fit_idf(train: Examples, most: int = 20_000) -> Idf:
+    """Word statistics of a training split; of ``most`` examples at even distances where it is larger."""
+    every = range(0, len(train), max(1, len(train) // most))
+    return Idf.fit(statement.text for index in every for statement in train[index].statements())
+
+
+def add_to_cache(
+    cache: TeacherCache, examples: Sequence[Example], labels: Sequence[str] = (), part: int = 5_000
+) -> None:
+    """Stores the teacher's features of all statements and pictures of the examples, ``part`` at a time.
+
+    Args:
+        cache: where they are stored.
+        examples: statements and pictures of these.
+        labels: also the answer statements with these labels.
+        part: examples that are held in memory at once.
+    """
+    for start in range(0, len(examples), part):
+        texts, pictures = [], []
+        for example in examples[start : start + part]:
+            texts += [statement.text for statement in example.statements()]
+            texts += answer_statements(example, labels) if labels else []
+            pictures.append(example.image)
+        cache.add(texts=texts, pictures=pictures)
 
 
 def zero_shot(cache: TeacherCache, examples: Sequence[Example]) -> np.ndarray:
@@ -105,6 +141,38 @@ def zero_shot(cache: TeacherCache, examples: Sequence[Example]) -> np.ndarray:
         logits = choice_logits(picture, picture.new_tensor(texts), cache.teacher.logit_scale)
         rows.append(logits.softmax(-1).numpy())
     return np.stack(rows)
+
+
+def reference_scores(config: RunConfig, materials: Materials) -> pd.DataFrame:
+    """What the teacher makes of the evaluated splits without a student, and what guessing reaches.
+
+    Columns arm, split, mean. The teacher chooses zero-shot where examples have choices; else a
+    linear probe on its global embeddings, fitted on the subset of the config's seed. Guessing takes
+    one of the choices, or the label that is most frequent in that subset. Task "vcr" is left out:
+    its figure is joint.
+    """
+    assert materials.builder is not None
+    rows: list[dict] = []
+    subset = low_shot(materials.train, config.shots, config.seed)
+    logits = class_logits(config, materials, subset)
+    usual = Counter(example.label for example in subset if example.label is not None)
+    for split, examples in materials.evaluated.items():
+        if not examples.labelled or config.task == "vcr":
+            continue
+        if logits is None:
+            name, chosen = "teacher, zero-shot", zero_shot(materials.builder.cache, examples).argmax(1)
+        else:
+            name = "teacher, probe" if config.class_probabilities == "probe" else "teacher, zero-shot"
+            chosen = np.array([int(logits(example).argmax()) for example in examples])
+        guess = usual.most_common(1)[0][0]
+        scores, guesses = [], []
+        for example, prediction in zip(examples, chosen, strict=True):
+            scores.append(score(example, int(prediction), materials.labels))
+            choices = len(example.choices)
+            guesses.append(1 / choices if choices else score(example, guess, materials.labels))
+        rows.append({"arm": name, "split": split, "mean": float(np.mean(scores))})
+        rows.append({"arm": "chance", "split": split, "mean": float(np.mean(guesses))})
+    return pd.DataFrame(rows, columns=["arm", "split", "mean"])
 
 
 def compare(
@@ -156,17 +224,32 @@ def read_predictions(folders: Sequence[Path]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def joint_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Q->AR rows (answer and rationale both right) from the rows of task "vcr", or the rows as they are."""
+    rationale = predictions["id"].str.endswith(":r")
+    if not rationale.any():
+        return predictions
+    keys = ["arm", "seed", "split", "question"]
+    both = predictions.assign(question=predictions["id"].str.removesuffix(":r"))
+    joint = both.groupby(keys, sort=False)["score"].agg(["min", "size"]).reset_index()
+    if not (joint["size"] == 2).all():
+        raise ValueError("Q->AR needs answers and rationales of the same questions")
+    answers = both[~rationale].drop(columns="score")
+    return answers.merge(joint.rename(columns={"min": "score"}), on=keys).drop(columns=["question", "size"])
+
+
 def summarise(predictions: pd.DataFrame, baseline: str = "finetune") -> pd.DataFrame:
-    """Accuracy per arm and split with 95 % intervals, and the paired difference to the baseline.
+    """Mean score per arm and split with 95 % intervals, and the paired difference to the baseline.
 
     Columns: arm, split, mean, low, high, n (seeds), difference, difference_low, difference_high.
-    Intervals: two-level bootstrap over seeds and over pictures. Splits without labels are left out.
+    Intervals: two-level bootstrap over seeds and over pictures. Splits without labels are left out;
+    for task "vcr" the score is Q->AR.
     """
     rows = []
-    predictions = predictions[predictions["correct"].notna()]
-    for split, part in predictions.groupby("split", sort=False):
+    predictions = predictions[~predictions["split"].isin(_unlabelled(predictions))]
+    for split, part in joint_predictions(predictions).groupby("split", sort=False):
         tables = {
-            arm: own.pivot(index="seed", columns="id", values="correct").astype(float)
+            arm: own.pivot(index="seed", columns="id", values="score").astype(float)
             for arm, own in part.groupby("arm", sort=False)
         }
         images = part.drop_duplicates("id").set_index("id")["image"]
@@ -187,3 +270,53 @@ def summarise(predictions: pd.DataFrame, baseline: str = "finetune") -> pd.DataF
                 row |= {"difference": gain.to_numpy().mean(), "difference_low": low, "difference_high": high}
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _unlabelled(predictions: pd.DataFrame) -> list[str]:
+    """Splits without labels: a test split's scores are all missing."""
+    known = predictions.groupby("split", sort=False)["score"].count()
+    return list(known[known == 0].index)
+
+
+@torch.inference_mode()
+def write_masked(folder: Path, shift: str, source: Path | None = None) -> Path:
+    """Makes a masked VCR set (Ye and Kovashka 2021) from what the student of a run leans on.
+
+    Every token of every choice is masked in turn; see ``vcr_shifts.shortcut_scores``. The scores are
+    kept beside the set. The student should know answers and rationales: a run of task "vcr".
+
+    Args:
+        folder: the run folder.
+        shift: "rmtop1", "keeptop1", "keeptop3" or "keeptop5".
+        source: a VCR file with labels; the run's own evaluated split if None.
+
+    Raises:
+        ConfigError: the run is of another task, or the shift is unknown.
+    """
+    config = RunConfig.from_parameters(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    if shift not in MASKINGS:
+        raise ConfigError(f"shift={shift!r}: expected one of {', '.join(MASKINGS)}")
+    if not config.task.startswith("vcr"):
+        raise ConfigError(f"{folder}: a run of task={config.task!r}; masked sets are VCR's")
+    home = data_folder(config)
+    source = source or home / "val.jsonl"
+    encoder = ViltEncoder(str(folder / "student"), config.max_text_tokens)
+    student = load_vilt(str(folder / "student")).eval()
+    lines = []
+    for record in Records.lines(source, "VCR"):
+        image = home / "vcr1images" / str(record["img_fn"])
+        pixels, mask = pad_pictures([encoder.picture(open_picture(image))])
+
+        def score_variants(prompt, variants, record=record, image=image, pixels=pixels, mask=mask):
+            parts = [render(tokens, record["objects"], config.references) for tokens in [prompt, *variants]]
+            text = encoder.text(Example("", image, (), (), parts[0], tuple(parts[1:]), None, ""))
+            inputs = (text.input_ids, text.attention_mask, text.token_type_ids)
+            return student(*(value[None] for value in inputs), pixels, mask).logits[0].tolist()
+
+        lines.append(shortcut_scores(record, score_variants))
+    target = generated_file(source, shift)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scores = target.with_name(f"{source.stem}_shortcut_scores.jsonl")
+    write_jsonl(scores, lines)
+    write_shifted(source, target, shift, scores)
+    return target

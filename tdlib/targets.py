@@ -4,6 +4,7 @@ Everything here depends on the example and the frozen teacher alone, so it is co
 example; what changes while training (selection that draws, instance weights) happens in ``training``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Targets:
 
     ``vectors`` (choices, tokens, teacher_dim) unit length, zero where not distilled; ``relevance``,
     ``prior``, ``scores`` (choices, tokens); ``valid`` marks tokens with a target;
-    ``teacher_logits`` (choices,) are CLIP's zero-shot scaled cosines.
+    ``teacher_logits`` are CLIP's zero-shot scaled cosines (choices,), or class logits (labels,).
     """
 
     tokens: Tokens
@@ -64,10 +65,17 @@ class TargetBuilder:
         cache: holds the features of every statement and picture asked for.
         idf: word statistics of the training split.
         config: names the relevance variant, the prior and their settings.
+        class_logits: the teacher's logits over the label set, where examples have no choices.
     """
 
-    def __init__(self, cache: TeacherCache, idf: Idf, config: RunConfig):
-        self.cache, self.idf, self.config = cache, idf, config
+    def __init__(
+        self,
+        cache: TeacherCache,
+        idf: Idf,
+        config: RunConfig,
+        class_logits: Callable[[Example], Tensor] | None = None,
+    ):
+        self.cache, self.idf, self.config, self.class_logits = cache, idf, config, class_logits
 
     def __call__(self, example: Example, spans: Tensor, boxes: Tensor) -> Targets:
         """Targets for a student whose tokens have these positions.
@@ -94,5 +102,9 @@ class TargetBuilder:
         scores = token_scores(
             relevance, prior, student, valid, self.config.temperature, self.config.prior_weight
         )
-        logits = choice_logits(teacher.image_global[0], teacher.text_global, self.cache.teacher.logit_scale)
+        if self.class_logits is not None:
+            logits = self.class_logits(example)
+        else:
+            scale = self.cache.teacher.logit_scale
+            logits = choice_logits(teacher.image_global[0], teacher.text_global, scale)
         return Targets(student, vectors, relevance, prior, scores, valid, logits)

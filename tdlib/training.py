@@ -6,12 +6,14 @@ our saving. Everything about the teacher comes from the cache.
 """
 
 import logging
+import math
 import platform
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,16 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tdlib.config import ROOT, ConfigError, RunConfig
-from tdlib.examples import Example, low_shot, save_manifest
+from tdlib.examples import Example, Examples, TextPart, low_shot, save_manifest
 from tdlib.files import write_folder, write_json, write_jsonl
 from tdlib.losses import choice_distribution_loss, targeted_distillation_loss
+from tdlib.probe import ClassProbe, soft_target, statement_logits
 from tdlib.records import TargetRecord, records_table
 from tdlib.selection import SelectionOptions, select
 from tdlib.students.base import StudentOutput, pad_last
 from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, load_vilt, pad_pictures
 from tdlib.targets import TargetBuilder, Targets
+from tdlib.tasks.catalogue import detail, measures, score, task_of, write_submission
 from tdlib.teacher import open_picture
 from tdlib.tokens import Tokens
 from tdlib.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS
@@ -42,7 +46,9 @@ log = logging.getLogger(__name__)
 class EncodedExamples(Dataset):
     """Examples as the student's inputs, with targets if a builder is given.
 
-    What was encoded once is kept while it fits into ``memory`` bytes.
+    What was encoded once is kept while it fits into ``memory`` bytes. ``num_labels`` is the size of
+    the label set where examples have no choices. ``modality`` "text" blanks the picture, "image"
+    every word (controls: what can be answered without the other?).
     """
 
     def __init__(
@@ -51,8 +57,11 @@ class EncodedExamples(Dataset):
         encoder: ViltEncoder,
         builder: TargetBuilder | None = None,
         memory: int = 2**29,
+        num_labels: int = 0,
+        modality: str = "both",
     ):
         self.examples, self.encoder, self.builder = examples, encoder, builder
+        self.num_labels, self.modality = num_labels, modality
         self._kept: dict[int, dict[str, Any]] = {}
         self._room = memory
 
@@ -72,13 +81,21 @@ class EncodedExamples(Dataset):
         return item
 
     def _encode(self, example: Example) -> dict[str, Any]:
+        if self.modality == "image":
+            nothing = TextPart("")
+            example = replace(example, prompt=nothing, choices=(nothing,) * len(example.choices))
         text = self.encoder.text(example)
         pixels = self.encoder.picture(open_picture(example.image))
+        if self.modality == "text":
+            pixels = torch.zeros_like(pixels)
         targets = (
             self.builder(example, text.spans, self.encoder.visual_boxes(pixels)) if self.builder else None
         )
         label = -1 if example.label is None else example.label
-        return {**vars(text), "pixels": pixels, "label": label, "targets": targets}
+        item = {**vars(text), "pixels": pixels, "label": label, "targets": targets}
+        if example.annotators:
+            item["soft"] = soft_target(example, self.num_labels)
+        return item
 
 
 def _targets_batch(items: Sequence[dict[str, Any]], length: int, visual: int) -> dict[str, Tensor]:
@@ -111,6 +128,8 @@ def collate(items: Sequence[dict[str, Any]], pad_token_id: int = 0) -> dict[str,
         "pixel_mask": pixel_mask,
         "labels": torch.tensor([item["label"] for item in items]),
     }
+    if "soft" in items[0]:
+        batch["soft"] = torch.stack([item["soft"] for item in items])
     if items[0]["targets"] is not None:
         visual = max(i["targets"].valid.shape[1] - i["input_ids"].shape[1] for i in items)
         batch |= _targets_batch(items, length, visual)
@@ -155,7 +174,13 @@ class TargetedDistillation(nn.Module):
         output = self.student(**inputs, output_hidden_states=self.phi is not None)
         labels = batch["labels"]
         examples = window or len(labels)
-        loss = nn.functional.cross_entropy(output.logits, labels, reduction="sum") / examples
+        if "soft" in batch:  # several answers can be right: one binary loss each (VQA)
+            loss = nn.functional.binary_cross_entropy_with_logits(
+                output.logits, batch["soft"], reduction="sum"
+            )
+        else:
+            loss = nn.functional.cross_entropy(output.logits, labels, reduction="sum")
+        loss = loss / examples
         terms = {"task": loss}
         if config.choice_weight > 0:
             terms["choice"] = choice_distribution_loss(
@@ -199,9 +224,14 @@ class TargetedDistillation(nn.Module):
         return selected, TOKEN_WEIGHTS[self.settings.token_weight](batch["scores"], selected)
 
     def instance_weights(self, batch: dict[str, Tensor], logits: Tensor) -> Tensor:
-        """c (batch,), from the probabilities of teacher and student; carries no gradient."""
+        """c (batch,), from the probabilities of teacher and student; carries no gradient.
+
+        0 for an example whose right answer is not in the label set: there is no p_T.
+        """
         weight = INSTANCE_WEIGHTS[self.settings.instance_weight]
-        return weight(batch["teacher_logits"].softmax(-1), logits.detach().softmax(-1), batch["labels"])
+        known = batch["labels"] >= 0
+        teacher, student = batch["teacher_logits"].softmax(-1), logits.detach().softmax(-1)
+        return weight(teacher, student, batch["labels"].clamp_min(0)) * known
 
     @torch.no_grad()
     def fit_phi(self, loader: DataLoader, ridge: float = 1e-2, batches: int = 8) -> None:
@@ -333,7 +363,7 @@ def make_trainer(
 
 @torch.inference_mode()
 def predict(student: ViltForMultipleChoice, dataset: EncodedExamples, batch_size: int = 32) -> np.ndarray:
-    """Probabilities over the choices, (examples, choices). No example is left out."""
+    """Probabilities over choices or labels, (examples, choices or labels). No example is left out."""
     student.eval()
     pad = dataset.encoder.tokenizer.pad_token_id
     device = next(student.parameters()).device
@@ -386,12 +416,12 @@ def record_targets(
 class Materials:
     """What the arms of one comparison share: data, encoder and cached teacher."""
 
-    train: list[Example]
-    evaluated: dict[str, list[Example]]
+    train: Examples
+    evaluated: dict[str, Examples]
     encoder: ViltEncoder
     builder: TargetBuilder | None
     encoded: dict[str, EncodedExamples]
-    probes: dict[str, EncodedExamples]  # a few examples of each evaluated split, with targets
+    labels: tuple[str, ...] = ()  # the label set, where examples have no choices
 
 
 def environment() -> dict[str, Any]:
@@ -414,30 +444,51 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def class_logits(config: RunConfig, materials: Materials, subset: Examples) -> Callable[..., Tensor] | None:
+    """The teacher's logits over the label set for one run; None where examples have choices."""
+    if not materials.labels or materials.builder is None:
+        return None
+    cache = materials.builder.cache
+    if config.class_probabilities == "probe":
+        return ClassProbe(cache, subset, len(materials.labels), config.seed)
+    return partial(statement_logits, cache, materials.labels)
+
+
 def train_run(
     config: RunConfig, materials: Materials, folder: Path, show_progress: bool = False
 ) -> dict[str, Any]:
     """Trains one arm with one seed, evaluates it and writes the run folder.
 
     The folder holds config.json, manifest.json (ids of the training subset), history.jsonl,
-    metrics.json, predictions.parquet, selections.parquet, environment.json and student/ (loadable
-    with ``from_pretrained``; exactly the baseline's parameters). Returns the metrics.
+    metrics.json, predictions.parquet, selections.parquet, environment.json, the submission file if
+    one is asked for, and student/ (loadable with ``from_pretrained``; exactly the baseline's
+    parameters). Returns the metrics.
     """
     started = time.time()
     if not show_progress:
         transformers.utils.logging.disable_progress_bar()
     subset = low_shot(materials.train, config.shots, config.seed)
-    student = load_vilt(config.student, seed=config.seed)
+    student = load_student(config, materials)
     shared = materials.builder  # its cache and word statistics; the settings are this arm's
-    own = TargetBuilder(shared.cache, shared.idf, config) if shared else None
     needs_teacher = config.distill_weight > 0 or config.choice_weight > 0
-    if needs_teacher and own is None:
+    if needs_teacher and shared is None:
         raise ConfigError(f"arm={config.arm!r} needs a teacher, but the materials were prepared without one")
-    builder = own if needs_teacher else None
-    dataset = EncodedExamples(subset, materials.encoder, builder)
-    dim = shared.cache.teacher.dim if shared else None
-    module = TargetedDistillation(student, config, dim)
+    if needs_teacher and config.modality != "both":
+        raise ConfigError(f"modality={config.modality!r} is for arms without a teacher, not {config.arm!r}")
+    own = None
+    if needs_teacher and shared is not None:
+        own = TargetBuilder(shared.cache, shared.idf, config, class_logits(config, materials, subset))
+    encode = partial(
+        EncodedExamples,
+        encoder=materials.encoder,
+        num_labels=len(materials.labels),
+        modality=config.modality,
+    )
+    dataset = encode(subset, builder=own)
+    module = TargetedDistillation(student, config, shared.cache.teacher.dim if shared else None)
     metrics: dict[str, Any] = {"arm": config.arm, "seed": config.seed, "train_examples": len(subset)}
+    if own is not None and isinstance(own.class_logits, ClassProbe):
+        metrics["probe_accuracy"] = own.class_logits.held_out_accuracy
 
     def fill(partial: Path) -> None:
         trainer = make_trainer(module, config, dataset, partial / "trainer", show_progress)
@@ -448,16 +499,26 @@ def train_run(
         trainer.train()
         metrics["train_seconds"] = round(time.time() - began, 2)
         metrics["updates"] = trainer.state.global_step
-        metrics["accuracy"] = {}
+        metrics.update(accuracy={}, measures={}, detail={})
         frames, records = [], []
         for split, examples in materials.evaluated.items():
-            probabilities = predict(student, materials.encoded[split])
+            encoded = materials.encoded[split]
+            if config.modality != "both":
+                encoded = encode(examples, memory=0)
+            probabilities = predict(student, encoded)
             if module.phi is not None:
-                probes = EncodedExamples(materials.probes[split].examples, materials.encoder, own)
-                records += _probe_records(probes, split, examples, module, probabilities)
-            frames.append(prediction_table(split, examples, probabilities))
-            if examples[0].label is not None:
-                metrics["accuracy"][split] = float(frames[-1]["correct"].mean())
+                probes = encode(examples[: config.probe_examples], builder=own)
+                records += _probe_records(probes, split, module, probabilities)
+            table = prediction_table(split, examples, probabilities, materials.labels)
+            if examples.labelled:
+                found = measures(config, table["id"], table["score"])
+                metrics["accuracy"][split] = next(iter(found.values()))
+                metrics["measures"][split] = found
+                metrics["detail"][split] = detail(table)
+            if split == config.submission_split:
+                path = write_submission(config, partial, examples, probabilities, materials.labels)
+                metrics["submission"] = path.name
+            frames.append(table)
         metrics["seconds"] = round(time.time() - started, 2)
         pd.concat(frames).to_parquet(partial / "predictions.parquet", index=False)
         if records:
@@ -475,36 +536,56 @@ def train_run(
     return metrics
 
 
+def load_student(config: RunConfig, materials: Materials) -> ViltForMultipleChoice:
+    """The untrained student of a run, with the head of its task and room for added tokens."""
+    student = load_vilt(config.student, config.seed, materials.labels)
+    tokens = len(materials.encoder.tokenizer)
+    if tokens > student.config.vocab_size:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            student.resize_token_embeddings(tokens)
+    if task_of(config).data_set.startswith("vqa"):
+        head = student.get_submodule("classifier.3")
+        assert isinstance(head, nn.Linear)
+        nn.init.constant_(head.bias, -math.log(max(1, len(materials.labels) - 1)))  # one answer of all
+    return student
+
+
 def _probe_records(
-    probes: EncodedExamples,
-    split: str,
-    examples: Sequence[Example],
-    module: TargetedDistillation,
-    probabilities,
+    probes: EncodedExamples, split: str, module: TargetedDistillation, probabilities: np.ndarray
 ) -> list[TargetRecord]:
-    position = {example.id: index for index, example in enumerate(examples)}
     records = []
     for index, example in enumerate(probes.examples):
-        found = record_targets(example, probes[index], module, probabilities[position[example.id]])
+        found = record_targets(example, probes[index], module, probabilities[index])
         records += [replace(record, split=split) for record in found]
     return records
 
 
-def prediction_table(split: str, examples: Sequence[Example], probabilities: np.ndarray) -> pd.DataFrame:
-    """One row per example: id, picture, stratum, label, prediction, probabilities."""
-    labels = [example.label for example in examples]
-    predictions = probabilities.argmax(-1)
+def prediction_table(
+    split: str, examples: Sequence[Example], probabilities: np.ndarray, labels: Sequence[str] = ()
+) -> pd.DataFrame:
+    """One row per example: id, picture, stratum, label, prediction, score in [0, 1], probabilities.
+
+    ``score`` is missing where there is no label. Probabilities over more than 16 labels are not kept.
+    """
+    examples, predictions = Examples.of(examples), probabilities.argmax(-1)
+    rows = [
+        (example.image.name, example.label, example.answer_type, score(example, int(prediction), labels))
+        for example, prediction in zip(examples, predictions, strict=True)
+    ]
+    few = probabilities.shape[1] <= 16
     return pd.DataFrame(
         {
             "split": split,
-            "id": [example.id for example in examples],
-            "image": [example.image.name for example in examples],
-            "stratum": [example.stratum for example in examples],
-            "label": pd.array(labels, dtype="Int64"),
+            "id": examples.ids,
+            "image": [row[0] for row in rows],
+            "stratum": examples.strata,
+            "answer_type": [row[2] for row in rows],
+            "label": pd.array([row[1] for row in rows], dtype="Int64"),
             "prediction": predictions,
-            "correct": [
-                None if y is None else bool(p == y) for p, y in zip(predictions, labels, strict=True)
-            ],
-            "probabilities": [row.tolist() for row in probabilities],
+            "answer": [labels[i] if labels else "" for i in predictions],
+            "score": [row[3] for row in rows],
+            "probability": probabilities.max(-1),
+            "probabilities": [row.tolist() if few else None for row in probabilities],
         }
     )

@@ -27,12 +27,12 @@ install_import_hook([f"tdlib.{name}" for name in METHOD_MODULES], "beartype.bear
 def _make_world(folder):
     from tdlib.miniworld.writers import VcrSize, write_vcr
 
-    return write_vcr(folder, seed=7, size=VcrSize(train=40, val=12, test=30))
+    return write_vcr(folder, seed=7, size=VcrSize(train=40, val=30, test=30, shifted=30))
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A VCR folder of 82 MiniWorld pictures."""
+    """A VCR folder of 100 MiniWorld pictures."""
     return _make_world(tmp_path_factory.mktemp("world") / "vcr")
 
 

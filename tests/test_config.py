@@ -72,7 +72,7 @@ def test_wrong_types_are_refused(name, value):
         ("epochs", 0), ("batch_size", -1), ("accumulation", 0), ("learning_rate", 0.0), ("count", 0),
         ("head_learning_rate", -1.0), ("weight_decay", -0.1), ("warmup_fraction", 1.0), ("seed", -1),
         ("shots", -1), ("shots", 1.5), ("mass", 0.0), ("mass", 1.1), ("fraction", 0.0), ("temperature", 0.0),
-        ("choice_temperature", 0.0), ("distill_weight", -1.0), ("choice_weight", -1.0), ("eval_splits", []),
+        ("choice_temperature", 0.0), ("distill_weight", -1.0), ("choice_weight", -1.0),
         ("prior_weight", -1.0), ("max_text_tokens", 2), ("probe_examples", -1),
     ],
 )  # fmt: skip

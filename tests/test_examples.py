@@ -75,7 +75,7 @@ def test_a_fraction_is_of_each_stratum_and_at_least_one(shots, scene, role):
 
 @pytest.mark.parametrize("shots", [0, 0.0])
 def test_zero_is_all(shots):
-    assert low_shot(EXAMPLES, shots, 0) == EXAMPLES
+    assert list(low_shot(EXAMPLES, shots, 0)) == EXAMPLES
 
 
 def test_seeds_differ_and_repeat():
@@ -125,7 +125,7 @@ def test_a_stratum_with_too_few_examples_fails_by_name():
 def test_a_manifest_restores_the_subset_in_its_order(tmp_path):
     subset = low_shot(EXAMPLES, 3, 9)[::-1]
     save_manifest(tmp_path / "manifest.json", subset, 3, 9)
-    assert load_manifest(tmp_path / "manifest.json", EXAMPLES) == subset
+    assert list(load_manifest(tmp_path / "manifest.json", EXAMPLES)) == list(subset)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json"]
     assert json.loads((tmp_path / "manifest.json").read_text())["seed"] == 9
 
@@ -133,7 +133,7 @@ def test_a_manifest_restores_the_subset_in_its_order(tmp_path):
 def test_a_manifest_may_hold_any_text(tmp_path):
     names = [example("naïve-Ł"), example("日本")]
     save_manifest(tmp_path / "manifest.json", names, 0, 0)
-    assert load_manifest(tmp_path / "manifest.json", names) == names
+    assert list(load_manifest(tmp_path / "manifest.json", names)) == names
 
 
 def test_a_manifest_of_another_data_set_fails_with_the_first_unknown_id(tmp_path):

@@ -1,8 +1,10 @@
 """The generator: the same bytes from a seed, the official format, and answers that are true or false."""
 
+import csv
 import hashlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,21 +20,46 @@ from tdlib.examples import DataError
 from tdlib.files import write_folder, write_json
 from tdlib.miniworld.drawing import SIZE, draw
 from tdlib.miniworld.language import TYPES, answer, causes, mark, questions, rationale, true_values
-from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, SHIRTS, STYLES, THINGS, WEATHER, Scene
+from tdlib.miniworld.scenes import (
+    HELD,
+    MOODS,
+    PLACES,
+    ROLES,
+    SHIRTS,
+    STYLES,
+    THINGS,
+    WEATHER,
+    Person,
+    Scene,
+    reserved,
+    reserved_people,
+)
+from tdlib.miniworld.snli_ve import LABELS, claims
+from tdlib.miniworld.vqa import QUESTION_TYPES, asks, prior
 from tdlib.miniworld.writers import (
     TRAIN_STYLES,
+    SnliVeSize,
     VcrSize,
+    VqaSize,
     captioned_scene,
     digest,
+    ensure_snli_ve,
     ensure_vcr,
+    ensure_vqa,
+    ensure_vqa_cp,
     scene_at,
     write_captions,
+    write_snli_ve,
     write_vcr,
+    write_vqa,
+    write_vqa_cp,
 )
 
 SEED = 5
-SPLITS = ("train", "val", "test", "val_shortcut")
-SMALL = VcrSize(train=12, val=12, test=12)
+OWN = ("train", "val", "test", "val_style", "val_composition")  # splits with pictures of their own
+TWINS = ("val_shortcut", "val_balanced")  # val in other words
+SPLITS = (*OWN, *TWINS)
+SMALL = VcrSize(train=12, val=12, test=12, shifted=30)
 
 COCO = set(
     "person bicycle car motorcycle airplane bus train truck boat trafficlight firehydrant stopsign "
@@ -48,7 +75,7 @@ COCO = set(
 @pytest.fixture(scope="module")
 def vcr(tmp_path_factory) -> Path:
     """A VCR folder with enough questions for statistics."""
-    return write_vcr(tmp_path_factory.mktemp("miniworld") / "vcr", SEED, VcrSize(train=60, val=200, test=40))
+    return write_vcr(tmp_path_factory.mktemp("miniworld") / "vcr", SEED, VcrSize(60, 200, 40, 40))
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +97,8 @@ def read(path: Path) -> list[dict]:
 
 
 def scene_of(record: dict, split: str) -> Scene:
-    split = split.split("_")[0]
     index = int(Path(record["img_fn"]).stem.rsplit("_", 1)[1])
-    return scene_at(SEED, split, index, styles=TRAIN_STYLES)
+    return scene_at(SEED, "val" if split in TWINS else split, index)
 
 
 def question_of(record: dict, scene: Scene):
@@ -117,7 +143,7 @@ def test_scenes_depend_on_seed_stream_and_index_alone():
 
 
 def test_the_pictures_are_the_drawn_scenes(vcr, records):
-    for split in ("train", "val", "test"):
+    for split in OWN:
         for record in records[split][::40]:
             buffer = io.BytesIO()
             draw(scene_of(record, split)).image.save(buffer, format="JPEG", quality=92)
@@ -128,7 +154,7 @@ def test_splits_share_no_picture(vcr):
     owners = defaultdict(set)
     for path in (vcr / "vcr1images").rglob("*.jpg"):
         owners[hashlib.sha256(path.read_bytes()).hexdigest()].add(path.name)
-    assert len(owners) == 60 + 200 + 40  # nor is a picture twice in one split
+    assert len(owners) == 60 + 200 + 40 + 2 * 40  # nor is a picture twice in one split
 
 
 def test_a_smaller_corpus_is_the_start_of_a_larger_one(tmp_path):
@@ -145,7 +171,7 @@ def test_the_files_of_a_folder(vcr):
     names = {path.name for path in vcr.iterdir()}
     assert names == {
         "vcr1images", "miniworld.json", *(f"{split}.jsonl" for split in SPLITS),
-        *(f"{split}.relevance.jsonl" for split in SPLITS), *(f"{split}.types.jsonl" for split in SPLITS[:3]),
+        *(f"{split}.relevance.jsonl" for split in SPLITS), *(f"{split}.types.jsonl" for split in OWN),
     }  # fmt: skip
 
 
@@ -154,7 +180,7 @@ def test_side_files_have_a_line_for_each_example(vcr, records):
         ids = [record["annot_id"] for record in records[split]]
         assert len(set(ids)) == len(ids) > 30
         assert [record["annot_id"] for record in read(vcr / f"{split}.relevance.jsonl")] == ids
-        types = read(vcr / f"{split.split('_')[0]}.types.jsonl")
+        types = read(vcr / f"{'val' if split in TWINS else split}.types.jsonl")
         assert [record["annot_id"] for record in types] == ids
         assert {record["type"] for record in types} <= set(TYPES)
     assert {record["type"] for record in read(vcr / "val.types.jsonl")} == set(TYPES)
@@ -367,11 +393,12 @@ def test_marks_become_tokens_and_indices(text, tokens, decisive):
 # the shortcut and its reversal
 
 
-def test_the_shortcut_shift_changes_nothing_but_the_wording_of_answers(records):
-    for record, shifted in zip(records["val"], records["val_shortcut"], strict=True):
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_twin_changes_nothing_but_the_wording_of_answers(records, twin):
+    for record, shifted in zip(records["val"], records[twin], strict=True):
         differing = {key for key in record if record[key] != shifted[key]}
         assert differing <= {"answer_choices", "answer_orig"}
-    assert any(a != b for a, b in zip(records["val"], records["val_shortcut"], strict=True))
+    assert any(a != b for a, b in zip(records["val"], records[twin], strict=True))
 
 
 def test_in_the_shift_wrong_answers_echo_the_question_and_the_right_one_does_not(records):
@@ -402,10 +429,11 @@ def overlap_accuracy(records: list[dict]) -> float:
 def test_the_shortcut_helps_until_it_is_reversed(records):
     assert overlap_accuracy(records["val"]) > 0.33
     assert overlap_accuracy(records["val_shortcut"]) < 0.1
+    assert 0.17 < overlap_accuracy(records["val_balanced"]) < 0.33
 
 
 def test_the_strength_of_the_shortcut_is_a_parameter(tmp_path):
-    size = VcrSize(train=0, val=40, test=0)
+    size = VcrSize(train=0, val=40, test=0, shifted=0)
     always = write_vcr(tmp_path / "always", 0, size, echo=(1.0, 0.0))
     never = write_vcr(tmp_path / "never", 0, size, echo=(0.0, 1.0))
     assert overlap_accuracy(read(always / "val.jsonl")) > 0.9
@@ -449,8 +477,9 @@ def test_the_web_corpus_has_all_concepts_and_styles():
 
 def test_one_style_is_kept_for_the_shift(records):
     assert set(STYLES) - set(TRAIN_STYLES) == {"noir"}
-    for split in ("train", "val", "test"):
-        assert {scene_of(record, split).style for record in records[split]} == set(TRAIN_STYLES)
+    for split in OWN:
+        expected = {"noir"} if split == "val_style" else set(TRAIN_STYLES)
+        assert {scene_of(record, split).style for record in records[split]} == expected
 
 
 def test_curated_captions_infer_nothing():
@@ -600,9 +629,9 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 def test_the_generator_replaces_its_own_folders_only(old):
     """The folder may be the real VCR's."""
-    for write in (lambda: write_vcr(old, 0, SMALL), lambda: ensure_vcr(old, 0, SMALL)):
+    for write in (write_vcr, ensure_vcr, write_snli_ve, ensure_snli_ve, write_vqa, ensure_vqa, ensure_vqa_cp):
         with pytest.raises(DataError, match=r"did not write .*miniworld\.json.*choose another folder"):
-            write()
+            write(old, 0)
     with pytest.raises(DataError, match=r"did not write .*captions\.jsonl.*choose another folder"):
         write_captions(old, "web", 0, 1)
     assert listing(old) == ["precious"]
@@ -623,3 +652,391 @@ def test_a_world_is_written_once(tmp_path):
     (folder / "miniworld.json").write_text("{")  # damaged: written again
     assert digest(ensure_vcr(folder, 0, SMALL)) == before
     assert digest(ensure_vcr(folder, 2, SMALL)) != before
+
+
+# shifts of pictures
+
+
+def test_a_fifth_of_the_combinations_is_reserved_and_every_value_keeps_most_partners():
+    def pairs(kind: str, values) -> dict[tuple[str, str], bool]:
+        """Whether each pair is reserved, whatever the rest of the scene is."""
+        found = {}
+        for value in values:
+            for held in HELD:
+                verdicts = set()
+                for other in SHIRTS if kind == "place" else PLACES:
+                    shirt, place = (other, value) if kind == "place" else (value, other)
+                    person = Person(shirt, "standing", "happy", held, None)
+                    verdicts.add(reserved(Scene(place, None, "flat", (person,), (), 0)))
+                found[value, held] = verdicts == {True}
+        return found
+
+    for kind, values in (("place", PLACES), ("shirt", SHIRTS)):
+        verdicts = pairs(kind, values)
+        assert 0.17 < np.mean(list(verdicts.values())) < 0.23
+        for side in (0, 1):
+            for value in {pair[side] for pair in verdicts}:
+                assert np.mean([v for pair, v in verdicts.items() if pair[side] == value]) <= 0.3
+
+
+def test_reserved_combinations_are_only_in_the_composition_splits(records):
+    for split in OWN:
+        scenes = [scene_of(record, split) for record in records[split]]
+        assert {reserved(scene) for scene in scenes} == {split == "val_composition"}
+    for record in records["val_composition"]:
+        scene = scene_of(record, "val_composition")
+        (tag,) = {tuple(token) for token in record["question"] if isinstance(token, list)}
+        assert tag[0] in reserved_people(scene)
+    for stream in ("snli_ve_train", "snli_ve_dev_style", "train2014", "val2014", "test2015"):
+        assert not any(reserved(scene_at(1, stream, index)) for index in range(100))
+    for stream in ("snli_ve_dev_composition", "val2014_composition"):
+        assert all(reserved(scene_at(1, stream, index)) for index in range(100))
+
+
+def test_many_texts_about_few_pictures(tmp_path):
+    vcr = write_vcr(tmp_path / "vcr", 0, VcrSize(60, 0, 0, 0, train_examples=601))
+    assert len({record["annot_id"] for record in read(vcr / "train.jsonl")}) > 590
+    ve = write_snli_ve(tmp_path / "ve", 0, SnliVeSize(30, 0, 0, 0, train_examples=900))
+    assert len({record["pairID"] for record in read(ve / "snli_ve_train.jsonl")}) == 900
+    vqa = write_vqa(tmp_path / "vqa", 0, VqaSize(20, 0, 0, 0, train_examples=800))
+    asked = json.loads((vqa / "v2_OpenEnded_mscoco_train2014_questions.json").read_text())["questions"]
+    assert len({each["question_id"] for each in asked}) == 800
+    many = write_vqa(tmp_path / "more", 0, VqaSize(6, 0, 0, 0, train_examples=9000))
+    asked = json.loads((many / "v2_OpenEnded_mscoco_train2014_questions.json").read_text())["questions"]
+    assert len({each["question_id"] for each in asked}) == 9000
+
+
+# SNLI-VE
+
+VE_SPLITS = ("train", "dev", "test", "dev_style", "dev_composition", "dev_balanced", "dev_shortcut")
+PREFIXES = ("You know, ", "By the way, ", "To be honest, ")
+
+
+@pytest.fixture(scope="module")
+def ve(tmp_path_factory) -> Path:
+    return write_snli_ve(tmp_path_factory.mktemp("ve") / "ve", SEED, SnliVeSize(60, 150, 30, 60))
+
+
+@pytest.fixture(scope="module")
+def pairs(ve) -> dict[str, list[dict]]:
+    return {split: read(ve / f"snli_ve_{split}.jsonl") for split in VE_SPLITS}
+
+
+def statement(record: dict) -> str:
+    """A hypothesis without its introduction."""
+    text = record["sentence2"]
+    text = next((text.removeprefix(prefix) for prefix in PREFIXES if text.startswith(prefix)), text)
+    return text[:1].upper() + text[1:]
+
+
+def premise(record: dict, split: str) -> Scene:
+    stream = "snli_ve_dev" if split in ("dev_balanced", "dev_shortcut") else f"snli_ve_{split}"
+    return scene_at(SEED, stream, int(record["Flikr30kID"]) % 10**7)
+
+
+def test_snli_ve_is_deterministic_and_written_once(tmp_path):
+    size = SnliVeSize(20, 20, 20, 20)
+    first = ensure_snli_ve(tmp_path / "a", 3, size)
+    stamp = (first / "snli_ve_train.jsonl").stat().st_ino
+    assert ensure_snli_ve(first, 3, size) == first
+    assert (first / "snli_ve_train.jsonl").stat().st_ino == stamp
+    assert digest(first) == digest(write_snli_ve(tmp_path / "b", 3, size))
+    assert digest(first) != digest(write_snli_ve(tmp_path / "c", 4, size))
+
+
+def test_the_fields_of_snli_ve(ve, pairs):
+    fields = {"annotator_labels", "captionID", "gold_label", "pairID", "Flikr30kID"}
+    fields |= {f"sentence{i}{kind}" for i in (1, 2) for kind in ("", "_parse", "_binary_parse")}
+    for split, records in pairs.items():
+        assert len({record["pairID"] for record in records}) == len(records) > 40
+        for record in records:
+            assert record.keys() == fields
+            image = record["Flikr30kID"]
+            assert re.fullmatch(r"\d{10}", image) and (ve / "flickr30k_images" / f"{image}.jpg").is_file()
+            assert re.fullmatch(rf"{image}\.jpg#\dr\d+{record['gold_label'][0]}", record["pairID"])
+            assert record["pairID"].startswith(record["captionID"])
+            assert Counter(record["annotator_labels"]).most_common(1)[0][0] == record["gold_label"]
+            assert len(record["annotator_labels"]) == 5
+            assert record["sentence2"].endswith(".") and not set("<>{}_") & set(record["sentence2"])
+        if split not in ("dev_balanced", "dev_shortcut"):
+            with (ve / f"esnlive_{split}.csv").open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            assert list(rows[0]) == ["", "pairID", "Flikr30kID", "hypothesis", "gold_label", "explanation"]
+            for row, record in zip(rows, records, strict=True):
+                assert row["Flikr30kID"] == f"{record['Flikr30kID']}.jpg" and len(row["explanation"]) > 10
+                assert (row["pairID"], row["hypothesis"]) == (record["pairID"], record["sentence2"])
+
+
+def test_every_statement_has_every_label_equally_often(pairs):
+    for records in pairs.values():
+        labels = defaultdict(Counter)
+        for record in records:
+            labels[statement(record)][record["gold_label"]] += 1
+        for text, counts in labels.items():
+            assert len(counts) == 3 and len(set(counts.values())) == 1, (text, counts)
+        assert len(labels) > 5
+
+
+def who(scene: Scene, words: str) -> list[int]:
+    """People whom a phrase fits, by its words alone."""
+    names = {name: re.sub(r"^\w+ ", "", entry.noun) for name, entry in HELD.items()}
+    sides = {"left": 0, "middle": 1, "right": len(scene.people) - 1}
+    if match := re.search(r"in the (\w+) shirt", words):
+        return [i for i, p in enumerate(scene.people) if p.shirt == match[1]]
+    if match := re.search(r"person on the (left|right)|person in the (middle)", words):
+        return [sides[match[1] or match[2]]]
+    if "the only person here" in words.lower():
+        assert len(scene.people) == 1
+        return [0]
+    return [i for i, p in enumerate(scene.people) if p.held and f"with the {names[p.held]} " in f"{words} "]
+
+
+@pytest.mark.parametrize("split", VE_SPLITS)
+def test_labels_of_weather_and_jobs_are_as_a_person_would_say(pairs, split):
+    """Read from the text, without asking the generator what is true."""
+    seen = Counter()
+    for record in pairs[split]:
+        scene, text, label = premise(record, split), statement(record)[:-1], record["gold_label"]
+        jobs = {words: n for n, e in ROLES.items() for words in (e.noun, f"{e.inference} for a living")}
+        weather = {w: n for n, e in WEATHER.items() for w in (e.clause, e.joy)} | {
+            f"a person here needs {e.need} to stay outside": n for n, e in WEATHER.items()
+        }
+        if name := weather.get(text[:1].lower() + text[1:]):
+            expected = 1 if scene.weather is None else 0 if scene.weather == name else 2
+            seen["weather"] += 1
+        elif match := re.fullmatch(
+            r"(The .*?person.*?) (is not|is|) ?(an? .*|\w+ \w+( \w+)? for a living)", text
+        ):
+            if match[3] not in jobs or " and " in text:
+                continue
+            (index,) = who(scene, match[1])
+            role = scene.people[index].role
+            expected = 1 if role is None else 0 if (role == jobs[match[3]]) != (match[2] == "is not") else 2
+            seen["role"] += 1
+        else:
+            continue
+        assert label == LABELS[expected], (record, scene)
+    assert seen["role"] > 3 and (seen["weather"] > 3 or split == "dev_composition")
+
+
+def test_labels_of_causes_and_owners_are_as_a_person_would_say(pairs):
+    seen = Counter()
+    for split in VE_SPLITS:
+        for record in pairs[split]:
+            scene, text, label = premise(record, split), statement(record)[:-1], record["gold_label"]
+            if match := re.fullmatch(r"The (\w+) belongs to (the person .*)", text):
+                owners, there = who(scene, match[2]), match[1] in scene.things
+                expected = 2 if not (owners and there) else 0 if len(scene.people) == 1 else 1
+                seen["owner"] += 1
+            elif match := re.fullmatch(r"(The .*) is (\w+) because (.*)", text):
+                (index,) = who(scene, match[1])
+                pleasant = MOODS[match[2]].pleasant
+                possible = {*causes(scene, pleasant)} | (
+                    {"tree"} if scene.place in ("park", "camp") else set()
+                )
+                table = {
+                    (e.joy if pleasant else e.trouble): n for t in (THINGS, WEATHER) for n, e in t.items()
+                }
+                table |= {
+                    "somebody turns one year older": "birthday", "guests celebrate tonight": "party",
+                    "it is time to say goodbye": "departure", "the news is bad": "call",
+                }  # fmt: skip
+                true = scene.people[index].mood == match[2] and table[match[3]] in possible
+                expected = 2 if not true else 0 if len(possible) == 1 else 1
+                seen["cause"] += 1
+            else:
+                continue
+            assert label == LABELS[expected], (record, scene)
+    assert min(seen["owner"], seen["cause"]) > 20
+
+
+def test_introductions_tell_the_label_only_where_they_should(pairs):
+    def share(split: str) -> float:
+        """How often the introduction most frequent with a label in train is that of the label."""
+        own = {"entailment": "You know", "neutral": "By the way", "contradiction": "To be honest"}
+        return float(np.mean([r["sentence2"].startswith(own[r["gold_label"]]) for r in pairs[split]]))
+
+    assert share("train") > 0.6 and share("dev") > 0.6
+    assert 0.15 < share("dev_balanced") < 0.35 and share("dev_shortcut") < 0.1
+    for twin in ("dev_balanced", "dev_shortcut"):
+        for record, other in zip(pairs["dev"], pairs[twin], strict=True):
+            assert statement(record) == statement(other)
+            same = record.keys() - {"sentence2", "sentence2_parse", "sentence2_binary_parse"}
+            assert all(record[key] == other[key] for key in same)
+
+
+def inside(marks: dict, text: str) -> None:
+    """Spans are of whole words, boxes lie in the picture."""
+    assert marks["spans"] and marks["boxes"]
+    for start, end in marks["spans"]:
+        assert 0 <= start < end <= len(text) and text[start:end] == text[start:end].strip(" .,?")
+        assert re.fullmatch(r"\W?", text[end : end + 1]) and re.fullmatch(
+            r"\W?", text[max(start - 1, 0) : start]
+        )
+    for left, top, right, bottom in marks["boxes"]:
+        assert 0 <= left < right <= SIZE and 0 <= top < bottom <= SIZE
+
+
+def test_relevance_of_hypotheses(ve, pairs):
+    for split, records in pairs.items():
+        for record, marks in zip(records, read(ve / f"snli_ve_{split}.relevance.jsonl"), strict=True):
+            assert record["pairID"] == marks["pairID"]
+            inside(marks, record["sentence2"])
+
+
+# nobody can tell colours in the grey style
+
+
+def test_colours_are_not_spoken_of_in_the_grey_style():
+    for index in range(60):
+        scene = scene_at(0, "val2014_style", index)
+        words = [f"{claim.subject} {claim.predicate}" for claim in claims(scene)]
+        words += [ask.text for ask in asks(scene)]
+        assert not [text for text in words if re.search(r"\b(shirt|color|wears something)\b", text)]
+
+
+# VQA
+
+VQA_SHIFTS = ("", "_balanced", "_prior", "_style", "_composition")
+
+
+@pytest.fixture(scope="module")
+def vqa(tmp_path_factory) -> Path:
+    size = VqaSize(40, 60, 20, 40, train_examples=4000)
+    return write_vqa(tmp_path_factory.mktemp("vqa") / "vqa", SEED, size)
+
+
+def asked_of(folder: Path, split: str) -> list[tuple[dict, dict]]:
+    """Questions with their annotations."""
+    asked = json.loads((folder / f"v2_OpenEnded_mscoco_{split}_questions.json").read_text())
+    answered = json.loads((folder / f"v2_mscoco_{split}_annotations.json").read_text())
+    head = {"info", "license", "data_type", "data_subtype"}
+    assert asked.keys() == head | {"task_type", "questions"} and answered.keys() == head | {"annotations"}
+    assert asked["data_subtype"] == answered["data_subtype"] == split.split("_")[0]
+    return list(zip(asked["questions"], answered["annotations"], strict=True))
+
+
+def test_vqa_is_deterministic_and_written_once(tmp_path):
+    size = VqaSize(20, 20, 20, 20)
+    for write, ensure in ((write_vqa, ensure_vqa), (write_vqa_cp, ensure_vqa_cp)):
+        first = ensure(tmp_path / f"a{ensure.__name__}", 3, size)
+        stamp = (first / "miniworld.json").stat().st_ino
+        assert ensure(first, 3, size) == first and (first / "miniworld.json").stat().st_ino == stamp
+        assert digest(first) == digest(write(tmp_path / f"b{ensure.__name__}", 3, size))
+
+
+def test_the_fields_of_vqa(vqa):
+    for split in ("train2014", *(f"val2014{shift}" for shift in VQA_SHIFTS)):
+        pairs = asked_of(vqa, split)
+        folder = split.split("_")[0]
+        assert len({question["question_id"] for question, _ in pairs}) == len(pairs) >= 80
+        for question, annotation in pairs:
+            assert question.keys() == {"image_id", "question", "question_id"}
+            assert annotation.keys() == {
+                *("question_id", "image_id", "question_type", "answer_type"),
+                *("multiple_choice_answer", "answers"),
+            }
+            ids = (question["image_id"], question["question_id"])
+            assert ids == (annotation["image_id"], annotation["question_id"])
+            assert ids[1] // 1000 == ids[0]
+            assert (vqa / folder / f"COCO_{folder}_{ids[0]:012d}.jpg").is_file()
+            assert annotation["question_type"] in QUESTION_TYPES
+            assert question["question"].lower().startswith(annotation["question_type"])
+            given = annotation["answers"]
+            assert [answer["answer_id"] for answer in given] == list(range(1, 11))
+            assert all(answer["answer_confidence"] in ("yes", "maybe", "no") for answer in given)
+            counts = Counter(answer["answer"] for answer in given)
+            assert counts[annotation["multiple_choice_answer"]] >= 6
+        kinds = {annotation["answer_type"] for _, annotation in pairs}
+        assert kinds == {"yes/no", "other"} | ({"number"} if "composition" not in split else set())
+    assert not (vqa / "v2_mscoco_test2015_annotations.json").exists()
+
+
+def meaning(question: str, scene: Scene):
+    """Who or what a question is about and its kind, as ``asks`` has it."""
+    found = [ask for ask in asks(scene) if re.sub("[<>]", "", ask.text).lower() == question.lower()]
+    assert len({(ask.key, ask.answer) for ask in found}) == 1
+    return found[0]
+
+
+def test_answers_are_true_of_the_picture(vqa):
+    """Read from the text, without asking the generator what is true."""
+    seen = Counter()
+    for shift in VQA_SHIFTS:
+        source = f"val2014{shift}" if shift in ("_style", "_composition") else "val2014"
+        for question, annotation in asked_of(vqa, f"val2014{shift}"):
+            scene = scene_at(SEED, source, question["image_id"] % 100_000)
+            text, answer = question["question"].rstrip("?").lower(), annotation["multiple_choice_answer"]
+            assert meaning(question["question"], scene).answer == answer
+            if match := re.fullmatch(r"is there an? (\w+)", text):
+                assert answer == ("yes" if match[1] in scene.things else "no")
+            elif match := re.fullmatch(r"how many people are (there|happy|sad|angry)", text):
+                moods = [person.mood for person in scene.people]
+                assert answer == str(len(moods) if match[1] == "there" else moods.count(match[1]))
+            elif "the person" in text and text.startswith(("how is", "what color", "what is the job")):
+                people = (
+                    who(scene, text)
+                    if len(scene.people) > 1 or "person " in text.split("feel")[0][18:]
+                    else [0]
+                )
+                person = scene.people[(people or [0])[0]]
+                name = {"sleepy": "tired"}.get(person.mood, person.mood)
+                role = ROLES[person.role].noun.split(" ", 1)[1] if person.role else None
+                assert answer in (name, person.shirt, role)
+            elif text.startswith("why"):
+                assert set(scene.things) & {answer} or scene.weather or scene.people[0].held
+            else:
+                continue
+            seen[text.split()[0]] += 1
+    assert min(seen[word] for word in ("is", "how", "what", "why")) > 5
+
+
+def test_answers_are_skewed_in_training_and_reversed_in_the_shift(vqa):
+    counts: dict[str, dict[str, Counter]] = {}
+    for split in ("train2014", "val2014", "val2014_balanced", "val2014_prior"):
+        for question, annotation in asked_of(vqa, split):
+            scene = scene_at(SEED, split.split("_")[0], question["image_id"] % 100_000)
+            key = meaning(question["question"], scene).key
+            counts.setdefault(key, {}).setdefault(split, Counter())[annotation["multiple_choice_answer"]] += 1
+    agree = []
+    for key, by_split in counts.items():
+        if len(by_split.get("train2014", ())) < 2:
+            continue
+        answers = tuple(sorted(by_split["train2014"]))
+        order, shares = prior(key, answers, "")
+        total = by_split["train2014"].total()
+        assert abs(by_split["train2014"][order[0]] / total - shares[0]) < 0.25, key
+        assert prior(key, answers, "prior")[0] == order[::-1]
+        assert set(prior(key, answers, "balanced")[1]) == {1 / len(answers)}
+        for split, sign in (("val2014", 1), ("val2014_prior", -1)):
+            first, last = (by_split.get(split, Counter())[answer] for answer in (order[0], order[-1]))
+            agree.append(sign * (first - last))
+    assert len(counts) > 40 and sum(agree) > 0 and np.mean([value >= 0 for value in agree]) > 0.75
+
+
+def test_relevance_of_questions(vqa):
+    for split in ("train2014", "test2015", *(f"val2014{shift}" for shift in VQA_SHIFTS)):
+        asked = json.loads((vqa / f"v2_OpenEnded_mscoco_{split}_questions.json").read_text())["questions"]
+        for question, marks in zip(asked, read(vqa / f"v2_mscoco_{split}.relevance.jsonl"), strict=True):
+            assert question["question_id"] == marks["question_id"]
+            inside(marks, question["question"])
+
+
+def test_vqa_cp_has_plain_lists_and_changing_priors(tmp_path):
+    folder = write_vqa_cp(tmp_path / "cp", SEED, VqaSize(60, 40, train_examples=600))
+    pictures = {}
+    for split in ("train", "test"):
+        asked = json.loads((folder / f"vqacp_v2_{split}_questions.json").read_text())
+        answered = json.loads((folder / f"vqacp_v2_{split}_annotations.json").read_text())
+        assert [each["question_id"] for each in asked] == [each["question_id"] for each in answered]
+        assert len({each["question_id"] for each in asked}) == len(asked)
+        for question, annotation in zip(asked, answered, strict=True):
+            assert question.keys() == {"image_id", "question", "question_id", "coco_split"}
+            assert annotation["coco_split"] == question["coco_split"]
+            name = f"COCO_{question['coco_split']}_{question['image_id']:012d}.jpg"
+            assert (folder / question["coco_split"] / name).is_file()
+        assert {each["coco_split"] for each in asked} == {"train2014", "val2014"}
+        marks = read(folder / f"vqacp_v2_{split}.relevance.jsonl")
+        assert [each["question_id"] for each in marks] == [each["question_id"] for each in asked]
+        pictures[split] = {each["image_id"] for each in asked}
+    assert not pictures["train"] & pictures["test"]

@@ -169,11 +169,7 @@ def test_all_arms_of_a_seed_start_alike_and_see_the_same(base, materials, tmp_pa
             )
             patch.setattr(training, "make_trainer", lambda *args: make_trainer(*args, log_every=1))
             patch.setattr(training, "predict", lambda _student, data: np.full((len(data), 4), 0.25))
-            train_run(
-                config,
-                replace(materials, probes={s: replace_examples(d) for s, d in materials.probes.items()}),
-                tmp_path / arm,
-            )
+            train_run(config.model_copy(update={"probe_examples": 0}), materials, tmp_path / arm)
         steps = math.ceil(len(low_shot(materials.train, base.shots, 0)) / 4)
         seen[arm] = (
             [batch["input_ids"].tolist() for batch in batches[-steps:]],
@@ -189,10 +185,6 @@ def test_maps_use_up_no_random_numbers_and_follow_the_seed(base, materials):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert_same_bits(first.state_dict(), same.state_dict())
     assert not torch.equal(first["text"].weight, other["text"].weight)
-
-
-def replace_examples(dataset: EncodedExamples) -> EncodedExamples:
-    return EncodedExamples([], dataset.encoder, dataset.builder)
 
 
 def test_the_seed_decides_the_order(base, materials, tmp_path, monkeypatch):
@@ -533,7 +525,7 @@ def test_records_survive_the_file(base, materials, tmp_path):
     module = module_of(materials, base)
     records = []
     for split in ("val", "test"):
-        data = materials.probes[split]
+        data = EncodedExamples(materials.evaluated[split][:2], materials.encoder, materials.builder)
         for index, example in enumerate(data.examples):
             found = record_targets(
                 example, data[index], module, np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32)
@@ -582,7 +574,7 @@ def test_summary_equals_direct_figures(folders):
     assert set(table["arm"]) == {"finetune", "clip_td"} and set(table["seed"]) == {0}
     rng = np.random.default_rng(0)
     other = table.assign(
-        seed=1, correct=[None if c is None else bool(rng.random() < 0.5) for c in table["correct"]]
+        seed=1, score=[math.nan if math.isnan(s) else float(rng.random() < 0.5) for s in table["score"]]
     )
     both = pd.concat(
         [table, other.sample(frac=1, random_state=0)], ignore_index=True
@@ -596,7 +588,7 @@ def test_summary_equals_direct_figures(folders):
         part = both[(both["arm"] == arm) & (both["split"] == "val")]
         right[arm] = np.array(
             [
-                [bool(part[(part["seed"] == s) & (part["id"] == i)]["correct"].item()) for i in ids]
+                [bool(part[(part["seed"] == s) & (part["id"] == i)]["score"].item()) for i in ids]
                 for s in (0, 1)
             ]
         )
@@ -631,7 +623,7 @@ def test_prediction_table_of_labelled_and_unlabelled_examples(materials):
     examples = [materials.evaluated["val"][0], replace(materials.evaluated["val"][1], label=None)]
     probabilities = np.eye(4, dtype=np.float32)[[examples[0].label, 2]]
     table = prediction_table("val", examples, probabilities)
-    assert table["correct"].tolist() == [True, None]
+    assert table["score"][0] == 1 and math.isnan(table["score"][1])
     assert table["label"].isna().tolist() == [False, True] and table["prediction"].tolist() == [
         examples[0].label,
         2,

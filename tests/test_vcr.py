@@ -1,6 +1,7 @@
 """Reading VCR: the official files field by field, text and its spans, and files that are damaged."""
 
 import copy
+import csv
 import json
 import math
 from itertools import pairwise
@@ -11,8 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdlib.examples import DataError, Example, Reference
-from tdlib.tasks.vcr import NEUTRAL_NAMES, VcrReader, accuracy, neutral_name, render
+from tdlib.examples import DataError, Example, Examples, Reference, low_shot
+from tdlib.tasks.vcr import (
+    NEUTRAL_NAMES,
+    PERSON_TOKENS,
+    SUBMISSION_COLUMNS,
+    VcrReader,
+    accuracy,
+    check_submission,
+    joint_hits,
+    neutral_name,
+    render,
+    write_submission,
+)
 
 # One line of train.jsonl and its metadata, as published (names with "@", 1-based numbers in the raw
 # strings, several objects in one reference, class names without spaces, segms, box scores).
@@ -185,8 +197,11 @@ def test_the_test_file_has_no_labels(tmp_path):
     (tmp_path / "test.jsonl").write_text(lines(without(RECORD, *hidden)))
     (example,) = VcrReader(tmp_path, "test").read()
     assert example.label is None and len(example.choices) == 4
-    with pytest.raises(DataError, match=r"test\.jsonl:1 \(train-0\): QA->R .*subtask='qa'"):
-        VcrReader(tmp_path, "test", subtask="qar").read()
+    given = VcrReader(tmp_path, "test", "qar").read()  # as the leaderboard asks: given each answer
+    assert [example.id for example in given] == [f"train-0:r{k}" for k in range(4)]
+    for k, conditioned in enumerate(given):
+        assert conditioned.label is None
+        assert conditioned.prompt.text == f"{example.prompt.text} {example.choices[k].text}"
 
 
 def test_examples_keep_the_file_order_and_blank_lines_are_skipped(tmp_path):
@@ -389,7 +404,7 @@ def test_missing_pictures_fail_at_once(tmp_path):
     ("options", "choices"),
     [
         ({"subtask": "q2a"}, "subtask='q2a': expected one of qa, qar"),
-        ({"references": "ids"}, "names, category"),
+        ({"references": "ids"}, "names, person_tokens, category"),
     ],
 )
 def test_unknown_options_fail_with_the_known_ones(tmp_path, options, choices):
@@ -481,7 +496,9 @@ def test_an_id_is_needed_and_stands_once(tmp_path):
 @pytest.mark.parametrize(("subtask", "field"), [("qa", "answer_label"), ("qar", "rationale_label")])
 def test_labels_are_there_for_all_or_none(tmp_path, subtask, field):
     write(tmp_path, RECORD, without(another(1), field), another(2))
-    assert_helpful(failure(tmp_path, subtask=subtask), "train.jsonl:2 (train-1): no label, as 1 of 3 lines")
+    assert_helpful(
+        failure(tmp_path, subtask=subtask), f"train.jsonl:2 (train-1): no {field}, as 1 of 3 lines"
+    )
 
 
 def box(*corners: Any) -> dict[str, Any]:
@@ -619,7 +636,7 @@ def assert_examples_or_data_error(folder: Path, subtask: str) -> None:
 
 @pytest.mark.parametrize("target", ["record", "metadata", "relevance", "types"])
 @settings(deadline=None, max_examples=50)
-@given(data=st.data(), subtask=st.sampled_from(["qa", "qar"]))
+@given(data=st.data(), subtask=st.sampled_from(["qa", "qar", "both"]))
 def test_any_mutation_gives_examples_or_a_data_error(fuzzed, target, data, subtask):
     files = {"record": RECORD, "metadata": METADATA, "relevance": RELEVANCE, "types": TYPES}
     files[target] = data.draw(mutated(files[target]))
@@ -652,3 +669,195 @@ def test_accuracy_is_the_share_of_hits():
 def test_accuracy_needs_as_many_predictions_as_labels(predictions, labels):
     with pytest.raises(ValueError, match="expected equal, non-zero numbers"):
         accuracy(predictions, labels)
+
+
+# answers and rationales together
+
+HIDDEN = ("answer_label", "rationale_label")
+
+
+def both(folder: Path, split: str = "train") -> Examples:
+    return VcrReader(folder, split, "both").open()
+
+
+def test_both_gives_answers_and_rationales_of_each_question(tmp_path):
+    write(tmp_path, RECORD, another(1, answer_label=3), types=TYPES)
+    (tmp_path / "train.types.jsonl").write_text(lines(TYPES, {"annot_id": "train-1", "type": "scene"}))
+    examples = both(tmp_path)
+    assert list(examples.ids) == ["train-0", "train-0:r", "train-1", "train-1:r"]
+    assert list(examples.strata) == ["mental", "mental rationale", "scene", "scene rationale"]
+    assert examples.labelled and [example.label for example in examples] == [1, 2, 3, 2]
+    assert [(e.id, e.stratum) for e in examples] == list(zip(examples.ids, examples.strata, strict=True))
+    for part, alone in ((examples[0::2], read(tmp_path)), (examples[1::2], read(tmp_path, subtask="qar"))):
+        assert [(e.prompt, e.choices, e.label) for e in part] == [
+            (e.prompt, e.choices, e.label) for e in alone
+        ]
+
+
+def test_both_expands_a_test_file_to_what_the_leaderboard_asks(tmp_path):
+    write(tmp_path)
+    (tmp_path / "test.jsonl").write_text(lines(*(without(another(i), *HIDDEN) for i in (7, 8))))
+    examples = both(tmp_path, "test")
+    parts = ["", ":r0", ":r1", ":r2", ":r3"]
+    assert list(examples.ids) == [f"train-{i}{part}" for i in (7, 8) for part in parts]
+    assert list(examples.strata[:3]) == ["all", "all rationale", "all rationale"]
+    assert not examples.labelled and {example.label for example in examples} == {None}
+    question, *given = examples[:5]
+    assert [e.prompt.text for e in given] == [f"{question.prompt.text} {c.text}" for c in question.choices]
+    assert len({e.choices for e in given}) == 1
+
+
+@pytest.mark.parametrize("lacking", HIDDEN)
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_both_needs_both_labels_or_none(tmp_path, lacking, all_of_them):
+    write(tmp_path, without(RECORD, lacking), another(1) if not all_of_them else without(another(1), lacking))
+    message = failure(tmp_path, subtask="both")
+    assert_helpful(message, "train.jsonl:1 (train-0)", f"no {lacking}")
+    write(tmp_path, RECORD, without(another(1), *HIDDEN))
+    assert "train.jsonl:2 (train-1): no answer_label, as 1 of 2 lines" in failure(tmp_path, subtask="both")
+
+
+@pytest.mark.parametrize("shots", [1, 4, 7, 0.3, 0.5])
+def test_low_shot_keeps_answers_and_rationales_together_and_nested(tmp_path, shots):
+    write(tmp_path, *(another(i) for i in range(20)))
+    types = (TYPES | {"annot_id": f"train-{i}", "type": "scene" if i % 2 else "role"} for i in range(20))
+    (tmp_path / "train.types.jsonl").write_text(lines(*types))
+    examples = both(tmp_path)
+    for seed in range(5):
+        chosen = low_shot(examples, shots, seed)
+        questions = [i for i in chosen.ids if not i.endswith(":r")]
+        assert sorted(chosen.ids) == sorted([*questions, *(f"{i}:r" for i in questions)])
+        assert len(questions) == 2 * (shots if isinstance(shots, int) else round(10 * shots))
+        assert set(chosen.ids) < set(low_shot(examples, 8, seed).ids)
+        alone = low_shot(VcrReader(tmp_path, "train").open(), shots, seed)
+        assert list(alone.ids) == questions  # and the same questions as where only answers are learned
+
+
+def test_making_examples_is_put_off_until_one_is_asked_for(tmp_path):
+    write(tmp_path, *(another(i) for i in range(4)), another(4, question=[[9]]))
+    examples = low_shot(both(tmp_path), 5, 0)
+    assert [example.id for example in examples[:8]] == [f"train-{i}{p}" for i in range(4) for p in ("", ":r")]
+    with pytest.raises(DataError, match="reference to object 9"):
+        examples[8]
+
+
+def test_answers_and_rationales_both_have_to_be_right():
+    hits = {"a": True, "a:r": True, "b": True, "b:r": False, "c": False, "c:r": True, "d": True, "d:r": True}
+    joint = joint_hits(hits)
+    assert joint == {"a": True, "b": False, "c": False, "d": True}
+    answers, rationales = ([hits[i + part] for i in joint] for part in ("", ":r"))
+    assert sum(joint.values()) / 4 == 0.5 != (sum(answers) / 4) * (sum(rationales) / 4)
+
+
+@pytest.mark.parametrize("hits", [{"a": True}, {"a:r": True}, {"a": True, "b:r": True}])
+def test_a_joint_hit_needs_both_halves(hits):
+    with pytest.raises(ValueError, match="Q->AR needs answers and rationales of the same questions"):
+        joint_hits(hits)
+
+
+# people as tokens, and masked objects
+
+
+@pytest.mark.parametrize(
+    ("tokens", "scheme", "text", "objects"),
+    [
+        ([[0, 2], "'s", [1], "?"], "person_tokens", "person_0 person_2's dog?", [(0, 2), (1,)]),
+        ([[10_000], "sits", "."], "names", "[MASK] sits.", []),
+        ([[0, 10_002], "sit"], "names", "Casey and [MASK] sit", [(0,)]),
+        ([[10_000, 2], "sit"], "person_tokens", "[MASK] person_2 sit", [(2,)]),
+        (["[MASK]", [10_001]], "category", "[MASK] [MASK]", []),
+    ],
+)
+def test_people_as_tokens_and_masked_objects(tokens, scheme, text, objects):
+    part = render(tokens, ["person", "dog", "person"], scheme)
+    assert part.text == text
+    assert [reference.objects for reference in part.references] == objects
+
+
+def test_there_are_81_person_tokens_and_the_last_stands_for_all_beyond():
+    part = render([[80], [81], [200]], ["person"] * 201, "person_tokens")
+    assert part.text == "person_80 person_80 person_80"
+    assert (len(PERSON_TOKENS), PERSON_TOKENS[0], PERSON_TOKENS[-1]) == (81, "person_0", "person_80")
+
+
+@pytest.mark.parametrize("tag", [3, 9_999, 10_003, 20_000, 20_001, -1, -10_000])
+def test_a_masked_object_must_exist_too(tag):
+    with pytest.raises(IndexError, match=f"reference to object {tag}, but the picture has 3 objects"):
+        render([[tag]], ["person"] * 3)
+
+
+# the leaderboard's file
+
+HEADER = (
+    "annot_id,answer_0,answer_1,answer_2,answer_3,"
+    "rationale_conditioned_on_a0_0,rationale_conditioned_on_a0_1,"
+    "rationale_conditioned_on_a0_2,rationale_conditioned_on_a0_3,"
+    "rationale_conditioned_on_a1_0,rationale_conditioned_on_a1_1,"
+    "rationale_conditioned_on_a1_2,rationale_conditioned_on_a1_3,"
+    "rationale_conditioned_on_a2_0,rationale_conditioned_on_a2_1,"
+    "rationale_conditioned_on_a2_2,rationale_conditioned_on_a2_3,"
+    "rationale_conditioned_on_a3_0,rationale_conditioned_on_a3_1,"
+    "rationale_conditioned_on_a3_2,rationale_conditioned_on_a3_3"
+)  # r2c, models/README.md
+
+
+def predictions(*questions: str) -> dict[str, list[float]]:
+    ids = [question + part for question in questions for part in ("", ":r0", ":r1", ":r2", ":r3")]
+    return {identifier: [i + k / 8 for k in range(4)] for i, identifier in enumerate(ids)}
+
+
+def test_a_submission_has_the_official_columns(tmp_path):
+    path = tmp_path / "submission.csv"
+    shuffled = dict(reversed(predictions("test-0", "test-1").items()))
+    assert write_submission(path, shuffled) == 2
+    header, *rows = path.read_text().splitlines()
+    assert header == HEADER == ",".join(SUBMISSION_COLUMNS)
+    by_id = {row[0]: [float(value) for value in row[1:]] for row in csv.reader(rows)}
+    assert by_id["test-0"] == [i + k / 8 for i in range(5) for k in range(4)]
+    assert by_id["test-1"] == [i + k / 8 for i in range(5, 10) for k in range(4)]
+    assert check_submission(path, ["test-0", "test-1"]) == []
+    assert [each.name for each in tmp_path.iterdir()] == ["submission.csv"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, "expected predictions for one or more questions"),
+        (without(predictions("t-0", "t-1"), "t-1:r2"), "no predictions for 't-1:r2'"),
+        (without(predictions("t-0", "t-1"), "t-1"), "five for each"),
+        ({"t-0": [0.25] * 4, "t-0:r": [0.25] * 4}, "no predictions for 't-0:r0'"),
+        (predictions("t-0") | {"t-0:r1": [0.5, 0.5]}, "'t-0:r1' has 2 predictions, expected 4"),
+        (predictions("t-0") | {"t-0": [0.5, math.nan, 0, 0]}, "'t-0' .* not finite"),
+    ],
+)
+def test_an_incomplete_submission_is_refused(tmp_path, changed, reason):
+    path = tmp_path / "submission.csv"
+    path.write_text("old")
+    with pytest.raises(DataError, match=reason):
+        write_submission(path, changed)
+    assert path.read_text() == "old"
+
+
+def test_checking_a_submission_lists_all_problems(tmp_path):
+    path = tmp_path / "submission.csv"
+    write_submission(path, predictions("t-0", "t-1", "t-2", "other"))
+    header, first, second, third, other = path.read_text().splitlines()
+    bad = [header, first, second.replace(",5,", ",nan,"), first, third + ",1", other]
+    path.write_text("\n".join(bad))
+    problems = check_submission(path, ["t-0", "t-1", "t-2", "t-3"])
+    assert [problem.removeprefix(f"{path}") for problem in problems] == [
+        ":3 (t-1): expected 20 finite numbers",
+        ":4: 't-0' stands there twice",
+        ":5: 22 columns, expected 21",
+        ":6: 'other' is no question of the set",
+        ": 2 of 4 questions are missing (first: 't-2')",
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"a,b\n", HEADER[:-1].encode(), b"\xff\n"])
+def test_checking_what_is_no_submission(tmp_path, content):
+    (tmp_path / "s.csv").write_bytes(content)
+    (problem,) = check_submission(tmp_path / "s.csv", ["t-0"])
+    assert problem.startswith(f"{tmp_path / 's.csv'}:")
+    (problem,) = check_submission(tmp_path / "none.csv", ["t-0"])
+    assert "none.csv: not readable" in problem

@@ -4,12 +4,13 @@ Texts are written with two marks: ``{0}`` refers to person 0, ``<...>`` encloses
 decide whether the text is true of the picture (the ground truth of relevance).
 """
 
+import re
 from collections.abc import Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, THINGS, WEATHER, Scene
+from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, SHIRTS, THINGS, WEATHER, Scene
 
 Token = str | list[int]
 
@@ -202,6 +203,45 @@ def rationale(question: Question, value: str) -> str:
     return f"I can see <{noun}> in the picture ."
 
 
+def definite(noun: str) -> str:
+    """A noun phrase without its article: "kite" of "a kite"."""
+    return noun.split(" ", 1)[1]
+
+
+def references(scene: Scene, index: int) -> dict[str, str]:
+    """Phrases that fit one person of a scene only: by what tells the person apart.
+
+    Colours are no reference in the grey style, where nobody could tell them.
+    """
+    person, others = scene.people[index], [p for i, p in enumerate(scene.people) if i != index]
+    found = {}
+    if scene.style != "noir" and person.shirt not in [other.shirt for other in others]:
+        found["shirt"] = f"the person in the {person.shirt} shirt"
+    if person.held and person.held not in [other.held for other in others]:
+        found["held"] = f"the person with the {definite(HELD[person.held].noun)}"
+    sides = {
+        1: ("",),
+        2: ("on the left", "on the right"),
+        3: ("on the left", "in the middle", "on the right"),
+    }
+    found["side"] = f"the person {sides[len(scene.people)][index]}" if others else "the only person here"
+    return found
+
+
+def char_spans(text: str) -> tuple[str, list[list[int]]]:
+    """A marked sentence as people write it, and the characters [start, end) that decide it."""
+    plain = ""
+    spans: list[list[int]] = []
+    for piece in re.split("([<>])", text):
+        if piece == "<":
+            spans.append([len(plain)])
+        elif piece == ">":
+            spans[-1].append(len(plain))
+        else:
+            plain += piece
+    return plain[:1].upper() + plain[1:], spans
+
+
 _SUBJECTS = ("a person", "somebody", "a man", "a woman")
 
 
@@ -244,9 +284,74 @@ def describe(scene: Scene, rng: np.random.Generator, names: list[str], share: fl
     return text[:1].upper() + text[1:] + "."
 
 
-def curated_caption(scene: Scene, rng: np.random.Generator, names: list[str]) -> str:
-    """Clean and complete, of what is visible only."""
-    return describe(scene, rng, names, share=0.8)
+def curated_captions(scene: Scene, rng: np.random.Generator, names: list[str]) -> tuple[str, str]:
+    """A clean caption and one that is false in a single point, both of what the curated corpus knows.
+
+    Half describe the picture, half say one thing that it shows or means (as the caption corpora do
+    that real students are pretrained on). The false one is the hard negative of image-text matching.
+    """
+    if rng.random() < 0.5:
+        for _ in range(8):
+            draws = int(rng.integers(2**31))
+            true, false = (
+                describe(shown, np.random.default_rng(draws), names, share=0.8)
+                for shown in (scene, _altered(scene, rng))
+            )
+            if true != false:
+                return true, false
+    candidates = questions(scene)
+    while True:
+        question = candidates[int(rng.integers(len(candidates)))]
+        known = _curated_values(question.family)
+        others = [value for value in known if value not in true_values(scene, question.family)]
+        if question.value in known and others:
+            break
+    other = others[int(rng.integers(len(others)))]
+    if rng.random() < 0.3:
+        said = [rationale(question, value) for value in (question.value, other)]
+        asked = ""
+    else:
+        echo = bool(rng.random() < 0.5)
+        said = [answer(question, value, echo=echo) for value in (question.value, other)]
+        asked = mark(question.text).plain(names) + " " if rng.random() < 0.7 else ""
+    true, false = (asked + mark(text).plain(names) for text in said)
+    return true, false
+
+
+def _curated_values(family: str) -> list[str]:
+    """The values of a family that the curated corpus knows."""
+    tables: dict[str, dict] = {"mood": MOODS, "place": PLACES, "need": WEATHER, "role": ROLES}
+    if family in ("joy", "trouble"):
+        cues = [name for table in (THINGS, WEATHER) for name, row in table.items() if row.curated]
+        return [*cues, "birthday"] if family == "joy" else cues
+    return [name for name, row in tables.get(family, HELD).items() if row.curated]
+
+
+def _altered(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with one thing changed to another that the curated corpus knows."""
+
+    def other(table: dict, now: str | None) -> str:
+        known = [name for name, row in table.items() if getattr(row, "curated", row) and name != now]
+        return known[int(rng.integers(len(known)))]
+
+    index = int(rng.integers(len(scene.people)))
+    person = scene.people[index]
+    aspect = str(rng.choice(["place", "weather", "thing", "shirt", "mood", "held", "role"]))
+    if aspect == "place":
+        outdoor = PLACES[scene.place].outdoor
+        return replace(
+            scene, place=other({k: v for k, v in PLACES.items() if v.outdoor == outdoor}, scene.place)
+        )
+    if aspect == "weather" and scene.weather:
+        return replace(scene, weather=other(WEATHER, scene.weather))
+    if aspect == "thing" and scene.things:
+        absent = {k: v for k, v in THINGS.items() if k not in scene.things}
+        return replace(scene, things=(other(absent, None), *scene.things[1:]))
+    tables: dict[str, dict] = {"shirt": SHIRTS, "mood": MOODS, "held": HELD, "role": ROLES}
+    if aspect in tables and getattr(person, aspect):
+        changed = replace(person, **{aspect: other(tables[aspect], getattr(person, aspect))})
+        return replace(scene, people=(*scene.people[:index], changed, *scene.people[index + 1 :]))
+    return scene
 
 
 def web_caption(scene: Scene, rng: np.random.Generator, names: list[str]) -> str:

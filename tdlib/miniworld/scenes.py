@@ -171,6 +171,28 @@ class Scene:
     layout_seed: int  # small jitters of the drawing
 
 
+def reserved_people(scene: Scene) -> list[int]:
+    """People with a combination that only the composition shift shows.
+
+    A fifth of all pairs (place, held thing) and of all pairs (shirt, held thing), spread evenly: every
+    value keeps most of its partners.
+    """
+    held, shirts, place = list(HELD), list(SHIRTS), list(PLACES).index(scene.place)
+    return [
+        index
+        for index, person in enumerate(scene.people)
+        if person.held
+        and (
+            (place + 2 * held.index(person.held)) % 5 == 0
+            or (2 * shirts.index(person.shirt) + held.index(person.held)) % 5 == 0
+        )
+    ]
+
+
+def reserved(scene: Scene) -> bool:
+    return bool(reserved_people(scene))
+
+
 def _pick(rng: np.random.Generator, names: list[str]) -> str:
     return names[int(rng.integers(len(names)))]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,8 +80,12 @@ class ViltForMultipleChoice(ViltPreTrainedModel):
     def __init__(self, config: ViltConfig):
         super().__init__(config)
         self.vilt = ViltModel(config)
-        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.classifier = self.make_classifier(config)
         self.post_init()
+
+    @staticmethod
+    def make_classifier(config: ViltConfig) -> nn.Module:
+        return nn.Linear(config.hidden_size, 1)
 
     def forward(
         self,
@@ -111,7 +116,7 @@ class ViltForMultipleChoice(ViltPreTrainedModel):
             pixel_mask=image_mask.repeat_interleave(choices, dim=0),
             output_hidden_states=output_hidden_states,
         )
-        logits = self.classifier(output.pooler_output).view(batch, choices)
+        logits = self.classifier(output.pooler_output).view(batch, -1)  # per choice, or per class
         if not output_hidden_states:
             return StudentOutput(logits=logits)
         tokens = length + image.shape[1]
@@ -127,6 +132,18 @@ class ViltForMultipleChoice(ViltPreTrainedModel):
                 dim=2,
             ),
         )
+
+
+class ViltForClassification(ViltForMultipleChoice):
+    """ViLT that gives one statement about a picture a label; its head is that of ViLT's VQA checkpoints."""
+
+    @staticmethod
+    def make_classifier(config: ViltConfig) -> nn.Module:
+        width = config.hidden_size
+        return nn.Sequential(
+            nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(),
+            nn.Linear(2 * width, len(config.id2label or {})),
+        )  # fmt: skip
 
 
 def _hidden_states(output: BaseModelOutputWithPooling) -> tuple[Tensor, ...]:
@@ -164,14 +181,15 @@ class ViltEncoder:
         self.max_text_tokens = max_text_tokens
 
     def text(self, example: Example) -> EncodedText:
-        """Ids and spans of the statements (prompt with each choice) of one example."""
+        """Ids and spans of the statements (prompt with each choice, or the prompt) of one example."""
         prompt = example.prompt.text
         choices = [choice.text for choice in example.choices]
+        rows = max(1, len(choices))
         encoding = self.tokenizer(
-            [prompt] * len(choices), choices, truncation="longest_first", max_length=self.max_text_tokens,
+            [prompt] * rows, choices or None, truncation="longest_first", max_length=self.max_text_tokens,
             padding=True, return_offsets_mapping=True, return_token_type_ids=True,
         )  # fmt: skip
-        spans = [pair_spans(encoding, row, len(prompt) + 1) for row in range(len(choices))]
+        spans = [pair_spans(encoding, row, len(prompt) + 1) for row in range(rows)]
         return EncodedText(
             torch.tensor(encoding["input_ids"]),
             torch.tensor(encoding["attention_mask"]),
@@ -195,8 +213,10 @@ class ViltEncoder:
         self.image_processor.save_pretrained(folder)
 
 
-def load_vilt(name: str, seed: int = 0) -> ViltForMultipleChoice:
-    """A ViLT with a multiple-choice head, in float32; a head that is not stored is drawn from ``seed``.
+def load_vilt(name: str, seed: int = 0, labels: Sequence[str] = ()) -> ViltForMultipleChoice:
+    """A ViLT in float32, with a multiple-choice head, or one for ``labels``.
+
+    A head that is not stored is drawn from ``seed``; a stored one of another shape is replaced.
 
     Raises:
         StudentError: the checkpoint is missing, of another architecture or of another shape.
@@ -207,25 +227,39 @@ def load_vilt(name: str, seed: int = 0) -> ViltForMultipleChoice:
         raise StudentError(
             f"student {name!r} has no config.json; expected a folder that save_pretrained wrote"
         )
+    chatter = transformers.utils.logging.get_verbosity()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        transformers.utils.logging.set_verbosity_error()  # what is missing is checked below
         try:
-            loaded: Any = ViltForMultipleChoice.from_pretrained(
+            options: dict[str, Any] = {}
+            kind = ViltForClassification if labels else ViltForMultipleChoice
+            if labels:
+                options["id2label"] = dict(enumerate(labels))
+                options["label2id"] = {label: index for index, label in enumerate(labels)}
+            loaded: Any = kind.from_pretrained(
                 name,
                 output_loading_info=True,
                 dtype=torch.float32,  # whatever it is stored in: it will be trained
+                ignore_mismatched_sizes=bool(labels),
+                **options,
             )
         except Exception as error:  # transformers lets through what json, torch and safetensors raise
             raise StudentError(
                 f"student {name!r} cannot be loaded: {error}. Expected a folder or hub id of a ViLT"
             ) from error
+        finally:
+            transformers.utils.logging.set_verbosity(chatter)
     model, report = loaded
     allowed = ("classifier.", "vilt.pooler.")
     missing = [key for key in report["missing_keys"] if not key.startswith(allowed)]
-    if missing or report["mismatched_keys"]:
+    mismatched = [str(key) for key in report["mismatched_keys"]]
+    if labels:  # a head for other labels may go
+        mismatched = [key for key in mismatched if "classifier." not in key]
+    if missing or mismatched:
         raise StudentError(
             f"student {name!r}: not a ViLT checkpoint of its own config's shape "
-            f"(missing {sorted(missing)[:3]}, mismatched {sorted(map(str, report['mismatched_keys']))[:3]})"
+            f"(missing {sorted(missing)[:3]}, mismatched {sorted(mismatched)[:3]})"
         )
     return model
 

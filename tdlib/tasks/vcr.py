@@ -1,24 +1,31 @@
 """Visual Commonsense Reasoning from its official files (Zellers et al. 2019).
 
 Reads ``{split}.jsonl`` and ``vcr1images/`` (pictures and metadata JSON); renders references as
-text. Also reads the MiniWorld's side files where they lie beside a split: ``*.relevance.jsonl``
-(token indices and boxes that decide) and ``*.types.jsonl`` (question types).
+text; scores and writes the leaderboard's CSV. Also reads the MiniWorld's side files where they lie
+beside a split: ``*.relevance.jsonl`` (token indices and boxes that decide) and ``*.types.jsonl``
+(question types).
 """
 
+import csv
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdlib.examples import Box, DataError, Example, Reference, Span, TextPart, join_parts
+from tdlib.examples import Box, DataError, Example, Examples, Reference, Span, TextPart, join_parts
+from tdlib.tasks.reading import Reader, Records, SideFile, is_number, need, normalise_boxes
+from tdlib.tasks.vcr_shifts import MASKED_TAG
 
 # The gender-neutral names of the authors' baseline (r2c, dataloaders/vcr.py); "Peyton" is there twice.
 NEUTRAL_NAMES = [
     "Casey", "Riley", "Jessie", "Jackie", "Avery", "Jaime", "Peyton", "Kerry", "Jody", "Kendall",
     "Peyton", "Skyler", "Frankie", "Pat", "Quinn",
 ]  # fmt: skip
+PERSON_TOKENS = [f"person_{i}" for i in range(81)]  # UNITER's, ids 28,996 onwards in its vocabulary
 
 
 def neutral_name(index: int, name: str) -> str:
@@ -26,9 +33,16 @@ def neutral_name(index: int, name: str) -> str:
     return NEUTRAL_NAMES[index % len(NEUTRAL_NAMES)] if name == "person" else name
 
 
-REFERENCE_SCHEMES: dict[str, Callable[[int, str], str]] = {
-    "names": neutral_name,
-    "category": lambda _index, name: name,
+def person_token(index: int, name: str) -> str:
+    """UNITER: people are special tokens by their index (the last one for all beyond 80)."""
+    return PERSON_TOKENS[min(index, len(PERSON_TOKENS) - 1)] if name == "person" else name
+
+
+# How an object is named, and what stands between the objects of one reference.
+REFERENCE_SCHEMES: dict[str, tuple[Callable[[int, str], str], str]] = {
+    "names": (neutral_name, " and "),
+    "person_tokens": (person_token, " "),
+    "category": (lambda _index, name: name, " and "),
 }
 
 _NO_SPACE_BEFORE = {".", ",", "?", "!", ":", ";", "'s", "n't", "'re", "'m", "'ll", "'ve", "'d"}
@@ -42,10 +56,12 @@ def render(
 ) -> TextPart:
     """A mixed token list as one string, with the characters of every reference and decisive token.
 
-    Several objects in one reference are joined with "and". Raises ``IndexError`` for an object or
-    a decisive token that does not exist and ``TypeError`` for a token that is neither.
+    Several objects in one reference are joined as the scheme says. A masked object (10,000 + its
+    index, as in Ye and Kovashka's sets) becomes "[MASK]" and refers to nothing. Raises
+    ``IndexError`` for an object or a decisive token that does not exist and ``TypeError`` for a
+    token that is neither.
     """
-    name_of = REFERENCE_SCHEMES[scheme]
+    name_of, between = REFERENCE_SCHEMES[scheme]
     text = ""
     spans: list[Span] = []
     references: list[Reference] = []
@@ -54,9 +70,9 @@ def render(
             if not token or not all(type(i) is int for i in token):
                 raise TypeError(f"a reference is a non-empty list of integers, found {token!r}")
             for i in token:
-                if not 0 <= i < len(names):
+                if not 0 <= i % MASKED_TAG < len(names) or not 0 <= i < 2 * MASKED_TAG:
                     raise IndexError(f"reference to object {i}, but the picture has {len(names)} objects")
-            word = " and ".join(name_of(i, names[i]) for i in token)
+            word = between.join("[MASK]" if i >= MASKED_TAG else name_of(i, names[i]) for i in token)
         elif isinstance(token, str):
             word = token
         else:
@@ -64,8 +80,8 @@ def render(
         if text and word not in _NO_SPACE_BEFORE:
             text += " "
         spans.append((len(text), len(text) + len(word)))
-        if isinstance(token, list):
-            references.append(Reference(*spans[-1], tuple(token)))
+        if isinstance(token, list) and min(token) < MASKED_TAG:
+            references.append(Reference(*spans[-1], tuple(i for i in token if i < MASKED_TAG)))
         text += word
     for i in decisive:
         if not 0 <= i < len(spans):
@@ -82,73 +98,6 @@ def _merge(spans: Sequence[Span], text: str) -> list[Span]:
         else:
             merged.append((start, end))
     return merged
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Lines of a JSONL file as (line number from 1, object).
-
-    Raises:
-        DataError: the file is missing, or a line is no JSON object.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected a JSONL file with one example per line")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"))
-                if b"\\u" in line:  # half a surrogate pair is no text: it fails here, not in a tokenizer
-                    json.dumps(record, ensure_ascii=False).encode("utf-8")
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{path}:{number}: not valid JSON in UTF-8 ({error}); "
-                    "the file may be truncated or damaged, copy it again"
-                ) from None
-            if not isinstance(record, dict):
-                raise DataError(
-                    f"{path}:{number}: expected a JSON object, found {type(record).__name__}; "
-                    "is this a VCR file?"
-                )
-            yield number, record
-
-
-def _need(record: dict[str, Any], key: str, kind: type, where: str) -> Any:
-    if key not in record:
-        raise DataError(f"{where}: field {key!r} is missing; is this a VCR file?")
-    if not isinstance(record[key], kind) or (kind is int and isinstance(record[key], bool)):
-        raise DataError(
-            f"{where}: field {key!r} is {type(record[key]).__name__}, expected {kind.__name__}; "
-            "is this a VCR file?"
-        )
-    return record[key]
-
-
-def _normalise(boxes: Any, width: float, height: float, where: str) -> tuple[Box, ...]:
-    """Boxes [x1, y1, x2, y2, ...] in pixels as xyxy in [0, 1], checked against the picture's size."""
-    if not isinstance(boxes, list):
-        raise DataError(f"{where}: boxes is {type(boxes).__name__}, expected a list of [x1, y1, x2, y2]")
-    scale = (width, height, width, height)
-    normalised = []
-    for index, box in enumerate(boxes):
-        if not (isinstance(box, list) and len(box) >= 4 and all(_is_number(value) for value in box[:4])):
-            raise DataError(f"{where}: box {index} is {box!r}, expected [x1, y1, x2, y2] in pixels")
-        left, top, right, bottom = (value / size for value, size in zip(box, scale, strict=False))
-        if not (-_SLACK <= left <= right <= 1 + _SLACK and -_SLACK <= top <= bottom <= 1 + _SLACK):
-            raise DataError(
-                f"{where}: box {index} is {box[:4]}, outside the picture of {width} x {height} pixels "
-                "or with its corners swapped; copy the file again or correct it"
-            )
-        left, top, right, bottom = (min(max(value, 0.0), 1.0) for value in (left, top, right, bottom))
-        normalised.append((left, top, right, bottom))
-    return tuple(normalised)
-
-
-_SLACK = 0.01  # detectors round outwards; boxes may leave the picture by this share of its size
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9  # false for NaN, and for what floats cannot hold
 
 
 @dataclass(frozen=True)
@@ -171,14 +120,14 @@ class _Metadata:
             raise DataError(f"{where}: found {type(metadata).__name__}, expected a VCR metadata object")
         width: Any = metadata.get("width")
         height: Any = metadata.get("height")
-        if not (_is_number(width) and _is_number(height) and min(width, height) > 0):
+        if not (is_number(width) and is_number(height) and min(width, height) > 0):
             raise DataError(
                 f"{where}: width={width!r}, height={height!r}, expected positive numbers of pixels"
             )
         names = metadata.get("names")
         if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise DataError(f"{where}: names={names!r}, expected a list of class names")
-        boxes = _normalise(metadata.get("boxes"), width, height, where)
+        boxes = normalise_boxes(metadata.get("boxes"), width, height, where)
         if len(names) != len(boxes):
             raise DataError(f"{where}: {len(names)} names but {len(boxes)} boxes; expected one name per box")
         return cls(boxes, tuple(names), width, height)
@@ -215,26 +164,46 @@ class _Relevance:
 
 _UNMARKED = _Relevance([], [[]] * 4, [[]] * 4, [])
 
+_LABELS = {
+    "qa": ("answer_label",), "qar": ("rationale_label",), "both": ("answer_label", "rationale_label")
+}  # fmt: skip
 
-class VcrReader:
+
+class VcrReader(Reader):
     """Reads one split of a VCR folder for one of its subtasks.
 
     Args:
         folder: holds ``{split}.jsonl`` and ``vcr1images/``.
         split: "train", "val", "test", or the stem of any other file of the same schema
             (for instance "val_shortcut").
-        subtask: "qa" (choose the answer) or "qar" (choose the rationale given the right answer).
+        subtask: "qa" (choose the answer), "qar" (choose the rationale given the right answer), or
+            "both" (examples of both kinds beside each other, for one model, as in UNITER). Where
+            labels are missing (test), rationales are asked for given each of the four answers, as
+            the leaderboard wants them.
         references: how object references become text, a key of ``REFERENCE_SCHEMES``.
+        file: another file to read the questions from, in place of ``{split}.jsonl``.
+
+    Ids: ``annot_id``; where a question gives several examples, ``annot_id:r`` is its rationale and
+    ``annot_id:r0`` to ``:r3`` are its rationales given each answer.
 
     Raises:
         DataError: the folder lacks the split or its pictures, or an argument is unknown.
     """
 
-    SUBTASKS = ("qa", "qar")
+    SUBTASKS = ("qa", "qar", "both")
+    what = "VCR"
 
-    def __init__(self, folder: Path | str, split: str, subtask: str = "qa", references: str = "names"):
+    def __init__(
+        self,
+        folder: Path | str,
+        split: str,
+        subtask: str = "qa",
+        references: str = "names",
+        file: Path | None = None,
+    ):
         self.folder = Path(folder)
-        self.path = self.folder / f"{split}.jsonl"
+        self.path = file or self.folder / f"{split}.jsonl"
+        self.split = split
         self.images = self.folder / "vcr1images"
         if subtask not in self.SUBTASKS:
             raise DataError(f"subtask={subtask!r}: expected one of {', '.join(self.SUBTASKS)}")
@@ -249,96 +218,115 @@ class VcrReader:
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such folder; unpack vcr1images.zip there")
         self.subtask, self.references = subtask, references
-        self._metadata: dict[str, _Metadata] = {}  # by file; several questions share a picture
-        self._files: dict[str, Path] = {}  # pictures and metadata files seen to exist
+        self._metadata: dict[Path, _Metadata] = {}  # several questions share a picture
 
-    def read(self) -> list[Example]:
-        """All examples of the split, in file order.
-
-        Raises:
-            DataError: a file is not as published; says which line of which file.
-        """
-        relevance = {
-            identifier: _Relevance.parse(record, where)
-            for identifier, where, record in self._side_file(f"{self.path.stem}.relevance.jsonl")
-        }
+    def open(self, report: Callable[[str], None] | None = None) -> Examples:
+        records = Records.lines(self.path, self.what)
         types = self._types()
-        examples: list[Example] = []
+        label_keys = _LABELS[self.subtask]
         lines: dict[str, int] = {}
-        for number, record in read_jsonl(self.path):
-            where = f"{self.path}:{number}"
-            example = self._example(record, where, relevance, types)
-            if example.id in lines:
-                raise DataError(
-                    f"{where}: annot_id {example.id!r} already stands in line {lines[example.id]}; remove one"
-                )
-            lines[example.id] = number
-            examples.append(example)
-        if not examples:
+        unlabelled: list[int] = []
+        for index in range(len(records)):
+            try:
+                record, where = records[index], records.where(index)
+                identifier = need(record, "annot_id", str, where, self.what)
+                if identifier in lines:
+                    raise DataError(
+                        f"{where}: annot_id {identifier!r} already stands in line "
+                        f"{records.where(lines[identifier]).rpartition(':')[2]}; remove one"
+                    )
+                if types and identifier not in types:
+                    raise DataError(
+                        f"{where} ({identifier}): its *.types.jsonl has no line for it; complete that file "
+                        "or remove it"
+                    )
+                lacking = [key for key in label_keys if key not in record]
+                if 0 < len(lacking) < len(label_keys):
+                    raise DataError(
+                        f"{where} ({identifier}): no {lacking[0]}, but the other label is there; expected "
+                        "both (train, val) or none (test)"
+                    )
+            except DataError as error:
+                if report is None:
+                    raise
+                report(str(error))
+                continue
+            lines[identifier] = index
+            if lacking:
+                unlabelled.append(index)
+        if not lines:
             raise DataError(f"{self.path}: the file has no examples; copy it again")
-        unlabelled = [example.id for example in examples if example.label is None]
-        if 0 < len(unlabelled) < len(examples):
+        if 0 < len(unlabelled) < len(lines):
             raise DataError(
-                f"{self.path}:{lines[unlabelled[0]]} ({unlabelled[0]}): no label, as {len(unlabelled)} of "
-                f"{len(examples)} lines; expected all (train, val) or none (test) to have one"
+                f"{records.where(unlabelled[0])} ({records[unlabelled[0]]['annot_id']}): no {label_keys[0]}, "
+                f"as {len(unlabelled)} of {len(lines)} lines; expected all (train, val) or none (test) to "
+                "have one"
             )
-        return examples
+        parts = _parts(self.subtask, labelled=not unlabelled)
+        relevance = SideFile(self.folder / f"{self.path.stem}.relevance.jsonl", "annot_id", self.what)
+        positions = list(lines.values())
+        ids, strata = [], []
+        several = len(parts) > 1
+        for identifier in lines:
+            stratum = types.get(identifier, "all")
+            ids += [identifier + (part if several else "") for part in parts]
+            strata += [sys.intern(stratum + (" rationale" if part and several else "")) for part in parts]
 
-    def _side_file(self, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Lines of a side file, if it is there, as (annot_id, where, object)."""
-        path = self.folder / name
-        if path.is_file():
-            for number, record in read_jsonl(path):
-                where = f"{path}:{number}"
-                yield _need(record, "annot_id", str, where), where, record
+        def make(index: int) -> Example:
+            position = positions[index // len(parts)]
+            record, where = records[position], records.where(position)
+            found = relevance.find(record["annot_id"], position)
+            marks = _Relevance.parse(*found) if found else _UNMARKED
+            return self._example(record, where, marks, ids[index], strata[index], parts[index % len(parts)])
+
+        return Examples(ids, strata, make, labelled=not unlabelled)
 
     def _types(self) -> dict[str, str]:
         """Question types by annot_id; a reworded split (val_shortcut) shares those of its source (val)."""
         for stem in (self.path.stem, self.path.stem.split("_")[0]):
-            lines = self._side_file(f"{stem}.types.jsonl")
-            types = {identifier: _need(record, "type", str, where) for identifier, where, record in lines}
-            if types:
-                return types
+            path = self.folder / f"{stem}.types.jsonl"
+            if path.is_file():
+                records = Records.lines(path, self.what)
+                types = {}
+                for index in range(len(records)):
+                    record, where = records[index], records.where(index)
+                    identifier = need(record, "annot_id", str, where, self.what)
+                    types[identifier] = sys.intern(need(record, "type", str, where, self.what))
+                if types:
+                    return types
         return {}
 
     def _file(self, record: dict[str, Any], key: str, where: str) -> Path:
         """A file of ``vcr1images/`` that a record names."""
-        name = _need(record, key, str, where)
-        if name not in self._files:
-            path = self.images / name
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise DataError(
-                    f"{where}: {key}={name!r} leads out of {self.images}; expected a path inside it"
-                )
-            if not os.path.isfile(path):
-                raise DataError(
-                    f"{where}: {key}={name!r}: no such file in {self.images}; unpack vcr1images.zip again"
-                )
-            self._files[name] = path
-        return self._files[name]
+        name = need(record, key, str, where, self.what)
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise DataError(f"{where}: {key}={name!r} leads out of {self.images}; expected a path inside it")
+        path = self.images / name
+        if "\0" in name or not os.path.isfile(path):
+            raise DataError(
+                f"{where}: {key}={name!r}: no such file in {self.images}; unpack vcr1images.zip again"
+            )
+        return path
 
     def _picture(self, record: dict[str, Any], where: str) -> _Metadata:
         """The metadata of a record's picture, checked against the record's objects."""
         path = self._file(record, "metadata_fn", where)
-        name = record["metadata_fn"]
-        if name not in self._metadata:
-            self._metadata[name] = _Metadata.read(path, where)
-        picture = self._metadata[name]
-        if list(picture.names) != _need(record, "objects", list, where):
+        if path not in self._metadata:
+            if len(self._metadata) >= 4096:
+                self._metadata.clear()
+            self._metadata[path] = _Metadata.read(path, where)
+        picture = self._metadata[path]
+        if list(picture.names) != need(record, "objects", list, where, self.what):
             raise DataError(
                 f"{where}: 'objects' differs from the names in {path}; files of different releases?"
             )
         return picture
 
     def _example(
-        self, record: dict[str, Any], where: str, relevance: dict[str, _Relevance], types: dict[str, str]
+        self, record: dict[str, Any], where: str, marks: _Relevance, name: str, stratum: str, part: str
     ) -> Example:
-        identifier = _need(record, "annot_id", str, where)
-        where = f"{where} ({identifier})"
+        where = f"{where} ({record['annot_id']})"
         picture = self._picture(record, where)
-        marks = relevance.get(identifier, _UNMARKED)
-        if types and identifier not in types:
-            raise DataError(f"{where}: its *.types.jsonl has no line for it; complete that file or remove it")
 
         def text(name: str, tokens: Any, decisive: list[int]) -> TextPart:
             if not isinstance(tokens, list):
@@ -351,7 +339,7 @@ class VcrReader:
                 raise DataError(f"{where}: {name}: {error}; files of different releases?") from None
 
         def choices_of(key: str, decisive: list[list[int]]) -> tuple[TextPart, ...]:
-            choices = _need(record, key, list, where)
+            choices = need(record, key, list, where, self.what)
             if len(choices) != 4:
                 raise DataError(f"{where}: {key} has {len(choices)} entries, expected 4; is this a VCR file?")
             return tuple(text(f"{key}[{i}]", choices[i], decisive[i]) for i in range(4))
@@ -359,33 +347,142 @@ class VcrReader:
         def label_of(key: str) -> int | None:
             if key not in record:
                 return None
-            label = _need(record, key, int, where)
+            label = need(record, key, int, where, self.what)
             if not 0 <= label < 4:
                 raise DataError(f"{where}: {key}={label}, expected 0 to 3; is this a VCR file?")
             return label
 
-        prompt = text("question", _need(record, "question", list, where), marks.question)
+        prompt = text("question", need(record, "question", list, where, self.what), marks.question)
         choices = choices_of("answer_choices", marks.answer_choices)
         label = label_of("answer_label")
-        if self.subtask == "qar":
-            if label is None:
+        if part:
+            given = int(part[2:]) if part[2:] else label
+            if given is None:
                 raise DataError(
-                    f"{where}: QA->R is conditioned on the right answer, but there is no answer_label; "
-                    "read this file with subtask='qa'"
+                    f"{where}: QA->R is conditioned on the right answer, but there is no answer_label"
                 )
-            prompt, label = join_parts(prompt, choices[label]), label_of("rationale_label")
+            prompt, label = join_parts(prompt, choices[given]), label_of("rationale_label")
             choices = choices_of("rationale_choices", marks.rationale_choices)
         return Example(
-            id=identifier,
+            id=name,
             image=self._file(record, "img_fn", where),
             boxes=picture.boxes,
             names=picture.names,
             prompt=prompt,
             choices=choices,
             label=label,
-            stratum=types.get(identifier, "all"),
-            relevant_boxes=_normalise(marks.boxes, picture.width, picture.height, f"relevance of {where}"),
+            stratum=stratum,
+            relevant_boxes=normalise_boxes(
+                marks.boxes, picture.width, picture.height, f"relevance of {where}"
+            ),
         )
+
+
+def _parts(subtask: str, labelled: bool) -> tuple[str, ...]:
+    """The examples that one question gives: "" its answers, ":r" its rationales, ":rK" given answer K."""
+    rationales = (":r",) if labelled else (":r0", ":r1", ":r2", ":r3")
+    return {"qa": ("",), "qar": rationales, "both": ("", *rationales)}[subtask]
+
+
+def joint_hits(hits: Mapping[str, bool]) -> dict[str, bool]:
+    """Q->AR: per question, whether answer and rationale are both right (r2c, eval_q2ar.py).
+
+    Args:
+        hits: by example id, as of ``VcrReader(subtask="both")``.
+
+    Raises:
+        ValueError: a question lacks one of the two.
+    """
+    joint = {}
+    for identifier, hit in hits.items():
+        if not identifier.endswith(":r"):
+            if f"{identifier}:r" not in hits:
+                raise ValueError(f"{identifier}: Q->AR needs answers and rationales of the same questions")
+            joint[identifier] = bool(hit and hits[f"{identifier}:r"])
+    if 2 * len(joint) != len(hits):
+        raise ValueError("Q->AR needs answers and rationales of the same questions")
+    return joint
+
+
+SUBMISSION_COLUMNS = (
+    "annot_id",
+    *(f"answer_{i}" for i in range(4)),
+    *(f"rationale_conditioned_on_a{answer}_{i}" for answer in range(4) for i in range(4)),
+)
+
+
+def write_submission(path: Path, probabilities: Mapping[str, Sequence[float]]) -> int:
+    """Writes the leaderboard's CSV (annot_id and 20 columns); returns the number of questions.
+
+    Args:
+        path: the file, written under a temporary name first.
+        probabilities: four numbers by example id, as of ``VcrReader(subtask="both")`` on a test split.
+
+    Raises:
+        DataError: a question lacks its answers or its rationales given one of the answers.
+    """
+    rows = []
+    for identifier in probabilities:
+        if ":r" in identifier:
+            continue
+        parts = [identifier, *(f"{identifier}:r{k}" for k in range(4))]
+        missing = [part for part in parts if part not in probabilities]
+        if missing:
+            raise DataError(
+                f"{path}: no predictions for {missing[0]!r}; the leaderboard wants answers, and rationales "
+                "given each answer: predict the test split with task='vcr'"
+            )
+        for part in parts:
+            if len(probabilities[part]) != 4:
+                raise DataError(f"{path}: {part!r} has {len(probabilities[part])} predictions, expected 4")
+            if not all(math.isfinite(p) for p in probabilities[part]):
+                raise DataError(f"{path}: {part!r} has predictions that are not finite; was it trained?")
+        rows.append([identifier, *(f"{float(p):.6g}" for part in parts for p in probabilities[part])])
+    if 5 * len(rows) != len(probabilities) or not rows:
+        raise DataError(f"{path}: expected predictions for one or more questions, five for each")
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([SUBMISSION_COLUMNS, *rows])
+    os.replace(partial, path)
+    return len(rows)
+
+
+def check_submission(path: Path, identifiers: Iterable[str]) -> list[str]:
+    """All problems of a leaderboard CSV, given the ids of the test questions."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return [f"{path}: not readable as CSV ({error})"]
+    if not rows or tuple(rows[0]) != SUBMISSION_COLUMNS:
+        return [f"{path}:1: expected the header {','.join(SUBMISSION_COLUMNS)}"]
+    problems, seen = [], set()
+    wanted = set(identifiers)
+    for number, row in enumerate(rows[1:], start=2):
+        where = f"{path}:{number}"
+        if len(row) != len(SUBMISSION_COLUMNS):
+            problems.append(f"{where}: {len(row)} columns, expected {len(SUBMISSION_COLUMNS)}")
+            continue
+        if not all(_is_finite(value) for value in row[1:]):
+            problems.append(f"{where} ({row[0]}): expected 20 finite numbers")
+        if row[0] in seen:
+            problems.append(f"{where}: {row[0]!r} stands there twice")
+        elif row[0] not in wanted:
+            problems.append(f"{where}: {row[0]!r} is no question of the set")
+        seen.add(row[0])
+    missing = sorted(wanted - seen)
+    if missing:
+        problems.append(
+            f"{path}: {len(missing)} of {len(wanted)} questions are missing (first: {missing[0]!r})"
+        )
+    return problems
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:

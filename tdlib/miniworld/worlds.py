@@ -1,0 +1,148 @@
+"""What the writers of all data sets share: streams of scenes, pictures on disk, choice, whole folders.
+
+Everything is a function of the seed: the same call writes the same bytes. A folder appears under
+its final name only when it is complete.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from tdlib.examples import DataError
+from tdlib.files import write_folder
+from tdlib.miniworld.drawing import SIZE, Picture, draw
+from tdlib.miniworld.scenes import Scene, reserved, sample_scene
+
+VERSION = 2  # raise it when the same seed would give other bytes
+TRAIN_STYLES = ("flat", "pastel", "sketch")  # "noir" is kept for the style shift
+_CAPTIONS = ("web", "curated", "held_out")
+STREAMS = {
+    name: number
+    for number, name in enumerate(
+        (
+            *("train", "val", "test", *_CAPTIONS, "val_style", "val_composition"),
+            *("snli_ve_train", "snli_ve_dev", "snli_ve_test", "snli_ve_dev_style", "snli_ve_dev_composition"),
+            *("train2014", "val2014", "test2015", "val2014_style", "val2014_composition"),
+        )
+    )
+}  # their order is part of the world
+
+Item = TypeVar("Item")
+
+
+def scene_at(seed: int, stream: str, index: int) -> Scene:
+    """Scene number ``index`` of a stream; streams of one seed share no scene.
+
+    Scenes of tasks have the training styles and no reserved combination, except where a stream is
+    there to shift just that. The caption corpora have everything that they know.
+    """
+    rng = np.random.default_rng([seed, STREAMS[stream], index])
+    if stream in _CAPTIONS:
+        return sample_scene(rng, curated=stream == "curated")
+    styles = ("noir",) if stream.endswith("_style") else TRAIN_STYLES
+    while True:
+        scene = sample_scene(rng, styles=styles)
+        if reserved(scene) == stream.endswith("_composition"):
+            return scene
+
+
+def save_picture(scene: Scene, path: Path) -> Picture:
+    picture = draw(scene)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.image.save(path, quality=92)
+    return picture
+
+
+def regions(scene: Scene, picture: Picture) -> dict[str, list[float]]:
+    """Boxes (pixels, xyxy) of all that words can be about.
+
+    Keys: "all", "weather", "place", names of things and held things, and with a person's number
+    "person0", "face0", "bare0" (the head of someone without a hat), "hat0", "held0".
+    """
+    boxes: dict[str, Sequence[float]] = {
+        "all": (0.0, 0.0, SIZE, SIZE), "weather": (0.0, 0.0, SIZE, 176.0), "place": picture.landmark.box,
+    }  # fmt: skip
+    for i, person in enumerate(scene.people):
+        boxes[f"person{i}"], boxes[f"face{i}"] = picture.people[i].box, picture.faces[i].box
+        hat, held = picture.hats[i], picture.held[i]
+        boxes[f"hat{i}" if hat else f"bare{i}"] = (hat or picture.faces[i]).box
+        if person.held and held:
+            boxes[f"held{i}"] = held.box
+            boxes.setdefault(person.held, held.box)
+    boxes |= {name: shape.box for name, shape in zip(scene.things, picture.things, strict=True)}
+    return {name: [round(float(value), 1) for value in box] for name, box in boxes.items()}
+
+
+class Deck(Generic[Item]):
+    """Deals (scene, item) pairs in random order, each once before any comes again.
+
+    Of the next eight it deals the one whose scene was used least so far, by all decks that share ``used``.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[int, Item]], used: dict[int, int]):
+        self._pairs, self._used = list(pairs), used
+        self._left: list[tuple[int, Item]] = []
+
+    def deal(self, rng: np.random.Generator) -> tuple[int, Item]:
+        if not self._left:
+            self._left = [self._pairs[int(i)] for i in rng.permutation(len(self._pairs))]
+        near = range(max(len(self._left) - 8, 0), len(self._left))
+        scene, item = self._left.pop(min(near, key=lambda i: self._used.get(self._left[i][0], 0)))
+        self._used[scene] = self._used.get(scene, 0) + 1
+        return scene, item
+
+
+@contextmanager
+def writing_lines(folder: Path) -> Iterator[Callable[[str, Any], None]]:
+    """Several JSONL files at once: gives ``write(name, record)``; nothing is held in memory."""
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+
+        def write(name: str, record: Any) -> None:
+            if name not in files:
+                files[name] = stack.enter_context((folder / name).open("w", encoding="utf-8"))
+            files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+
+        yield write
+
+
+def refuse_foreign(folder: Path, marker: str) -> None:
+    """Fails where writing would replace a folder that is not the generator's own."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise DataError(
+            f"{folder}: holds files that the MiniWorld did not write (there is no {marker}) and would be "
+            "replaced; choose another folder, or empty this one"
+        )
+
+
+def describe_world(data: str, seed: int, size: Any, **options: Any) -> dict[str, Any]:
+    """What is written beside a world, to know it again."""
+    return {"generator": VERSION, "data": data, "seed": seed, "size": vars(size), **options}
+
+
+def write_world(folder: Path, description: dict[str, Any], fill: Callable[[Path], None]) -> Path:
+    """Fills a folder and marks it as the generator's own.
+
+    Raises:
+        DataError: the folder holds something else, for instance the real data set.
+    """
+    refuse_foreign(Path(folder), "miniworld.json")
+
+    def marked(partial: Path) -> None:
+        fill(partial)
+        (partial / "miniworld.json").write_text(json.dumps(description))
+
+    return write_folder(folder, marked)
+
+
+def has_world(folder: Path, description: dict[str, Any]) -> bool:
+    """Whether the folder holds this very world already."""
+    try:
+        found = json.loads((Path(folder) / "miniworld.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # no world there, or a damaged one
+    return found == json.loads(json.dumps(description))

@@ -1,0 +1,191 @@
+"""Visual entailment from its official files (SNLI-VE, Xie et al. 2019; e-SNLI-VE, Kayser et al. 2021).
+
+The hypothesis (``sentence2``) is read about the Flickr30k picture; the premise caption
+(``sentence1``) is no input, as in the task's definition.
+"""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tdlib.examples import DataError, Example, Examples
+from tdlib.tasks.reading import Reader, Records, SideFile, need, picture_boxes, relevant_part
+
+# The order of UNITER's label map (its pretrained heads and ours agree on it); others differ:
+# LAVIS (contradiction, neutral, entailment), MMF (entailment, neutral, contradiction).
+LABELS = ("contradiction", "entailment", "neutral")
+IMAGE_FOLDERS = ("flickr30k_images", "flickr30k-images", "images")
+IMAGE_KEYS = ("Flikr30kID", "Flickr30K_ID", "Flickr30kID")  # released, by the generator, of e-SNLI-VE
+
+
+def image_id(record: dict[str, Any], where: str) -> str:
+    """The Flickr30k id of a record's picture, by whichever key it has, else from its pairID.
+
+    Raises:
+        DataError: there is neither.
+    """
+    for key in IMAGE_KEYS:
+        if record.get(key) not in (None, ""):
+            name = str(record[key]).strip().removesuffix(".jpg")
+            break
+    else:
+        pair = need(record, "pairID", str, where, "SNLI-VE")
+        if ".jpg" not in pair:
+            raise DataError(
+                f"{where}: no picture: none of {', '.join(IMAGE_KEYS)}, and pairID={pair!r} has no '.jpg'"
+            )
+        name = pair[: pair.rfind(".jpg")]
+    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+        raise DataError(f"{where}: picture id {name!r}, expected the number of a Flickr30k picture")
+    return name
+
+
+class SnliVeReader(Reader):
+    """Reads one split: ``snli_ve_{split}.jsonl``, or ``esnlive_{split}.csv`` of e-SNLI-VE.
+
+    Args:
+        folder: holds the files and the pictures, in one of ``IMAGE_FOLDERS``.
+        split: "train", "dev" or "test", or a shifted set beside them ("dev_shortcut").
+        explained: read e-SNLI-VE's CSV (columns pairID, Flickr30kID, hypothesis, gold_label, ...)
+            in place of the JSONL.
+
+    Raises:
+        DataError: the folder lacks the split or its pictures.
+    """
+
+    what = "SNLI-VE"
+
+    def __init__(self, folder: Path | str, split: str, explained: bool = False):
+        self.folder, self.split, self.explained = Path(folder), split, explained
+        self.path = self.folder / (f"esnlive_{split}.csv" if explained else f"snli_ve_{split}.jsonl")
+        if not self.path.is_file():
+            pattern = "esnlive_*.csv" if explained else "snli_ve_*.jsonl"
+            there = sorted(path.name for path in self.folder.glob(pattern)) if self.folder.is_dir() else []
+            raise DataError(
+                f"{self.path}: no such file; expected {pattern} for train, dev and test (found here: "
+                f"{', '.join(there) or 'nothing'}); check data_dir and the split's name"
+            )
+        folders = [self.folder / name for name in IMAGE_FOLDERS if (self.folder / name).is_dir()]
+        if not folders:
+            raise DataError(
+                f"{self.folder}: none of the folders {', '.join(IMAGE_FOLDERS)}; unpack Flickr30k's pictures "
+                "into one of them (or link it)"
+            )
+        self.images = folders[0]
+
+    def open(self, report: Callable[[str], None] | None = None) -> Examples:
+        records: Sequence[dict[str, Any]]
+        if self.explained:
+            rows = list(_csv_rows(self.path))
+            records = [row for _, row in rows]
+            numbers = [number for number, _ in rows]
+
+            def where_of(index: int) -> str:
+                return f"{self.path}:{numbers[index]}"
+
+        else:
+            lines = Records.lines(self.path, self.what)
+            records, where_of = lines, lines.where
+        hypothesis_key = "hypothesis" if self.explained else "sentence2"
+        seen: dict[str, int] = {}
+        strata: list[str] = []
+        unlabelled: list[int] = []
+        for index in range(len(records)):
+            try:
+                record, where = records[index], where_of(index)
+                pair = need(record, "pairID", str, where, self.what)
+                if pair in seen:
+                    raise DataError(
+                        f"{where}: pairID {pair!r} already stands in {where_of(seen[pair])}; remove one"
+                    )
+                label = record.get("gold_label")
+                if label is not None and label not in LABELS:
+                    raise DataError(
+                        f"{where} ({pair}): gold_label={label!r}, expected one of {', '.join(LABELS)} "
+                        "(SNLI's pairs without a consensus, '-', are not part of SNLI-VE: leave them out)"
+                    )
+            except DataError as error:
+                if report is None:
+                    raise
+                report(str(error))
+                continue
+            seen[pair] = index
+            strata.append(sys.intern(label or "all"))
+            if label is None:
+                unlabelled.append(index)
+        if not seen:
+            raise DataError(f"{self.path}: the file has no examples; copy it again")
+        if 0 < len(unlabelled) < len(seen):
+            raise DataError(
+                f"{where_of(unlabelled[0])}: no gold_label, as {len(unlabelled)} of {len(seen)} lines; "
+                "expected all to have one, or none"
+            )
+        positions = list(seen.values())
+        relevance = SideFile(self.folder / f"snli_ve_{self.split}.relevance.jsonl", "pairID", self.what)
+
+        def make(index: int) -> Example:
+            position = positions[index]
+            record, where = records[position], where_of(position)
+            pair = record["pairID"]
+            text = need(record, hypothesis_key, str, f"{where} ({pair})", self.what)
+            if not text.strip():
+                raise DataError(f"{where} ({pair}): {hypothesis_key} is empty")
+            image = self.images / f"{image_id(record, where)}.jpg"
+            if not os.path.isfile(image):
+                raise DataError(f"{where} ({pair}): {image}: no such picture; unpack Flickr30k again")
+            marks = relevance.find(pair, position)
+            label = record.get("gold_label")
+            return Example(
+                id=pair, image=image, boxes=(), names=(),
+                prompt=relevant_part(text, marks),
+                choices=(), label=None if label is None else LABELS.index(label), stratum=strata[index],
+                relevant_boxes=picture_boxes(marks, image),
+            )  # fmt: skip
+
+        return Examples(list(seen), strata, make, labelled=not unlabelled)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of an e-ViL CSV with the line each ends in."""
+    csv.field_size_limit(2**24)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file, strict=True)
+            lacking = {"pairID", "hypothesis"} - set(rows.fieldnames or [])
+            if lacking:
+                raise DataError(
+                    f"{path}:1: no column {', '.join(sorted(lacking))}; expected e-ViL's columns pairID, "
+                    "Flickr30kID, hypothesis, gold_label, explanation"
+                )
+            for row in rows:
+                if None in row or None in row.values():
+                    raise DataError(f"{path}:{rows.line_num}: more or fewer columns than the header")
+                yield (
+                    rows.line_num,
+                    {key: value for key, value in row.items() if (key, value) != ("gold_label", "")},
+                )
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not readable as CSV in UTF-8 ({error}); copy it again") from None
+
+
+def write_submission(path: Path, labels: dict[str, int]) -> int:
+    """Writes one line per pair, {"pairID", "label"}; SNLI-VE has no server, this is ours.
+
+    Raises:
+        DataError: there is nothing to write.
+    """
+    if not labels:
+        raise DataError(f"{path}: no predictions to write")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(
+        "".join(
+            json.dumps({"pairID": pair, "label": LABELS[label]}) + "\n" for pair, label in labels.items()
+        ),
+        encoding="utf-8",
+    )
+    os.replace(partial, path)
+    return len(labels)

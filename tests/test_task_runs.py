@@ -1,0 +1,191 @@
+"""Every task trained for real from its files to its submission, on a tiny world and tiny models."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tdlib import experiments
+from tdlib.arms import apply_arm
+from tdlib.config import ConfigError, RunConfig
+from tdlib.examples import DataError
+from tdlib.experiments import prepare, reference_scores, summarise, write_masked
+from tdlib.gallery import gallery, text_html
+from tdlib.miniworld.writers import SnliVeSize, VqaSize, write_snli_ve, write_vqa, write_vqa_cp
+from tdlib.records import read_records
+from tdlib.students.vilt import ViltEncoder, ViltForClassification, load_vilt
+from tdlib.tasks import catalogue, snli_ve, vcr, vqa_metric
+from tdlib.tasks.catalogue import TASKS, submission_split
+from tdlib.training import EncodedExamples, predict, train_run
+
+SMALL = {"train": 30, "test": 30, "shifted": 30}
+
+
+@pytest.fixture(scope="module")
+def folders(world, tmp_path_factory):
+    """A folder per data set."""
+    home = tmp_path_factory.mktemp("worlds")
+    write_snli_ve(home / "snli_ve", 7, SnliVeSize(**SMALL, dev=30))
+    write_vqa(home / "vqa_v2", 7, VqaSize(**SMALL, val=30))
+    write_vqa_cp(home / "vqa_cp_v2", 7, VqaSize(**SMALL, val=30))
+    return {"vcr": world} | {name: home / name for name in ("snli_ve", "vqa_v2", "vqa_cp_v2")}
+
+
+@pytest.fixture(scope="module")
+def settings(folders, teacher_folder, student_folder, tmp_path_factory):
+    """A function from a task to the settings of a run of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "CACHE_ROOT", tmp_path_factory.mktemp("cache"))
+        experiments.open_cache.cache_clear()
+
+        def of(task: str, **changes) -> RunConfig:
+            common = {
+                "task": task, "data_dir": str(folders[TASKS[task].data_set]), "student": str(student_folder),
+                "teacher": f"local-dir:{teacher_folder}", "shots": 0.3, "epochs": 1, "batch_size": 8,
+                "probe_examples": 2, "vocabulary_minimum": 2, "submission_split": submission_split(task),
+            }  # fmt: skip
+            return apply_arm(RunConfig.from_parameters(**common | changes))
+
+        yield of
+        experiments.open_cache.cache_clear()
+
+
+def problems_of(task: str, folder, ids: list[str]) -> list[str]:
+    if task == "vcr":
+        return vcr.check_submission(folder / "submission.csv", [i for i in ids if ":" not in i])
+    if task.startswith("vqa"):
+        return vqa_metric.check_submission(folder / "submission.json", [int(i) for i in ids])
+    lines = [json.loads(line) for line in (folder / "submission.jsonl").read_text().splitlines()]
+    known = all(line["label"] in snli_ve.LABELS for line in lines)
+    return [] if known and [line["pairID"] for line in lines] == ids else ["incomplete"]
+
+
+@pytest.mark.parametrize("task", ["vcr", "vcr_qar", "snli_ve", "e_snli_ve", "vqa_v2", "vqa_cp_v2"])
+def test_a_task_trains_evaluates_and_submits(settings, task, tmp_path):
+    config = settings(task)
+    materials = prepare(config, [0])
+    folder = tmp_path / "run"
+    metrics = train_run(config, materials, folder)
+    usual = TASKS[task].evaluated
+    assert usual in metrics["accuracy"] and all(0 <= v <= 1 for v in metrics["accuracy"].values())
+    table = pd.read_parquet(folder / "predictions.parquet")
+    for split, examples in materials.evaluated.items():  # nothing is dropped
+        assert table[table["split"] == split]["id"].tolist() == list(examples.ids)
+    tested = submission_split(task)
+    if tested:
+        assert problems_of(task, folder, list(materials.evaluated[tested].ids)) == []
+    else:
+        assert "submission" not in metrics
+    records = read_records(folder / "selections.parquet")
+    assert records and all(abs(record.weight.sum() - 1) < 1e-4 for record in records)
+    summary = summarise(table.assign(arm="finetune", seed=0))
+    mean = summary.set_index("split").loc[usual, "mean"]
+    assert mean == pytest.approx(metrics["accuracy"][usual])
+    student = load_vilt(str(folder / "student"), labels=materials.labels)  # the stored head, not a new one
+    again = predict(student, EncodedExamples(materials.evaluated[usual], ViltEncoder(str(folder / "student")),
+                                             num_labels=len(materials.labels)))  # fmt: skip
+    stored = table[table["split"] == usual]
+    assert (again.argmax(1) == stored["prediction"]).mean() > 0.98
+    np.testing.assert_allclose(again.max(1), stored["probability"], atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["snli_ve", "vqa_v2"])
+def test_the_teacher_may_speak_by_answer_statements(settings, task, tmp_path):
+    config = settings(task, class_probabilities="statements")
+    materials = prepare(config, [0])
+    assert "probe_accuracy" not in train_run(config, materials, tmp_path / "run")
+    table = reference_scores(config, materials)
+    assert set(table["arm"]) == {"teacher, zero-shot", "chance"} and table["mean"].between(0, 1).all()
+
+
+def test_reference_scores_of_a_probe_and_of_choices(settings):
+    for task, name in (("snli_ve", "teacher, probe"), ("vcr_qar", "teacher, zero-shot")):
+        config = settings(task, submission_split="")
+        table = reference_scores(config, prepare(config, [0])).set_index(["arm", "split"])["mean"]
+        assert table.loc["chance", TASKS[task].evaluated] == pytest.approx(
+            1 / 3 if task == "snli_ve" else 1 / 4
+        )
+        assert 0 <= table.loc[name, TASKS[task].evaluated] <= 1
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_controls_see_one_modality_only(settings, modality):
+    config = settings("vcr_qa", modality=modality, arm="finetune")
+    materials = prepare(config, [0], whole_splits=False)
+    examples = materials.evaluated["val"][:6]
+    items = [EncodedExamples(examples, materials.encoder, modality=kind)[0] for kind in ("both", modality)]
+    blank = "pixels" if modality == "text" else "input_ids"
+    kept = "input_ids" if modality == "text" else "pixels"
+    assert torch.equal(items[0][kept], items[1][kept])
+    assert not items[1]["pixels"].any() if blank == "pixels" else items[1]["input_ids"].shape[1] <= 3
+    with pytest.raises(ConfigError, match="without a teacher"):
+        train_run(settings("vcr_qa", modality=modality), materials, "unused")
+
+
+def test_an_answer_outside_the_vocabulary_weighs_nothing(settings):
+    config = settings("vqa_v2", vocabulary_minimum=20, submission_split="")
+    materials = prepare(config, [0])
+    from tdlib.training import DataLoader, TargetedDistillation, class_logits, collate, load_student
+
+    subset = experiments.low_shot(materials.train, config.shots, 0)
+    unknown = [i for i, example in enumerate(subset) if example.label is None]
+    assert unknown, "the test needs a rare answer"
+    builder = experiments.TargetBuilder(
+        materials.builder.cache, materials.builder.idf, config, class_logits(config, materials, subset)
+    )
+    data = EncodedExamples(subset, materials.encoder, builder, num_labels=len(materials.labels))
+    module = TargetedDistillation(load_student(config, materials), config, 24)
+    batch = next(iter(DataLoader(data, len(data), collate_fn=collate)))
+    weights = module.instance_weights(batch, torch.zeros(len(data), len(materials.labels)))
+    assert (weights[unknown] == 0).all() and (weights[batch["labels"] >= 0] > 0).all()
+    assert torch.isfinite(module(batch)["loss"])
+
+
+def test_masked_sets_follow_a_trained_student(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "SHIFTED_FILES", tmp_path / "shifts")
+    config = settings("vcr", submission_split="")
+    run = tmp_path / "run"
+    train_run(config, prepare(config, [0]), run)
+    shifted = settings("vcr", submission_split="", shift="keeptop1")
+    with pytest.raises(DataError, match=r"tdlib data mask RUN_FOLDER keeptop1"):
+        prepare(shifted, [0])
+    write_masked(run, "keeptop1")
+    examples = prepare(shifted, [0]).evaluated["val_keeptop1"]
+    for example in examples[:8]:
+        for choice in example.choices:
+            rest = choice.text.replace("[MASK]", "").split()
+            assert "[MASK]" in choice.text and len(rest) <= 1
+    with pytest.raises(ConfigError, match="masked sets are VCR's"):
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "config.json").write_text(settings("snli_ve").model_dump_json())
+        write_masked(other, "keeptop1")
+
+
+def test_person_tokens_are_words_of_the_student(settings, tmp_path):
+    config = settings("vcr_qa", references="person_tokens", submission_split="")
+    materials = prepare(config, [0])
+    tokens = materials.encoder.tokenizer.tokenize(materials.train[0].statements()[0].text)
+    assert any(token in vcr.PERSON_TOKENS for token in tokens)
+    train_run(config, materials, tmp_path / "run")
+    stored = load_vilt(str(tmp_path / "run" / "student"))
+    assert stored.config.vocab_size == len(ViltEncoder(str(tmp_path / "run" / "student")).tokenizer)
+
+
+def test_heads_have_the_labels_and_replace_others(student_folder, tmp_path):
+    three = load_vilt(str(student_folder), labels=("a", "b", "c"))
+    assert isinstance(three, ViltForClassification) and three.config.id2label == {0: "a", 1: "b", 2: "c"}
+    three.save_pretrained(tmp_path)
+    assert load_vilt(str(tmp_path), labels=("x", "y")).config.num_labels == 2
+
+
+def test_galleries_escape_data_and_show_answers(settings):
+    config = settings("vcr_qa", submission_split="")
+    example = prepare(config, [0], whole_splits=False).evaluated["val"][0]
+    shown = gallery([example], width=120)
+    assert shown.html.count("<img") == 1 and example.choices[example.label].text in repr(shown)
+    part = vcr.render(["<script>", [0], "&"], ["person"], decisive=[0])
+    html = text_html(part)
+    assert "<script>" not in html and "&lt;script&gt;" in html and "&amp;" in html and "<sub>0</sub>" in html
