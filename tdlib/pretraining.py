@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from tdlib.experiments import add_to_cache, zero_shot
 from tdlib.files import write_json
 from tdlib.miniworld.drawing import draw
 from tdlib.miniworld.writers import VERSION, captioned_scene, captions, false_caption, write_vcr
-from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, load_vilt, pad_pictures
+from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, embed_patches, load_vilt, pad_pictures
 from tdlib.tasks.vcr import VcrReader
 from tdlib.teacher import Teacher, encode_text_tokens
 
@@ -260,6 +261,54 @@ def mask_words(
     return ids.masked_fill(chosen, tokenizer.mask_token_id), ids.masked_fill(~chosen, -100)
 
 
+def see_words(
+    model: ViltForMultipleChoice, pictures: Tensor, captions_of: list[list[str]], readings: int,
+    tokenizer: PreTrainedTokenizerFast, steps: int, batch: int, peak: float, seed: int,
+) -> None:  # fmt: skip
+    """Teaches a ViLT which words of its captions a picture shows, each by its surest patch, without text."""
+    words = words_of_pictures([captions[:readings] for captions in captions_of], tokenizer)
+    share = words.float().mean(0)
+    asked = ((share > 0.01) & (share < 0.3)).nonzero()[:, 0]
+    head = nn.Linear(model.config.hidden_size, len(asked))
+    optimizer = make_optimizer(nn.ModuleList([model, head]), 0.05)
+    pixel_mask = torch.ones(batch, *pictures.shape[-2:], dtype=torch.long)
+    start = torch.full((batch, 1), tokenizer.cls_token_id)
+    losses, began = [], time.time()
+    for step, index in enumerate(batches(len(pictures), batch, steps, seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak, 50)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            patches, mask, _ = embed_patches(model.vilt, pictures[index] / 127.5 - 1, pixel_mask)
+            output = model.vilt(
+                input_ids=start, attention_mask=torch.ones_like(start),
+                token_type_ids=torch.zeros_like(start), image_embeds=patches, pixel_mask=mask,
+            )  # fmt: skip
+            votes = head(output.last_hidden_state[:, 2:]).float().amax(dim=1)  # behind both [CLS]
+        loss = F.binary_cross_entropy_with_logits(votes, words[index][:, asked].float())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if (step + 1) % 50 == 0:
+            log.info("words step %d: %.4f (%.0f s)", step + 1, np.mean(losses[-50:]), time.time() - began)
+
+
+def replaced_words(encoded: Tensor) -> Tensor:
+    """Which tokens of false captions are not in their true ones: (scenes, 2, readings, tokens), bool.
+
+    ``encoded`` holds ids of true [:, 0] and false [:, 1] captions, which differ in one place.
+    """
+    replaced = torch.zeros_like(encoded, dtype=torch.bool)
+    for scene, pair in enumerate(encoded.tolist()):
+        for reading, (true, false) in enumerate(zip(*pair, strict=True)):
+            steps = SequenceMatcher(None, true, false, autojunk=False).get_opcodes()
+            for kind, _, _, start, end in steps:
+                if kind in ("replace", "insert"):
+                    replaced[scene, 1, reading, start:end] = True
+    return replaced
+
+
 def pretrain_student(
     folder: Path,
     scenes: int = 20_000,
@@ -269,16 +318,20 @@ def pretrain_student(
     seed: int = 0,
     readings: int = 3,
     hard: float = 0.6,
+    word_steps: int = 900,
     start: Path | None = None,
 ) -> None:
     """Trains the mini ViLT on the curated corpus and writes a transformers model folder.
 
-    Masked words given the picture, and image-text matching, as in Kim et al. 2021: half of the
-    captions do not match, ``hard`` of them differ from the picture's own in one thing only (found by
-    the generator, where Li et al. 2021, ALBEF, mine them), the others belong to another picture. The
-    matching head is kept as the multiple-choice head. Hard negatives need a model to ``start`` from
-    that was trained without (``hard=0``): from the beginning, matching stayed on its plateau of 0.693
-    for the 1,400 steps that were tried.
+    First the picture alone, as the teacher's (``see_words``): it stands in for what the paper's
+    students know from their detector. Then masked words given the picture, and image-text matching,
+    as in Kim et al. 2021: half of the captions do not match, ``hard`` of them differ from the
+    picture's own in one thing only (found by the generator, where Li et al. 2021, ALBEF, mine them),
+    the others belong to another picture; every word of the former is also judged true or false of the
+    picture (as in ELECTRA, Clark et al. 2020, but given the picture), without which [CLS] hardly
+    learned to find the one that is false. The matching head is kept as the multiple-choice head. Hard
+    negatives need a model to ``start`` from that was trained without (``hard=0``): from the beginning,
+    matching stayed on its plateau of 0.693 for the 1,400 steps that were tried.
     The vocabulary is made from web texts (as BERT's is), the weights see the curated corpus only.
     """
     torch.manual_seed(seed)
@@ -291,14 +344,18 @@ def pretrain_student(
     log.info("corpus: %d scenes in %.0f s", scenes, time.time() - started)
     encoded = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")["input_ids"]
     lengths = (encoded != tokenizer.pad_token_id).sum(1)
+    replaced = replaced_words(encoded.view(scenes, 2, readings, -1)).view(len(texts), -1)
     config = ViltConfig(**MINI_VILT, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     model = load_vilt(str(start)) if start else ViltForMultipleChoice(config)
     word_head = nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.LayerNorm(128))
     log.info("%d parameters", sum(p.numel() for p in model.parameters()))
-    both = nn.ModuleList([model, word_head])
+    truth_head = nn.Linear(128, 1)
+    both = nn.ModuleList([model, word_head, truth_head])
     optimizer = make_optimizer(both, 0.05)
+    if word_steps:
+        see_words(model, pictures, captions_of, readings, tokenizer, word_steps, batch, peak, seed)
     generator = torch.Generator().manual_seed(seed)
-    history: dict[str, list[float]] = {"words": [], "matching": [], "matched": []}
+    history: dict[str, list[float]] = {"words": [], "truth": [], "matching": [], "matched": []}
     pixel_mask = torch.ones(batch, size, size, dtype=torch.long)
     for step, index in enumerate(batches(scenes, batch, steps, seed)):
         for group in optimizer.param_groups:
@@ -324,14 +381,19 @@ def pretrain_student(
             guesses = (
                 word_head(hidden[asked]) @ model.vilt.embeddings.text_embeddings.word_embeddings.weight.T
             )
+            judged = (words != tokenizer.pad_token_id) & (match | false)[:, None]
+            truths = truth_head(hidden[judged])[:, 0].float()
+        truth_loss = F.binary_cross_entropy_with_logits(
+            truths, replaced[chosen, : ids.shape[1]][judged].float()
+        )
         word_loss = F.cross_entropy(guesses.float(), labels[asked])
         logits = output.logits[:, 0].float()
         match_loss = F.binary_cross_entropy_with_logits(logits, match.float())
         optimizer.zero_grad(set_to_none=True)
-        (word_loss + match_loss).backward()
+        (word_loss + match_loss + 4 * truth_loss).backward()
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimizer.step()
-        values = (word_loss, match_loss, ((logits > 0) == match).float().mean())
+        values = (word_loss, truth_loss, match_loss, ((logits > 0) == match).float().mean())
         for name, value in zip(history, values, strict=True):
             history[name].append(float(value.detach()))
         if (step + 1) % 50 == 0:
@@ -348,7 +410,7 @@ def pretrain_student(
     processor.save_pretrained(folder)
     made = {
         "made_by": "tdlib.pretraining.pretrain_student", "corpus": "curated", "world": VERSION,
-        "scenes": scenes, "readings": readings, "hard_negatives": hard,
+        "scenes": scenes, "word_steps": word_steps, "readings": readings, "hard_negatives": hard,
         "steps": steps, "batch": batch, "peak_learning_rate": peak, "seed": seed,
         "minutes": round((time.time() - started) / 60, 1),
         "start": json.loads((start / "provenance.json").read_text()) if start else None,

@@ -37,6 +37,18 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def worlds(world, tmp_path_factory) -> dict[str, Path]:
+    """A folder per data set."""
+    from tdlib.miniworld import writers
+
+    home, small = tmp_path_factory.mktemp("worlds"), {"train": 30, "test": 30, "shifted": 30}
+    writers.write_snli_ve(home / "snli_ve", 7, writers.SnliVeSize(**small, dev=30))
+    writers.write_vqa(home / "vqa_v2", 7, writers.VqaSize(**small, val=30))
+    writers.write_vqa_cp(home / "vqa_cp_v2", 7, writers.VqaSize(**small, val=30))
+    return {"vcr": world} | {name: home / name for name in ("snli_ve", "vqa_v2", "vqa_cp_v2")}
+
+
+@pytest.fixture(scope="session")
 def captions_texts() -> list[str]:
     from tdlib.miniworld.writers import captioned_scene
 

@@ -73,6 +73,43 @@ def test_template_writes_one_run(tiny, tmp_path):
     assert set(json.loads((folder / "metrics.json").read_text())["accuracy"]) == {"val", "val_shortcut"}
 
 
+@pytest.mark.parametrize("task", ["vcr", "snli_ve", "vqa_v2"])
+def test_template_runs_every_task_by_one_parameter(tiny, worlds, task, tmp_path):
+    parameters = tiny | {
+        "task": task, "data_dir": str(worlds[task]), "runs_dir": str(tmp_path / "runs"), "shots": 0.3,
+        "probe_examples": 1,
+    }  # fmt: skip
+    done = tdlib("run", "04_distill", "--folder", str(tmp_path / "page"), *arguments_of(parameters))
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "runs" / "clip_td-seed0" / "metrics.json").read_text())
+    assert len(metrics["accuracy"]) == 2  # the usual test and a shifted one
+    assert (tmp_path / "runs" / "clip_td-seed0" / metrics["submission"]).stat().st_size > 0
+
+
+def test_data_notebook_shows_every_task(tiny, worlds, tmp_path):
+    parameters = {
+        "tasks": ["snli_ve"], "data_dir": str(worlds["snli_ve"]), "student": tiny["student"],
+        "control_epochs": 1, "runs_dir": str(tmp_path / "runs"),
+    }  # fmt: skip
+    done = tdlib("run", "01_data", "--folder", str(tmp_path / "page"), *arguments_of(parameters))
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").iterdir())) == 3  # what both, text and picture tell
+
+
+def test_data_check_lists_problems_and_says_so_by_its_status(worlds, tmp_path):
+    done = tdlib("data", "check", str(worlds["snli_ve"]), "--decode")
+    assert done.returncode == 0 and "dev_shortcut" in done.stdout, done.stdout + done.stderr
+    broken = shutil.copytree(worlds["snli_ve"], tmp_path / "broken")
+    lines = (broken / "snli_ve_dev.jsonl").read_text().splitlines()
+    lines[1], lines[3] = lines[1][:50], lines[2]
+    (broken / "snli_ve_dev.jsonl").write_text("\n".join(lines) + "\n")
+    done = tdlib("data", "check", str(broken))
+    assert done.returncode == 1
+    assert "snli_ve_dev.jsonl:2:" in done.stdout and "snli_ve_dev.jsonl:4:" in done.stdout
+    nothing = tdlib("data", "check", str(tmp_path / "nowhere"))
+    assert nothing.returncode == 1 and "no data set there" in nothing.stderr
+
+
 def test_failing_cell_fails_the_command_and_leaves_no_folder(tiny, tmp_path):
     parameters = tiny | {"data_dir": str(tmp_path / "nowhere"), "runs_dir": str(tmp_path / "runs")}
     done = tdlib("run", "04_distill", "--folder", str(tmp_path / "page"), *arguments_of(parameters))
