@@ -47,7 +47,7 @@ class RunConfig(BaseModel):
         "both", description="what the student sees (controls; without a teacher)"
     )
     shots: int | float = Field(
-        24, ge=0, description="examples per stratum (int), a fraction of each (float), 0: all"
+        48, ge=0, description="examples per stratum (int), a fraction of each (float), 0: all"
     )
     seed: int = Field(0, ge=0, description="of the subset, of new parameters and of the data order")
 
@@ -59,7 +59,7 @@ class RunConfig(BaseModel):
     max_text_tokens: int = Field(40, ge=8, le=512)
 
     arm: str = Field("clip_td", description="a key of tdlib.arms.ARMS")
-    epochs: int = Field(12, ge=1)
+    epochs: int = Field(6, ge=1)
     batch_size: int = Field(16, ge=1, description="examples per batch")
     accumulation: int = Field(1, ge=1, description="batches per update")
     learning_rate: float = Field(5e-4, gt=0)

@@ -382,7 +382,8 @@ def pretrain_student(
                 word_head(hidden[asked]) @ model.vilt.embeddings.text_embeddings.word_embeddings.weight.T
             )
             judged = (words != tokenizer.pad_token_id) & (match | false)[:, None]
-            truths = truth_head(hidden[judged])[:, 0].float()
+            below = output.hidden_states[-2][:, 0, : ids.shape[1]]  # what [CLS] reads in the last layer
+            truths = truth_head(below[judged])[:, 0].float()
         truth_loss = F.binary_cross_entropy_with_logits(
             truths, replaced[chosen, : ids.shape[1]][judged].float()
         )

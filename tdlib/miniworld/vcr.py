@@ -30,7 +30,7 @@ from tdlib.miniworld.worlds import (
     writing_lines,
 )
 
-ECHO = (0.7, 0.4)  # how often a right and a wrong answer repeats words and tags of the question
+ECHO = (0.55, 0.45)  # how often a right and a wrong answer repeats words and tags of the question
 _BALANCED = (0.5, 0.5)
 _REVERSED = (0.0, 1.0)
 
