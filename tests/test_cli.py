@@ -82,7 +82,7 @@ def test_template_runs_every_task_by_one_parameter(tiny, worlds, task, tmp_path)
     done = tdlib("run", "04_distill", "--folder", str(tmp_path / "page"), *arguments_of(parameters))
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "runs" / "clip_td-seed0" / "metrics.json").read_text())
-    assert len(metrics["accuracy"]) == 2  # the usual test and a shifted one
+    assert len(metrics["accuracy"]) >= 2  # the usual test and a shifted one
     assert (tmp_path / "runs" / "clip_td-seed0" / metrics["submission"]).stat().st_size > 0
 
 

@@ -47,6 +47,7 @@ from tdlib.miniworld.writers import (
     ensure_vcr,
     ensure_vqa,
     ensure_vqa_cp,
+    false_caption,
     scene_at,
     write_captions,
     write_snli_ve,
@@ -427,7 +428,7 @@ def overlap_accuracy(records: list[dict]) -> float:
 
 
 def test_the_shortcut_helps_until_it_is_reversed(records):
-    assert overlap_accuracy(records["val"]) > 0.33
+    assert overlap_accuracy(records["val"]) > 0.265
     assert overlap_accuracy(records["val_shortcut"]) < 0.1
     assert 0.17 < overlap_accuracy(records["val_balanced"]) < 0.33
 
@@ -482,16 +483,25 @@ def test_one_style_is_kept_for_the_shift(records):
         assert {scene_of(record, split).style for record in records[split]} == expected
 
 
-def test_curated_captions_infer_nothing():
-    """Answers are inferences; the captions that students are pretrained on hold none of their words."""
-    inferences = [entry.inference for table in (MOODS, PLACES, ROLES) for entry in table.values()]
-    inferences += [words for entry in HELD.values() for words in (entry.next, entry.consequence)]
+def test_curated_captions_infer_only_from_what_they_know():
+    """What follows from unknown concepts is the teacher's knowledge alone."""
+
+    def unknown(table):
+        return [entry for entry in table.values() if not entry.curated]
+
+    inferences = [entry.inference for table in (MOODS, PLACES, ROLES) for entry in unknown(table)]
+    inferences += [words for entry in unknown(HELD) for words in (entry.next, entry.consequence)]
     for table in (THINGS, WEATHER):
-        inferences += [words for entry in table.values() for words in (entry.joy, entry.trouble)]
+        inferences += [words for entry in unknown(table) for words in (entry.joy, entry.trouble)]
     curated = "\n".join(captioned_scene("curated", 3, index)[1].lower() for index in range(300))
     assert not [words for words in inferences if words in curated]
     web = "\n".join(captioned_scene("web", 3, index)[1].lower() for index in range(1000))
     assert len([words for words in inferences if words in web]) > 0.9 * len(inferences)
+
+
+def test_false_captions_differ_from_the_true_ones():
+    for index in range(100):
+        assert false_caption(3, index) != captioned_scene("curated", 3, index)[1]
 
 
 @pytest.mark.parametrize("kind", ["web", "curated", "held_out"])

@@ -6,6 +6,7 @@ Shared by the readers of all tasks, with their common checks and their common ba
 import codecs
 import json
 import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ class Records(Sequence[dict[str, Any]]):
     ):
         self.path, self.spans, self._places, self._numbers, self.what = path, spans, places, numbers, what
         self._file = path.open("rb")  # read by position; workers of a loader may share it
+        weakref.finalize(self, self._file.close)
 
     @classmethod
     def lines(cls, path: Path, what: str) -> "Records":
