@@ -181,7 +181,7 @@ def test_soft_labels_move_the_probabilities(problem):
 
 def test_too_few_examples_fail(problem):
     cache, examples = problem
-    with pytest.raises(ValueError, match=". pictures cannot be split into 5 folds"):
+    with pytest.raises(ValueError, match="pictures cannot be split into 5 folds"):
         ClassProbe(cache, examples[:4], 3, seed=0)
     unlabelled = [dataclasses.replace(e, label=None) for e in examples]
     with pytest.raises(ValueError, match="0 pictures"):
