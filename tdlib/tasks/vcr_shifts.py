@@ -9,13 +9,13 @@ the tokens that a trained model leans on. Follows github.com/yekeren/VCR-shortcu
 
 import json
 import math
-import os
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tdlib.examples import DataError
+from tdlib.files import whole_file
 from tdlib.tasks.reading import Records, is_number, need
 
 Record = dict[str, Any]
@@ -409,16 +409,10 @@ def write_shifted(source: Path | str, target: Path | str, name: str, scores: Pat
 
     count = 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.partial")  # runs side by side may write it
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            for index in range(len(records)):
-                shifted = shift(records[index], records.where(index))
-                if shifted is not None:
-                    file.write(json.dumps(shifted, ensure_ascii=False) + "\n")
-                    count += 1
-        os.replace(unfinished, target)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    with whole_file(target) as file:
+        for index in range(len(records)):
+            shifted = shift(records[index], records.where(index))
+            if shifted is not None:
+                file.write(json.dumps(shifted, ensure_ascii=False) + "\n")
+                count += 1
     return count
