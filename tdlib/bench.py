@@ -52,7 +52,7 @@ def _step(config: RunConfig, materials, live_teacher: bool = False) -> Callable[
             examples = [subset[i] for i in chosen]
             teacher.encode_pictures([open_picture(example.image) for example in examples])
             teacher.encode_texts([s.text for example in examples for s in example.statements()])
-        batch = collate([dataset[i] for i in chosen])
+        batch = collate([dataset[i] for i in chosen], dataset.encoder)
         loss = module(batch)["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

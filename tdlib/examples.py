@@ -61,6 +61,7 @@ class Example:
     right answer is not in the vocabulary. ``stratum`` is what low-shot subsets balance.
     ``annotators`` are the answers that people gave (VQA), ``answer_type`` their kind, and
     ``soft_label`` what each of the vocabulary's answers is worth, as (index, score in [0, 1]).
+    ``given`` is where in the prompt the given answer starts (VCR's QA->R), 0 where none is given.
     """
 
     id: str
@@ -75,6 +76,7 @@ class Example:
     annotators: tuple[str, ...] = ()
     answer_type: str = ""
     soft_label: tuple[tuple[int, float], ...] = ()
+    given: int = 0
 
     def statements(self) -> tuple[TextPart, ...]:
         """What is read about the picture: the prompt with each choice, or the prompt alone."""

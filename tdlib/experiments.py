@@ -4,6 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tdlib.files import write_jsonl
 from tdlib.priors import Idf
 from tdlib.probe import answer_statements
 from tdlib.statistics import bootstrap_interval
-from tdlib.students.vilt import ViltEncoder, load_vilt, pad_pictures
+from tdlib.students.vilt import ViltEncoder, load_vilt
 from tdlib.targets import TargetBuilder
 from tdlib.tasks.catalogue import (
     answer_vocabulary,
@@ -31,10 +32,10 @@ from tdlib.tasks.catalogue import (
     splits_of,
 )
 from tdlib.tasks.reading import Records
-from tdlib.tasks.vcr import PERSON_TOKENS, render
+from tdlib.tasks.vcr import PERSON_TOKENS, VcrReader, render
 from tdlib.tasks.vcr_shifts import MASKINGS, shortcut_scores, write_shifted
-from tdlib.teacher import Teacher, choice_logits, open_picture
-from tdlib.training import EncodedExamples, Materials, class_logits, train_run
+from tdlib.teacher import Teacher, choice_logits
+from tdlib.training import EncodedExamples, Materials, class_logits, collate, student_inputs, train_run
 
 log = logging.getLogger(__name__)
 
@@ -304,15 +305,14 @@ def write_masked(folder: Path, shift: str, source: Path | None = None) -> Path:
     encoder = ViltEncoder(str(folder / "student"), config.max_text_tokens)
     student = load_vilt(str(folder / "student")).eval()
     lines = []
-    for record in Records.lines(source, "VCR"):
-        image = home / "vcr1images" / str(record["img_fn"])
-        pixels, mask = pad_pictures([encoder.picture(open_picture(image))])
+    examples = VcrReader(home, source.stem, references=config.references, file=source).open()
+    for record, example in zip(Records.lines(source, "VCR"), examples, strict=True):
 
-        def score_variants(prompt, variants, record=record, image=image, pixels=pixels, mask=mask):
+        def score_variants(prompt, variants, record=record, example=example):
             parts = [render(tokens, record["objects"], config.references) for tokens in [prompt, *variants]]
-            text = encoder.text(Example("", image, (), (), parts[0], tuple(parts[1:]), None, ""))
-            inputs = (text.input_ids, text.attention_mask, text.token_type_ids)
-            return student(*(value[None] for value in inputs), pixels, mask).logits[0].tolist()
+            asked = replace(example, prompt=parts[0], choices=tuple(parts[1:]))
+            batch = collate([EncodedExamples([asked], encoder)[0]], encoder)
+            return student(**student_inputs(student, batch)).logits[0].tolist()
 
         lines.append(shortcut_scores(record, score_variants))
     target = generated_file(source, shift)

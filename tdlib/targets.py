@@ -4,8 +4,9 @@ Everything here depends on the example and the frozen teacher alone, so it is co
 example; what changes while training (selection that draws, instance weights) happens in ``training``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,9 +16,9 @@ from tdlib.cache import TeacherCache
 from tdlib.config import RunConfig
 from tdlib.examples import Example
 from tdlib.priors import PRIORS, Idf
-from tdlib.relevance import RELEVANCE
+from tdlib.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.selection import token_scores
-from tdlib.teacher import TeacherRecord, choice_logits
+from tdlib.teacher import EXTRAS, TeacherRecord, choice_logits
 from tdlib.tokens import TeacherTokens, Tokens
 
 
@@ -26,7 +27,8 @@ class Targets:
     """What one example's tokens are drawn to; tokens run over text, then picture, as in the student.
 
     ``vectors`` (choices, tokens, teacher_dim) unit length, zero where not distilled; ``relevance``,
-    ``prior``, ``scores`` (choices, tokens); ``valid`` marks tokens with a target;
+    ``prior``, ``scores`` (choices, tokens); ``valid`` marks tokens with a target; a relevance that
+    depends on the student (``STUDENT_RELEVANCE``) is 0 here, for training to compute;
     ``teacher_logits`` are CLIP's zero-shot scaled cosines (choices,), or class logits (labels,).
     """
 
@@ -39,22 +41,38 @@ class Targets:
     teacher_logits: Tensor
 
 
-def teacher_tokens(texts: list[TeacherRecord], picture: TeacherRecord) -> TeacherTokens:
-    """The teacher's tokens of several statements about one picture, text then patches, of one length."""
-    choices, patches, dim = len(texts), len(picture.positions), picture.pooled.shape[-1]
+def teacher_tokens(
+    texts: list[TeacherRecord],
+    picture: TeacherRecord,
+    saliencies: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> TeacherTokens:
+    """The teacher's tokens of several statements about one picture, text then patches, of one length.
+
+    ``saliencies`` are scalars of each statement's tokens and of the patches.
+    """
+    patches = len(picture.positions)
     longest = max(len(text.positions) for text in texts)
-    spans = torch.zeros(choices, longest + patches, 2, dtype=torch.long)
-    boxes = torch.zeros(choices, longest + patches, 4)
-    projected, value = torch.zeros(2, choices, longest + patches, dim)
+
+    def laid_out(of_texts: Sequence[Tensor], of_picture: Sequence[Tensor]) -> Tensor:
+        rows = of_texts[0].new_zeros(len(texts), longest + patches, *of_texts[0].shape[1:])
+        for row, words, cells in zip(rows, of_texts, of_picture, strict=True):
+            row[: len(words)] = words
+            row[longest:] = cells
+        return rows
+
+    def vectors(name: str) -> Tensor:
+        return laid_out([getattr(text, name) for text in texts], [getattr(picture, name)] * len(texts))
+
+    spans = laid_out(
+        [text.positions for text in texts], [torch.zeros(patches, 2, dtype=torch.long)] * len(texts)
+    )
+    boxes = torch.zeros(len(texts), longest + patches, 4)
     boxes[:, longest:] = picture.positions
-    projected[:, longest:], value[:, longest:] = picture.projected, picture.value
-    for row, text in enumerate(texts):
-        length = len(text.positions)
-        spans[row, :length] = text.positions
-        projected[row, :length], value[row, :length] = text.projected, text.value
     return TeacherTokens(
-        Tokens(spans, boxes), projected, value, picture.pooled.expand(choices, dim),
+        Tokens(spans, boxes), vectors("projected"), vectors("value"), picture.pooled.expand(len(texts), -1),
         torch.stack([text.pooled for text in texts]),
+        vv=None if picture.vv is None else vectors("vv"),
+        saliency=None if saliencies is None else laid_out(*zip(*saliencies, strict=True)),
     )  # fmt: skip
 
 
@@ -66,6 +84,8 @@ class TargetBuilder:
         idf: word statistics of the training split.
         config: names the relevance variant, the prior and their settings.
         class_logits: the teacher's logits over the label set, where examples have no choices.
+        picture_of: the picture that the teacher sees of an example; the example's own unless a control
+            shows it another's.
     """
 
     def __init__(
@@ -74,8 +94,55 @@ class TargetBuilder:
         idf: Idf,
         config: RunConfig,
         class_logits: Callable[[Example], Tensor] | None = None,
+        picture_of: Callable[[Example], Path] = lambda example: example.image,
     ):
         self.cache, self.idf, self.config, self.class_logits = cache, idf, config, class_logits
+        self.picture_of = picture_of
+
+    def prepare(self, examples: Sequence[Example], part: int = 5_000) -> None:
+        """Computes in one go what the relevance variant needs of examples and the cache lacks.
+
+        Not needed, but calling the builder adds them one by one, which is far slower.
+
+        Args:
+            examples: statements and pictures of these.
+            part: examples that are held in memory at once.
+
+        Raises:
+            TeacherError: the teacher cannot give this relevance.
+        """
+        for start in range(0, len(examples), part):
+            pairs = [
+                (statement.text, self.picture_of(example))
+                for example in examples[start : start + part]
+                for statement in example.statements()
+            ]
+            self._add(pairs)
+
+    def _add(self, pairs: Sequence[tuple[str, Path]]) -> None:
+        extras = [self.config.relevance] if self.config.relevance in EXTRAS else []
+        self.cache.add([text for text, _ in pairs], [picture for _, picture in pairs], extras=extras)
+        if self.config.relevance == "gradient":
+            self.cache.add_pairs(pairs)
+
+    def _teacher_tokens(self, statements: Sequence[str], picture: Path) -> TeacherTokens:
+        variant = self.config.relevance
+        if variant not in (*EXTRAS, "gradient"):
+            return teacher_tokens([self.cache.text(text) for text in statements], self.cache.picture(picture))
+        self._add([(text, picture) for text in statements])
+        extras = [variant] if variant in EXTRAS else []
+        texts = [self.cache.text(text, extras) for text in statements]
+        patches = self.cache.picture(picture, extras)
+        saliencies = None
+        if variant == "gradient":
+            lengths = [[len(text.positions), len(patches.positions)] for text in texts]
+            saliencies = [
+                self.cache.pair(text, picture).split(length)
+                for text, length in zip(statements, lengths, strict=True)
+            ]
+        elif variant != "vv":
+            saliencies = [(getattr(text, variant), getattr(patches, variant)) for text in texts]
+        return teacher_tokens(texts, patches, saliencies)
 
     def __call__(self, example: Example, spans: Tensor, boxes: Tensor) -> Targets:
         """Targets for a student whose tokens have these positions.
@@ -86,17 +153,18 @@ class TargetBuilder:
             boxes: (visual_tokens, 4), normalised xyxy.
         """
         statements = [statement.text for statement in example.statements()]
-        teacher = teacher_tokens(
-            [self.cache.text(text) for text in statements], self.cache.picture(example.image)
-        )
+        teacher = self._teacher_tokens(statements, self.picture_of(example))
         choices = len(statements)
         student = Tokens.cat([Tokens.text(spans), Tokens.visual(boxes.expand(choices, -1, -1))])
         alignment = align(student, teacher.tokens)
         vectors = aligned_targets(alignment, teacher.projected)
         valid = vectors.abs().sum(-1) > 0
-        relevance = RELEVANCE[self.config.relevance](alignment, student, teacher)
-        text_prior = PRIORS[self.config.prior]
         prior = torch.ones(choices, student.spans.shape[1])
+        if self.config.relevance in STUDENT_RELEVANCE:
+            relevance = torch.zeros_like(prior)
+        else:
+            relevance = RELEVANCE[self.config.relevance](alignment, student, teacher)
+        text_prior = PRIORS[self.config.prior]
         for row, text in enumerate(statements):
             prior[row, : spans.shape[1]] = text_prior(text, spans[row], self.idf)
         scores = token_scores(

@@ -1,30 +1,34 @@
-"""The frozen teacher: per-token features of any open_clip ViT, in CLIP's joint space.
+"""The frozen teacher: per-token features of any open_clip model, in its joint space.
 
-Everything about open_clip stands here: loading, tokens with character offsets, patches with boxes,
-and the projection of tokens. Storing features is ``cache``'s business.
+Loading, tokens with character offsets and patches with boxes stand here; how the towers of each
+family give tokens, in ``teacher_towers``. Storing features is ``cache``'s business.
 """
 
 import difflib
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from open_clip.transformer import ResidualAttentionBlock, Transformer, text_global_pool
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from tdlib.config import resolve
 from tdlib.examples import DataError
+from tdlib.teacher_towers import EXTRAS as EXTRAS
+from tdlib.teacher_towers import Seen, Tower, image_tower, text_tower
+from tdlib.teacher_towers import TeacherError as TeacherError
+from tdlib.teacher_towers import encode_text_tokens as encode_text_tokens
 
-
-class TeacherError(ValueError):
-    """The teacher cannot be loaded or used: says which model, why, and the remedy."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,17 @@ class TeacherRecord:
     """The tokens of one text or one picture in the joint space, L2-normalised, without special tokens.
 
     ``positions`` are character spans (tokens, 2) of the raw string, or boxes (tokens, 4) normalised
-    to the original picture. ``pooled`` is CLIP's global embedding.
+    to the original picture. ``pooled`` is CLIP's global embedding. The last three (``EXTRAS``) are
+    there only if asked for; scalars are divided by the record's largest, so they lie in [0, 1].
     """
 
     projected: Tensor  # (tokens, teacher_dim)
     value: Tensor  # (tokens, teacher_dim), last attention block replaced by its value path
     positions: Tensor
     pooled: Tensor  # (teacher_dim,)
+    vv: Tensor | None = None  # (tokens, teacher_dim), value-value attention
+    attention: Tensor | None = None  # (tokens,), the pooled position's attention in the last layer
+    rollout: Tensor | None = None  # (tokens,), the same through all layers
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -56,60 +64,12 @@ def open_picture(path: Path) -> Image.Image:
         raise DataError(f"{path}: picture does not decode ({error}); copy the file again") from None
 
 
-def encode_text_tokens(model: open_clip.CLIP, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled and per-token text features before L2 normalisation, for ids cut to their real length.
-
-    CLIP's text tower is causal and pools at the end token, so cutting the padding changes nothing.
-    ``ids`` is (batch, tokens) with the padding id behind the end token. Returns (batch, teacher_dim)
-    and (batch, tokens, teacher_dim), both after ``ln_final`` and the text projection.
-    """
-    length = ids.shape[1]
-    hidden = model.token_embedding(ids) + model.positional_embedding[:length]
-    hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:length, :length]))
-    end = getattr(model, "text_eos_id", None)
-    pooled = text_global_pool(hidden, ids, model.text_pool_type, eos_token_id=end)
-    return pooled @ model.text_projection, hidden @ model.text_projection
-
-
-def value_path(block: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
-    """A residual attention block whose attention is replaced by its value path.
-
-    Every token attends to itself alone, which keeps patch tokens local (MaskCLIP, Zhou et al. 2022).
-    """
-    attention = block.attn
-    width = attention.embed_dim
-    weight, bias = attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :]
-    value = attention.out_proj(F.linear(block.ln_1(hidden), weight, bias))
-    hidden = hidden + block.ls_1(value)
-    return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
-
-
-class _LastInput:
-    """Remembers what enters the last residual block of a tower while it is open."""
-
-    def __init__(self, transformer: Transformer):
-        self.block = transformer.resblocks[-1]
-        self.batch_first = getattr(transformer, "batch_first", True)
-        self.hidden: Tensor | None = None
-
-    def __enter__(self) -> "_LastInput":
-        self._hook = self.block.register_forward_pre_hook(self._keep, with_kwargs=True)
-        return self
-
-    def _keep(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden = args[0] if args else kwargs["q_x"]
-        self.hidden = hidden if self.batch_first else hidden.transpose(0, 1)
-
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
-
-    def value(self) -> Tensor:
-        assert self.hidden is not None
-        return value_path(self.block, self.hidden)
-
-
 def patch_boxes(
-    size: tuple[int, int], input_size: tuple[int, int], grid: tuple[int, int], resize_mode: str
+    size: tuple[int, int],
+    input_size: tuple[int, int],
+    grid: tuple[int, int],
+    resize_mode: str,
+    patch: tuple[int, int] | None = None,
 ) -> Tensor:
     """Where the teacher's patches lie in the original picture, (rows * columns, 4) normalised xyxy.
 
@@ -119,13 +79,14 @@ def patch_boxes(
         grid: rows and columns of patches.
         resize_mode: open_clip's "shortest" (resize the shorter side, crop the centre), "squash"
             (stretch), or "longest" (resize the longer side, pad the centre).
+        patch: height and width of a patch, pixels, where patches may leave a margin of the input out.
     """
     input_height, input_width = input_size
     width, height = _resized(size, (input_width, input_height), resize_mode)
     left, top = _crop_start(width, input_width), _crop_start(height, input_height)
     rows, columns = grid
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    step_x, step_y = input_width / columns, input_height / rows
+    step_y, step_x = patch or (input_height / rows, input_width / columns)
     box = torch.stack([x * step_x, y * step_y, (x + 1) * step_x, (y + 1) * step_y], dim=-1).reshape(-1, 4)
     offset = torch.tensor([left, top, left, top])
     return ((box + offset) / torch.tensor([width, height, width, height])).clamp(0, 1).float()
@@ -176,7 +137,12 @@ class TextTokenizer:
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, name: str):
         if not isinstance(tokenizer, SimpleTokenizer | HFTokenizer):
             raise TeacherError(f"{name}: tokenizer {type(tokenizer).__name__} has no character offsets here")
+        if getattr(tokenizer, "tokenizer_mode", ""):
+            raise TeacherError(
+                f"{name}: tokenizer_mode {tokenizer.tokenizer_mode!r} has no character offsets here"
+            )
         self.tokenizer = tokenizer
+        self.padding = 0 if isinstance(tokenizer, SimpleTokenizer) else tokenizer.tokenizer.pad_token_id or 0
 
     def __call__(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids with start and end token, and their spans in ``text`` ((0, 0) for special tokens)."""
@@ -210,23 +176,41 @@ class TextTokenizer:
         encoded = self.tokenizer.tokenizer(
             clean, truncation=True, max_length=self.tokenizer.context_length, return_offsets_mapping=True
         )
-        return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+        ids = list(encoded["input_ids"])
+        if self.tokenizer.strip_sep_token:
+            ids = [0 if token == self.tokenizer.tokenizer.sep_token_id else token for token in ids]
+        return ids, [_without_space(clean, start, end) for start, end in encoded["offset_mapping"]]
+
+
+def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
+    """A span without the white space that some tokenizers count to the word behind it."""
+    while start < end and text[start].isspace():
+        start += 1
+    return start, end
 
 
 class Teacher:
     """A frozen open_clip model that yields per-token features.
 
+    A checkpoint file does not say which activation its weights were trained with. OpenAI's (and all
+    made from them, and those of MetaCLIP and DFN) need QuickGELU: name "ViT-B-16-quickgelu", not
+    "ViT-B-16", with such a file. With a tag, the activation is set right here.
+
     Args:
         name: an open_clip model name ("ViT-B-16"), "local-dir:FOLDER" or "hf-hub:ORG/REPO".
         pretrained: an open_clip tag ("openai") or a checkpoint file; "" for folders and hubs.
         device: where it runs.
+        random_weights: a seed; the weights are then drawn as open_clip draws them before training,
+            the control of a teacher that knows nothing. Architecture, preprocessing and tokenizer stay.
 
     Raises:
         TeacherError: the model is unknown, its weights are missing or of another shape, or its
             towers give no per-token features.
     """
 
-    def __init__(self, name: str, pretrained: str = "", device: str = "cpu"):
+    def __init__(
+        self, name: str, pretrained: str = "", device: str = "cpu", random_weights: int | None = None
+    ):
         name = resolve(name, prefix="local-dir:")
         pretrained = resolve(pretrained)
         if pretrained and ":" in name:
@@ -234,54 +218,58 @@ class Teacher:
                 f"teacher {name!r} brings its own weights, pretrained={pretrained!r} would be ignored; leave "
                 "teacher_pretrained empty or name an open_clip architecture"
             )
-        options = {}
-        if pretrained and (open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu"):
-            options["force_quick_gelu"] = True  # OpenAI's weights were trained with it
+        options = _activation(name, pretrained)
+        if random_weights is not None:
+            options |= {"load_weights": False, "pretrained_text": False}
         try:
-            model, _, self.preprocess = open_clip.create_model_and_transforms(
-                name, pretrained=pretrained or None, device=device, require_pretrained=True, **options
-            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0 if random_weights is None else random_weights)
+                model, _, self.preprocess = open_clip.create_model_and_transforms(
+                    name, pretrained=pretrained or None, device=device,
+                    require_pretrained=random_weights is None, **options,
+                )  # fmt: skip
             tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # open_clip lets through what json, torch and safetensors raise
             raise TeacherError(
                 f"teacher {name!r} (pretrained={pretrained!r}) cannot be loaded: {error}. Expected an "
                 "open_clip name with a tag or checkpoint file of the same shape, 'local-dir:FOLDER', or "
-                "'hf-hub:ORG/REPO'"
+                f"'hf-hub:ORG/REPO'{_archive_hint(error)}"
             ) from error
-        if not isinstance(model, open_clip.CLIP) or not hasattr(model.visual, "conv1"):
-            raise TeacherError(f"teacher {name!r}: only CLIP models with a ViT image tower are supported")
-        blocks = [model.transformer.resblocks[-1], model.visual.transformer.resblocks[-1]]
-        if model.attn_mask is None or model.text_pool_type not in ("argmax", "eos"):
-            raise TeacherError(
-                f"teacher {name!r}: its text tower is not causal or pools by {model.text_pool_type!r}; only "
-                "causal towers that pool at the end token are supported"
-            )
-        if not all(type(getattr(block, "attn", None)) is nn.MultiheadAttention for block in blocks):
-            raise TeacherError(f"teacher {name!r}: only open_clip's default attention blocks are supported")
+        if not isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP | open_clip.CoCa):
+            raise TeacherError(f"teacher {name!r}: {type(model).__name__} is no CLIP, CustomTextCLIP or CoCa")
         self.name, self.device = name, torch.device(device)
         self.model = model.eval().requires_grad_(False)
+        self.text, self.image = text_tower(model, repr(name)), image_tower(model.visual, repr(name))
         self.tokenize = TextTokenizer(tokenizer, name)
         self.fingerprint = self._fingerprint()
 
-    @property
+    @cached_property
     def dim(self) -> int:
         """Width of the joint space."""
-        return int(self.model.text_projection.shape[1])
+        return len(self.encode_texts(["a"])[0].pooled)
 
     @property
     def logit_scale(self) -> float:
-        """What CLIP multiplies cosines with before a softmax."""
+        """What the model multiplies cosines with before a softmax (or, SigLIP, a sigmoid)."""
         return float(self.model.logit_scale.exp())
+
+    @property
+    def logit_bias(self) -> float:
+        """What a sigmoid model (SigLIP) adds to scaled cosines; 0 for others."""
+        return 0.0 if self.model.logit_bias is None else float(self.model.logit_bias)
 
     def _fingerprint(self) -> str:
         """SHA-256 over weights, architecture, preprocessing, tokenizer kind and library version."""
         total = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
-            total.update(key.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
+            if not key.startswith("text_decoder."):  # CoCa's, which no feature passes
+                total.update(key.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
         settings = {
             "model": str(self.model),  # activations and norms are not in the weights
-            "heads": [m.num_heads for m in self.model.modules() if isinstance(m, nn.MultiheadAttention)],
-            "pooling": [self.model.text_pool_type, self.model.visual.pool_type],
+            "heads": [
+                m.num_heads for m in self.model.modules() if isinstance(getattr(m, "num_heads", None), int)
+            ],
+            "towers": self._tower_settings(),
             "preprocess": str(self.preprocess),
             "tokenizer": type(self.tokenize.tokenizer).__name__,
             "sample": self.tokenize("The quick brown fox, 1.5 dogs."),
@@ -291,61 +279,179 @@ class Teacher:
         total.update(json.dumps(settings, sort_keys=True).encode())
         return total.hexdigest()
 
+    def _tower_settings(self) -> list[dict[str, Any]]:
+        """What neither weights nor module names tell: kinds of pooling, masks, prefix tokens."""
+        model, visual = self.model, self.model.visual
+        text = getattr(model, "text", model)
+        settings = [
+            {
+                key: value
+                for key, value in sorted(vars(part).items())
+                if isinstance(value, bool | int | str | tuple)
+            }
+            for part in (model, text, visual, getattr(visual, "trunk", visual))
+        ]
+        hugging_face = getattr(text, "config", None)
+        return [
+            *settings, {"causal": getattr(text, "attn_mask", None) is not None},
+            {} if hugging_face is None else hugging_face.to_diff_dict(),
+        ]  # fmt: skip
+
+    def text_ids(self, encoded: Sequence[Sequence[int]]) -> Tensor:
+        """Ids of texts as the text tower takes them, padded as far as its features depend on it."""
+        length = max(map(len, encoded)) if self.text.cut else self.tokenize.tokenizer.context_length
+        ids = torch.full((len(encoded), length), self.tokenize.padding)
+        for row, tokens in enumerate(encoded):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        return ids.to(self.device)
+
     @torch.inference_mode()
-    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> list[TeacherRecord]:
-        """Per-token features of texts, each cut to its real length."""
+    def encode_texts(
+        self, texts: Sequence[str], batch_size: int = 256, extras: Sequence[str] = ()
+    ) -> list[TeacherRecord]:
+        """Per-token features of texts; ``extras`` names further signals (``EXTRAS``).
+
+        Raises:
+            TeacherError: the text tower cannot give one of ``extras``.
+        """
         encoded = [self.tokenize(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i][0]))
-        records: list[TeacherRecord | None] = [None] * len(texts)
+        records: dict[int, TeacherRecord] = {}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(encoded[i][0]) for i in chosen], batch_first=True)
-            with _LastInput(self.model.transformer) as last:
-                pooled, projected = encode_text_tokens(self.model, ids.to(self.device))
-            value = self.model.ln_final(last.value()) @ self.model.text_projection
+            pooled, signals = self.text.encode(self.text_ids([encoded[i][0] for i in chosen]), extras)
             for row, i in enumerate(chosen):
                 spans = torch.tensor(encoded[i][1])
                 real = spans[:, 1] > spans[:, 0]
-                length = len(spans)
-                records[i] = TeacherRecord(
-                    F.normalize(projected[row, :length].cpu()[real], dim=-1),
-                    F.normalize(value[row, :length].cpu()[real], dim=-1),
-                    spans[real],
-                    F.normalize(pooled[row].cpu(), dim=-1),
-                )
-        return [record for record in records if record is not None]
+                own = {name: signal[row, : len(spans)].cpu()[real] for name, signal in signals.items()}
+                records[i] = _record(own, spans[real], pooled[row])
+        return [records[i] for i in range(len(texts))]
 
     @torch.inference_mode()
-    def encode_pictures(self, pictures: Sequence[Image.Image], batch_size: int = 128) -> list[TeacherRecord]:
-        """Per-patch features of pictures."""
-        visual = self.model.visual
-        mode = getattr(visual, "preprocess_cfg", {}).get("resize_mode", "shortest")
+    def encode_pictures(
+        self, pictures: Sequence[Image.Image], batch_size: int = 128, extras: Sequence[str] = ()
+    ) -> list[TeacherRecord]:
+        """Per-patch features of pictures; ``extras`` names further signals (``EXTRAS``).
+
+        Raises:
+            TeacherError: the image tower cannot give one of ``extras``.
+        """
         records = []
         for start in range(0, len(pictures), batch_size):
             chosen = pictures[start : start + batch_size]
             pixels = torch.stack([self.preprocess(picture) for picture in chosen]).to(self.device)
-            with _LastInput(visual.transformer) as last:
-                output = visual.forward_intermediates(
-                    pixels, indices=1, normalize_intermediates=True, output_fmt="NLC",
-                    output_extra_tokens=True,
-                )  # fmt: skip
-            projected = output["image_intermediates"][-1] @ visual.proj
-            patches = last.value()[:, -projected.shape[1] :]  # what stands before them is [CLS]
-            value = visual.ln_post(patches) @ visual.proj
+            pooled, signals = self.image.encode(pixels, extras)
             for row, picture in enumerate(chosen):
-                input_size = pixels.shape[-2], pixels.shape[-1]
-                boxes = patch_boxes(picture.size, input_size, visual.grid_size, mode)
-                records.append(
-                    TeacherRecord(
-                        F.normalize(projected[row].cpu(), dim=-1),
-                        F.normalize(value[row].cpu(), dim=-1),
-                        boxes,
-                        F.normalize(output["image_features"][row].cpu(), dim=-1),
-                    )
-                )
+                own = {name: signal[row].cpu() for name, signal in signals.items()}
+                boxes = self._boxes(picture.size, pixels.shape, len(own["projected"]))
+                records.append(_record(own, boxes, pooled[row]))
         return records
+
+    def _boxes(self, size: tuple[int, int], shape: torch.Size, tokens: int) -> Tensor:
+        mode = getattr(self.model.visual, "preprocess_cfg", {}).get("resize_mode", "shortest")
+        height, width = shape[-2:]
+        grid = self.image.grid(height, width, tokens)
+        return patch_boxes(size, (height, width), grid, mode, self.image.patch)
+
+    def check(self, relevance: str) -> None:
+        """Raises TeacherError if a tower cannot give a signal of ``EXTRAS``, or "gradient"."""
+        self.text.check(relevance)
+        self.image.check(relevance)
+
+    def pair_relevance(
+        self, texts: Sequence[str], picture: Image.Image, batch_size: int = 8
+    ) -> list[tuple[Tensor, Tensor]]:
+        """How much each token brings a text and a picture together (Chefer et al. 2021, ICCV).
+
+        The gradient of their cosine with respect to each attention map, times the map, positive part,
+        mean over heads, accumulated through the layers; the pooled position's row, divided by its
+        largest entry (our reading: so that all variants have one scale).
+
+        Returns for each text (text_tokens,) and (patches,), in [0, 1], in the order of the records.
+
+        Raises:
+            TeacherError: a tower's attention cannot be read.
+        """
+        self.check("gradient")
+        encoded = [self.tokenize(text) for text in texts]
+        pairs = []
+        with torch.no_grad():
+            seen_picture = self.image.see(
+                self.preprocess(picture)[None].to(self.device), len(self.image.blocks)
+            )
+        for start in range(0, len(texts), batch_size):
+            chosen = encoded[start : start + batch_size]
+            ids = self.text_ids([tokens for tokens, _ in chosen])
+            with torch.no_grad():
+                seen_text = self.text.see(ids, len(self.text.blocks))
+            words, patches = _relevancies(
+                self.text, seen_text, self.image, seen_picture.repeated(len(chosen))
+            )
+            for row, (_, spans) in enumerate(chosen):
+                real = torch.tensor([end > begin for begin, end in spans])
+                own = words[row, : len(spans)].cpu()[real]
+                pairs.append((_largest_is_one(own), _largest_is_one(patches[row].cpu())))
+        return pairs
+
+
+def _activation(name: str, pretrained: str) -> dict[str, Any]:
+    """Options of open_clip's factory that give weights the activation they were trained with.
+
+    Raises:
+        TeacherError: the architecture has QuickGELU, the tag's weights were trained without.
+    """
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
+    quick = (open_clip.get_model_config(name) or {}).get("quick_gelu", False) if pretrained else False
+    if tag:
+        if quick and not tag.get("quick_gelu", False):
+            raise TeacherError(
+                f"teacher {name!r}: the weights {pretrained!r} were trained without QuickGELU; name the "
+                f"architecture {name.removesuffix('-quickgelu')!r}"
+            )
+        return {"force_quick_gelu": True} if tag.get("quick_gelu", False) else {}
+    if pretrained and not quick and f"{name}-quickgelu" in open_clip.list_models():
+        log.warning(
+            "%s does not say which activation it was trained with; weights of OpenAI, MetaCLIP or DFN need "
+            "the name %s-quickgelu, not %s", pretrained, name, name,
+        )  # fmt: skip
+    return {}
+
+
+def _archive_hint(error: Exception) -> str:
+    if "TorchScript" not in str(error):
+        return ""
+    return (
+        ". OpenAI's .pt archives are TorchScript: use the tag 'openai', or save the archive's state_dict() "
+        "without input_resolution, context_length and vocab_size and name the architecture with '-quickgelu'"
+    )
+
+
+def _largest_is_one(scalars: Tensor) -> Tensor:
+    """Scalars of at least 0, divided by the largest; all 0 if it is 0."""
+    return scalars / scalars.max() if scalars.numel() and scalars.max() > 0 else scalars
+
+
+def _record(signals: dict[str, Tensor], positions: Tensor, pooled: Tensor) -> TeacherRecord:
+    """A record of one text's or picture's signals."""
+    scaled = {
+        name: F.normalize(signal, dim=-1) if signal.dim() == 2 else _largest_is_one(signal)
+        for name, signal in signals.items()
+    }
+    return TeacherRecord(positions=positions, pooled=F.normalize(pooled.cpu(), dim=-1), **scaled)
+
+
+def _relevancies(text: Tower, seen_text: Seen, image: Tower, seen_image: Seen) -> tuple[Tensor, Tensor]:
+    """Relevancy of pairs for their cosines, (batch, text positions) and (batch, patches)."""
+    with torch.enable_grad():
+        words, patches = text.attend(seen_text), image.attend(seen_image)
+        cosines = F.cosine_similarity(words.pooled, patches.pooled, dim=-1).sum()  # pairs do not mix
+        return text.relevancy(words, cosines), image.relevancy(patches, cosines)
 
 
 def choice_logits(image_pooled: Tensor, text_pooled: Tensor, logit_scale: float) -> Tensor:
-    """CLIP's zero-shot logits of statements: scaled cosines of (..., dim) with (..., choices, dim)."""
+    """Zero-shot logits of statements: scaled cosines of (..., dim) with (..., choices, dim).
+
+    They go through a softmax over the choices. A sigmoid model's bias (``Teacher.logit_bias``) is left
+    out: it is the same for every choice and cancels.
+    """
     return logit_scale * (text_pooled @ image_pooled.unsqueeze(-1)).squeeze(-1)

@@ -59,7 +59,9 @@ class TeacherTokens:
 
     ``projected`` are the tokens after the tower's final norm and projection; ``value`` the same
     with the last attention block replaced by its value path (relevance variant). Padded tokens
-    are zero vectors. ``image_global`` and ``text_global`` are CLIP's pooled embeddings.
+    are zero vectors. ``image_global`` and ``text_global`` are CLIP's pooled embeddings. The last two
+    are there only where a relevance variant reads them: ``vv`` the tokens of value-value attention,
+    ``saliency`` a scalar per token in [0, 1] that the teacher gave it (attention, rollout, gradient).
     """
 
     tokens: Tokens
@@ -67,3 +69,5 @@ class TeacherTokens:
     value: Float[Tensor, "*batch teacher_tokens teacher_dim"]
     image_global: Float[Tensor, "*batch teacher_dim"]
     text_global: Float[Tensor, "*batch teacher_dim"]
+    vv: Float[Tensor, "*batch teacher_tokens teacher_dim"] | None = None
+    saliency: Float[Tensor, "*batch teacher_tokens"] | None = None

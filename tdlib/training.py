@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,10 @@ from tdlib.losses import choice_distribution_loss, targeted_distillation_loss
 from tdlib.probe import ClassProbe, soft_target, statement_logits
 from tdlib.records import TargetRecord, records_table
 from tdlib.selection import SelectionOptions, select
-from tdlib.students.base import StudentOutput, pad_last
-from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, load_vilt, pad_pictures
+from tdlib.students.base import EncodedText, StudentEncoder, StudentOutput, pad_last
+from tdlib.students.vilt import ViltForMultipleChoice, load_vilt
 from tdlib.targets import TargetBuilder, Targets
 from tdlib.tasks.catalogue import detail, measures, score, task_of, write_submission
-from tdlib.teacher import open_picture
 from tdlib.tokens import Tokens
 from tdlib.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS
 
@@ -54,7 +53,7 @@ class EncodedExamples(Dataset):
     def __init__(
         self,
         examples: Sequence[Example],
-        encoder: ViltEncoder,
+        encoder: StudentEncoder,
         builder: TargetBuilder | None = None,
         memory: int = 2**29,
         num_labels: int = 0,
@@ -73,7 +72,7 @@ class EncodedExamples(Dataset):
             return self._kept[index]
         item = self._encode(self.examples[index])
         targets = item["targets"]
-        tensors = [*item.values(), *(vars(targets).values() if targets else ())]
+        tensors = [*item.values(), *item["visual"].values(), *(vars(targets).values() if targets else ())]
         size = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
         if size <= self._room:
             self._room -= size
@@ -85,14 +84,14 @@ class EncodedExamples(Dataset):
             nothing = TextPart("")
             example = replace(example, prompt=nothing, choices=(nothing,) * len(example.choices))
         text = self.encoder.text(example)
-        pixels = self.encoder.picture(open_picture(example.image))
+        visual = self.encoder.visual(example)
         if self.modality == "text":
-            pixels = torch.zeros_like(pixels)
+            visual = self.encoder.blank(visual)
         targets = (
-            self.builder(example, text.spans, self.encoder.visual_boxes(pixels)) if self.builder else None
+            self.builder(example, text.spans, self.encoder.visual_boxes(visual)) if self.builder else None
         )
         label = -1 if example.label is None else example.label
-        item = {**vars(text), "pixels": pixels, "label": label, "targets": targets}
+        item = {**vars(text), "visual": visual, "label": label, "targets": targets}
         if example.annotators:
             item["soft"] = soft_target(example, self.num_labels)
         return item
@@ -115,19 +114,16 @@ def _targets_batch(items: Sequence[dict[str, Any]], length: int, visual: int) ->
     return {**batch, "teacher_logits": torch.stack([item["targets"].teacher_logits for item in items])}
 
 
-def collate(items: Sequence[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
+def collate(items: Sequence[dict[str, Any]], encoder: StudentEncoder) -> dict[str, Tensor]:
     """One batch: texts padded to the longest, pictures to the largest."""
     length = max(item["input_ids"].shape[1] for item in items)
-    pixel_values, pixel_mask = pad_pictures([item["pixels"] for item in items])
+    padding = {"input_ids": encoder.tokenizer.pad_token_id, "objects": -1}
     batch = {
-        "input_ids": pad_last([item["input_ids"] for item in items], length, value=pad_token_id),
-        "attention_mask": pad_last([item["attention_mask"] for item in items], length),
-        "token_type_ids": pad_last([item["token_type_ids"] for item in items], length),
-        "spans": pad_last([item["spans"] for item in items], length),
-        "pixel_values": pixel_values,
-        "pixel_mask": pixel_mask,
-        "labels": torch.tensor([item["label"] for item in items]),
+        field.name: pad_last([item[field.name] for item in items], length, value=padding.get(field.name, 0))
+        for field in fields(EncodedText)
     }
+    batch |= encoder.pad_visual([item["visual"] for item in items])
+    batch["labels"] = torch.tensor([item["label"] for item in items])
     if "soft" in items[0]:
         batch["soft"] = torch.stack([item["soft"] for item in items])
     if items[0]["targets"] is not None:
@@ -136,7 +132,9 @@ def collate(items: Sequence[dict[str, Any]], pad_token_id: int = 0) -> dict[str,
     return batch
 
 
-_STUDENT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask", "spans")
+def student_inputs(student: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a student's ``forward`` takes of a batch."""
+    return {name: batch[name] for name in student.inputs}  # type: ignore[union-attr]
 
 
 class TargetedDistillation(nn.Module):
@@ -170,8 +168,9 @@ class TargetedDistillation(nn.Module):
         ``window`` is the number of examples in the whole accumulation window; sums are divided by it.
         """
         config = self.settings
-        inputs = {name: batch[name] for name in _STUDENT_INPUTS}
-        output = self.student(**inputs, output_hidden_states=self.phi is not None)
+        output = self.student(
+            **student_inputs(self.student, batch), output_hidden_states=self.phi is not None
+        )
         labels = batch["labels"]
         examples = window or len(labels)
         if "soft" in batch:  # several answers can be right: one binary loss each (VQA)
@@ -248,9 +247,7 @@ class TargetedDistillation(nn.Module):
             if number == batches:
                 break
             batch = {name: value.to(device) for name, value in batch.items()}
-            output = self.student(
-                **{name: batch[name] for name in _STUDENT_INPUTS}, output_hidden_states=True
-            )
+            output = self.student(**student_inputs(self.student, batch), output_hidden_states=True)
             hidden = output.hidden_states[self.settings.distill_layer]
             text = Tokens(batch["target_spans"], batch["target_boxes"]).is_text
             for name, chosen in (("text", batch["valid"] & text), ("visual", batch["valid"] & ~text)):
@@ -354,7 +351,7 @@ def make_trainer(
     )  # fmt: skip
     trainer = DistillationTrainer(
         config=config, model=module, args=arguments, train_dataset=dataset, callbacks=[_StopAtBadLoss()],
-        data_collator=lambda items: collate(items, dataset.encoder.tokenizer.pad_token_id),
+        data_collator=partial(collate, encoder=dataset.encoder),
     )  # fmt: skip
     if not show_progress:
         trainer.remove_callback(transformers.PrinterCallback)
@@ -365,25 +362,28 @@ def make_trainer(
 def predict(student: ViltForMultipleChoice, dataset: EncodedExamples, batch_size: int = 32) -> np.ndarray:
     """Probabilities over choices or labels, (examples, choices or labels). No example is left out."""
     student.eval()
-    pad = dataset.encoder.tokenizer.pad_token_id
     device = next(student.parameters()).device
     order = sorted(range(len(dataset)), key=lambda i: dataset[i]["input_ids"].shape[1])
     rows: list[Tensor | None] = [None] * len(dataset)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = collate([{**dataset[i], "targets": None} for i in chosen], pad)
-        output = student(**{name: batch[name].to(device) for name in _STUDENT_INPUTS})
+        batch = collate([{**dataset[i], "targets": None} for i in chosen], dataset.encoder)
+        output = student(**{name: value.to(device) for name, value in student_inputs(student, batch).items()})
         for i, row in zip(chosen, output.logits.float().softmax(-1).cpu(), strict=True):
             rows[i] = row
     return torch.stack([row for row in rows if row is not None]).numpy()
 
 
 def record_targets(
-    example: Example, item: dict[str, Any], module: TargetedDistillation, probabilities: np.ndarray
+    example: Example,
+    item: dict[str, Any],
+    encoder: StudentEncoder,
+    module: TargetedDistillation,
+    probabilities: np.ndarray,
 ) -> list[TargetRecord]:
     """What the method targets in each statement of one example, given the student's probabilities."""
     targets: Targets = item["targets"]
-    batch = collate([item])
+    batch = collate([item], encoder)
     selected, weights = module.choose_tokens(batch)
     teacher = targets.teacher_logits.softmax(-1)
     label = example.label
@@ -418,7 +418,7 @@ class Materials:
 
     train: Examples
     evaluated: dict[str, Examples]
-    encoder: ViltEncoder
+    encoder: StudentEncoder
     builder: TargetBuilder | None
     encoded: dict[str, EncodedExamples]
     labels: tuple[str, ...] = ()  # the label set, where examples have no choices
@@ -556,7 +556,7 @@ def _probe_records(
 ) -> list[TargetRecord]:
     records = []
     for index, example in enumerate(probes.examples):
-        found = record_targets(example, probes[index], module, probabilities[index])
+        found = record_targets(example, probes[index], probes.encoder, module, probabilities[index])
         records += [replace(record, split=split) for record in found]
     return records
 

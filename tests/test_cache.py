@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import tdlib.cache
 from tdlib.cache import CacheError, TeacherCache, file_digest
 from tdlib.examples import DataError
-from tdlib.teacher import Teacher, open_picture
+from tdlib.teacher import EXTRAS, Teacher, TeacherError, open_picture
 
 TEXTS = [
     "a red umbrella",
@@ -55,8 +55,10 @@ def counted(monkeypatch, teacher: Teacher) -> dict[str, list]:
     """What the teacher is asked for from here on."""
     asked: dict[str, list] = {"texts": [], "pictures": []}
     texts, pictures = teacher.encode_texts, teacher.encode_pictures
-    monkeypatch.setattr(teacher, "encode_texts", lambda x: asked["texts"].extend(x) or texts(x))
-    monkeypatch.setattr(teacher, "encode_pictures", lambda x: asked["pictures"].extend(x) or pictures(x))
+    monkeypatch.setattr(teacher, "encode_texts", lambda x, **o: asked["texts"].extend(x) or texts(x, **o))
+    monkeypatch.setattr(
+        teacher, "encode_pictures", lambda x, **o: asked["pictures"].extend(x) or pictures(x, **o)
+    )
     return asked
 
 
@@ -124,6 +126,106 @@ def test_growth_adds_shards_and_leaves_the_old_ones(filled, teacher, tmp_path):
     after = {path.name: file_digest(path) for path in filled.folder.glob("*.safetensors")}
     assert before.items() < after.items() and len(after) == len(before) + 1
     assert_live(TeacherCache(tmp_path, teacher), teacher, [*TEXTS, "something new"], [])
+
+
+# Signals that only some relevance variants read
+
+
+def extra_shards(cache: TeacherCache) -> list[str]:
+    return sorted(entry["kind"] for entry in manifest_of(cache)["shards"] if ":" in entry["kind"])
+
+
+def test_nobody_stores_what_was_not_asked_for(filled, pictures):
+    assert extra_shards(filled) == []
+    assert filled.text(TEXTS[0]).vv is filled.picture(pictures[0]).attention is None
+    with pytest.raises(CacheError, match=r"no 'vv' of 'a red umbrella'.*extras=\('vv',\)"):
+        filled.text(TEXTS[0], extras=("vv",))
+    with pytest.raises(CacheError, match=r"no gradient relevance of 'a red umbrella' with .*add_pairs"):
+        filled.pair(TEXTS[0], pictures[0])
+
+
+def assert_extras_live(cache: TeacherCache, teacher: Teacher, texts, pictures) -> None:
+    stored = [cache.text(text, EXTRAS) for text in texts] + [cache.picture(path, EXTRAS) for path in pictures]
+    live = teacher.encode_texts(texts, extras=EXTRAS)
+    live += teacher.encode_pictures([open_picture(path) for path in pictures], extras=EXTRAS)
+    for a, b in zip(stored, live, strict=True):
+        for name in ("projected", "value", "pooled", *EXTRAS):
+            assert_close(getattr(a, name), getattr(b, name), **HALF)
+
+
+def test_a_signal_asked_for_later_is_added_to_what_is_there(filled, teacher, pictures, tmp_path, monkeypatch):
+    before = {path.name: file_digest(path) for path in filled.folder.glob("*.safetensors")}
+    asked, told = counted(monkeypatch, teacher), []
+    filled.add(["new", *TEXTS], pictures, extras=("vv",), progress=lambda *args: told.append(args))
+    assert sorted(asked["texts"]) == sorted(["new", *TEXTS]) and len(asked["pictures"]) == len(pictures)
+    assert told[-1] == ("pictures", 4, 4) and told[-2] == ("texts", 6, 6)
+    filled.add(["new", *TEXTS], pictures, extras=("vv",))
+    assert len(asked["texts"]) == 6  # nothing twice
+    filled.add(TEXTS, pictures, extras=EXTRAS)
+    assert (
+        before.items()
+        < {path.name: file_digest(path) for path in filled.folder.glob("*.safetensors")}.items()
+    )
+    assert len(filled) == len(TEXTS) + 1 + len(pictures)
+    again = TeacherCache(tmp_path, teacher)
+    assert_extras_live(again, teacher, TEXTS, pictures)
+    assert again.text("new", ("vv",)).attention is None
+
+
+def test_features_and_signals_of_a_new_text_are_computed_together(tmp_path, teacher, pictures, monkeypatch):
+    asked = counted(monkeypatch, teacher)
+    cache = TeacherCache(tmp_path, teacher)
+    cache.add(TEXTS, pictures, extras=EXTRAS)
+    assert sorted(asked["texts"]) == sorted(TEXTS) and len(asked["pictures"]) == len(pictures)
+    assert_extras_live(cache, teacher, TEXTS, pictures)
+
+
+@pytest.mark.parametrize("name", [*EXTRAS, "gradient"])
+def test_stored_signals_that_differ_from_the_live_ones_are_refused(filled, teacher, pictures, name):
+    filled.add(TEXTS, pictures, extras=EXTRAS)
+    filled.add_pairs([(text, pictures[0]) for text in TEXTS])
+    for entry in manifest_of(filled)["shards"]:
+        if name in entry["kind"] or (name == "gradient" and entry["kind"] == "pairs"):
+            tensors = load_file(filled.folder / entry["file"])
+            tensors[name] = 1 - tensors[name]
+            save_file(tensors, filled.folder / entry["file"])
+
+    def sign(manifest):
+        for entry in manifest["shards"]:
+            entry["sha256"] = file_digest(filled.folder / entry["file"])
+
+    change_manifest(filled, sign)
+    refused(filled, teacher, filled.folder)
+
+
+def test_pairs_are_stored_once_and_read_back(tmp_path, teacher, pictures, monkeypatch):
+    asked, real = [], teacher.pair_relevance
+    monkeypatch.setattr(teacher, "pair_relevance", lambda texts, x: asked.extend(texts) or real(texts, x))
+    cache = TeacherCache(tmp_path, teacher)
+    pairs = [(text, path) for text in TEXTS[:3] for path in pictures[:2]]
+    cache.add_pairs([*pairs, *pairs], shard_size=4)
+    cache.add_pairs(pairs[:2])
+    assert len(asked) == 6
+    again = TeacherCache(tmp_path, teacher, checked_records=1)
+    assert len(asked) == 7  # the check
+    for text, path in pairs:
+        ((words, patches),) = real([text], open_picture(path))
+        assert_close(again.pair(text, path), torch.cat([words, patches]), rtol=0, atol=3e-3)
+    pictures_alone = TeacherCache(tmp_path, teacher)
+    assert len(pictures_alone) == 0
+    with pytest.raises(CacheError, match="no features of"):
+        pictures_alone.text(TEXTS[0])
+
+
+def test_a_teacher_without_the_signal_stores_nothing(tmp_path, teacher, monkeypatch):
+    def refuse(_extra):
+        raise TeacherError("no attention here")
+
+    monkeypatch.setattr(teacher, "check", refuse)
+    cache = TeacherCache(tmp_path, teacher)
+    with pytest.raises(TeacherError, match="no attention here"):
+        cache.add(TEXTS, extras=("rollout",))
+    assert len(cache) == 0
 
 
 def test_shards_are_cut_to_size_and_progress_is_told(tmp_path, teacher):

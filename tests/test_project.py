@@ -30,6 +30,7 @@ from papermill import inspect_notebook
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+LOCKED = [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["regions"]]
 SOURCES = sorted((ROOT / "tdlib").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -62,10 +63,14 @@ def test_environment_yml_installs_the_project_with_all_extras():
     assert environment["channels"] == ["conda-forge"]
     assert pip == ["-e .[all]"], "dependencies belong in pyproject.toml only"
     (everything,) = map(Requirement, EXTRAS["all"])
-    assert everything.name == PROJECT["name"] and everything.extras == set(EXTRAS) - {"all"} == {"dev", "ray"}
+    assert everything.name == PROJECT["name"] and everything.extras == set(EXTRAS) - {"all"} == {
+        "dev",
+        "ray",
+        "regions",
+    }
 
 
-@pytest.mark.parametrize("line", [*PROJECT["dependencies"], *EXTRAS["dev"]])
+@pytest.mark.parametrize("line", LOCKED)
 def test_the_lock_satisfies_each_direct_dependency(line):
     wanted = Requirement(line)
     pinned = locked().get(canonicalize_name(wanted.name))
@@ -89,7 +94,7 @@ def needed_on_linux() -> Iterator[tuple[str, Requirement]]:
         "platform_system": "Linux",
         "platform_machine": "x86_64",
     }
-    todo = [("pyproject.toml", Requirement(line)) for line in [*PROJECT["dependencies"], *EXTRAS["dev"]]]
+    todo = [("pyproject.toml", Requirement(line)) for line in LOCKED]
     seen = set()
     while todo:
         dependent, requirement = todo.pop()

@@ -464,7 +464,6 @@ def widen(state):
 BAD_FOLDERS = {
     "layers are missing": (None, drop_last_layer),
     "another shape": (None, widen),
-    "not causal": (lambda config: config["model_cfg"]["text_cfg"].update(no_causal_mask=True), None),
     "another block": (lambda config: config["model_cfg"]["vision_cfg"].update(qk_norm=True), None),
     "unknown setting": (lambda config: config["model_cfg"].update(bogus=1), None),
     "missing setting": (lambda config: config["model_cfg"].pop("embed_dim"), None),

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,7 @@ from tdlib.training import (
     predict,
     prediction_table,
     record_targets,
+    student_inputs,
     train_run,
 )
 
@@ -121,7 +123,9 @@ def test_weights_of_zero_are_plain_finetuning_bit_for_bit(base, materials, folde
 def recorded(monkeypatch) -> list[dict[str, torch.Tensor]]:
     """All batches that are made from here on."""
     batches, real = [], training.collate
-    monkeypatch.setattr(training, "collate", lambda *args: batches.append(real(*args)) or batches[-1])
+    monkeypatch.setattr(
+        training, "collate", lambda *args, **options: batches.append(real(*args, **options)) or batches[-1]
+    )
     return batches
 
 
@@ -139,7 +143,7 @@ def test_finetuning_equals_a_plain_loop(base, materials, tmp_path, monkeypatch):
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.1 * len(batches)), len(batches))
     losses = []
     for batch in batches:
-        output = student(**{name: batch[name] for name in training._STUDENT_INPUTS})
+        output = student(**student_inputs(student, batch))
         loss = torch.nn.functional.cross_entropy(output.logits, batch["labels"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -213,7 +217,7 @@ def mixed(base, materials, tmp_path_factory):
     experiments.add_to_cache(materials.builder.cache, chosen)
     dataset = dataset_of(materials, base, chosen)
     items = [dataset[index] for index in range(len(dataset))]
-    assert len({item["pixels"].shape for item in items}) == 3
+    assert len({item["visual"]["pixels"].shape for item in items}) == 3
     assert len({item["input_ids"].shape[1] for item in items}) > 2
     return items
 
@@ -227,8 +231,8 @@ def test_longer_texts_and_larger_pictures_in_the_batch_change_no_loss(
     module = module_of(materials, config).eval()
     window = len(mixed)
     with torch.no_grad():
-        together = module(collate(mixed))
-        alone = [module(collate([item]), window) for item in mixed]
+        together = module(collate(mixed, materials.encoder))
+        alone = [module(collate([item], materials.encoder), window) for item in mixed]
     for name in together:
         if name == "logits":
             assert_close(together[name], torch.cat([terms[name] for terms in alone]), **CLOSE)
@@ -240,17 +244,17 @@ def test_longer_texts_and_larger_pictures_in_the_batch_change_no_loss(
 def test_the_loss_is_its_weighted_terms(base, materials, mixed):
     config = settings_of(base, distill_weight=0.7, choice_weight=0.3)
     with torch.no_grad():
-        terms = module_of(materials, config).eval()(collate(mixed))
+        terms = module_of(materials, config).eval()(collate(mixed, materials.encoder))
     assert_close(terms["loss"], terms["task"] + 0.3 * terms["choice"] + 0.7 * terms["distill"])
 
 
 def test_distillation_follows_the_formula(base, materials, mixed):
     """mean over examples and choices of c * sum of w * (1 - cos(phi(h), u)), token by token."""
     module = module_of(materials, base).eval()
-    batch = collate(mixed)
+    batch = collate(mixed, materials.encoder)
     with torch.no_grad():
         terms = module(batch)
-        output = module.student(**{n: batch[n] for n in training._STUDENT_INPUTS}, output_hidden_states=True)
+        output = module.student(**student_inputs(module.student, batch), output_hidden_states=True)
         selected, weights = module.choose_tokens(batch)
         instance = module.instance_weights(batch, output.logits)
         total, count = 0.0, 0
@@ -271,11 +275,9 @@ def test_distillation_follows_the_formula(base, materials, mixed):
 
 
 def test_targets_lie_where_the_student_has_its_tokens(base, materials, mixed):
-    batch = collate(mixed)
+    batch, student = collate(mixed, materials.encoder), module_of(materials, base).eval().student
     with torch.no_grad():
-        output = module_of(materials, base).eval().student(
-            **{name: batch[name] for name in training._STUDENT_INPUTS}, output_hidden_states=True
-        )  # fmt: skip
+        output = student(**student_inputs(student, batch), output_hidden_states=True)
     assert torch.equal(output.spans, batch["target_spans"])
     assert_close(output.boxes, batch["target_boxes"], rtol=0, atol=1e-6)
     assert not (batch["valid"] & (output.attention_mask == 0)).any()
@@ -283,7 +285,7 @@ def test_targets_lie_where_the_student_has_its_tokens(base, materials, mixed):
 
 
 def test_no_gradient_reaches_the_teacher(base, materials, mixed):
-    module, batch = module_of(materials, base), collate(mixed)
+    module, batch = module_of(materials, base), collate(mixed, materials.encoder)
     teachers = [batch[name].requires_grad_() for name in ("vectors", "scores", "teacher_logits")]
     module(batch)["loss"].backward()
     assert all(tensor.grad is None for tensor in teachers)
@@ -298,8 +300,9 @@ def test_what_is_encoded_once_stays_the_same(base, materials):
         first = kept[index]
         assert kept[index] is first and forgetful[index] is not forgetful[index]
         again = forgetful[index]
-        for name in ("input_ids", "spans", "pixels"):
+        for name in ("input_ids", "spans"):
             assert torch.equal(first[name], again[name])
+        assert torch.equal(first["visual"]["pixels"], again["visual"]["pixels"])
         for field in ("vectors", "relevance", "prior", "scores", "valid", "teacher_logits"):
             assert torch.equal(getattr(first["targets"], field), getattr(again["targets"], field)), field
 
@@ -322,10 +325,10 @@ def test_accumulated_batches_equal_one_large_batch(base, materials, tmp_path):
 def test_fitted_maps_start_nearer_to_the_targets(base, materials):
     config = settings_of(base, selector="all", instance_weight="uniform")
     module, dataset = module_of(materials, config), dataset_of(materials, config)
-    batch = collate([dataset[index] for index in range(len(dataset))])
+    batch = collate([dataset[index] for index in range(len(dataset))], dataset.encoder)
     before = module.eval()(batch)["distill"].item()
     student = {name: value.clone() for name, value in module.student.state_dict().items()}
-    module.fit_phi(DataLoader(dataset, 4, collate_fn=collate))
+    module.fit_phi(DataLoader(dataset, 4, collate_fn=partial(collate, encoder=dataset.encoder)))
     after = module.eval()(batch)["distill"].item()
     assert after < 0.5 * before
     assert_same_bits(module.student.state_dict(), student)
@@ -334,10 +337,12 @@ def test_fitted_maps_start_nearer_to_the_targets(base, materials):
 def test_fitted_maps_are_the_ridge_regression(base, materials):
     """The same as least squares with the penalty as further rows, one modality at a time."""
     module, dataset = module_of(materials, base), dataset_of(materials, base)
-    batch = collate([dataset[index] for index in range(4)])
-    module.fit_phi(DataLoader(dataset, 4, collate_fn=collate), ridge=0.1, batches=1)
+    batch = collate([dataset[index] for index in range(4)], dataset.encoder)
+    module.fit_phi(
+        DataLoader(dataset, 4, collate_fn=partial(collate, encoder=dataset.encoder)), ridge=0.1, batches=1
+    )
     with torch.no_grad():
-        output = module.student(**{n: batch[n] for n in training._STUDENT_INPUTS}, output_hidden_states=True)
+        output = module.student(**student_inputs(module.student, batch), output_hidden_states=True)
         for name, has_span in (("text", True), ("visual", False)):
             chosen = batch["valid"] & (output.spans.any(-1) == has_span)
             x = torch.cat(
@@ -528,7 +533,7 @@ def test_records_survive_the_file(base, materials, tmp_path):
         data = EncodedExamples(materials.evaluated[split][:2], materials.encoder, materials.builder)
         for index, example in enumerate(data.examples):
             found = record_targets(
-                example, data[index], module, np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32)
+                example, data[index], data.encoder, module, np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32)
             )
             records += [replace(record, split=split) for record in found]
     assert {record.label is None for record in records} == {True, False}

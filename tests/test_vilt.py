@@ -135,7 +135,7 @@ def test_boxes_are_those_of_each_picture(student, encoder, sizes):
     length = inputs["input_ids"].shape[-1]
     assert not output.boxes[:, :, :length].any()
     for row, (height, width) in enumerate(sizes):
-        boxes = encoder.visual_boxes(torch.zeros(3, height, width))
+        boxes = encoder.visual_boxes({"pixels": torch.zeros(3, height, width)})
         for choice in range(2):
             found = output.boxes[row, choice, length:]
             assert_close(found[: len(boxes)], boxes, **CLOSE)
@@ -145,7 +145,7 @@ def test_boxes_are_those_of_each_picture(student, encoder, sizes):
 
 
 def test_boxes_tile_the_picture(encoder):
-    boxes = encoder.visual_boxes(torch.zeros(3, 48, 80))
+    boxes = encoder.visual_boxes({"pixels": torch.zeros(3, 48, 80)})
     assert boxes.shape == (16, 4) and not boxes[0].any()
     assert_close(boxes[1], torch.tensor([0, 0, 1 / 5, 1 / 3]))
     assert_close(boxes[5], torch.tensor([4 / 5, 0, 1, 1 / 3]))
@@ -157,7 +157,7 @@ def test_boxes_tile_the_picture(encoder):
 def test_patches_stand_in_reading_order(student, encoder, size):
     """One square of a black picture is painted; the embedding that changes is the one whose box holds it."""
     black = Image.new("RGB", size)
-    boxes = encoder.visual_boxes(encoder.picture(black))[1:]
+    boxes = encoder.visual_boxes({"pixels": encoder.picture(black)})[1:]
     for patch in range(0, len(boxes), 2):
         painted = black.copy()
         left, top, right, bottom = (boxes[patch] * torch.tensor([*size, *size])).round().int().tolist()

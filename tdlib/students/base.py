@@ -4,12 +4,20 @@ A student is a ``PreTrainedModel``; which tokens it sees where (characters, boxe
 output, so that the method never needs to know the architecture.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import ModelOutput
 
+from tdlib.config import resolve
+from tdlib.examples import Example, TextPart
 from tdlib.tokens import Tokens
 
 
@@ -40,12 +48,141 @@ class StudentOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class EncodedText:
-    """The text side of one example, one row per choice: ids and character spans of the statement."""
+    """The text side of one example, one row per choice: ids and character spans of the statement.
+
+    ``objects`` are the objects of the picture that tokens refer to (the first where a token refers
+    to several), -1 where they refer to none.
+    """
 
     input_ids: Tensor  # (choices, text_tokens)
     attention_mask: Tensor
     token_type_ids: Tensor
     spans: Tensor  # (choices, text_tokens, 2)
+    objects: Tensor  # (choices, text_tokens)
+
+
+def referred_objects(statements: Sequence[TextPart], spans: Tensor) -> Tensor:
+    """The first object that each token refers to, -1 for none: (choices, tokens) of spans (.., .., 2)."""
+    found = torch.full(spans.shape[:-1], -1, dtype=torch.long)
+    for row, statement in enumerate(statements):
+        for reference in statement.references:
+            if reference.objects:
+                overlap = (spans[row, :, 0] < reference.end) & (spans[row, :, 1] > reference.start)
+                found[row, overlap] = reference.objects[0]
+    return found
+
+
+class StudentEncoder(ABC):
+    """Turns examples into one kind of student's inputs, with the place of every token.
+
+    Args:
+        name: folder or hub id of the student, or of a run's saved one.
+        max_text_tokens: longer statements are cut.
+
+    Raises:
+        StudentError: the tokenizer or the configuration cannot be loaded.
+    """
+
+    kind: ClassVar[str]  # what messages call the student
+
+    def __init__(self, name: str, max_text_tokens: int = 40):
+        self.name = resolve(name)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name)
+            self.config = AutoConfig.from_pretrained(self.name)
+            self.load_processor()
+        except Exception as error:  # transformers lets through what json and tokenizers raise
+            raise StudentError(
+                f"student {name!r}: tokenizer or image processor cannot be loaded ({error}); expected a "
+                f"folder or hub id of a {self.kind}"
+            ) from error
+        if max_text_tokens > self.config.max_position_embeddings:
+            raise StudentError(
+                f"student {name!r} reads at most {self.config.max_position_embeddings} text tokens, but "
+                f"max_text_tokens={max_text_tokens}"
+            )
+        self.max_text_tokens = max_text_tokens
+
+    def load_processor(self) -> None:  # noqa: B027 (not every student has one)
+        """Loads what else the encoder needs from ``self.name``."""
+
+    @abstractmethod
+    def text(self, example: Example) -> EncodedText:
+        """Ids and spans of the statements (prompt with each choice, or the prompt) of one example."""
+
+    @abstractmethod
+    def visual(self, example: Example) -> dict[str, Tensor]:
+        """The visual side of one example."""
+
+    @abstractmethod
+    def visual_boxes(self, visual: dict[str, Tensor]) -> Tensor:
+        """Boxes (visual_tokens, 4) of the visual tokens that this becomes; without area: no place."""
+
+    @abstractmethod
+    def pad_visual(self, visuals: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The visual side of a batch, padded, as the student's ``forward`` names it."""
+
+    def blank(self, visual: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same without what is seen (control: what can be answered without the picture?)."""
+        return {name: torch.zeros_like(value) for name, value in visual.items()}
+
+    def save(self, folder: Path | str) -> None:
+        """Writes what loading needs beside the student's weights."""
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ()) -> Any:
+    """A student in float32; parameters of its head that are not stored are drawn from ``seed``.
+
+    Args:
+        kind: the student's class, a ``PreTrainedModel``; a checkpoint need not hold its ``may_lack``.
+        name: folder or hub id.
+        seed: of new parameters.
+        labels: names of the classes, where the head is a classifier; a stored head of another
+            shape is then replaced.
+
+    Raises:
+        StudentError: the checkpoint is missing, of another architecture or of another shape.
+    """
+    name = resolve(name)
+    # Without a config.json transformers would silently take its full-size defaults.
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise StudentError(
+            f"student {name!r} has no config.json; expected a folder that save_pretrained wrote"
+        )
+    what = kind.__name__.partition("For")[0]
+    options: dict[str, Any] = {}
+    if labels:
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: index for index, label in enumerate(labels)}
+    chatter = transformers.utils.logging.get_verbosity()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformers.utils.logging.set_verbosity_error()  # what is missing is checked below
+        try:
+            model, report = kind.from_pretrained(
+                name,
+                output_loading_info=True,
+                dtype=torch.float32,  # whatever it is stored in: it will be trained
+                ignore_mismatched_sizes=bool(labels),
+                **options,
+            )
+        except Exception as error:  # transformers lets through what json, torch and safetensors raise
+            raise StudentError(
+                f"student {name!r} cannot be loaded: {error}. Expected a folder or hub id of a {what}"
+            ) from error
+        finally:
+            transformers.utils.logging.set_verbosity(chatter)
+    missing = [key for key in report["missing_keys"] if not key.startswith(kind.may_lack)]
+    mismatched = [str(key) for key in report["mismatched_keys"]]
+    if labels:  # a head for other labels may go
+        mismatched = [key for key in mismatched if "classifier." not in key]
+    if missing or mismatched:
+        raise StudentError(
+            f"student {name!r}: not a {what} checkpoint of its own config's shape "
+            f"(missing {sorted(missing)[:3]}, mismatched {sorted(mismatched)[:3]})"
+        )
+    return model
 
 
 def pair_spans(encoding, row: int, shift: int) -> list[tuple[int, int]]:

@@ -8,26 +8,25 @@ instead of once per choice, and the output says where every token lies.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
-    ViltConfig,
-    ViltModel,
-    ViltPreTrainedModel,
-)
+from transformers import AutoImageProcessor, ViltConfig, ViltModel, ViltPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tdlib.config import resolve
 from tdlib.examples import Example
-from tdlib.students.base import EncodedText, StudentError, StudentOutput, pair_spans
+from tdlib.students.base import (
+    EncodedText,
+    StudentEncoder,
+    StudentError,
+    StudentOutput,
+    load_checkpoint,
+    pair_spans,
+    referred_objects,
+)
+from tdlib.teacher import open_picture
 
 
 def embed_patches(vilt: ViltModel, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +75,8 @@ class ViltForMultipleChoice(ViltPreTrainedModel):
     """ViLT that scores each statement about a picture; a softmax over the choices decides."""
 
     config_class = ViltConfig
+    inputs = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask", "spans")
+    may_lack = ("classifier.", "vilt.pooler.")
 
     def __init__(self, config: ViltConfig):
         super().__init__(config)
@@ -152,33 +153,23 @@ def _hidden_states(output: BaseModelOutputWithPooling) -> tuple[Tensor, ...]:
     return (*output.hidden_states[:-1], output.last_hidden_state)
 
 
-class ViltEncoder:
+class ViltEncoder(StudentEncoder):
     """Turns examples into ViLT's inputs, with the characters of every text token."""
 
+    kind = "ViLT"
+
     def __init__(self, name: str, max_text_tokens: int = 40):
-        name = resolve(name)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.image_processor = AutoImageProcessor.from_pretrained(name)
-            config = AutoConfig.from_pretrained(name)
-            self.patch_size, positions = config.patch_size, config.max_position_embeddings
-        except Exception as error:  # transformers lets through what json and tokenizers raise
-            raise StudentError(
-                f"student {name!r}: tokenizer or image processor cannot be loaded ({error}); expected a "
-                "folder or hub id of a ViLT"
-            ) from error
-        if max_text_tokens > positions:
-            raise StudentError(
-                f"student {name!r} reads at most {positions} text tokens, but "
-                f"max_text_tokens={max_text_tokens}"
-            )
+        super().__init__(name, max_text_tokens)
+        self.patch_size = self.config.patch_size
         divisor = getattr(self.image_processor, "size_divisor", None) or 1
         if divisor % self.patch_size:
             raise StudentError(
                 f"student {name!r}: its image processor has size_divisor={divisor}; expected a multiple of "
                 f"the patch size {self.patch_size}, or patches do not cover the picture"
             )
-        self.max_text_tokens = max_text_tokens
+
+    def load_processor(self) -> None:
+        self.image_processor = AutoImageProcessor.from_pretrained(self.name)
 
     def text(self, example: Example) -> EncodedText:
         """Ids and spans of the statements (prompt with each choice, or the prompt) of one example."""
@@ -189,79 +180,41 @@ class ViltEncoder:
             [prompt] * rows, choices or None, truncation="longest_first", max_length=self.max_text_tokens,
             padding=True, return_offsets_mapping=True, return_token_type_ids=True,
         )  # fmt: skip
-        spans = [pair_spans(encoding, row, len(prompt) + 1) for row in range(rows)]
+        spans = torch.tensor([pair_spans(encoding, row, len(prompt) + 1) for row in range(rows)])
         return EncodedText(
             torch.tensor(encoding["input_ids"]),
             torch.tensor(encoding["attention_mask"]),
             torch.tensor(encoding["token_type_ids"]),
-            torch.tensor(spans),
+            spans,
+            referred_objects(example.statements(), spans),
         )
+
+    def visual(self, example: Example) -> dict[str, Tensor]:
+        return {"pixels": self.picture(open_picture(example.image))}
 
     def picture(self, picture: Image.Image) -> Tensor:
         """Pixel values (3, height, width) of one picture."""
         return self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
 
-    def visual_boxes(self, pixels: Tensor) -> Tensor:
+    def visual_boxes(self, visual: dict[str, Tensor]) -> Tensor:
         """Boxes (1 + patches, 4) of the visual tokens that these pixel values become; [CLS] has none."""
-        rows, columns = (side // self.patch_size for side in pixels.shape[-2:])
+        rows, columns = (side // self.patch_size for side in visual["pixels"].shape[-2:])
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         boxes = torch.stack([x / columns, y / rows, (x + 1) / columns, (y + 1) / rows], dim=-1).view(-1, 4)
         return torch.cat([torch.zeros(1, 4), boxes])
 
+    def pad_visual(self, visuals: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        values, mask = pad_pictures([visual["pixels"] for visual in visuals])
+        return {"pixel_values": values, "pixel_mask": mask}
+
     def save(self, folder: Path | str) -> None:
-        self.tokenizer.save_pretrained(folder)
+        super().save(folder)
         self.image_processor.save_pretrained(folder)
 
 
 def load_vilt(name: str, seed: int = 0, labels: Sequence[str] = ()) -> ViltForMultipleChoice:
-    """A ViLT in float32, with a multiple-choice head, or one for ``labels``.
-
-    A head that is not stored is drawn from ``seed``; a stored one of another shape is replaced.
-
-    Raises:
-        StudentError: the checkpoint is missing, of another architecture or of another shape.
-    """
-    name = resolve(name)
-    # Without a config.json transformers would silently take its full-size defaults.
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise StudentError(
-            f"student {name!r} has no config.json; expected a folder that save_pretrained wrote"
-        )
-    chatter = transformers.utils.logging.get_verbosity()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        transformers.utils.logging.set_verbosity_error()  # what is missing is checked below
-        try:
-            options: dict[str, Any] = {}
-            kind = ViltForClassification if labels else ViltForMultipleChoice
-            if labels:
-                options["id2label"] = dict(enumerate(labels))
-                options["label2id"] = {label: index for index, label in enumerate(labels)}
-            loaded: Any = kind.from_pretrained(
-                name,
-                output_loading_info=True,
-                dtype=torch.float32,  # whatever it is stored in: it will be trained
-                ignore_mismatched_sizes=bool(labels),
-                **options,
-            )
-        except Exception as error:  # transformers lets through what json, torch and safetensors raise
-            raise StudentError(
-                f"student {name!r} cannot be loaded: {error}. Expected a folder or hub id of a ViLT"
-            ) from error
-        finally:
-            transformers.utils.logging.set_verbosity(chatter)
-    model, report = loaded
-    allowed = ("classifier.", "vilt.pooler.")
-    missing = [key for key in report["missing_keys"] if not key.startswith(allowed)]
-    mismatched = [str(key) for key in report["mismatched_keys"]]
-    if labels:  # a head for other labels may go
-        mismatched = [key for key in mismatched if "classifier." not in key]
-    if missing or mismatched:
-        raise StudentError(
-            f"student {name!r}: not a ViLT checkpoint of its own config's shape "
-            f"(missing {sorted(missing)[:3]}, mismatched {sorted(mismatched)[:3]})"
-        )
-    return model
+    """A ViLT with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
+    return load_checkpoint(ViltForClassification if labels else ViltForMultipleChoice, name, seed, labels)
 
 
 def pad_pictures(pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -356,7 +356,9 @@ class VcrReader(Reader):
         prompt = text("question", need(record, "question", list, where, self.what), marks.question)
         choices = choices_of("answer_choices", marks.answer_choices)
         label = label_of("answer_label")
+        start = 0
         if part:
+            start = len(prompt.text) + 1
             given = int(part[2:]) if part[2:] else label
             if given is None:
                 raise DataError(
@@ -373,6 +375,7 @@ class VcrReader(Reader):
             choices=choices,
             label=label,
             stratum=stratum,
+            given=start,
             relevant_boxes=normalise_boxes(
                 marks.boxes, picture.width, picture.height, f"relevance of {where}"
             ),

@@ -1,0 +1,258 @@
+"""UNITER (Chen et al. 2020, arXiv 1909.11740) as a student: one BERT over words and regions.
+
+Parameters carry the names of the authors' code, so that their checkpoints (and VILLA's, which are
+UNITERs trained otherwise) fit key for key; ``convert`` turns one into a folder. The authors move
+regions up to the end of each text before the encoder; here padding is masked instead, which gives
+the same result, as regions have no positions.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, BertConfig
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.bert.modeling_bert import (
+    BertEmbeddings,
+    BertEncoder,
+    BertPooler,
+    BertPreTrainedModel,
+)
+
+from tdlib.examples import Example
+from tdlib.regions import RegionSource
+from tdlib.students.base import EncodedText, StudentError, StudentOutput, load_checkpoint
+from tdlib.students.region_encoder import RegionEncoder
+
+IMAGE_TYPE = 1  # the token type of regions
+
+
+class UniterConfig(BertConfig):
+    """BERT's sizes, and ``img_dim``, the width of region features.
+
+    ``type_vocab_size`` is 2 in the authors' checkpoints; VCR needs 4 (see ``convert_uniter``).
+    """
+
+    model_type = "uniter"
+
+    vocab_size: int = 28996  # bert-base-cased
+    img_dim: int = 2048
+
+
+AutoConfig.register(UniterConfig.model_type, UniterConfig)
+
+
+def geometry(boxes: Tensor) -> Tensor:
+    """(x1, y1, x2, y2, w, h, w * h), Chen et al. section 3.1, of normalised xyxy ``boxes`` (..., 4)."""
+    size = boxes[..., 2:] - boxes[..., :2]
+    return torch.cat([boxes, size, size.prod(dim=-1, keepdim=True)], dim=-1)
+
+
+class UniterImageEmbeddings(nn.Module):
+    """LN(LN(W_f f + b_f) + LN(W_g g + b_g) + t): features f, geometry g, type embedding t (section 3.1)."""
+
+    def __init__(self, config: UniterConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.img_linear = nn.Linear(config.img_dim, width)
+        self.img_layer_norm = nn.LayerNorm(width, eps=eps)
+        self.pos_linear = nn.Linear(7, width)
+        self.pos_layer_norm = nn.LayerNorm(width, eps=eps)
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, features: Tensor, boxes: Tensor, type_embedding: Tensor) -> Tensor:
+        """(batch, regions, width) of (batch, regions, img_dim), (batch, regions, 4) and (width,)."""
+        seen = self.img_layer_norm(self.img_linear(features))
+        place = self.pos_layer_norm(self.pos_linear(geometry(boxes)))
+        return self.dropout(self.LayerNorm(seen + place + type_embedding))
+
+
+class UniterPreTrainedModel(BertPreTrainedModel):
+    """What transformers needs to know to load and save UNITERs."""
+
+    config_class = UniterConfig
+    base_model_prefix = "uniter"
+
+
+class UniterModel(UniterPreTrainedModel):
+    """[CLS] text [SEP] regions through a BERT encoder; ``pooler`` is tanh(W h + b) of [CLS]."""
+
+    def __init__(self, config: UniterConfig):
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(config)
+        self.img_embeddings = UniterImageEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = BertPooler(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor,
+        region_features: Tensor,
+        region_boxes: Tensor,
+        region_mask: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Hidden states (batch * choices, text_tokens + regions, width), the embeddings first.
+
+        Arguments as in ``UniterForMultipleChoice``. Regions are embedded once per example: in
+        training its choices share their dropout.
+        """
+        choices = input_ids.shape[1]
+        text = self.embeddings(input_ids.flatten(0, 1), token_type_ids.flatten(0, 1))
+        image_type = self.embeddings.token_type_embeddings.weight[IMAGE_TYPE]
+        regions = self.img_embeddings(region_features, region_boxes, image_type)
+        states = [torch.cat([text, regions.repeat_interleave(choices, dim=0)], dim=1)]
+        tokens = sequence_mask(attention_mask, region_mask).flatten(0, 1)
+        mask = create_bidirectional_mask(self.config, states[0], tokens)
+        for layer in self.encoder.layer:
+            states.append(layer(states[-1], mask))
+        return tuple(states)
+
+
+def sequence_mask(attention_mask: Tensor, region_mask: Tensor) -> Tensor:
+    """(batch, choices, text_tokens + regions) of (batch, choices, text_tokens) and (batch, regions)."""
+    regions = region_mask[:, None].expand(-1, attention_mask.shape[1], -1)
+    return torch.cat([attention_mask, regions.to(attention_mask)], dim=-1)
+
+
+class LogOdds(nn.Module):
+    """The log-odds of class 1 of two: (..., 2) logits to (..., 1)."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits[..., 1:] - logits[..., :1]
+
+
+class UniterForMultipleChoice(UniterPreTrainedModel):
+    """UNITER that scores each statement about a picture; a softmax over the choices decides.
+
+    The head is the authors' for VCR (d -> 2d, ReLU, LN, 2d -> 2: wrong, right). They train it with
+    a two-way softmax per choice and then rank by the second logit alone. Our reading: a choice's
+    one logit is the difference of the two, its log-odds of being right. The authors' loss is the
+    binary cross-entropy of this logit, and both rows of the last layer learn under a softmax over
+    the choices, where the first would be idle if the second logit alone were the score.
+    """
+
+    inputs = (
+        "input_ids", "attention_mask", "token_type_ids", "region_features", "region_boxes", "region_mask",
+        "spans",
+    )  # fmt: skip
+    may_lack = ("classifier.",)
+
+    def __init__(self, config: UniterConfig):
+        super().__init__(config)
+        self.uniter = UniterModel(config)
+        self.classifier = self.make_classifier(config)
+        self.post_init()
+
+    @staticmethod
+    def make_classifier(config: UniterConfig) -> nn.Module:
+        return nn.Sequential(*_two_layers(config, nn.ReLU(), outputs=2), LogOdds())
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.uniter.get_input_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor,
+        region_features: Tensor,
+        region_boxes: Tensor,
+        region_mask: Tensor,
+        spans: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> StudentOutput:
+        """Scores statements.
+
+        Args:
+            input_ids: (batch, choices, text_tokens); likewise attention_mask and token_type_ids.
+            region_features: (batch, regions, img_dim), once per example.
+            region_boxes: (batch, regions, 4), xyxy normalised to the picture.
+            region_mask: (batch, regions), 1 on real regions.
+            spans: (batch, choices, text_tokens, 2) characters of each token, handed on in the output.
+            output_hidden_states: whether to return hidden states, spans and boxes.
+        """
+        batch, choices, length = input_ids.shape
+        states = self.uniter(
+            input_ids, attention_mask, token_type_ids, region_features, region_boxes, region_mask
+        )
+        logits = self.classifier(self.uniter.pooler(states[-1])).view(batch, -1)  # per choice, or per class
+        if not output_hidden_states:
+            return StudentOutput(logits=logits)
+        regions = region_boxes.shape[1]
+        if spans is None:
+            spans = input_ids.new_zeros(batch, choices, length, 2)
+        boxes = region_boxes[:, None].expand(-1, choices, -1, -1)
+        return StudentOutput(
+            logits=logits,
+            hidden_states=tuple(state.unflatten(0, (batch, choices)) for state in states),
+            attention_mask=sequence_mask(attention_mask, region_mask),
+            spans=torch.cat([spans, spans.new_zeros(batch, choices, regions, 2)], dim=2),
+            boxes=torch.cat([boxes.new_zeros(batch, choices, length, 4), boxes], dim=2),
+        )
+
+
+class UniterForClassification(UniterForMultipleChoice):
+    """UNITER that gives a statement about a picture a label; the head is the authors' for VQA and SNLI-VE."""
+
+    @staticmethod
+    def make_classifier(config: UniterConfig) -> nn.Module:
+        return nn.Sequential(*_two_layers(config, nn.GELU(), outputs=len(config.id2label or {})))
+
+
+def _two_layers(config: UniterConfig, activation: nn.Module, outputs: int) -> list[nn.Module]:
+    width = config.hidden_size
+    norm = nn.LayerNorm(2 * width, eps=config.layer_norm_eps)
+    return [nn.Linear(width, 2 * width), activation, norm, nn.Linear(2 * width, outputs)]
+
+
+class UniterEncoder(RegionEncoder):
+    """Turns examples into UNITER's inputs.
+
+    A separator has the type of the part that it ends, as in the authors' second pretraining on VCR;
+    their finetuning gives it that of the part that follows.
+
+    Raises:
+        StudentError: the student is no UNITER, or region features are not of its width.
+    """
+
+    kind = "UNITER"
+    token_types: ClassVar[dict[str, int]] = {"question": 0, "answer": 2, "rationale": 3}
+
+    def __init__(self, name: str, max_text_tokens: int, regions: RegionSource):
+        super().__init__(name, max_text_tokens, regions)
+        if not isinstance(self.config, UniterConfig):
+            raise StudentError(
+                f"student {name!r} is a {self.config.model_type}; expected a folder or hub id of a UNITER"
+            )
+        if regions.dim != self.config.img_dim:
+            raise StudentError(
+                f"student {name!r} reads region features of width {self.config.img_dim}, but these have "
+                f"{regions.dim}; choose features of the detector that it was pretrained with"
+            )
+
+    def text(self, example: Example) -> EncodedText:
+        """Ids and spans of one example's statements.
+
+        Raises:
+            StudentError: the example has choices and the student no token types for them.
+        """
+        encoded = super().text(example)
+        if int(encoded.token_type_ids.max()) >= self.config.type_vocab_size:
+            raise StudentError(
+                f"student {self.name!r} has {self.config.type_vocab_size} token types; example "
+                f"{example.id!r} has choices, which need 4: convert the checkpoint with vcr=True"
+            )
+        return encoded
+
+
+def load_uniter(name: str, seed: int = 0, labels: Sequence[str] = ()) -> UniterForMultipleChoice:
+    """A UNITER with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
+    return load_checkpoint(UniterForClassification if labels else UniterForMultipleChoice, name, seed, labels)

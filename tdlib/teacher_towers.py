@@ -1,0 +1,668 @@
+"""The image and text towers of open_clip's model families, read in one way.
+
+A tower's blocks turn positions into hidden states; its pooling mixes what it reads at the positions
+and a head carries the mixture into the joint space. The vector of a token is what the tower would
+pool if that token stood alone (our reading): for a class or end token and for averages this is the
+final norm and projection; for attention pooling (ResNet, SigLIP, CoCa) the pooling's value path
+(MaskCLIP, Zhou et al. 2022, arXiv 2112.01071) with whatever follows it. Owns this decomposition and
+the relevance signals that need it; loading, tokens and positions are ``teacher``'s business.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncoder, MeanPooler
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import (
+    AttentionalPooler,
+    CustomResidualAttentionBlock,
+    ResidualAttentionBlock,
+    VisionTransformer,
+    text_global_pool,
+)
+from timm.layers import Attention as TimmAttention
+from timm.layers import AttentionPoolLatent, PatchEmbed
+from timm.models.vision_transformer import Block as TimmBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EXTRAS = ("vv", "attention", "rollout")  # signals that are computed only when asked for
+SURGERY_BLOCKS = 6  # depth of the value-value path, as in CLIP Surgery's code
+
+
+class TeacherError(ValueError):
+    """The teacher cannot be loaded or used: says which model, why, and the remedy."""
+
+
+# Blocks
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A pre-norm transformer block taken apart: ``x += out(A v); x += feed(x)``, q, k, v of ``norm(x)``."""
+
+    norm: Callable[[Tensor], Tensor]
+    qkv: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # each (batch, heads, positions, head_dim)
+    out: Callable[[Tensor, Tensor], Tensor]  # of A v by heads, and of norm(x), which a gate reads
+    feed: Callable[[Tensor], Tensor]
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def _merged(x: Tensor) -> Tensor:
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def take_apart(block: nn.Module) -> Parts | None:
+    """The parts of a block of open_clip's or of timm's plain ViT; None for any other."""
+    attention = getattr(block, "attn", None)
+    if isinstance(block, ResidualAttentionBlock) and isinstance(attention, nn.MultiheadAttention):
+        return Parts(block.ln_1, lambda x: _open_clip_qkv(attention, x),
+                     lambda mixed, _: block.ls_1(attention.out_proj(_merged(mixed))),
+                     lambda x: block.ls_2(block.mlp(block.ln_2(x))))  # fmt: skip
+    if isinstance(block, CustomResidualAttentionBlock) and block.attn.logit_scale is None:
+        return Parts(block.ln_1, lambda x: _open_clip_qkv(block.attn, x),
+                     lambda mixed, _: block.ls_1(block.ln_attn(_custom_out(block.attn, mixed))),
+                     lambda x: block.ls_2(block.mlp(block.ln_2(x))))  # fmt: skip
+    if type(block) is TimmBlock and type(attention) is TimmAttention:
+        return Parts(block.norm1, lambda x: _timm_qkv(attention, x),
+                     lambda mixed, x: block.ls1(_timm_out(attention, mixed, x)),
+                     lambda x: block.ls2(block.mlp(block.norm2(x))))  # fmt: skip
+    return None
+
+
+def _open_clip_qkv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    projected = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = (_heads(part, attention.num_heads) for part in projected.chunk(3, dim=-1))
+    if isinstance(attention, nn.MultiheadAttention):
+        return q, k, v
+    return attention.ln_q(q), attention.ln_k(k), v
+
+
+def _custom_out(attention: Any, mixed: Tensor) -> Tensor:
+    if attention.head_scale is not None:
+        mixed = mixed * attention.head_scale
+    return attention.out_proj(attention.ln_inner(_merged(mixed)))
+
+
+def _timm_qkv(attention: TimmAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (_heads(part, attention.num_heads) for part in attention.qkv(x).chunk(3, dim=-1))
+    return attention.q_norm(q), attention.k_norm(k), v
+
+
+def _timm_out(attention: TimmAttention, mixed: Tensor, x: Tensor) -> Tensor:
+    mixed = attention.norm(_merged(mixed))
+    if attention.gate is not None:
+        mixed = mixed * attention.gate(x).sigmoid()
+    return attention.proj(mixed)
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``softmax(q k^T / sqrt(head_dim) + mask)``, (batch, heads, queries, keys).
+
+    ``mask`` is additive, (queries, keys) or (batch * heads, queries, keys).
+    """
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores + (mask.view_as(scores) if mask.dim() == 3 else mask)
+    return scores.softmax(dim=-1)
+
+
+def value_path(block: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
+    """A residual attention block whose attention is replaced by its value path.
+
+    Every token attends to itself alone, which keeps patch tokens local (MaskCLIP, Zhou et al. 2022).
+    """
+    attention = block.attn
+    width = attention.embed_dim
+    weight, bias = attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :]
+    value = attention.out_proj(F.linear(block.ln_1(hidden), weight, bias))
+    hidden = hidden + block.ls_1(value)
+    return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
+
+
+def each_alone(block: nn.Module, hidden: Tensor) -> Tensor:
+    """The value path of any block: every token is run as a sequence of its own, (batch, positions, width).
+
+    A softmax over one key is 1, so attention passes the token's own value.
+    """
+    if isinstance(block, ResidualAttentionBlock):
+        return value_path(block, hidden)
+    options = {"attention_mask": None} if _is_hugging_face(block) else {}
+    output = block(hidden.reshape(-1, 1, hidden.shape[-1]), **options)
+    return (output[0] if isinstance(output, tuple) else output).view_as(hidden)
+
+
+def _is_hugging_face(block: nn.Module) -> bool:
+    return type(block).__module__.startswith("transformers.")
+
+
+# Pooling
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How a tower pools: ``head(sum_j weights[j] values[j])``, the sum by heads of its own attention.
+
+    ``values`` reads (batch, positions, width) as (batch, positions, inner); ``weights`` takes the same
+    and the tower's input and gives (batch, heads, positions) that sum to 1; ``head`` maps (..., inner)
+    to (..., teacher_dim). ``attends`` says that the weights are an attention, not a fixed choice.
+    """
+
+    values: Callable[[Tensor], Tensor]
+    weights: Callable[[Tensor, Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
+    attends: bool = False
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Each position in the joint space, pooled as if it stood alone."""
+        return self.head(self.values(hidden))
+
+    def pool(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        """The pooled embedding with given weights, (batch, teacher_dim)."""
+        values = _heads(self.values(hidden), weights.shape[1])
+        return self.head((weights.unsqueeze(-2) @ values).flatten(1))
+
+
+def _one_hot(index: Tensor, hidden: Tensor) -> Tensor:
+    return F.one_hot(index, hidden.shape[1]).unsqueeze(1).to(hidden)
+
+
+def _first(hidden: Tensor, _given: Tensor) -> Tensor:
+    return _one_hot(torch.zeros(len(hidden), dtype=torch.long, device=hidden.device), hidden)
+
+
+def _uniform(prefix: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Equal weights on all positions behind the first ``prefix``."""
+
+    def weights(hidden: Tensor, _given: Tensor) -> Tensor:
+        even = hidden.new_zeros(len(hidden), 1, hidden.shape[1])
+        even[..., prefix:] = 1 / (hidden.shape[1] - prefix)
+        return even
+
+    return weights
+
+
+def _linear(projection: nn.Module | Tensor | None) -> Callable[[Tensor], Tensor]:
+    if projection is None:
+        return nn.Identity()
+    return projection if isinstance(projection, nn.Module) else lambda x: x @ projection
+
+
+# Towers
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What happened in a tower: hidden states that entered blocks (with masks) and left the last, pooled."""
+
+    given: Tensor  # pixels or ids
+    entered: list[tuple[Tensor, Tensor | None]]  # of the last blocks, as many as were asked for
+    hidden: Tensor  # (batch, positions, width)
+    pooled: Tensor  # (batch, teacher_dim), the model's own
+
+    def repeated(self, times: int) -> "Seen":
+        """The same input ``times`` over; of a batch of one without masks."""
+
+        def expand(x: Tensor) -> Tensor:
+            return x.expand(times, *x.shape[1:])
+
+        entered = [(expand(hidden), mask) for hidden, mask in self.entered]
+        return Seen(expand(self.given), entered, expand(self.hidden), expand(self.pooled))
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower taken apart.
+
+    ``run`` is the model's own forward: the pooled embedding, and the hidden states where no block
+    gives them. ``prefix`` leading positions are no tokens (class, registers, a ResNet's mean).
+    ``patch`` is height and width of an image tower's patches, pixels, where it cuts patches.
+    """
+
+    name: str
+    run: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    blocks: Sequence[nn.Module]
+    pooling: Pooling
+    prefix: int = 0
+    patch: tuple[int, int] | None = None
+    value_value: Callable[[Tensor], Tensor] | None = None  # of the pooling, where there are no blocks
+    cut: bool = False  # a text tower that gives the same without padding
+
+    @property
+    def surgery_blocks(self) -> int:
+        """Depth of the value-value path: six blocks as published, half of them where they are under 12."""
+        return min(SURGERY_BLOCKS, (len(self.blocks) + 1) // 2)
+
+    def grid(self, height: int, width: int, tokens: int) -> tuple[int, int]:
+        """Rows and columns of an image tower's tokens for an input of this many pixels."""
+        if self.patch is not None:
+            rows, columns = height // self.patch[0], width // self.patch[1]
+        else:
+            rows = max(1, round((tokens * height / width) ** 0.5))
+            columns = tokens // rows
+        if rows * columns != tokens:
+            raise TeacherError(
+                f"teacher {self.name}: {tokens} image tokens are no grid of {rows} x {columns} for an "
+                f"input of {height} x {width} pixels"
+            )
+        return rows, columns
+
+    def check(self, extra: str) -> None:
+        """Raises TeacherError if this tower cannot give a signal of ``EXTRAS`` or "gradient"."""
+        apart = [take_apart(block) is not None for block in self.blocks]
+        known = {
+            "vv": all(apart) if apart else self.value_value is not None,
+            "attention": self.pooling.attends or (bool(apart) and apart[-1]),
+            "rollout": all(apart) and (bool(apart) or self.pooling.attends),
+        }
+        known["gradient"] = known["rollout"]
+        if extra not in known:
+            raise TeacherError(f"teacher {self.name}: no signal {extra!r}; there are {', '.join(known)}")
+        if not known[extra]:
+            possible = ["projected", "value", *(name for name in known if known[name])]
+            raise TeacherError(
+                f"teacher {self.name}: relevance {extra!r} cannot be computed, as its attention is not read "
+                f"here or there is none; possible are {', '.join(possible)}"
+            )
+
+    def see(self, given: Tensor, blocks: int = 1) -> Seen:
+        """Runs the model and keeps what entered its last ``blocks`` blocks."""
+        with _watch(self.blocks[len(self.blocks) - blocks :] if self.blocks else []) as watched:
+            pooled, hidden = self.run(given)
+        return Seen(given, watched.entered, watched.left if hidden is None else hidden, pooled)
+
+    def encode(self, given: Tensor, extras: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pooled embeddings and signals of tokens, not normalised.
+
+        Returns (batch, teacher_dim), and under "projected", "value" and "vv" (batch, tokens, teacher_dim),
+        under "attention" and "rollout" (batch, tokens).
+        """
+        for extra in extras:
+            self.check(extra)
+        depth = {"vv": self.surgery_blocks, "rollout": len(self.blocks)}
+        seen = self.see(given, max([1, *(depth.get(extra, 1) for extra in extras)]))
+        signals = {"projected": self.pooling.project(seen.hidden[:, self.prefix :])}
+        signals["value"] = self._value(seen) if self.blocks else signals["projected"]
+        for extra in extras:
+            signals[extra] = getattr(self, f"_{extra}")(seen)[:, self.prefix :]
+        return seen.pooled, signals
+
+    def _value(self, seen: Seen) -> Tensor:
+        alone = each_alone(self.blocks[-1], seen.entered[-1][0])
+        return self.pooling.project(alone[:, self.prefix :])
+
+    def _vv(self, seen: Seen) -> Tensor:
+        """Value-value attention on a second path without MLPs (CLIP Surgery, Li et al. 2023, 2304.05653).
+
+        ``path += out(softmax(v v^T / sqrt(d)) v)`` over the last blocks, with v of the original path.
+        Text towers keep their mask (our reading; the paper treats pictures alone).
+        """
+        if not self.blocks:
+            assert self.value_value is not None
+            return self.value_value(seen.hidden)
+        depth = self.surgery_blocks
+        path = seen.entered[-depth][0]
+        for block, (hidden, mask) in zip(self.blocks[-depth:], seen.entered[-depth:], strict=True):
+            parts = self._parts(block)
+            normed = parts.norm(hidden)
+            v = parts.qkv(normed)[2]
+            path = path + parts.out(attention_weights(v, v, mask) @ v, normed)
+        return self.pooling.project(path)
+
+    def _attention(self, seen: Seen) -> Tensor:
+        """The pooled position's attention in the last layer, heads averaged, (batch, positions).
+
+        The last layer is the pooling itself where it attends; a tower that averages its tokens
+        averages their rows.
+        """
+        row = self.pooling.weights(seen.hidden, seen.given).mean(dim=1)
+        return row if self.pooling.attends else self._attended(row, self.blocks[-1], *seen.entered[-1])
+
+    def _rollout(self, seen: Seen) -> Tensor:
+        """The pooled position's row of ``prod_l (A_l + I) / 2``, heads averaged (Abnar & Zuidema 2020)."""
+        row = self.pooling.weights(seen.hidden, seen.given).mean(dim=1)
+        for block, (hidden, mask) in reversed(list(zip(self.blocks, seen.entered, strict=True))):
+            row = (self._attended(row, block, hidden, mask) + row) / 2
+        return row
+
+    def _attended(self, row: Tensor, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        parts = self._parts(block)
+        q, k, _ = parts.qkv(parts.norm(hidden))
+        return (row.unsqueeze(1) @ attention_weights(q, k, mask).mean(dim=1)).squeeze(1)
+
+    def _parts(self, block: nn.Module) -> Parts:
+        parts = take_apart(block)
+        assert parts is not None, "check() lets no other block through"
+        return parts
+
+    def attend(self, seen: Seen) -> "Attended":
+        """Computes the pooled embedding anew, through attention maps that a gradient can be taken of."""
+        maps = []
+        hidden = seen.entered[0][0] if self.blocks else seen.hidden
+        for block, (_, mask) in zip(self.blocks, seen.entered, strict=True):
+            parts = self._parts(block)
+            normed = parts.norm(hidden)
+            q, k, v = parts.qkv(normed)
+            maps.append(_differentiable(attention_weights(q, k, mask)))
+            hidden = hidden + parts.out(maps[-1] @ v, normed)
+            hidden = hidden + parts.feed(hidden)
+        weights = _differentiable(self.pooling.weights(hidden, seen.given))
+        return Attended(self.pooling.pool(hidden, weights), maps, weights)
+
+    def relevancy(self, attended: "Attended", goal: Tensor) -> Tensor:
+        """How much each token brings about a scalar (Chefer et al. 2021, eq. 5 and 6), (batch, tokens).
+
+        ``R = I; R += mean_heads((gradient * A)+) R`` from first to last block, and the pooled row of R;
+        a pooling that attends comes last, with the same product of its own.
+        """
+        *gradients, last = torch.autograd.grad(goal, [*attended.maps, attended.weights], retain_graph=True)
+        row = attended.weights
+        if self.pooling.attends:
+            row = (last * row).clamp(min=0)
+        row = row.mean(dim=1)
+        for attention, gradient in reversed(list(zip(attended.maps, gradients, strict=True))):
+            relevancy = (gradient * attention).clamp(min=0).mean(dim=1)
+            row = row + (row.unsqueeze(1) @ relevancy).squeeze(1)
+        return row[:, self.prefix :].detach()
+
+
+@dataclass(frozen=True)
+class Attended:
+    """A pooled embedding with the graph that leads to it."""
+
+    pooled: Tensor  # (batch, teacher_dim)
+    maps: list[Tensor]  # of the blocks, first to last, (batch, heads, positions, positions)
+    weights: Tensor  # of the pooling, (batch, heads, positions)
+
+
+def _differentiable(x: Tensor) -> Tensor:
+    return x if x.requires_grad else x.requires_grad_()
+
+
+@dataclass
+class _Watched:
+    entered: list[tuple[Tensor, Tensor | None]]
+    left: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@contextmanager
+def _watch(blocks: Sequence[nn.Module]) -> Iterator[_Watched]:
+    """Records what enters blocks and what leaves the last one."""
+    watched = _Watched([])
+
+    def entering(_block: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        watched.entered.append((hidden, kwargs.get("attn_mask")))
+
+    def leaving(_block: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
+        watched.left = output[0] if isinstance(output, tuple) else output
+
+    hooks = [block.register_forward_pre_hook(entering, with_kwargs=True) for block in blocks]
+    hooks += [block.register_forward_hook(leaving) for block in blocks[-1:]]
+    try:
+        yield watched
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _pooled(output: Tensor | tuple) -> Tensor:
+    """The pooled embedding of a tower that may also return its tokens."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+# Image towers
+
+
+def image_tower(visual: nn.Module, name: str) -> Tower:
+    """The image tower of an open_clip model.
+
+    Raises:
+        TeacherError: its pooling has no reading per token.
+    """
+    if isinstance(visual, VisionTransformer):
+        return _vision_transformer(visual, name)
+    if isinstance(visual, ModifiedResNet):
+        return _resnet(visual, name)
+    if isinstance(visual, TimmModel):
+        if all(hasattr(visual.trunk, part) for part in ("blocks", "num_prefix_tokens", "fc_norm")):
+            return _timm_transformer(visual, name)
+        return _timm_map(visual, name)
+    raise TeacherError(f"teacher {name}: image tower {type(visual).__name__} is of no family known here")
+
+
+def _vision_transformer(visual: VisionTransformer, name: str) -> Tower:
+    if visual.attn_pool is not None:
+        if visual.attn_pool_contrastive is not None or visual.pool_type != "tok":
+            raise TeacherError(
+                f"teacher {name}: attentional pooling {visual.attn_pool_type or visual.pool_type!r} does not "
+                "end in one token; only attentional_pool=true with pool_type='tok' is supported"
+            )
+        pooling = _attentional_pooling(visual.attn_pool, lambda x: visual.ln_post(x) @ visual.proj)
+    elif visual.pool_type == "none":
+        raise TeacherError(
+            f"teacher {name}: its image tower does not pool (pool_type='none'); set 'tok' or 'avg'"
+        )
+    else:
+        before, after = (
+            (nn.Identity(), visual.ln_post) if visual.final_ln_after_pool else (visual.ln_post, nn.Identity())
+        )
+        pooling = Pooling(
+            before, _first if visual.pool_type == "tok" else _uniform(1), lambda x: after(x) @ visual.proj
+        )
+    return Tower(
+        name, lambda pixels: (_pooled(visual(pixels)), None), visual.transformer.resblocks, pooling, prefix=1,
+        patch=visual.patch_size,
+    )  # fmt: skip
+
+
+def _attentional_pooling(pooler: AttentionalPooler, finish: Callable[[Tensor], Tensor]) -> Pooling:
+    """CoCa's pooling, of which the first query makes the pooled embedding."""
+    attention = pooler.attn
+    if attention.in_proj_weight is not None:
+        matrices = attention.in_proj_weight.chunk(3)
+    else:
+        matrices = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+    (q_matrix, k_matrix, v_matrix), (q_bias, k_bias, v_bias) = matrices, attention.in_proj_bias.chunk(3)
+
+    def weights(hidden: Tensor, _given: Tensor) -> Tensor:
+        q = F.linear(pooler.ln_q(pooler.query[:1]), q_matrix, q_bias)
+        k = F.linear(pooler.ln_k(hidden), k_matrix, k_bias)
+        return attention_weights(_heads(q, attention.num_heads), _heads(k, attention.num_heads)).squeeze(-2)
+
+    return Pooling(
+        lambda hidden: F.linear(pooler.ln_k(hidden), v_matrix, v_bias), weights,
+        lambda x: finish(attention.out_proj(x)), attends=True,
+    )  # fmt: skip
+
+
+def _resnet(visual: ModifiedResNet, name: str) -> Tower:
+    """Positions are the mean of the last map and its cells, with the pooling's position embeddings.
+
+    Tokens are the cells through value and output projection (MaskCLIP; DenseCLIP, Rao et al. 2022);
+    there is no block before the pooling, so the value path is the same.
+    """
+    attention = visual.attnpool
+    heads = attention.num_heads
+
+    def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        cells = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels)))))
+        positions = cells.flatten(2).transpose(1, 2)
+        positions = torch.cat([positions.mean(dim=1, keepdim=True), positions], dim=1)
+        return attention(cells), positions + attention.positional_embedding
+
+    def weights(hidden: Tensor, _given: Tensor) -> Tensor:
+        q, k = attention.q_proj(hidden[:, :1]), attention.k_proj(hidden)
+        return attention_weights(_heads(q, heads), _heads(k, heads)).squeeze(-2)
+
+    def value_value(hidden: Tensor) -> Tensor:
+        """CLIP Surgery for ResNets: normalised values, scores eight times as large."""
+        v = _heads(attention.v_proj(hidden), heads)
+        unit = F.normalize(v, dim=-1)
+        return attention.c_proj(_merged(attention_weights(8 * unit, unit) @ v))
+
+    return Tower(
+        name, run, [], Pooling(attention.v_proj, weights, attention.c_proj, attends=True), prefix=1,
+        value_value=value_value,
+    )  # fmt: skip
+
+
+def _timm_transformer(visual: TimmModel, name: str) -> Tower:
+    trunk = visual.trunk
+    prefix, pool = trunk.num_prefix_tokens, trunk.attn_pool
+    skipped = 0 if getattr(trunk, "pool_include_prefix", False) else prefix
+
+    def head(x: Tensor) -> Tensor:
+        return visual.head(trunk.head(trunk.fc_norm(x)))
+
+    if isinstance(pool, AttentionPoolLatent) and pool.latent_len == 1 and pool.pos_embed is None:
+        pooling = _latent_pooling(trunk.norm, pool, head, skipped)
+    elif pool is None and trunk.global_pool in ("token", "avg"):
+        pooling = Pooling(trunk.norm, _first if trunk.global_pool == "token" else _uniform(skipped), head)
+    else:
+        kind = trunk.global_pool if pool is None else type(pool).__name__
+        raise TeacherError(
+            f"teacher {name}: timm pooling {kind!r} has no reading per token; supported are 'token', 'avg' "
+            "and 'map' with one latent and no position embedding"
+        )
+    return Tower(
+        name, lambda pixels: (visual(pixels), None), list(trunk.blocks), pooling, prefix,
+        patch=trunk.patch_embed.patch_size if isinstance(trunk.patch_embed, PatchEmbed) else None,
+    )  # fmt: skip
+
+
+def _latent_pooling(
+    norm: nn.Module, pool: AttentionPoolLatent, head: Callable[[Tensor], Tensor], skipped: int
+) -> Pooling:
+    """SigLIP's attention pooling by a learned query, with output projection and MLP residual."""
+
+    def weights(hidden: Tensor, _given: Tensor) -> Tensor:
+        q = pool.q_norm(_heads(pool.q(pool.latent), pool.num_heads))
+        k = pool.k_norm(_heads(pool.kv(norm(hidden[:, skipped:])).chunk(2, dim=-1)[0], pool.num_heads))
+        return F.pad(attention_weights(q, k).squeeze(-2), (skipped, 0))
+
+    def finish(x: Tensor) -> Tensor:
+        x = pool.proj(x)
+        return head(x if pool.mlp is None else x + pool.mlp(pool.norm(x)))
+
+    return Pooling(lambda hidden: pool.kv(norm(hidden)).chunk(2, dim=-1)[1], weights, finish, attends=True)
+
+
+def _timm_map(visual: TimmModel, name: str) -> Tower:
+    """Trunks that end in a map (ConvNeXt, FastViT, Swin): its cells, each through the head alone."""
+    trunk = visual.trunk
+    pool = getattr(getattr(trunk, "head", trunk), "global_pool", getattr(trunk, "global_pool", None))
+    last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+    if getattr(pool, "pool_type", None) != "avg" or "pool" in dict(visual.head.named_children()):
+        raise TeacherError(
+            f"teacher {name}: timm trunk {type(trunk).__name__} does not average its last map; other pooling "
+            "has no reading per token here"
+        )
+
+    def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features = trunk.forward_features(pixels)
+        positions = features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
+        return visual.head(trunk.forward_head(features)), positions
+
+    def head(x: Tensor) -> Tensor:
+        single = x.reshape(-1, 1, 1, x.shape[-1])
+        output = visual.head(trunk.forward_head(single if last else single.permute(0, 3, 1, 2)))
+        return output.view(*x.shape[:-1], -1)
+
+    return Tower(name, run, [], Pooling(nn.Identity(), _uniform(0), head))
+
+
+# Text towers
+
+
+def text_tower(model: nn.Module, name: str) -> Tower:
+    """The text tower of an open_clip model.
+
+    Raises:
+        TeacherError: its pooling has no reading per token.
+    """
+    text: Any = getattr(model, "text", model)  # the plain CLIP class holds its text tower's parts itself
+    if isinstance(text, HFTextEncoder):
+        return _hugging_face_text(text, name)
+    if getattr(text, "cls_emb", None) is not None:
+        return _appended_class(text, name)
+    pool_type = text.text_pool_type if isinstance(text, open_clip.CLIP) else text.pool_type
+    if pool_type not in ("first", "last", "argmax", "eos"):
+        raise TeacherError(f"teacher {name}: its text tower does not pool (pool_type={pool_type!r})")
+
+    def weights(hidden: Tensor, ids: Tensor) -> Tensor:
+        index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).unsqueeze(-1)
+        return _one_hot(text_global_pool(index, ids, pool_type, _eos_of(text)).squeeze(-1), hidden)
+
+    pooling = Pooling(text.ln_final, weights, _linear(text.text_projection))
+    return Tower(
+        name, lambda ids: (encode_text_tokens(model, ids)[0], None), text.transformer.resblocks, pooling,
+        cut=text.attn_mask is not None and pool_type != "last",
+    )  # fmt: skip
+
+
+def _eos_of(text: Any) -> int | None:
+    """The end token's id of a text tower, which pool_type 'eos' looks for."""
+    return text.text_eos_id if isinstance(text, open_clip.CLIP) else text.eos_id
+
+
+def encode_text_tokens(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled and per-token text features before L2 normalisation, of open_clip's own text towers.
+
+    ``ids`` is (batch, tokens) with the padding id behind the end token. Where the tower is causal and
+    pools at the end token, they may be cut to the longest: padding changes nothing. Returns
+    (batch, teacher_dim) and (batch, tokens, teacher_dim), both after ``ln_final`` and the projection.
+    """
+    text: Any = getattr(model, "text", model)
+    length = ids.shape[1]
+    mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
+    hidden = text.token_embedding(ids) + text.positional_embedding[:length]
+    hidden = text.ln_final(text.transformer(hidden, attn_mask=mask))
+    pool_type = text.text_pool_type if isinstance(text, open_clip.CLIP) else text.pool_type
+    project = _linear(text.text_projection)
+    return project(text_global_pool(hidden, ids, pool_type, eos_token_id=_eos_of(text))), project(hidden)
+
+
+def _appended_class(text: Any, name: str) -> Tower:
+    """CoCa's text tower, which appends a class token and pools it."""
+
+    def weights(hidden: Tensor, _ids: Tensor) -> Tensor:
+        return _one_hot(hidden.new_full((len(hidden),), hidden.shape[1] - 1, dtype=torch.long), hidden)
+
+    pooling = Pooling(text.ln_final, weights, _linear(text.text_projection))
+    return Tower(name, lambda ids: (_pooled(text(ids)), None), text.transformer.resblocks, pooling)
+
+
+def _hugging_face_text(text: HFTextEncoder, name: str) -> Tower:
+    encoder = text.transformer
+    holder = getattr(encoder, "encoder", encoder)
+    blocks = next(
+        (getattr(holder, part) for part in ("layer", "layers", "block") if hasattr(holder, part)), None
+    )
+    norm = getattr(holder, "final_layer_norm", getattr(holder, "layer_norm", nn.Identity()))
+    if blocks is None or not isinstance(text.pooler, MeanPooler | ClsPooler | ClsLastHiddenStatePooler):
+        raise TeacherError(
+            f"teacher {name}: text tower {type(encoder).__name__} with {type(text.pooler).__name__} has no "
+            "reading per token; supported are BERT-, T5- and M2M-like encoders with mean or class pooling"
+        )
+    dense = getattr(encoder, "pooler", None)
+
+    def mean(hidden: Tensor, ids: Tensor) -> Tensor:
+        mask = (ids != text.config.pad_token_id).to(hidden)
+        return (mask / mask.sum(dim=1, keepdim=True)).unsqueeze(1)
+
+    def head(x: Tensor) -> Tensor:
+        if isinstance(text.pooler, ClsPooler) and text.pooler.use_pooler_output and dense is not None:
+            x = dense.activation(dense.dense(x))
+        return text.proj(x)
+
+    pooling = Pooling(norm, mean if isinstance(text.pooler, MeanPooler) else _first, head)
+    return Tower(name, lambda ids: (_pooled(text(ids)), None), list(blocks), pooling, cut=True)

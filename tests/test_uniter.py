@@ -1,0 +1,643 @@
+"""The UNITER student: parity with the published equations, its inputs, conversion of official files."""
+
+import json
+import math
+import re
+import shutil
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoConfig
+
+from tdlib.examples import Example, TextPart
+from tdlib.pretraining import train_wordpiece_tokenizer
+from tdlib.regions import Regions
+from tdlib.students.base import StudentError
+from tdlib.students.convert import convert_uniter, uniter_weights
+from tdlib.students.uniter import (
+    UniterConfig,
+    UniterEncoder,
+    UniterForClassification,
+    UniterForMultipleChoice,
+    UniterModel,
+    load_uniter,
+)
+from tdlib.tasks.vcr import PERSON_TOKENS, VcrReader
+
+CLOSE = {"rtol": 0, "atol": 1e-5}
+TEXT = ("input_ids", "attention_mask", "token_type_ids")
+LABELS = ("no", "yes", "maybe")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory, captions_texts) -> Path:
+    folder = tmp_path_factory.mktemp("uniter") / "tokenizer"
+    train_wordpiece_tokenizer(captions_texts, 300).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer_folder) -> Path:
+    """A UNITER of two layers with random weights, large enough that every part of it counts."""
+    folder = tokenizer_folder.parent / "student"
+    shutil.copytree(tokenizer_folder, folder)
+    torch.manual_seed(0)
+    config = UniterConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64, type_vocab_size=4, img_dim=6,
+    )  # fmt: skip
+    model = UniterForMultipleChoice(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(folder) -> UniterForMultipleChoice:
+    return load_uniter(str(folder)).eval()
+
+
+class BoxRegions:
+    """The whole picture and every object of an example, each seen as its geometry."""
+
+    dim = 6
+
+    def __call__(self, example: Example) -> Regions:
+        boxes = torch.tensor([(0.0, 0.0, 1.0, 1.0), *example.boxes])
+        return Regions(torch.cat([boxes, boxes[:, :2]], dim=1), boxes, torch.arange(-1, len(example.boxes)))
+
+
+@pytest.fixture(scope="module")
+def encoder(folder) -> UniterEncoder:
+    return UniterEncoder(str(folder), 40, BoxRegions())
+
+
+@pytest.fixture(scope="module")
+def examples(world):
+    return VcrReader(world, "train").read()[:5]
+
+
+def inputs_of(batch: int = 3, choices: int = 2, length: int = 7, regions: int = 4, seed: int = 0) -> dict:
+    """Random inputs; texts and regions of several lengths, all padding at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 300, (batch, choices, length), generator=generator)
+    texts = torch.randint(2, length + 1, (batch, choices, 1), generator=generator)
+    seen = torch.randint(1, regions + 1, (batch, 1), generator=generator)
+    attention = (torch.arange(length) < texts).long()
+    mask = (torch.arange(regions) < seen).long()
+    corners = torch.rand(batch, regions, 2, 2, generator=generator).sort(dim=2).values.flatten(2)
+    return {
+        "input_ids": ids * attention,
+        "attention_mask": attention,
+        "token_type_ids": torch.randint(0, 4, ids.shape, generator=generator) * attention,
+        "region_features": torch.randn(batch, regions, 6, generator=generator) * mask[..., None],
+        "region_boxes": corners * mask[..., None],
+        "region_mask": mask,
+    }
+
+
+def run(student, inputs, **options):
+    with torch.inference_mode():
+        return student(**inputs, output_hidden_states=True, **options)
+
+
+# Parity with the equations, in double precision, one token sequence at a time, from the weights alone
+
+
+def norm(x, weights, name):
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-12)
+    return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def linear(x, weights, name):
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def equations(weights, ids, types, features, boxes, heads=4):
+    """Hidden states and pooled [CLS] of one unpadded sequence (Chen et al. 2020; Devlin et al. 2019)."""
+    table = {k.removeprefix("uniter."): v.double() for k, v in weights.items()}
+    words, places, kinds = (
+        table[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")
+    )
+    text = [words[token] + places[i] + kinds[t] for i, (token, t) in enumerate(zip(ids, types, strict=True))]
+    text = norm(torch.stack(text), table, "embeddings.LayerNorm")
+    x1, y1, x2, y2 = boxes.double().unbind(-1)
+    place = torch.stack([x1, y1, x2, y2, x2 - x1, y2 - y1, (x2 - x1) * (y2 - y1)], dim=-1)
+    image = "img_embeddings"
+    seen = norm(linear(features.double(), table, f"{image}.img_linear"), table, f"{image}.img_layer_norm")
+    place = norm(linear(place, table, f"{image}.pos_linear"), table, f"{image}.pos_layer_norm")
+    regions = norm(seen + place + kinds[1], table, f"{image}.LayerNorm")
+    states = [torch.cat([text, regions])]
+    for number in range(2):
+        layer = f"encoder.layer.{number}"
+        query, key, value = (
+            linear(states[-1], table, f"{layer}.attention.self.{name}") for name in ("query", "key", "value")
+        )
+        wide = query.shape[-1] // heads
+        mixed = []
+        for part in (slice(head * wide, (head + 1) * wide) for head in range(heads)):
+            scores = query[:, part] @ key[:, part].T / math.sqrt(wide)
+            mixed.append((scores.exp() / scores.exp().sum(-1, keepdim=True)) @ value[:, part])
+        attended = linear(torch.cat(mixed, dim=-1), table, f"{layer}.attention.output.dense")
+        attended = norm(attended + states[-1], table, f"{layer}.attention.output.LayerNorm")
+        inner = gelu(linear(attended, table, f"{layer}.intermediate.dense"))
+        states.append(norm(linear(inner, table, f"{layer}.output.dense") + attended, table,
+                           f"{layer}.output.LayerNorm"))  # fmt: skip
+    return states, torch.tanh(linear(states[-1][0], table, "pooler.dense"))
+
+
+def head(weights, pooled, activation):
+    table = {k: v.double() for k, v in weights.items()}
+    return linear(norm(activation(linear(pooled, table, "classifier.0")), table, "classifier.2"), table,
+                  "classifier.3")  # fmt: skip
+
+
+def rows_of(inputs):
+    """Each example and choice with its real tokens alone: its place, and what ``equations`` takes."""
+    for b, c in torch.cartesian_prod(*map(torch.arange, inputs["input_ids"].shape[:2])).tolist():
+        text, seen = inputs["attention_mask"][b, c].bool(), inputs["region_mask"][b].bool()
+        yield (b, c), (
+            inputs["input_ids"][b, c, text].tolist(), inputs["token_type_ids"][b, c, text].tolist(),
+            inputs["region_features"][b, seen], inputs["region_boxes"][b, seen],
+        )  # fmt: skip
+
+
+def test_states_and_scores_are_those_of_the_equations(student):
+    inputs, weights = inputs_of(), student.state_dict()
+    output = run(student, inputs)
+    for (b, c), row in rows_of(inputs):
+        states, pooled = equations(weights, *row)
+        real = output.attention_mask[b, c].bool()
+        for own, expected in zip(output.hidden_states, states, strict=True):
+            assert_close(own[b, c, real].double(), expected, **CLOSE)
+        wrong, right = head(weights, pooled, torch.relu)
+        assert_close(output.logits[b, c].double(), right - wrong, **CLOSE)
+
+
+def test_label_scores_are_those_of_the_equations(folder):
+    torch.manual_seed(1)
+    student = load_uniter(str(folder), labels=LABELS).eval()
+    assert isinstance(student, UniterForClassification)
+    inputs, weights = inputs_of(choices=1), student.state_dict()
+    logits = run(student, inputs).logits
+    assert logits.shape == (3, 3) and student.config.id2label == dict(enumerate(LABELS))
+    for (b, _), row in rows_of(inputs):
+        assert_close(logits[b].double(), head(weights, equations(weights, *row)[1], gelu), **CLOSE)
+
+
+def test_the_authors_loss_is_the_binary_cross_entropy_of_the_score(student):
+    pair = torch.randn(5, 2, dtype=torch.float64)
+    target = torch.tensor([0, 1, 1, 0, 1])
+    expected = torch.nn.functional.cross_entropy(pair, target)
+    score = student.classifier[4](pair)[:, 0]
+    assert_close(torch.nn.functional.binary_cross_entropy_with_logits(score, target.double()), expected)
+
+
+# Padding and places
+
+
+def cut(inputs, b, c):
+    """The inputs of one example and choice without any padding."""
+    text, seen = inputs["attention_mask"][b, c].bool(), inputs["region_mask"][b].bool()
+    return {name: value[b : b + 1, c : c + 1, text] for name, value in inputs.items() if name in TEXT} | {
+        name: value[b : b + 1, seen] for name, value in inputs.items() if name not in TEXT
+    }
+
+
+def test_padding_is_as_good_as_moving_regions_up(student):
+    inputs = inputs_of()
+    assert not inputs["attention_mask"].all() and not inputs["region_mask"].all()
+    output = run(student, inputs)
+    for (b, c), _ in rows_of(inputs):
+        alone, real = run(student, cut(inputs, b, c)), output.attention_mask[b, c].bool()
+        assert_close(alone.logits[0, 0], output.logits[b, c], **CLOSE)
+        for own, expected in zip(output.hidden_states, alone.hidden_states, strict=True):
+            assert_close(own[b, c, real], expected[0, 0], **CLOSE)
+
+
+def test_what_stands_in_the_padding_does_not_matter(student):
+    inputs = inputs_of()
+    noise = inputs_of(seed=1)
+    text, seen = inputs["attention_mask"] == 1, inputs["region_mask"] == 1
+    filled = dict(inputs)
+    filled["input_ids"] = torch.where(text, inputs["input_ids"], 7)
+    filled["token_type_ids"] = torch.where(text, inputs["token_type_ids"], 3)
+    for name in ("region_features", "region_boxes"):
+        filled[name] = torch.where(seen[..., None], inputs[name], noise[name] + 9)
+    assert_close(run(student, filled).logits, run(student, inputs).logits, **CLOSE)
+
+
+def test_choices_examples_and_the_order_of_regions_do_not_matter(student):
+    inputs = inputs_of(choices=3)
+    logits = run(student, inputs).logits
+    order = torch.tensor([2, 0, 1])
+    text = {name: inputs[name][:, order] for name in TEXT}
+    assert_close(run(student, {**inputs, **text}).logits, logits[:, order], **CLOSE)
+    rows = {name: value[order] for name, value in inputs.items()}
+    assert_close(run(student, rows).logits, logits[order], **CLOSE)
+    turned = {name: inputs[name].flip(1) for name in inputs if name not in TEXT}
+    assert_close(run(student, {**inputs, **turned}).logits, logits, **CLOSE)
+
+
+def test_output_says_where_tokens_are(student):
+    inputs = inputs_of()
+    spans = torch.randint(0, 50, (3, 2, 7, 2))
+    output = run(student, inputs, spans=spans)
+    assert torch.equal(output.spans[:, :, :7], spans) and not output.spans[:, :, 7:].any()
+    assert not run(student, inputs).spans.any()
+    assert not output.boxes[:, :, :7].any()
+    for choice in range(2):
+        assert torch.equal(output.boxes[:, choice, 7:], inputs["region_boxes"])
+        assert torch.equal(output.attention_mask[:, choice, 7:], inputs["region_mask"])
+    assert torch.equal(output.attention_mask[:, :, :7], inputs["attention_mask"])
+    assert output.hidden_states[0].shape == (3, 2, 11, 32) and len(output.hidden_states) == 3
+
+
+def test_gradients_reach_regions_and_every_parameter(folder):
+    student = load_uniter(str(folder)).eval()
+    inputs = inputs_of()
+    inputs["region_features"].requires_grad_()
+    student(**inputs).logits.square().sum().backward()
+    gradient = inputs["region_features"].grad.abs().sum(-1)
+    assert torch.equal(gradient > 0, inputs["region_mask"] == 1)
+    for name, parameter in student.named_parameters():
+        if name.endswith("self.key.bias"):  # the softmax over keys ignores it
+            continue
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_the_word_embedding_can_be_hooked(student):
+    inputs, seen = inputs_of(), []
+    handle = student.get_input_embeddings().register_forward_hook(lambda *args: seen.append(args[2].shape))
+    logits = run(student, inputs).logits
+    handle.remove()
+    assert seen == [(6, 7, 32)]
+    handle = student.get_input_embeddings().register_forward_hook(lambda *args: 2 * args[2])
+    disturbed = run(student, inputs).logits
+    handle.remove()
+    assert not torch.allclose(disturbed, logits, atol=0.01)
+
+
+# Inputs
+
+
+def test_encoder_and_student_fit(encoder, student, examples):
+    texts, visuals = [encoder.text(e) for e in examples], [encoder.visual(e) for e in examples]
+    batch = encoder.pad_visual(visuals)
+    for b, (text, example) in enumerate(zip(texts, examples, strict=True)):
+        own = {name: getattr(text, name)[None] for name in (*TEXT, "spans")}
+        own |= {name: value[b : b + 1] for name, value in batch.items()}
+        output = run(student, {name: own[name] for name in student.inputs})
+        assert output.logits.shape == (1, len(example.choices)) and output.logits.isfinite().all()
+        boxes = output.boxes[0, 0, text.input_ids.shape[1] :]
+        assert_close(boxes[: len(example.boxes) + 1], encoder.visual_boxes(visuals[b]))
+        assert not boxes[len(example.boxes) + 1 :].any()
+
+
+def test_token_types_are_the_authors(encoder, examples):
+    prompt = "why is it raining ? rain"
+    example = replace(
+        examples[0], prompt=TextPart(prompt), given=len("why is it raining ? "), choices=(TextPart("sun"),)
+    )
+    text = encoder.text(example)
+    parts = {prompt[: example.given]: 0, "rain": 2, "sun": 3}
+    statement = f"{prompt} sun"
+    for (start, end), kind in zip(text.spans[0].tolist(), text.token_type_ids[0].tolist(), strict=True):
+        if end > start:
+            assert kind == (3 if start > len(prompt) else 2 if start >= example.given else 0)
+            assert any(statement[start:end] in part for part, own in parts.items() if own == kind)
+    assert text.token_type_ids[0, 0] == 0 and text.token_type_ids[0].unique().tolist() == [0, 2, 3]
+    assert encoder.text(replace(example, given=0)).token_type_ids.unique().tolist() == [0, 2]
+    assert not encoder.text(replace(example, given=0, choices=())).token_type_ids.any()
+
+
+def change(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def test_encoders_that_do_not_fit_are_refused(folder, student_folder, tmp_path, examples):
+    with pytest.raises(StudentError, match=r"is a vilt; expected .* a UNITER"):
+        UniterEncoder(str(student_folder), 40, BoxRegions())
+    with pytest.raises(StudentError, match=r"at most 64.*max_text_tokens=65"):
+        UniterEncoder(str(folder), 65, BoxRegions())
+    copy = tmp_path / "uniter"
+    shutil.copytree(folder, copy)
+    change(copy, img_dim=2048)
+    with pytest.raises(StudentError, match=r"width 2048, but these have 6"):
+        UniterEncoder(str(copy), 40, BoxRegions())
+    change(copy, img_dim=6, type_vocab_size=2)
+    encoder = UniterEncoder(str(copy), 40, BoxRegions())
+    assert not encoder.text(replace(examples[0], choices=())).token_type_ids.any()
+    with pytest.raises(StudentError, match=rf"2 token types.*{examples[0].id}.*vcr=True"):
+        encoder.text(examples[0])
+
+
+# Loading
+
+
+def test_save_and_load(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    again = load_uniter(str(tmp_path), seed=5).eval()
+    assert isinstance(again.config, UniterConfig) and again.config.img_dim == 6
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == again.config.to_dict()
+    inputs = inputs_of()
+    assert torch.equal(run(again, inputs).logits, run(student, inputs).logits)
+    assert again.state_dict().keys() == student.state_dict().keys()
+
+
+def test_a_model_stored_in_half_precision_is_trained_in_single(student, tmp_path):
+    deepcopy(student).half().save_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in load_uniter(str(tmp_path)).parameters()} == {torch.float32}
+
+
+def test_a_checkpoint_without_head_gets_one_from_the_seed(student, tmp_path):
+    student.uniter.save_pretrained(tmp_path)
+    state = torch.random.get_rng_state()
+    first, same, other = (load_uniter(str(tmp_path), seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first.classifier[0].weight, same.classifier[0].weight)
+    assert first.classifier[0].weight.std() > 0 and not first.classifier[0].bias.any()
+    assert not torch.equal(first.classifier[0].weight, other.classifier[0].weight)
+    for name, parameter in student.uniter.named_parameters():
+        assert torch.equal(first.uniter.get_parameter(name), parameter), name
+
+
+def test_a_head_for_other_labels_is_replaced(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    replaced = load_uniter(str(tmp_path), labels=LABELS)
+    assert replaced.classifier[3].weight.shape == (3, 64)
+    replaced.save_pretrained(tmp_path)
+    kept = load_uniter(str(tmp_path), seed=9, labels=LABELS)
+    assert torch.equal(kept.classifier[3].weight, replaced.classifier[3].weight)
+
+
+def test_folders_that_do_not_fit_are_refused(folder, student_folder, tmp_path):
+    copy = tmp_path / "uniter"
+    shutil.copytree(folder, copy)
+    change(copy, img_dim=7)
+    for name in (copy, student_folder, tmp_path / "nothing"):
+        with pytest.raises(StudentError, match=re.escape(str(name))):
+            load_uniter(str(name))
+
+
+# Conversion
+
+
+def official_shapes(words, width, inner, layers, positions=512, types=2, regions=2048) -> dict[str, tuple]:
+    """Parameters of the authors' pretraining model (ChenRocks/UNITER, model/{model,layer,pretrain}.py)."""
+
+    def dense(name, outputs, inputs):
+        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+    def scale(name):
+        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    shapes = {
+        "uniter.embeddings.word_embeddings.weight": (words, width),
+        "uniter.embeddings.position_embeddings.weight": (positions, width),
+        "uniter.embeddings.token_type_embeddings.weight": (types, width),
+        **scale("uniter.embeddings.LayerNorm"),
+        **dense("uniter.img_embeddings.img_linear", width, regions),
+        **scale("uniter.img_embeddings.img_layer_norm"),
+        **scale("uniter.img_embeddings.pos_layer_norm"),
+        **dense("uniter.img_embeddings.pos_linear", width, 7),
+        "uniter.img_embeddings.mask_embedding.weight": (2, regions),
+        **scale("uniter.img_embeddings.LayerNorm"),
+    }
+    for layer in (f"uniter.encoder.layer.{number}" for number in range(layers)):
+        for name in ("query", "key", "value"):
+            shapes |= dense(f"{layer}.attention.self.{name}", width, width)
+        shapes |= dense(f"{layer}.attention.output.dense", width, width)
+        shapes |= scale(f"{layer}.attention.output.LayerNorm")
+        shapes |= dense(f"{layer}.intermediate.dense", inner, width)
+        shapes |= dense(f"{layer}.output.dense", width, inner) | scale(f"{layer}.output.LayerNorm")
+    return {
+        **shapes,
+        **dense("uniter.pooler.dense", width, width),
+        "cls.predictions.bias": (words,),
+        **dense("cls.predictions.transform.dense", width, width),
+        **scale("cls.predictions.transform.LayerNorm"),
+        "cls.predictions.decoder.weight": (words, width),
+        "feat_regress.weight": (width, regions),
+        "feat_regress.bias": (regions,),
+        **dense("feat_regress.net.0", width, width),
+        **scale("feat_regress.net.2"),
+        **dense("region_classifier.net.0", width, width),
+        **scale("region_classifier.net.2"),
+        **dense("region_classifier.net.3", 1601, width),
+        **dense("itm_output", 2, width),
+    }
+
+
+def official_state(words=300, **sizes) -> dict[str, torch.Tensor]:
+    """Random weights under the official names: two layers, 64 wide."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = official_shapes(words, 64, 96, 2, positions=48, regions=6, **sizes)
+    state = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    state["cls.predictions.decoder.weight"] = state["uniter.embeddings.word_embeddings.weight"]  # tied
+    state["feat_regress.weight"] = state["uniter.img_embeddings.img_linear.weight"]
+    return state
+
+
+def convert(state, tmp_path, tokenizer_folder, **options):
+    """Converts a state dict; the folder, and the names that were dropped."""
+    # The form that torch wrote in 2020, when the official files were made.
+    torch.save(state, tmp_path / "uniter.pt", _use_new_zipfile_serialization=False)
+    folder = tmp_path / "converted"
+    return folder, convert_uniter(tmp_path / "uniter.pt", folder, tokenizer_folder, **options)
+
+
+@pytest.mark.parametrize("width, layers, count", [(768, 12, 111_082_752), (1024, 24, 337_800_192)])
+def test_official_sizes_are_recognised(width, layers, count):
+    shapes = official_shapes(28996, width, 4 * width, layers)
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    config, weights, dropped = uniter_weights(state, "uniter.pt")
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (
+        width, layers, width // 64,
+    )  # fmt: skip
+    assert (config.vocab_size, config.img_dim, config.type_vocab_size) == (28996, 2048, 2)
+    assert (config.intermediate_size, config.max_position_embeddings) == (4 * width, 512)
+    assert set(dropped) == {
+        name for name in state if not name.startswith("uniter.") or "mask_embedding" in name
+    }
+    assert weights.keys() == state.keys() - set(dropped)
+
+
+def test_a_converted_checkpoint_computes_the_equations(tmp_path, tokenizer_folder):
+    state = official_state()
+    folder, dropped = convert(state, tmp_path, tokenizer_folder)
+    stored = load_file(folder / "model.safetensors")
+    assert stored.keys() == {name for name in state if name.startswith("uniter.")} - set(dropped)
+    assert all(torch.equal(stored[name], state[name]) for name in stored)
+    student = load_uniter(str(folder)).eval()
+    inputs = {**inputs_of(), "token_type_ids": torch.zeros(3, 2, 7, dtype=torch.long)}
+    output = run(student, inputs)
+    for (b, c), row in rows_of(inputs):
+        states, _ = equations(state, *row, heads=1)
+        assert_close(output.hidden_states[-1][b, c, output.attention_mask[b, c].bool()].double(),
+                     states[-1], **CLOSE)  # fmt: skip
+    encoder = UniterEncoder(str(folder), 48, BoxRegions())
+    assert len(encoder.tokenizer) == encoder.config.vocab_size == 300
+
+
+def renamed(state):
+    """As older files have it."""
+    names = {
+        name: re.sub(r"(LayerNorm|layer_norm)\.weight$", r"\1.gamma",
+                     re.sub(r"(LayerNorm|layer_norm)\.bias$", r"\1.beta", name)).replace("uniter.", "bert.")
+        for name in state
+    }  # fmt: skip
+    return {names[name]: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [renamed, lambda state: {"model_state": state}, lambda state: {k: v.half() for k, v in state.items()}],
+    ids=["old names", "nested", "half precision"],
+)
+def test_other_forms_of_a_checkpoint_say_the_same(tmp_path, tokenizer_folder, form):
+    state = official_state()
+    folder, dropped = convert(form(state), tmp_path, tokenizer_folder)
+    stored = load_file(folder / "model.safetensors")
+    assert len(stored) + len(dropped) == len(state)
+    for name, value in stored.items():
+        assert value.dtype == torch.float32
+        assert_close(value, state[name], rtol=1e-3, atol=1e-4)
+
+
+def test_vcr_adds_token_types_and_people(tmp_path, tokenizer_folder, examples):
+    state = official_state()
+    folder, _ = convert(state, tmp_path, tokenizer_folder, vcr=True)
+    stored = load_file(folder / "model.safetensors")
+    types = stored["uniter.embeddings.token_type_embeddings.weight"]
+    given = state["uniter.embeddings.token_type_embeddings.weight"]
+    assert torch.equal(types, given[[0, 1, 0, 0]])
+    words = stored["uniter.embeddings.word_embeddings.weight"]
+    assert torch.equal(words[:300], state["uniter.embeddings.word_embeddings.weight"])
+    assert words.shape == (381, 64) and 0.019 < words[300:].std() < 0.021
+    encoder = UniterEncoder(str(folder), 48, BoxRegions())
+    assert encoder.tokenizer.convert_tokens_to_ids(PERSON_TOKENS) == list(range(300, 381))
+    text = encoder.text(replace(examples[0], prompt=TextPart("is person_12 near person_1 's umbrella?")))
+    people = text.input_ids[0] >= 300
+    assert text.input_ids[0, people].tolist() == [312, 301]
+    assert text.spans[0, people].tolist() == [[3, 12], [18, 26]]
+    student = load_uniter(str(folder))
+    batch = encoder.pad_visual([encoder.visual(examples[0])])
+    own = {name: getattr(text, name)[None] for name in (*TEXT, "spans")} | batch
+    assert run(student, {name: own[name] for name in student.inputs}).logits.isfinite().all()
+
+
+def test_new_rows_come_from_the_seed(tmp_path, tokenizer_folder):
+    rows, random = [], torch.random.get_rng_state()
+    for number, seed in enumerate((1, 1, 2)):
+        place = tmp_path / str(number)
+        place.mkdir()
+        folder, _ = convert(official_state(), place, tokenizer_folder, vcr=True, seed=seed)
+        rows.append(load_file(folder / "model.safetensors")["uniter.embeddings.word_embeddings.weight"][300:])
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_what_pretraining_on_vcr_has_learnt_is_kept(tmp_path, tokenizer_folder):
+    state = official_state(words=381, types=4)
+    folder, _ = convert(state, tmp_path, tokenizer_folder, vcr=True)
+    for name, value in load_file(folder / "model.safetensors").items():
+        assert torch.equal(value, state[name]), name
+    assert len(UniterEncoder(str(folder), 48, BoxRegions()).tokenizer) == 381
+
+
+QUERY = "uniter.encoder.layer.1.attention.self.query.weight"
+REFUSED = {  # what is done to a good state dict, and what the message says
+    "missing": (lambda s: s.pop(QUERY), rf"1 missing \({re.escape(QUERY)}\)"),
+    "unknown": (lambda s: s.update({"vqa_output.0.bias": torch.ones(2)}), r"1 unknown \(vqa_output.0.bias\)"),
+    "unknown layer": (lambda s: s.update({"uniter.x": torch.ones(1)}), r"unknown \(uniter.x\)"),
+    "a gap": (
+        lambda s: [s.pop(name) for name in list(s) if "layer.0.attention" in name],
+        r"10 missing \(uniter.encoder.layer.0.attention",
+    ),
+    "shape": (lambda s: s.update({QUERY: torch.ones(64, 32)}), r"\(64, 32\) instead of \(64, 64\)"),
+    "no words": (lambda s: s.pop("uniter.embeddings.word_embeddings.weight"), "missing.*word_embeddings"),
+    "no matrix": (
+        lambda s: s.update({"uniter.embeddings.word_embeddings.weight": torch.ones(3)}),
+        r"no matrix: uniter.embeddings.word_embeddings.weight \(3,\)",
+    ),
+    "empty": (lambda s: s.clear(), "missing.*word_embeddings"),
+    "three types": (
+        lambda s: s.update({"uniter.embeddings.token_type_embeddings.weight": torch.ones(3, 64)}),
+        "3 token types; expected .* 2 types, or 4",
+    ),
+    "width": (
+        lambda s: s.update({"uniter.embeddings.word_embeddings.weight": torch.ones(300, 70)}),
+        "hidden size 70",
+    ),
+    "vocabulary": (
+        lambda s: s.update({"uniter.embeddings.word_embeddings.weight": torch.ones(381, 64)}),
+        r"has 300 tokens, but .* has 381.*vcr=True",
+    ),
+    "no tensors": (lambda s: s.update({"epoch": 3}), "is not a state dict"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path, tokenizer_folder, case):
+    spoil, message = REFUSED[case]
+    state = official_state()
+    spoil(state)
+    with pytest.raises(StudentError, match=message) as error:
+        convert(state, tmp_path, tokenizer_folder)
+    assert "uniter.pt" in str(error.value)
+    assert not (tmp_path / "converted").exists()
+
+
+def test_unknown_heads_can_be_dropped(tmp_path, tokenizer_folder):
+    state = {**official_state(), "ITM.weight": torch.ones(2, 64)}
+    _, dropped = convert(state, tmp_path, tokenizer_folder, drop=["ITM."])
+    assert "ITM.weight" in dropped
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path, tokenizer_folder):
+    path, target = tmp_path / "uniter.pt", tmp_path / "converted"
+    with pytest.raises(StudentError, match=r"uniter\.pt cannot be read"):
+        convert_uniter(path, target, tokenizer_folder)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(StudentError, match=r"uniter\.pt cannot be read"):
+        convert_uniter(path, target, tokenizer_folder)
+    torch.save(Path("x"), path)  # an object: loading it would run code
+    with pytest.raises(StudentError, match=r"uniter\.pt cannot be read \(damaged, or"):
+        convert_uniter(path, target, tokenizer_folder)
+    torch.save(official_state(), path)
+    with pytest.raises(StudentError, match=r"tokenizer .*nothing.* cannot be loaded"):
+        convert_uniter(path, target, tmp_path / "nothing")
+    assert not target.exists()
+
+
+def test_nothing_is_overwritten(tmp_path, tokenizer_folder):
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "mine").write_text("mine")
+    with pytest.raises(StudentError, match="is not empty"):
+        convert(official_state(), tmp_path, tokenizer_folder)
+    assert [path.name for path in (tmp_path / "converted").iterdir()] == ["mine"]
+
+
+def test_the_config_is_that_of_the_authors():
+    config = UniterConfig()
+    with torch.device("meta"):
+        names = {f"uniter.{name}": tuple(v.shape) for name, v in UniterModel(config).state_dict().items()}
+    official = official_shapes(28996, 768, 3072, 12)
+    pretraining = "uniter.img_embeddings.mask_embedding.weight"
+    assert names == {k: v for k, v in official.items() if k.startswith("uniter.") and k != pretraining}
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.1, 0.1)
+    assert (config.layer_norm_eps, config.hidden_act, config.model_type) == (1e-12, "gelu", "uniter")

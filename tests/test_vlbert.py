@@ -1,0 +1,683 @@
+"""The VL-BERT student: parity with the published equations, its inputs, conversion of official files."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoConfig
+
+from tdlib.examples import Example, Reference, TextPart
+from tdlib.pretraining import train_wordpiece_tokenizer
+from tdlib.regions import Regions
+from tdlib.students.base import StudentError
+from tdlib.students.vlbert import (
+    VlBertConfig,
+    VlBertEncoder,
+    VlBertForClassification,
+    VlBertForMultipleChoice,
+    convert_vlbert,
+    geometry,
+    load_vlbert,
+    vlbert_weights,
+)
+from tdlib.tasks.vcr import VcrReader
+
+CLOSE = {"rtol": 0, "atol": 1e-5}
+TEXT = ("input_ids", "attention_mask", "token_type_ids", "objects")
+LABELS = ("no", "yes", "maybe")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory, captions_texts) -> Path:
+    folder = tmp_path_factory.mktemp("vlbert") / "tokenizer"
+    train_wordpiece_tokenizer(captions_texts, 300).save_pretrained(folder)
+    return folder
+
+
+def small_config(**settings) -> VlBertConfig:
+    sizes = {
+        "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 48, "max_position_embeddings": 64, "visual_embedding_dim": 6,
+    }  # fmt: skip
+    return VlBertConfig(**sizes | settings)
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer_folder) -> Path:
+    """A VL-BERT of two layers with random weights, large enough that every part of it counts."""
+    folder = tokenizer_folder.parent / "student"
+    shutil.copytree(tokenizer_folder, folder)
+    torch.manual_seed(0)
+    model = VlBertForMultipleChoice(small_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(folder) -> VlBertForMultipleChoice:
+    return load_vlbert(str(folder)).eval()
+
+
+class BoxRegions:
+    """The objects of an example, each seen as its geometry; the whole picture last, unless left out."""
+
+    dim = 6
+
+    def __init__(self, whole: bool = True):
+        self.whole = whole
+
+    def __call__(self, example: Example) -> Regions:
+        boxes = torch.tensor([*example.boxes, (0.0, 0.001, 0.998, 1.0)])[: None if self.whole else -1]
+        objects = torch.tensor([*range(len(example.boxes)), -1])[: len(boxes)]
+        return Regions(torch.cat([boxes, boxes[:, :2]], dim=1), boxes, objects)
+
+
+@pytest.fixture(scope="module")
+def encoder(folder) -> VlBertEncoder:
+    return VlBertEncoder(str(folder), 40, BoxRegions())
+
+
+@pytest.fixture(scope="module")
+def examples(world):
+    return VcrReader(world, "train").read()[:5]
+
+
+def inputs_of(batch: int = 3, choices: int = 2, length: int = 7, regions: int = 4, seed: int = 0) -> dict:
+    """Random inputs; texts and regions of several lengths, all padding at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 300, (batch, choices, length), generator=generator)
+    texts = torch.randint(3, length + 1, (batch, choices, 1), generator=generator)
+    seen = torch.randint(2, regions + 1, (batch, 1), generator=generator)
+    attention = (torch.arange(length) < texts).long()
+    mask = (torch.arange(regions) < seen).long()
+    corners = torch.rand(batch, regions, 2, 2, generator=generator).sort(dim=2).values.flatten(2)
+    found = torch.arange(-1, regions - 1).expand(batch, -1)  # region 0 is no object
+    return {
+        "input_ids": ids * attention,
+        "attention_mask": attention,
+        "token_type_ids": torch.randint(0, 2, ids.shape, generator=generator) * attention,
+        "region_features": torch.randn(batch, regions, 6, generator=generator) * mask[..., None],
+        "region_boxes": corners * mask[..., None],
+        "region_mask": mask,
+        "region_objects": found.masked_fill(mask == 0, -1),
+        "objects": torch.randint(-1, 3, ids.shape, generator=generator).masked_fill(attention == 0, -1),
+    }
+
+
+def run(student, inputs, **options):
+    with torch.inference_mode():
+        return student(**inputs, output_hidden_states=True, **options)
+
+
+# Parity with the equations, in double precision, one token sequence at a time, from the weights alone
+
+
+def norm(x, weights, name):
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-12)
+    return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def linear(x, weights, name):
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def place(box) -> list[float]:
+    """2048 numbers of one box, one by one (the authors' ``coordinate_embeddings``)."""
+    x1, y1, x2, y2 = box
+    numbers = [100 * (x1 + x2) / 2, 100 * (y1 + y2) / 2, 100 * (x2 - x1), 100 * (y2 - y1)]
+    return [
+        wave(number / 1000 ** (i / 256)) for number in numbers for wave in (math.sin, math.cos)
+        for i in range(256)
+    ]  # fmt: skip
+
+
+def equations(table, ids, types, objects, features, boxes, found, heads=4):
+    """Hidden states, [END] last, of one unpadded sequence (Su et al. 2020; Devlin et al. 2019)."""
+    words, places, kinds = (
+        table[f"vlbert.{name}_embeddings.weight"] for name in ("word", "position", "token_type")
+    )
+    where = torch.tensor([place(box) for box in boxes.double().tolist()], dtype=torch.double)
+    seen = torch.relu(
+        linear(
+            torch.cat([where, features.double()], dim=1), table, "image_feature_extractor.obj_downsample.1"
+        )
+    )
+    for_text, for_region = (norm(seen, table, f"vlbert.visual_ln_{name}") for name in ("text", "object"))
+    sequence = []
+    for i, (token, kind, named) in enumerate(zip(ids, types, objects, strict=True)):
+        region = found.tolist().index(named) if named >= 0 and named in found.tolist() else 0
+        sequence.append(words[token] + for_text[region] + places[i] + kinds[kind])
+    word = table["object_linguistic_embeddings.weight"][0]
+    sequence += [word + region + places[len(ids)] + kinds[2] for region in for_region]
+    sequence.append(table["vlbert.end_embedding.weight"][0] + places[len(ids) + 1] + kinds[2])
+    states = [norm(torch.stack(sequence), table, "vlbert.embedding_LayerNorm")]
+    for number in range(2):
+        layer = f"vlbert.encoder.layer.{number}"
+        query, key, value = (
+            linear(states[-1], table, f"{layer}.attention.self.{name}") for name in ("query", "key", "value")
+        )
+        wide = query.shape[-1] // heads
+        mixed = []
+        for part in (slice(head * wide, (head + 1) * wide) for head in range(heads)):
+            scores = query[:, part] @ key[:, part].T / math.sqrt(wide)
+            mixed.append((scores.exp() / scores.exp().sum(-1, keepdim=True)) @ value[:, part])
+        attended = linear(torch.cat(mixed, dim=-1), table, f"{layer}.attention.output.dense")
+        attended = norm(attended + states[-1], table, f"{layer}.attention.output.LayerNorm")
+        inner = gelu(linear(attended, table, f"{layer}.intermediate.dense"))
+        states.append(norm(linear(inner, table, f"{layer}.output.dense") + attended, table,
+                           f"{layer}.output.LayerNorm"))  # fmt: skip
+    return states
+
+
+def double(weights):
+    return {name: value.double() for name, value in weights.items()}
+
+
+def rows_of(inputs):
+    """Each example and choice with its real tokens alone: its place, and what ``equations`` takes."""
+    for b, c in torch.cartesian_prod(*map(torch.arange, inputs["input_ids"].shape[:2])).tolist():
+        text, seen = inputs["attention_mask"][b, c].bool(), inputs["region_mask"][b].bool()
+        yield (b, c), (
+            *(inputs[name][b, c, text].tolist() for name in ("input_ids", "token_type_ids", "objects")),
+            *(inputs[name][b, seen] for name in ("region_features", "region_boxes", "region_objects")),
+        )  # fmt: skip
+
+
+def test_states_and_scores_are_those_of_the_equations(student):
+    inputs, table = inputs_of(), double(student.state_dict())
+    absent = (inputs["objects"][..., None] == inputs["region_objects"][:, None, None]).any(-1)
+    assert (~absent & (inputs["objects"] >= 0)).any() and (absent & (inputs["objects"] >= 0)).any()
+    output = run(student, inputs)
+    for (b, c), row in rows_of(inputs):
+        states = equations(table, *row)
+        real = output.attention_mask[b, c].bool()
+        for own, expected in zip(output.hidden_states, states, strict=True):
+            assert_close(own[b, c, real].double(), expected[:-1], **CLOSE)  # without [END]
+        pooled = torch.tanh(linear(states[-1][0], table, "vlbert.pooler.dense"))
+        score = linear(pooled, table, "classifier.1")[0]
+        assert_close(output.logits[b, c].double(), score, **CLOSE)
+
+
+def test_label_scores_are_those_of_the_equations(folder):
+    student = load_vlbert(str(folder), labels=LABELS).eval()
+    assert isinstance(student, VlBertForClassification)
+    inputs, table = inputs_of(choices=1), double(student.state_dict())
+    logits = run(student, inputs).logits
+    assert logits.shape == (3, 3) and student.config.id2label == dict(enumerate(LABELS))
+    for (b, _), row in rows_of(inputs):
+        slot = equations(table, *row)[-1][len(row[0]) - 2]
+        inner = norm(gelu(linear(slot, table, "classifier.0.dense")), table, "classifier.0.LayerNorm")
+        assert_close(logits[b].double(), linear(inner, table, "classifier.2"), **CLOSE)
+
+
+def test_geometry_is_that_of_the_authors():
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.125, 0.5, 0.25, 0.625]], dtype=torch.double)
+    expected = torch.tensor([place(box) for box in boxes.tolist()], dtype=torch.double)
+    assert_close(geometry(boxes), expected)
+    assert geometry(boxes.view(2, 1, 4)).shape == (2, 1, 2048)
+
+
+# Padding and places
+
+
+def cut(inputs, b, c):
+    """The inputs of one example and choice without any padding."""
+    text, seen = inputs["attention_mask"][b, c].bool(), inputs["region_mask"][b].bool()
+    return {name: value[b : b + 1, c : c + 1, text] for name, value in inputs.items() if name in TEXT} | {
+        name: value[b : b + 1, seen] for name, value in inputs.items() if name not in TEXT
+    }
+
+
+def test_what_stands_in_the_padding_does_not_matter(student):
+    inputs = inputs_of()
+    noise = inputs_of(seed=1)
+    text, seen = inputs["attention_mask"] == 1, inputs["region_mask"] == 1
+    assert not text.all() and not seen.all()
+    filled = {name: torch.where(text, inputs[name], 1) for name in TEXT if name != "attention_mask"}
+    for name in ("region_features", "region_boxes"):
+        filled[name] = torch.where(seen[..., None], inputs[name], noise[name] + 9)
+    filled |= {"attention_mask": inputs["attention_mask"], "region_mask": inputs["region_mask"]}
+    filled["region_objects"] = inputs["region_objects"]
+    output = run(student, filled)
+    for (b, c), _ in rows_of(inputs):
+        alone, real = run(student, cut(inputs, b, c)), output.attention_mask[b, c].bool()
+        assert_close(alone.logits[0, 0], output.logits[b, c], **CLOSE)
+        for own, expected in zip(output.hidden_states, alone.hidden_states, strict=True):
+            assert_close(own[b, c, real], expected[0, 0], **CLOSE)
+
+
+def test_choices_and_the_order_of_objects_do_not_matter(student):
+    inputs = inputs_of(choices=3)
+    logits = run(student, inputs).logits
+    order = torch.tensor([2, 0, 1])
+    text = {name: inputs[name][:, order] for name in TEXT}
+    assert_close(run(student, {**inputs, **text}).logits, logits[:, order], **CLOSE)
+    turned = {name: inputs[name][:, [0, 3, 2, 1]] for name in inputs if name not in TEXT}
+    assert_close(run(student, {**inputs, **turned}).logits, logits, **CLOSE)
+
+
+def test_output_says_where_tokens_are(student):
+    inputs = inputs_of()
+    spans = torch.randint(0, 50, (3, 2, 7, 2))
+    output = run(student, inputs, spans=spans)
+    assert torch.equal(output.spans[:, :, :7], spans) and not output.spans[:, :, 7:].any()
+    assert not run(student, inputs).spans.any()
+    assert not output.boxes[:, :, :7].any()
+    for choice in range(2):
+        assert torch.equal(output.boxes[:, choice, 7:], inputs["region_boxes"])
+        assert torch.equal(output.attention_mask[:, choice, 7:], inputs["region_mask"])
+    assert torch.equal(output.attention_mask[:, :, :7], inputs["attention_mask"])
+    assert [state.shape for state in output.hidden_states] == [(3, 2, 11, 32)] * 3
+    assert student(**inputs).hidden_states is None
+
+
+@pytest.mark.parametrize("labels", [(), LABELS], ids=["choices", "labels"])
+def test_gradients_reach_regions_and_every_parameter(folder, labels):
+    student = load_vlbert(str(folder), labels=labels).eval()
+    inputs = inputs_of(choices=1 if labels else 2)
+    inputs["region_features"].requires_grad_()
+    student(**inputs).logits.square().sum().backward()
+    gradient = inputs["region_features"].grad.abs().sum(-1)
+    assert torch.equal(gradient > 0, inputs["region_mask"] == 1)
+    for name, parameter in student.named_parameters():
+        if name.endswith("self.key.bias"):  # the softmax over keys ignores it
+            continue
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_the_word_embedding_can_be_hooked(student):
+    inputs, seen = inputs_of(), []
+    handle = student.get_input_embeddings().register_forward_hook(lambda *args: seen.append(args[2].shape))
+    logits = run(student, inputs).logits
+    handle.remove()
+    assert seen == [(6, 7, 32)]
+    handle = student.get_input_embeddings().register_forward_hook(lambda *args: 2 * args[2])
+    disturbed = run(student, inputs).logits
+    handle.remove()
+    assert not torch.allclose(disturbed, logits, atol=0.01)
+
+
+# Inputs
+
+
+@pytest.mark.parametrize("labels", [(), LABELS], ids=["choices", "labels"])
+def test_encoder_and_student_fit(encoder, folder, examples, labels):
+    student = load_vlbert(str(folder), labels=labels).eval()
+    examples = [replace(e, choices=() if labels else e.choices) for e in examples]
+    texts, visuals = [encoder.text(e) for e in examples], [encoder.visual(e) for e in examples]
+    batch = encoder.pad_visual(visuals)
+    for b, (text, example) in enumerate(zip(texts, examples, strict=True)):
+        own = {name: getattr(text, name)[None] for name in (*TEXT, "spans")}
+        own |= {name: value[b : b + 1] for name, value in batch.items()}
+        output = run(student, {name: own[name] for name in student.inputs})
+        assert output.logits.shape == (1, len(labels or example.choices)) and output.logits.isfinite().all()
+        boxes = output.boxes[0, 0, text.input_ids.shape[1] :]
+        assert_close(boxes[: len(example.boxes) + 1], encoder.visual_boxes(visuals[b]))
+        assert not boxes[len(example.boxes) + 1 :].any()
+
+
+def test_the_whole_picture_comes_first(encoder, folder, examples):
+    example = examples[0]
+    given, moved = encoder.regions(example), encoder.visual(example)
+    for name in ("features", "boxes", "objects"):
+        value = getattr(given, name)
+        assert torch.equal(moved[f"region_{name}"], torch.cat([value[-1:], value[:-1]]))
+    without = VlBertEncoder(str(folder), 40, BoxRegions(whole=False))
+    given, added = without.regions(example), without.visual(example)
+    assert torch.equal(added["region_features"], torch.cat([given.features.mean(0)[None], given.features]))
+    assert added["region_boxes"][0].tolist() == [0, 0, 1, 1] and added["region_objects"][0] == -1
+    assert torch.equal(added["region_boxes"][1:], given.boxes)
+    assert torch.equal(added["region_objects"][1:], given.objects)
+    nothing = without.visual(replace(example, boxes=()))
+    assert nothing["region_boxes"].tolist() == [[0, 0, 1, 1]] and not nothing["region_features"].any()
+    # An object may fill the picture: it is still not what texts without an object show.
+    filling = without.visual(replace(example, boxes=((0.0, 0.0, 1.0, 1.0),)))
+    assert filling["region_objects"].tolist() == [-1, 0]
+    for visual in (moved, added):
+        assert {name: len(value) for name, value in encoder.blank(visual).items()} == dict.fromkeys(visual, 1)
+
+
+def test_tokens_show_the_object_that_they_refer_to(encoder, student, examples):
+    """A reference changes what its words show and nothing else, before the layers mix it."""
+    start = examples[0].prompt.text.index(" ") + 1
+    plain = replace(examples[0], prompt=TextPart(examples[0].prompt.text))
+    named = replace(plain, prompt=replace(plain.prompt, references=(Reference(start, start + 2, (1,)),)))
+    visual = encoder.pad_visual([encoder.visual(plain)])
+    states = []
+    for example in (plain, named):
+        text = encoder.text(example)
+        own = {name: getattr(text, name)[None] for name in (*TEXT, "spans")} | visual
+        states.append(run(student, {name: own[name] for name in student.inputs}).hidden_states[0][0])
+    differs = (states[0] != states[1]).any(-1)
+    assert torch.equal(differs[:, : text.objects.shape[1]] & (text.objects >= 0), text.objects == 1)
+    assert differs.sum() == (text.objects == 1).sum() == len(example.choices)
+
+
+def test_texts_are_those_of_the_authors(encoder, examples):
+    prompt = "why is it raining ? rain"
+    example = replace(examples[0], prompt=TextPart(prompt), given=0, choices=(TextPart("sun"),))
+    text = encoder.text(example)
+    ids = encoder.tokenizer(prompt, "sun", return_token_type_ids=True)
+    assert text.input_ids[0].tolist() == ids["input_ids"]
+    assert text.token_type_ids[0].tolist() == ids["token_type_ids"]
+    given = encoder.text(replace(example, given=len("why is it raining ? ")))  # no separator of its own
+    assert torch.equal(given.input_ids, text.input_ids) and torch.equal(given.spans, text.spans)
+    assert torch.equal(given.token_type_ids, text.token_type_ids)
+
+
+def test_a_question_without_choices_ends_in_a_mask(encoder, examples):
+    example = replace(examples[0], prompt=TextPart("is it raining ?"), choices=())
+    text = encoder.text(example)
+    ids = encoder.tokenizer("is it raining ?", "[MASK]", return_token_type_ids=True)
+    assert text.input_ids[0].tolist() == ids["input_ids"]
+    assert text.token_type_ids[0].tolist() == ids["token_type_ids"]
+    assert text.input_ids[0, -2] == encoder.tokenizer.mask_token_id
+    assert not text.spans[0, -2:].any() and (text.objects[0, -2:] == -1).all()
+    assert int(text.spans.max()) <= len(example.prompt.text)
+    long = encoder.text(replace(example, prompt=TextPart("rain " * 60)))  # cut before the mask
+    assert long.input_ids.shape == (1, 40) and long.input_ids[0, -2] == encoder.tokenizer.mask_token_id
+
+
+def change(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def test_encoders_that_do_not_fit_are_refused(folder, student_folder, tmp_path):
+    with pytest.raises(StudentError, match=r"is a vilt; expected .* a VL-BERT"):
+        VlBertEncoder(str(student_folder), 40, BoxRegions())
+    with pytest.raises(StudentError, match=r"64 positions.*max_text_tokens=63"):
+        VlBertEncoder(str(folder), 63, BoxRegions())
+    VlBertEncoder(str(folder), 62, BoxRegions())
+    copy = tmp_path / "vlbert"
+    shutil.copytree(folder, copy)
+    change(copy, visual_embedding_dim=2048)
+    with pytest.raises(StudentError, match=r"width 2048, but these have 6"):
+        VlBertEncoder(str(copy), 40, BoxRegions())
+    change(copy, visual_embedding_dim=6, vocab_size=301)
+    with pytest.raises(StudentError, match=r"301 words, but its tokenizer 300"):
+        VlBertEncoder(str(copy), 40, BoxRegions())
+
+
+@pytest.mark.parametrize("labels", [(), LABELS], ids=["choices", "labels"])
+def test_the_longest_text_has_positions(folder, labels):
+    student = load_vlbert(str(folder), labels=labels).eval()
+    inputs = inputs_of(batch=1, choices=1, length=62)
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    assert run(student, inputs).logits.isfinite().all()
+
+
+# Loading
+
+
+def test_a_new_student_starts_without_the_picture():
+    student = VlBertForMultipleChoice(small_config()).eval()
+    assert not student.vlbert.visual_ln_text.weight.any() and not student.vlbert.visual_ln_object.weight.any()
+    inputs = inputs_of()
+    other = {"region_features": inputs["region_features"] + 1}
+    assert torch.equal(run(student, inputs).logits, run(student, {**inputs, **other}).logits)
+
+
+def test_save_and_load(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    again = load_vlbert(str(tmp_path), seed=5).eval()
+    assert isinstance(again.config, VlBertConfig) and again.config.visual_embedding_dim == 6
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == again.config.to_dict()
+    inputs = inputs_of()
+    assert torch.equal(run(again, inputs).logits, run(student, inputs).logits)
+    assert again.state_dict().keys() == student.state_dict().keys()
+
+
+def test_a_classifier_is_kept_or_replaced(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    first, same, other = (load_vlbert(str(tmp_path), seed=seed, labels=LABELS) for seed in (1, 1, 2))
+    assert torch.equal(first.classifier[2].weight, same.classifier[2].weight)
+    assert not torch.equal(first.classifier[2].weight, other.classifier[2].weight)
+    first.save_pretrained(tmp_path)
+    assert torch.equal(
+        load_vlbert(str(tmp_path), labels=LABELS).classifier[2].weight, first.classifier[2].weight
+    )
+    assert load_vlbert(str(tmp_path), labels=LABELS[:2]).classifier[2].weight.shape == (2, 32)
+
+
+def test_folders_that_do_not_fit_are_refused(folder, student_folder, tmp_path):
+    copy = tmp_path / "vlbert"
+    shutil.copytree(folder, copy)
+    change(copy, visual_embedding_dim=7)
+    for name in (copy, student_folder, tmp_path / "nothing"):
+        with pytest.raises(StudentError, match=re.escape(str(name))):
+            load_vlbert(str(name))
+
+
+# Conversion
+
+
+def official_shapes(words, width, inner, layers, positions=512, features=2048, prefix="module.") -> dict:
+    """Parameters of the authors' pretraining model, from features that are computed in advance.
+
+    (jackroos/VL-BERT, common/visual_linguistic_bert.py, common/fast_rcnn.py and
+    pretrain/modules/resnet_vlbert_for_pretraining_multitask.py, cfgs/pretrain/base_prec_4x16G_fp32.yaml)
+    """
+
+    def dense(name, outputs, inputs):
+        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+    def scale(name):
+        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    shapes = {
+        **dense("image_feature_extractor.obj_downsample.1", width, 2048 + features),
+        "object_linguistic_embeddings.weight": (1, width),
+        "object_mask_visual_embedding.weight": (1, 2048),
+        "object_mask_word_embedding.weight": (1, width),
+        "aux_text_visual_embedding.weight": (1, width),
+        "vlbert.word_embeddings.weight": (words, width),
+        "vlbert.end_embedding.weight": (1, width),
+        "vlbert.position_embeddings.weight": (positions, width),
+        "vlbert.token_type_embeddings.weight": (3, width),
+        **scale("vlbert.embedding_LayerNorm"),
+        **scale("vlbert.visual_ln_text"),
+        **scale("vlbert.visual_ln_object"),
+    }
+    for layer in (f"vlbert.encoder.layer.{number}" for number in range(layers)):
+        for part in ("query", "key", "value"):
+            shapes |= dense(f"{layer}.attention.self.{part}", width, width)
+        shapes |= dense(f"{layer}.attention.output.dense", width, width)
+        shapes |= scale(f"{layer}.attention.output.LayerNorm")
+        shapes |= dense(f"{layer}.intermediate.dense", inner, width)
+        shapes |= dense(f"{layer}.output.dense", width, inner) | scale(f"{layer}.output.LayerNorm")
+    word_head = "vlbert.mlm_head.predictions"
+    shapes |= {f"{word_head}.bias": (words,), f"{word_head}.decoder.weight": (words, width)}
+    shapes |= dense(f"{word_head}.transform.dense", width, width) | scale(f"{word_head}.transform.LayerNorm")
+    shapes |= dense("vlbert.mvrc_head.transform.dense", width, width)
+    shapes |= dense("vlbert.mvrc_head.region_cls_pred", 1601, width)
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+DETECTOR = {  # some of what an end-to-end checkpoint has of its detector, by its kinds
+    "module.image_feature_extractor.backbone.layer1.0.conv1.weight": (64, 64, 1, 1),
+    "module.image_feature_extractor.backbone.bn1.num_batches_tracked": (),
+    "module.image_feature_extractor.roi_head_feature_extractor.0.conv1.weight": (5, 10, 1, 1),
+    "module.image_feature_extractor.head.0.0.conv1.weight": (5, 10, 1, 1),
+    "module.image_feature_extractor.regularizing_predictor.weight": (81, 20),
+}
+PRETRAINING = re.compile(r"object_mask|aux_text|mlm_head\.predictions\.(bias|decoder)|mvrc_head")
+
+
+def official_state(words=300, **sizes) -> dict[str, torch.Tensor]:
+    """Random weights under the official names: two layers, 64 wide."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = official_shapes(words, 64, 96, 2, positions=48, features=6, **sizes)
+    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def convert(state, tmp_path, tokenizer_folder, **options):
+    """Converts a state dict; the folder, and the names that were left out."""
+    whole = {"state_dict": state, "optimizer": {"state": {0: {"step": 7, "exp_avg": torch.ones(2)}}},
+             "validation_monitor": {"best_epoch": 3, "best_val": 0.7}}  # fmt: skip
+    # The form that torch wrote in 2019, when the official files were made.
+    torch.save(whole, tmp_path / "vl-bert.model", _use_new_zipfile_serialization=False)
+    folder = tmp_path / "converted"
+    return folder, convert_vlbert(tmp_path / "vl-bert.model", folder, tokenizer_folder, **options)
+
+
+@pytest.mark.parametrize("width, layers", [(768, 12), (1024, 24)])
+@pytest.mark.parametrize("detector", [{}, DETECTOR], ids=["prec", "e2e"])
+def test_official_sizes_are_recognised(width, layers, detector):
+    shapes = official_shapes(30522, width, 4 * width, layers) | detector
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    config, weights, left_out = vlbert_weights(state, "vl-bert.model")
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (
+        width, layers, width // 64,
+    )  # fmt: skip
+    assert (config.vocab_size, config.visual_embedding_dim, config.type_vocab_size) == (30522, 2048, 3)
+    assert (config.intermediate_size, config.max_position_embeddings) == (4 * width, 512)
+    assert set(left_out) == {name for name in state if PRETRAINING.search(name)} | detector.keys()
+    assert len(weights) + len(left_out) == len(state)
+
+
+def test_a_converted_checkpoint_computes_the_equations(tmp_path, tokenizer_folder):
+    state = official_state()
+    folder, left_out = convert(state, tmp_path, tokenizer_folder)
+    stored = load_file(folder / "model.safetensors")
+    transform = "vlbert.mlm_head.predictions.transform."
+    kept = {
+        name.removeprefix("module.").replace(transform, "classifier.0."): value
+        for name, value in state.items() if name not in left_out
+    }  # fmt: skip
+    assert stored.keys() == kept.keys() and all(torch.equal(stored[name], kept[name]) for name in kept)
+    inputs = inputs_of(choices=1)
+    for student in (load_vlbert(str(folder)), load_vlbert(str(folder), labels=LABELS)):
+        output = run(student.eval(), inputs)
+        for (b, c), row in rows_of(inputs):
+            states = equations(double(stored), *row, heads=1)
+            real = output.attention_mask[b, c].bool()
+            assert_close(output.hidden_states[-1][b, c, real].double(), states[-1][:-1], **CLOSE)
+    for name in ("dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias"):
+        assert torch.equal(student.classifier[0].get_parameter(name), stored[f"classifier.0.{name}"])
+    encoder = VlBertEncoder(str(folder), 40, BoxRegions())
+    assert len(encoder.tokenizer) == encoder.config.vocab_size == 300
+
+
+def test_finetuned_checkpoints_fit(tmp_path, tokenizer_folder):
+    """VCR's wraps the model once more, and has a pooler and heads of its own; one GPU says no ``module.``."""
+    state = {
+        name.replace("vlbert.", "vlbert._module."): value
+        for name, value in official_state(prefix="").items() if not PRETRAINING.search(name)
+        and "mlm_head" not in name
+    }  # fmt: skip
+    pooler = {
+        "vlbert._module.pooler.dense.weight": torch.eye(64),
+        "vlbert._module.pooler.dense.bias": torch.ones(64),
+    }
+    heads = {"final_mlp.1.weight": torch.ones(1, 64), "cnn_loss_reg.2.bias": torch.ones(81)}
+    folder, left_out = convert({**state, **pooler, **heads}, tmp_path, tokenizer_folder)
+    assert left_out == sorted(heads)
+    student = load_vlbert(str(folder))
+    assert torch.equal(student.vlbert.pooler.dense.weight, torch.eye(64))
+    assert student.classifier[1].weight.std() > 0
+
+
+def test_vcr_starts_answers_as_questions(tmp_path, tokenizer_folder):
+    state = official_state()
+    folder, _ = convert({k: v.half() for k, v in state.items()}, tmp_path, tokenizer_folder, vcr=True)
+    stored = load_file(folder / "model.safetensors")
+    given = state["module.vlbert.token_type_embeddings.weight"].half().float()
+    assert torch.equal(stored["vlbert.token_type_embeddings.weight"], given[[0, 0, 2]])
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+
+
+QUERY = "module.vlbert.encoder.layer.1.attention.self.query.weight"
+REFUSED = {  # what is done to a good state dict, and what the message says
+    "missing": (lambda s: s.pop(QUERY), rf"1 missing \({re.escape(QUERY[7:])}\)"),
+    "unknown": (lambda s: s.update({"module.vlbert.x": torch.ones(1)}), r"1 unknown \(vlbert\.x\)"),
+    "a gap": (
+        lambda s: [s.pop(name) for name in list(s) if "layer.0.attention" in name],
+        r"10 missing \(vlbert.encoder.layer.0.attention",
+    ),
+    "shape": (lambda s: s.update({QUERY: torch.ones(64, 32)}), r"\(64, 32\) instead of \(64, 64\)"),
+    "no words": (lambda s: s.pop("module.vlbert.word_embeddings.weight"), "missing.*word_embeddings"),
+    "empty": (lambda s: s.clear(), "missing.*word_embeddings"),
+    "two types": (
+        lambda s: s.update({"module.vlbert.token_type_embeddings.weight": torch.ones(2, 64)}),
+        "2 token types .* expected .* 3 types",
+    ),
+    "no geometry": (
+        lambda s: s.update({"module.image_feature_extractor.obj_downsample.1.weight": torch.ones(64, 2048)}),
+        "2048 numbers per region; expected .* more than 2048",
+    ),
+    "width": (
+        lambda s: s.update({"module.vlbert.word_embeddings.weight": torch.ones(300, 70)}),
+        "hidden size 70",
+    ),
+    "vocabulary": (
+        lambda s: s.update({"module.vlbert.word_embeddings.weight": torch.ones(381, 64)}),
+        r"has 300 tokens, but .* has 381",
+    ),
+    "no tensors": (lambda s: s.update({"epoch": 3}), "is not a state dict"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path, tokenizer_folder, case):
+    spoil, message = REFUSED[case]
+    state = official_state()
+    spoil(state)
+    with pytest.raises(StudentError, match=message) as error:
+        convert(state, tmp_path, tokenizer_folder)
+    assert "vl-bert.model" in str(error.value)
+    assert not (tmp_path / "converted").exists()
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path, tokenizer_folder):
+    path, target = tmp_path / "vl-bert.model", tmp_path / "converted"
+    with pytest.raises(StudentError, match=r"vl-bert\.model cannot be read"):
+        convert_vlbert(path, target, tokenizer_folder)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(StudentError, match=r"vl-bert\.model cannot be read"):
+        convert_vlbert(path, target, tokenizer_folder)
+    torch.save({"state_dict": {}, "config": Path("x")}, path)  # an object: loading it would run code
+    with pytest.raises(StudentError, match=r"vl-bert\.model cannot be read \(damaged, or"):
+        convert_vlbert(path, target, tokenizer_folder)
+    torch.save({"state_dict": official_state()}, path)
+    with pytest.raises(StudentError, match=r"tokenizer .*nothing.* cannot be loaded"):
+        convert_vlbert(path, target, tmp_path / "nothing")
+    assert not target.exists()
+
+
+def test_nothing_is_overwritten(tmp_path, tokenizer_folder):
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "mine").write_text("mine")
+    with pytest.raises(StudentError, match="is not empty"):
+        convert(official_state(), tmp_path, tokenizer_folder)
+    assert [path.name for path in (tmp_path / "converted").iterdir()] == ["mine"]
+
+
+def test_the_config_is_that_of_the_authors():
+    config = VlBertConfig()
+    with torch.device("meta"):
+        state = VlBertForMultipleChoice(config).state_dict()
+    names = {
+        f"module.{k}": tuple(v.shape)
+        for k, v in state.items()
+        if not k.startswith(("classifier", "vlbert.pooler"))
+    }
+    official = official_shapes(30522, 768, 3072, 12)
+    assert names == {k: v for k, v in official.items() if not PRETRAINING.search(k) and "mlm_head" not in k}
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.1, 0.1)
+    assert (config.layer_norm_eps, config.hidden_act, config.model_type) == (1e-12, "gelu", "vl-bert")
