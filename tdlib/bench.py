@@ -16,7 +16,7 @@ from tdlib.cache import TeacherCache
 from tdlib.config import RunConfig
 from tdlib.examples import low_shot
 from tdlib.experiments import prepare
-from tdlib.students.vilt import load_vilt
+from tdlib.students.catalogue import load_student
 from tdlib.teacher import open_picture
 from tdlib.training import EncodedExamples, TargetedDistillation, collate, predict
 
@@ -39,7 +39,7 @@ def _step(config: RunConfig, materials, live_teacher: bool = False) -> Callable[
     subset = low_shot(materials.train, config.shots, config.seed)
     builder = materials.builder if config.distill_weight or config.choice_weight else None
     dataset = EncodedExamples(subset, materials.encoder, builder, memory=0 if live_teacher else 2**30)
-    module = TargetedDistillation(load_vilt(config.student), config, materials.builder.cache.teacher.dim)
+    module = TargetedDistillation(load_student(config.student), config, materials.builder.cache.teacher.dim)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
     teacher = materials.builder.cache.teacher
     number = 0
@@ -123,7 +123,7 @@ def main() -> None:
         (f"training step, {name} / finetune", value / seconds["finetune"]) for name, value in seconds.items()
     ]
 
-    baseline, distilled = load_vilt(base.student), load_vilt(base.student)
+    baseline, distilled = load_student(base.student), load_student(base.student)
     module = TargetedDistillation(distilled, arms["clip_td"], teacher.dim)
     same = sum(p.numel() for p in module.student.parameters()) == sum(
         p.numel() for p in baseline.parameters()

@@ -55,7 +55,14 @@ class RunConfig(BaseModel):
         "local-dir:data/models/mini-clip", description="open_clip name, local-dir: or hf-hub:"
     )
     teacher_pretrained: str = Field("", description="open_clip tag or checkpoint file")
-    student: str = Field("data/models/mini-vilt", description="folder or hub id of a ViLT")
+    student: str = Field(
+        "data/models/mini-vilt",
+        description="folder or hub id of a ViLT, UNITER, VL-BERT or VisualBERT; 'teacher': CLIP itself",
+    )
+    regions: str = Field(
+        "boxes+grid:data/models/mini-detector",
+        description="region features, KIND:WHERE as in tdlib.regions.open_regions (students that read them)",
+    )
     max_text_tokens: int = Field(40, ge=8, le=512)
 
     arm: str = Field("clip_td", description="a key of tdlib.arms.ARMS")
@@ -66,8 +73,17 @@ class RunConfig(BaseModel):
     head_learning_rate: float = Field(1e-3, gt=0, description="of the new head and the dropped projections")
     weight_decay: float = Field(0.01, ge=0)
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    adversarial_steps: int = Field(0, ge=0, description="VILLA's steps of ascent (3 in the paper); 0: none")
+    adversarial_rate: float = Field(0.01, gt=0, description="length of such a step")
+    adversarial_weight: float = Field(1.5, ge=0, description="of the divergence from the unmoved output")
+    adversarial_on: Literal["text", "visual", "both"] = "both"
 
     distill_weight: float = Field(1.0, ge=0)
+    distill_schedule: str = Field("constant", description="of distill_weight over the training")
+    distill_target: Literal["tokens", "global", "both"] = Field(
+        "tokens", description="targeted tokens, or CLIP's global embeddings for [CLS]"
+    )
     choice_weight: float = Field(1.0, ge=0, description="of the teacher's distribution over choices")
     choice_temperature: float = Field(1.0, gt=0)
     class_probabilities: Literal["probe", "statements"] = Field(
@@ -89,6 +105,13 @@ class RunConfig(BaseModel):
     instance_weight: str = "ratio"
     distance: str = "cosine"
 
+    teacher_control: Literal["", "shuffled_images", "random_weights"] = Field(
+        "", description="a teacher that sees another picture, or has learned nothing"
+    )
+
+    diagnostics_every: int = Field(
+        0, ge=0, description="updates between records of gradients and weights; 0: none"
+    )
     submission_split: str = Field(
         "", description="evaluated split whose predictions are also written as its benchmark wants them"
     )
@@ -109,21 +132,16 @@ class RunConfig(BaseModel):
             lines = [_explain(item, list(cls.model_fields)) for item in error.errors()]
             raise ConfigError("bad parameters:\n" + "\n".join(f"- {line}" for line in lines)) from None
 
-    @field_validator("arm", "relevance", "prior", "selector", "token_weight", "instance_weight", "distance")
+    @field_validator(
+        "arm", "relevance", "prior", "selector", "token_weight", "instance_weight", "distance",
+        "distill_schedule",
+    )  # fmt: skip
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
         from tdlib.arms import ARMS
-        from tdlib.losses import DISTANCES
-        from tdlib.priors import PRIORS
-        from tdlib.relevance import RELEVANCE
-        from tdlib.selection import SELECTORS
-        from tdlib.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS
+        from tdlib.functions import tables
 
-        known: dict[str, Any] = {
-            "arm": ARMS, "relevance": RELEVANCE, "prior": PRIORS, "selector": SELECTORS,
-            "token_weight": TOKEN_WEIGHTS, "instance_weight": INSTANCE_WEIGHTS, "distance": DISTANCES,
-        }  # fmt: skip
-        table = known[str(info.field_name)]
+        table: dict[str, Any] = ({"arm": ARMS} | tables())[str(info.field_name)]
         if value not in table:
             raise ValueError(f"expected one of {', '.join(table)}")
         return value

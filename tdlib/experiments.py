@@ -19,8 +19,11 @@ from tdlib.examples import Example, Examples, low_shot
 from tdlib.files import write_jsonl
 from tdlib.priors import Idf
 from tdlib.probe import answer_statements
+from tdlib.regions import BackboneRegions, CachedRegions, RegionSource, open_regions
 from tdlib.statistics import bootstrap_interval
-from tdlib.students.vilt import ViltEncoder, load_vilt
+from tdlib.students.base import StudentEncoder
+from tdlib.students.catalogue import architecture, load_student, open_encoder
+from tdlib.students.region_encoder import RegionEncoder
 from tdlib.targets import TargetBuilder
 from tdlib.tasks.catalogue import (
     answer_vocabulary,
@@ -44,9 +47,11 @@ CACHE_ROOT = ROOT / "data" / "cache"
 # Parameters that decide which examples are read, encoded and cached: the same in every arm.
 SHARED = (
     "task", "data_dir", "world_seed", "shift", "train_split", "eval_splits", "references", "vocabulary",
-    "vocabulary_minimum", "shots", "teacher", "teacher_pretrained", "student", "max_text_tokens",
-    "class_probabilities", "submission_split", "probe_examples",
+    "vocabulary_minimum", "shots", "teacher", "teacher_pretrained", "max_text_tokens", "class_probabilities",
+    "submission_split", "probe_examples",
 )  # fmt: skip
+# Parameters that decide the same, but that arms may change: each combination is prepared by itself.
+PREPARED = ("student", "regions", "teacher_control")
 
 
 @lru_cache(maxsize=16)
@@ -63,10 +68,10 @@ def read_split(config: RunConfig, split: str) -> Examples:
     return _open(data_folder(config), config.model_dump_json(include=names), split)
 
 
-@lru_cache(maxsize=2)
-def open_cache(name: str, pretrained: str) -> TeacherCache:
+@lru_cache(maxsize=4)
+def open_cache(name: str, pretrained: str, random_weights: int | None = None) -> TeacherCache:
     """The verified cache of a teacher; the teacher itself is its attribute."""
-    return TeacherCache(CACHE_ROOT, Teacher(name, pretrained))
+    return TeacherCache(CACHE_ROOT, Teacher(name, pretrained, random_weights=random_weights))
 
 
 def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = True) -> Materials:
@@ -83,17 +88,21 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         eval_splits = [*eval_splits, config.submission_split]
     evaluated = {split: read_split(config, split) for split in eval_splits}
     labels = class_labels(config)
-    encoder = ViltEncoder(config.student, config.max_text_tokens)
+    drawn = 1 if config.teacher_control == "random_weights" else None
+    cache = open_cache(config.teacher, config.teacher_pretrained, drawn)
+    encoder = encoder_of(config, cache)
     if config.references == "person_tokens":
         encoder.tokenizer.add_tokens(PERSON_TOKENS)
-    cache = open_cache(config.teacher, config.teacher_pretrained)
     worded = labels if config.class_probabilities == "statements" else ()
     for seed in seeds or [config.seed]:
-        add_to_cache(cache, low_shot(train, config.shots, seed), worded)
+        subset = low_shot(train, config.shots, seed)
+        add_to_cache(cache, subset, worded)
+        add_regions(encoder, subset)
     for examples in evaluated.values():  # every example is made: a bad one is found now, not after training
         if not whole_splits:
             for _ in examples:
                 pass
+        add_regions(encoder, examples)
         add_to_cache(cache, examples if whole_splits else examples[: config.probe_examples], worded)
     return Materials(
         train=train,
@@ -106,6 +115,34 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         },
         labels=labels,
     )
+
+
+def encoder_of(config: RunConfig, cache: TeacherCache | None = None, student: str = "") -> StudentEncoder:
+    """The encoder of the run's student (or of a stored ``student``), with the regions that it reads.
+
+    Regions computed on this machine are stored, see ``add_regions``.
+
+    Raises:
+        ConfigError: regions are CLIP's, but the student reads none.
+    """
+
+    def regions() -> RegionSource:
+        source = open_regions(config.regions, cache=cache)
+        return (
+            CachedRegions(source, CACHE_ROOT / "regions") if isinstance(source, BackboneRegions) else source
+        )
+
+    name = student or config.student
+    if config.regions == "clip" and not architecture(name).reads_regions:
+        raise ConfigError(f"regions='clip' (arm clip_input) need a student that reads regions, not {name!r}")
+    return open_encoder(name, config.max_text_tokens, regions)
+
+
+def add_regions(encoder: StudentEncoder, examples: Sequence[Example], part: int = 5_000) -> None:
+    """Computes and stores the regions of the examples, if the student reads any that are computed here."""
+    if isinstance(encoder, RegionEncoder) and isinstance(encoder.regions, CachedRegions):
+        for start in range(0, len(examples), part):
+            encoder.regions.add(examples[start : start + part])
 
 
 def fit_idf(train: Examples, most: int = 20_000) -> Idf:
@@ -205,14 +242,21 @@ def compare(
             raise ConfigError(
                 f"arm {run.arm!r} changes {', '.join(changed)}, which all arms of a comparison share"
             )
-    materials = prepare(config, seeds)
+    materials: dict[tuple, Materials] = {}
+    for run in runs:  # all before the first training: what is missing is found now
+        if _prepared(run) not in materials:
+            materials[_prepared(run)] = prepare(run, seeds)
     folders = []
     for run in runs:
         folders.append(Path(folder) / f"{run.arm}-seed{run.seed}")
-        metrics = train_run(run, materials, folders[-1], show_progress)
+        metrics = train_run(run, materials[_prepared(run)], folders[-1], show_progress)
         if on_run:
             on_run(metrics)
     return folders
+
+
+def _prepared(config: RunConfig) -> tuple:
+    return tuple(getattr(config, name) for name in PREPARED)
 
 
 def read_predictions(folders: Sequence[Path]) -> pd.DataFrame:
@@ -302,10 +346,12 @@ def write_masked(folder: Path, shift: str, source: Path | None = None) -> Path:
         raise ConfigError(f"{folder}: a run of task={config.task!r}; masked sets are VCR's")
     home = data_folder(config)
     source = source or home / "val.jsonl"
-    encoder = ViltEncoder(str(folder / "student"), config.max_text_tokens)
-    student = load_vilt(str(folder / "student")).eval()
+    cache = open_cache(config.teacher, config.teacher_pretrained) if config.regions == "clip" else None
+    encoder = encoder_of(config, cache, str(folder / "student"))
+    student = load_student(str(folder / "student")).eval()
     lines = []
     examples = VcrReader(home, source.stem, references=config.references, file=source).open()
+    add_regions(encoder, examples)
     for record, example in zip(Records.lines(source, "VCR"), examples, strict=True):
 
         def score_variants(prompt, variants, record=record, example=example):

@@ -3,8 +3,8 @@
 Owns the distances and the reductions. Does not own the projection ``phi``, the coefficients of the
 losses, nor the task loss. No gradient reaches the teacher through either loss.
 
-A distance is a function ``(student_projected, targets)`` to one number per token, blind to the
-length of both vectors; add one with ``DISTANCES["mine"] = my_distance``.
+A distance is a function ``(student_projected, targets)`` of all tokens of a modality to one number
+per token, blind to the length of both vectors; add one with ``DISTANCES["mine"] = my_distance``.
 """
 
 import math
@@ -48,11 +48,29 @@ def mse_distance(student_projected: Vectors, targets: Vectors) -> PerToken:
     return _difference(student_projected, targets).square().mean(dim=-1)
 
 
+def info_nce_distance(student_projected: Vectors, targets: Vectors, temperature: float = 0.1) -> PerToken:
+    """Tell a token's target from those of the others: ``-log softmax_j(cos(s_i, t_j) / temperature)_i``.
+
+    InfoNCE (van den Oord et al. 2018; for distilling CLIP: Yang et al. 2024, CLIP-KD). In training the
+    others are all selected tokens of the batch, of the same modality. A target that equals the token's
+    own (cosine above 0.999: the same word elsewhere) is no negative. In [0, log n + 2 / temperature],
+    in nats; 0 where there is no other target.
+    """
+    student, target = _unit(student_projected), _unit(targets)
+    logits = student @ target.transpose(-1, -2) / temperature
+    own = torch.eye(target.shape[-2], dtype=torch.bool, device=target.device)
+    same = target @ target.transpose(-1, -2) > 0.999
+    absent = (target == 0).all(dim=-1).unsqueeze(-2)
+    logits = logits.masked_fill((same | absent) & ~own, -math.inf)
+    return logits.logsumexp(dim=-1) - logits.diagonal(dim1=-2, dim2=-1)
+
+
 DISTANCES: dict[str, Distance] = {
     "cosine": cosine_distance,
     "l1": l1_distance,
     "smooth_l1": smooth_l1_distance,
     "mse": mse_distance,
+    "info_nce": info_nce_distance,
 }
 
 

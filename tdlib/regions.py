@@ -102,7 +102,10 @@ class ClipGridRegions:
 
     The arm ``clip_input``: CLIP's grid is the student's visual input (CLIP-ViL, Shen et al. 2021; they
     take a ResNet's grid before projection). Patches that lie wholly outside the picture are left out.
+    No student was pretrained with these: its projection of features is drawn anew (``foreign``).
     """
+
+    foreign = True
 
     def __init__(self, cache: TeacherCache):
         self.cache, self.dim = cache, cache.teacher.dim

@@ -39,6 +39,8 @@ class Targets:
     scores: Tensor
     valid: Tensor
     teacher_logits: Tensor
+    text_global: Tensor  # (choices, teacher_dim)
+    image_global: Tensor  # (choices, teacher_dim), the same picture for each
 
 
 def teacher_tokens(
@@ -84,8 +86,7 @@ class TargetBuilder:
         idf: word statistics of the training split.
         config: names the relevance variant, the prior and their settings.
         class_logits: the teacher's logits over the label set, where examples have no choices.
-        picture_of: the picture that the teacher sees of an example; the example's own unless a control
-            shows it another's.
+        seen_as: the example as the teacher sees it; itself, unless a control shows another's picture.
     """
 
     def __init__(
@@ -94,10 +95,10 @@ class TargetBuilder:
         idf: Idf,
         config: RunConfig,
         class_logits: Callable[[Example], Tensor] | None = None,
-        picture_of: Callable[[Example], Path] = lambda example: example.image,
+        seen_as: Callable[[Example], Example] = lambda example: example,
     ):
         self.cache, self.idf, self.config, self.class_logits = cache, idf, config, class_logits
-        self.picture_of = picture_of
+        self.seen_as = seen_as
 
     def prepare(self, examples: Sequence[Example], part: int = 5_000) -> None:
         """Computes in one go what the relevance variant needs of examples and the cache lacks.
@@ -113,7 +114,7 @@ class TargetBuilder:
         """
         for start in range(0, len(examples), part):
             pairs = [
-                (statement.text, self.picture_of(example))
+                (statement.text, self.seen_as(example).image)
                 for example in examples[start : start + part]
                 for statement in example.statements()
             ]
@@ -152,8 +153,9 @@ class TargetBuilder:
             spans: (choices, text_tokens, 2), characters of each statement.
             boxes: (visual_tokens, 4), normalised xyxy.
         """
+        example = self.seen_as(example)
         statements = [statement.text for statement in example.statements()]
-        teacher = self._teacher_tokens(statements, self.picture_of(example))
+        teacher = self._teacher_tokens(statements, example.image)
         choices = len(statements)
         student = Tokens.cat([Tokens.text(spans), Tokens.visual(boxes.expand(choices, -1, -1))])
         alignment = align(student, teacher.tokens)
@@ -175,4 +177,14 @@ class TargetBuilder:
         else:
             scale = self.cache.teacher.logit_scale
             logits = choice_logits(teacher.image_global[0], teacher.text_global, scale)
-        return Targets(student, vectors, relevance, prior, scores, valid, logits)
+        return Targets(
+            student,
+            vectors,
+            relevance,
+            prior,
+            scores,
+            valid,
+            logits,
+            teacher.text_global,
+            teacher.image_global,
+        )

@@ -4,21 +4,24 @@ Loading, tokens with character offsets and patches with boxes stand here; how th
 family give tokens, in ``teacher_towers``. Storing features is ``cache``'s business.
 """
 
+import copy
 import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import QuickGELU
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdlib.config import resolve
@@ -29,6 +32,8 @@ from tdlib.teacher_towers import TeacherError as TeacherError
 from tdlib.teacher_towers import encode_text_tokens as encode_text_tokens
 
 log = logging.getLogger(__name__)
+
+Preprocess = Callable[[Image.Image], Tensor]  # a picture as pixels (3, height, width)
 
 
 @dataclass(frozen=True)
@@ -455,3 +460,29 @@ def choice_logits(image_pooled: Tensor, text_pooled: Tensor, logit_scale: float)
     out: it is the same for every choice and cancels.
     """
     return logit_scale * (text_pooled @ image_pooled.unsqueeze(-1)).squeeze(-1)
+
+
+def blueprint(
+    source: Teacher | dict[str, Any],
+) -> tuple[dict[str, Any], Callable[[], nn.Module], Callable[[str], tuple[Preprocess, TextTokenizer]]]:
+    """What rebuilds a teacher's model, preprocessing and tokenizer without it.
+
+    Returns what open_clip_config.json says of them, a function that makes such a model with random
+    weights, and one that opens preprocessing and tokenizer, whose files lie in the folder it is given.
+    ``source`` is a teacher, or such a configuration.
+    """
+    if isinstance(source, Teacher):
+        name = source.name if ":" in source.name else source.name.replace("/", "-")  # as open_clip does
+        model = cast(dict[str, Any], open_clip.get_model_config(name))
+        model["quick_gelu"] = any(isinstance(part, QuickGELU) for part in source.model.modules())
+        source = {"model_cfg": model, "preprocess_cfg": {**source.model.visual.preprocess_cfg}}
+    preprocess = image_transform_v2(PreprocessCfg(**source["preprocess_cfg"]), is_train=False)
+    options = copy.deepcopy(source["model_cfg"])
+    custom_text = options.pop("custom_text", False) or "hf_model_name" in options["text_cfg"]
+    options["text_cfg"]["hf_model_pretrained"] = options["vision_cfg"]["timm_model_pretrained"] = False
+    custom = open_clip.CoCa if "multimodal_cfg" in options else open_clip.CustomTextCLIP
+
+    def read(folder: str) -> tuple[Preprocess, TextTokenizer]:
+        return preprocess, TextTokenizer(open_clip.get_tokenizer(f"local-dir:{folder}"), folder)
+
+    return source, partial(custom if custom_text else open_clip.CLIP, **options), read

@@ -23,21 +23,22 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from tdlib.config import ROOT, ConfigError, RunConfig
 from tdlib.examples import Example, Examples, TextPart, low_shot, save_manifest
 from tdlib.files import write_folder, write_json, write_jsonl
-from tdlib.losses import choice_distribution_loss, targeted_distillation_loss
+from tdlib.functions import own_functions
+from tdlib.objective import TERMS, TargetedDistillation
 from tdlib.probe import ClassProbe, soft_target, statement_logits
 from tdlib.records import TargetRecord, records_table
-from tdlib.selection import SelectionOptions, select
-from tdlib.students.base import EncodedText, StudentEncoder, StudentOutput, pad_last
-from tdlib.students.vilt import ViltForMultipleChoice, load_vilt
+from tdlib.relevance import STUDENT_RELEVANCE
+from tdlib.students import catalogue as students
+from tdlib.students.base import EncodedText, StudentEncoder, pad_last, student_inputs
+from tdlib.students.region_encoder import RegionEncoder
 from tdlib.targets import TargetBuilder, Targets
 from tdlib.tasks.catalogue import detail, measures, score, task_of, write_submission
-from tdlib.tokens import Tokens
-from tdlib.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS
+from tdlib.teacher import EXTRAS
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class EncodedExamples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index in self._kept:
             return self._kept[index]
-        item = self._encode(self.examples[index])
+        item = {**self._encode(self.examples[index]), "row": index}
         targets = item["targets"]
         tensors = [*item.values(), *item["visual"].values(), *(vars(targets).values() if targets else ())]
         size = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
@@ -106,12 +107,15 @@ def _targets_batch(items: Sequence[dict[str, Any]], length: int, visual: int) ->
         parts = {
             "vectors": targets.vectors, "scores": targets.scores, "valid": targets.valid,
             "target_spans": targets.tokens.spans, "target_boxes": targets.tokens.boxes,
+            "relevance": targets.relevance, "prior": targets.prior,
         }  # fmt: skip
         for name, value in parts.items():
             pieces = (value[:, :texts], length), (value[:, texts:], visual)
             columns[name].append(torch.cat([pad_last([piece], size)[0] for piece, size in pieces], dim=1))
     batch = {name: torch.stack(values) for name, values in columns.items()}
-    return {**batch, "teacher_logits": torch.stack([item["targets"].teacher_logits for item in items])}
+    for name in ("teacher_logits", "text_global", "image_global"):
+        batch[name] = torch.stack([getattr(item["targets"], name) for item in items])
+    return batch
 
 
 def collate(items: Sequence[dict[str, Any]], encoder: StudentEncoder) -> dict[str, Tensor]:
@@ -124,6 +128,7 @@ def collate(items: Sequence[dict[str, Any]], encoder: StudentEncoder) -> dict[st
     }
     batch |= encoder.pad_visual([item["visual"] for item in items])
     batch["labels"] = torch.tensor([item["label"] for item in items])
+    batch["rows"] = torch.tensor([item["row"] for item in items])
     if "soft" in items[0]:
         batch["soft"] = torch.stack([item["soft"] for item in items])
     if items[0]["targets"] is not None:
@@ -132,145 +137,12 @@ def collate(items: Sequence[dict[str, Any]], encoder: StudentEncoder) -> dict[st
     return batch
 
 
-def student_inputs(student: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a student's ``forward`` takes of a batch."""
-    return {name: batch[name] for name in student.inputs}  # type: ignore[union-attr]
-
-
-class TargetedDistillation(nn.Module):
-    """A student with the loss of the method.
-
-    ``phi`` is one linear map per modality from the student's width to the teacher's joint space;
-    it exists only here and is dropped after training (method, step 8; our reading).
-    """
-
-    def __init__(self, student: ViltForMultipleChoice, config: RunConfig, teacher_dim: int | None):
-        super().__init__()
-        layers = student.config.num_hidden_layers + 1
-        if not -layers <= config.distill_layer < layers:
-            raise ConfigError(
-                f"distill_layer={config.distill_layer}: the student has hidden states {-layers} to "
-                f"{layers - 1}"
-            )
-        self.student, self.settings = student, config
-        self.phi: nn.ModuleDict | None = None
-        if config.distill_weight > 0 and teacher_dim is not None:
-            width = student.config.hidden_size
-            with torch.random.fork_rng():  # the baseline's random numbers stay what they are
-                torch.manual_seed(config.seed)
-                self.phi = nn.ModuleDict({name: nn.Linear(width, teacher_dim) for name in ("text", "visual")})
-        self.options = SelectionOptions(config.mass, config.count, config.fraction, config.deviations)
-        self.generator = torch.Generator().manual_seed(config.seed)
-
-    def forward(self, batch: dict[str, Tensor], window: int | None = None) -> dict[str, Tensor]:
-        """The loss and its terms.
-
-        ``window`` is the number of examples in the whole accumulation window; sums are divided by it.
-        """
-        config = self.settings
-        output = self.student(
-            **student_inputs(self.student, batch), output_hidden_states=self.phi is not None
-        )
-        labels = batch["labels"]
-        examples = window or len(labels)
-        if "soft" in batch:  # several answers can be right: one binary loss each (VQA)
-            loss = nn.functional.binary_cross_entropy_with_logits(
-                output.logits, batch["soft"], reduction="sum"
-            )
-        else:
-            loss = nn.functional.cross_entropy(output.logits, labels, reduction="sum")
-        loss = loss / examples
-        terms = {"task": loss}
-        if config.choice_weight > 0:
-            terms["choice"] = choice_distribution_loss(
-                output.logits, batch["teacher_logits"], config.choice_temperature, examples
-            )
-            loss = loss + config.choice_weight * terms["choice"]
-        if self.phi is not None:
-            terms |= self._distill(output, batch, examples)
-            loss = loss + config.distill_weight * terms["distill"]
-        return {"loss": loss, "logits": output.logits, **terms}
-
-    def _distill(self, output: StudentOutput, batch: dict[str, Tensor], examples: int) -> dict[str, Tensor]:
-        assert self.phi is not None and output.hidden_states is not None and output.logits is not None
-        selected, weights = self.choose_tokens(batch)
-        instance = self.instance_weights(batch, output.logits)
-        hidden = output.hidden_states[self.settings.distill_layer]
-        text = Tokens(batch["target_spans"], batch["target_boxes"]).is_text
-        loss = hidden.new_zeros(())
-        sequences = examples * selected.shape[1]
-        share = weights * instance[:, None, None]
-        for name, chosen in (("text", selected & text), ("visual", selected & ~text)):
-            projected = self.phi[name](hidden[chosen])  # only the selected tokens are projected
-            loss = loss + targeted_distillation_loss(
-                projected[None], batch["vectors"][chosen][None], share[chosen][None], hidden.new_ones(1),
-                self.settings.distance, sequences,
-            )  # fmt: skip
-        return {
-            "distill": loss,
-            "selected_text": (selected & text).sum() / sequences,
-            "selected_visual": (selected & ~text).sum() / sequences,
-            "empty_selections": (~selected.any(-1)).sum() / sequences,
-            "instance_weight": instance.sum() / examples,
-        }
-
-    def choose_tokens(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Selected tokens and their weights, both (batch, choices, tokens)."""
-        student = Tokens(batch["target_spans"], batch["target_boxes"])
-        selected = select(
-            batch["scores"], student, batch["valid"], self.settings.selector, self.options, self.generator
-        )
-        return selected, TOKEN_WEIGHTS[self.settings.token_weight](batch["scores"], selected)
-
-    def instance_weights(self, batch: dict[str, Tensor], logits: Tensor) -> Tensor:
-        """c (batch,), from the probabilities of teacher and student; carries no gradient.
-
-        0 for an example whose right answer is not in the label set: there is no p_T.
-        """
-        weight = INSTANCE_WEIGHTS[self.settings.instance_weight]
-        known = batch["labels"] >= 0
-        teacher, student = batch["teacher_logits"].softmax(-1), logits.detach().softmax(-1)
-        return weight(teacher, student, batch["labels"].clamp_min(0)) * known
-
-    @torch.no_grad()
-    def fit_phi(self, loader: DataLoader, ridge: float = 1e-2, batches: int = 8) -> None:
-        """Starts the maps at the ridge regression of targets on the untrained student's hidden states.
-
-        So the first updates do not chase random directions: what the student already knows is
-        mapped to where the teacher has it, and only the rest is learned (our reading).
-        """
-        assert self.phi is not None
-        sums: dict[str, list[Tensor]] = {}
-        device = next(self.student.parameters()).device
-        self.student.eval()
-        for number, batch in enumerate(loader):
-            if number == batches:
-                break
-            batch = {name: value.to(device) for name, value in batch.items()}
-            output = self.student(**student_inputs(self.student, batch), output_hidden_states=True)
-            hidden = output.hidden_states[self.settings.distill_layer]
-            text = Tokens(batch["target_spans"], batch["target_boxes"]).is_text
-            for name, chosen in (("text", batch["valid"] & text), ("visual", batch["valid"] & ~text)):
-                x = nn.functional.pad(hidden[chosen], (0, 1), value=1.0).double()
-                y = batch["vectors"][chosen].double()
-                moments = [x.T @ x, x.T @ y]
-                sums[name] = (
-                    [a + b for a, b in zip(sums[name], moments, strict=True)] if name in sums else moments
-                )
-        for name, (xx, xy) in sums.items():
-            penalty = ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=device)
-            linear = self.phi[name]
-            assert isinstance(linear, nn.Linear)
-            solution = torch.linalg.solve(xx + penalty, xy).to(linear.weight.dtype)
-            linear.weight.copy_(solution[:-1].T)
-            linear.bias.copy_(solution[-1])
-
-
 class DistillationTrainer(Trainer):
     """Trainer that optimises ``TargetedDistillation``.
 
     Overrides: the loss (so that terms are logged without a synchronisation per step), the
-    optimizer's groups (new layers learn at ``head_learning_rate``), and the log.
+    optimizer's groups (new layers learn at ``head_learning_rate``), and the log. ``diagnostics`` are
+    recorded every ``diagnostics_every`` updates.
     """
 
     def __init__(self, *, config: RunConfig, **options: Any):
@@ -278,22 +150,46 @@ class DistillationTrainer(Trainer):
         self.settings = config
         self.history: list[dict[str, float]] = []
         self._sums: dict[str, Tensor] = {}
+        self.diagnostics: list[dict[str, Any]] = []
         self._last_step = 0
+        self._window: list[Tensor] = []  # rows of the examples since the last update
         self.model_accepts_loss_kwargs = True  # sums are divided by the window's number of examples
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        output = model(inputs, None if num_items_in_batch is None else int(num_items_in_batch))
+        module = self.accelerator.unwrap_model(model)
+        module.progress = self.state.global_step / max(1, self.state.max_steps)
+        window = None if num_items_in_batch is None else int(num_items_in_batch)
+        every = self.settings.diagnostics_every
+        if every and self.state.global_step % every == 0 and not self._window:
+            step = {"step": self.state.global_step}
+            self.diagnostics.append(step | diagnose(module, inputs))
+        self._window.append(inputs["rows"])
+        output = model(inputs, window)
+        if not bool(output["loss"].isfinite()):
+            bad = [name for name in output if name not in ("loss", "logits") and not output[name].isfinite()]
+            self.refuse(f"{', '.join(bad) or 'loss'} not finite")
         for name, value in output.items():
             if name != "logits":
                 self._sums[name] = self._sums.get(name, 0.0) + value.detach()
         return (output["loss"], output) if return_outputs else output["loss"]
+
+    def refuse(self, what: str) -> None:
+        """Ends the run before the optimizer steps; names the examples since the last update."""
+        data = self.train_dataset
+        assert isinstance(data, EncodedExamples)
+        ids = [data.examples[row].id for row in torch.cat(self._window).tolist()]
+        shown = ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
+        raise FloatingPointError(
+            f"update {self.state.global_step + 1}: {what}, examples {shown}; lower learning_rate, or look at "
+            "these examples"
+        )
 
     def create_optimizer(self, model=None):
         config = self.settings
         assert self.model is not None
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.model.named_parameters():
-            is_new = name.startswith(("phi.", "student.classifier."))
+            is_new = name.startswith(("phi.", "log_variance.", "student.classifier."))
             groups[is_new, parameter.ndim > 1].append(parameter)
         self.optimizer = torch.optim.AdamW(
             [
@@ -317,19 +213,55 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
 
-class _StopAtBadLoss(TrainerCallback):
-    """Ends a run whose loss is not finite, at the next log."""
+class _StopAtBadGradient(TrainerCallback):
+    """Ends a run whose gradients are not finite, before the optimizer steps."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        bad = [
-            name
-            for name, value in (logs or {}).items()
-            if isinstance(value, float) and not np.isfinite(value)
-        ]
-        if bad:
-            raise FloatingPointError(
-                f"step {state.global_step}: {', '.join(bad)} not finite; lower learning_rate"
-            )
+    trainer: DistillationTrainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not bool(nn.utils.get_total_norm(gradients).isfinite()):  # clipping has spread it to all
+            self.trainer.refuse("gradient not finite")
+        self.trainer._window.clear()
+
+
+def diagnose(module: TargetedDistillation, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What pulls at the student in this batch; changes nothing, not even random states.
+
+    Norms of each term's gradient with respect to the student's parameters (as the terms stand in the
+    log: before their weights) and the cosines between them, quartiles of the instance weights, and the
+    share of examples on which teacher and student choose the same.
+    """
+    parameters = [p for p in module.student.parameters() if p.requires_grad]
+    drawn = module.generator.get_state()
+    devices = [p.device for p in parameters[:1] if p.device.type == "cuda"]
+    with torch.random.fork_rng(devices):
+        output = module(batch)
+    module.generator.set_state(drawn)
+    gradients = {}
+    for name in (*TERMS, "adversarial"):
+        if name in output:
+            parts = torch.autograd.grad(output[name], parameters, retain_graph=True, allow_unused=True)
+            pairs = zip(parameters, parts, strict=True)
+            whole = [torch.zeros_like(p) if part is None else part for p, part in pairs]
+            gradients[name] = torch.cat([part.flatten() for part in whole])
+    found: dict[str, Any] = {f"{name}_gradient": float(g.norm()) for name, g in gradients.items()}
+    names = list(gradients)
+    for place, first in enumerate(names):
+        for second in names[place + 1 :]:
+            cosine = nn.functional.cosine_similarity(gradients[first], gradients[second], dim=0)
+            found[f"{first}_{second}_cosine"] = float(cosine)
+    if "teacher_logits" in batch:
+        logits = output["logits"].detach()
+        agree = batch["teacher_logits"].argmax(-1) == logits.argmax(-1)
+        quartiles = (
+            module.instance_weights(batch, logits)
+            .float()
+            .quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], device=logits.device))
+        )
+        found["instance_weight_quartiles"] = [round(value, 4) for value in quartiles.tolist()]
+        found["teacher_agreement"] = float(agree.float().mean())
+    return found
 
 
 def make_trainer(
@@ -349,8 +281,9 @@ def make_trainer(
         data_seed=config.seed, remove_unused_columns=False, dataloader_pin_memory=False,
         disable_tqdm=not show_progress, logging_nan_inf_filter=False, label_names=["labels"],
     )  # fmt: skip
-    trainer = DistillationTrainer(
-        config=config, model=module, args=arguments, train_dataset=dataset, callbacks=[_StopAtBadLoss()],
+    stop = _StopAtBadGradient()
+    trainer = stop.trainer = DistillationTrainer(
+        config=config, model=module, args=arguments, train_dataset=dataset, callbacks=[stop],
         data_collator=partial(collate, encoder=dataset.encoder),
     )  # fmt: skip
     if not show_progress:
@@ -359,7 +292,7 @@ def make_trainer(
 
 
 @torch.inference_mode()
-def predict(student: ViltForMultipleChoice, dataset: EncodedExamples, batch_size: int = 32) -> np.ndarray:
+def predict(student: PreTrainedModel, dataset: EncodedExamples, batch_size: int = 32) -> np.ndarray:
     """Probabilities over choices or labels, (examples, choices or labels). No example is left out."""
     student.eval()
     device = next(student.parameters()).device
@@ -384,7 +317,13 @@ def record_targets(
     """What the method targets in each statement of one example, given the student's probabilities."""
     targets: Targets = item["targets"]
     batch = collate([item], encoder)
-    selected, weights = module.choose_tokens(batch)
+    hidden = None
+    if module.settings.relevance in STUDENT_RELEVANCE:
+        with torch.inference_mode():
+            output = module.student(**student_inputs(module.student, batch), output_hidden_states=True)
+        hidden = output.hidden_states[module.settings.distill_layer]
+    relevance, scores = (value[0].numpy() for value in module.scores(batch, hidden))
+    selected, weights = module.choose_tokens(batch, hidden)
     teacher = targets.teacher_logits.softmax(-1)
     label = example.label
     weight = teacher_p = student_p = None
@@ -402,8 +341,8 @@ def record_targets(
                 object_boxes=example.boxes, object_names=example.names,
                 tokens=tuple(statement.text[start:end] for start, end in spans), spans=spans,
                 boxes=targets.tokens.boxes[choice].numpy(), distilled=targets.valid[choice].numpy(),
-                relevance=targets.relevance[choice].numpy(), prior=targets.prior[choice].numpy(),
-                score=targets.scores[choice].numpy(), selected=selected[0, choice].numpy(),
+                relevance=relevance[choice], prior=targets.prior[choice].numpy(),
+                score=scores[choice], selected=selected[0, choice].numpy(),
                 weight=weights[0, choice].numpy(), teacher_probability=teacher_p,
                 student_probability=student_p, instance_weight=weight, relevant_spans=statement.relevant,
                 relevant_boxes=example.relevant_boxes,
@@ -444,7 +383,17 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def class_logits(config: RunConfig, materials: Materials, subset: Examples) -> Callable[..., Tensor] | None:
+def shuffled_pictures(examples: Sequence[Example], seed: int) -> dict[str, Path]:
+    """For each example another's picture, the same for all of one picture: one cycle of all pictures."""
+    pictures = list(dict.fromkeys(example.image for example in examples))
+    order = np.random.default_rng(seed).permutation(len(pictures))
+    following = {pictures[a]: pictures[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
+    return {example.id: following[example.image] for example in examples}
+
+
+def class_logits(
+    config: RunConfig, materials: Materials, subset: Sequence[Example]
+) -> Callable[..., Tensor] | None:
     """The teacher's logits over the label set for one run; None where examples have choices."""
     if not materials.labels or materials.builder is None:
         return None
@@ -460,6 +409,7 @@ def train_run(
     """Trains one arm with one seed, evaluates it and writes the run folder.
 
     The folder holds config.json, manifest.json (ids of the training subset), history.jsonl,
+    diagnostics.jsonl (if asked for), functions.json (source of the functions that the user added),
     metrics.json, predictions.parquet, selections.parquet, environment.json, the submission file if
     one is asked for, and student/ (loadable with ``from_pretrained``; exactly the baseline's
     parameters). Returns the metrics.
@@ -477,7 +427,16 @@ def train_run(
         raise ConfigError(f"modality={config.modality!r} is for arms without a teacher, not {config.arm!r}")
     own = None
     if needs_teacher and shared is not None:
-        own = TargetBuilder(shared.cache, shared.idf, config, class_logits(config, materials, subset))
+        shown = shuffled_pictures(subset, config.seed) if config.teacher_control == "shuffled_images" else {}
+
+        def seen_as(example: Example) -> Example:
+            return replace(example, image=shown[example.id]) if example.id in shown else example
+
+        seen = [seen_as(example) for example in subset] if shown else subset
+        logits = class_logits(config, materials, seen)
+        own = TargetBuilder(shared.cache, shared.idf, config, logits, seen_as)
+        if config.relevance in (*EXTRAS, "gradient"):
+            own.prepare(subset)
     encode = partial(
         EncodedExamples,
         encoder=materials.encoder,
@@ -527,6 +486,10 @@ def train_run(
         write_json(partial / "metrics.json", metrics)
         write_json(partial / "environment.json", environment())
         write_jsonl(partial / "history.jsonl", trainer.history)
+        if trainer.diagnostics:
+            write_jsonl(partial / "diagnostics.jsonl", trainer.diagnostics)
+        if functions := own_functions(config):
+            write_json(partial / "functions.json", functions)
         save_manifest(partial / "manifest.json", subset, config.shots, config.seed)
         student.save_pretrained(partial / "student")
         materials.encoder.save(partial / "student")
@@ -536,17 +499,20 @@ def train_run(
     return metrics
 
 
-def load_student(config: RunConfig, materials: Materials) -> ViltForMultipleChoice:
+def load_student(config: RunConfig, materials: Materials) -> PreTrainedModel:
     """The untrained student of a run, with the head of its task and room for added tokens."""
-    student = load_vilt(config.student, config.seed, materials.labels)
+    student = students.load_student(config.student, config.seed, materials.labels)
     tokens = len(materials.encoder.tokenizer)
     if tokens > student.config.vocab_size:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             student.resize_token_embeddings(tokens)
+    if isinstance(materials.encoder, RegionEncoder) and materials.encoder.foreign:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            student.renew_visual(materials.encoder.regions.dim)
     if task_of(config).data_set.startswith("vqa"):
-        head = student.get_submodule("classifier.3")
-        assert isinstance(head, nn.Linear)
+        head = [layer for layer in student.classifier.modules() if isinstance(layer, nn.Linear)][-1]
         nn.init.constant_(head.bias, -math.log(max(1, len(materials.labels) - 1)))  # one answer of all
     return student
 

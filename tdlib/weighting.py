@@ -1,8 +1,8 @@
 """How much a selected token and a whole example weigh in the targeted loss.
 
-Owns the token weights (fixed per example) and the instance weights (which change as the student
-learns). Does not own the selection, nor where the teacher's probabilities come from. No weight
-carries a gradient.
+Owns the token weights (fixed per example), the instance weights (which change as the student
+learns) and the schedules of the whole term. Does not own the selection, nor where the teacher's
+probabilities come from. No weight carries a gradient.
 
 An instance weight is a function ``(teacher_probabilities, student_probabilities, labels)`` to
 [0, 1]; ``p_T`` and ``p_S`` stand for the probability of the true label. Add one with
@@ -106,6 +106,21 @@ def uniform_weight(
     return torch.ones_like(teacher_probabilities[..., 0])
 
 
+def constant_schedule(progress: float) -> float:
+    """Distil all the time: 1."""
+    return 1.0
+
+
+def linear_schedule(progress: float) -> float:
+    """Distil less and less: ``1 - progress``."""
+    return 1 - progress
+
+
+def hold_schedule(progress: float) -> float:
+    """Distil in the first half, then less and less: 1 until half of the updates, then linearly to 0."""
+    return min(1.0, 2 * (1 - progress))
+
+
 def _of_label(probabilities: Tensor, labels: Tensor) -> Weights:
     """Probability of the true label, without gradient."""
     return probabilities.detach().gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
@@ -123,4 +138,13 @@ INSTANCE_WEIGHTS = {
     "focal": focal_weight,
     "wsld": wsld_weight,
     "uniform": uniform_weight,
+}
+
+# What the distillation term weighs at a share of the updates in [0, 1), in [0, 1]. "learned": its weight
+# is constant, but each term is divided by its own uncertainty, see ``TargetedDistillation``.
+SCHEDULES = {
+    "constant": constant_schedule,
+    "linear": linear_schedule,
+    "hold": hold_schedule,
+    "learned": constant_schedule,
 }

@@ -122,7 +122,7 @@ def test_a_student_with_the_teachers_tokens_gets_the_teachers_scalars(variant, c
 
 def test_a_control_shows_the_teacher_another_picture(cache, idf, examples, teacher):
     first, second = examples[0], next(e for e in examples[1:] if e.image != examples[0].image)
-    builder = builder_of(cache, idf, picture_of=lambda _: second.image)
+    builder = builder_of(cache, idf, seen_as=lambda example: dataclasses.replace(example, image=second.image))
     builder.prepare([first])
     assert len(cache) == len(first.statements()) + 1
     builder_of(cache, idf).prepare([first])

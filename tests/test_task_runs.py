@@ -1,6 +1,7 @@
 """Every task trained for real from its files to its submission, on a tiny world and tiny models."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -129,7 +130,7 @@ def test_an_answer_outside_the_vocabulary_weighs_nothing(settings):
     )
     data = EncodedExamples(subset, materials.encoder, builder, num_labels=len(materials.labels))
     module = TargetedDistillation(load_student(config, materials), config, 24)
-    batch = next(iter(DataLoader(data, len(data), collate_fn=collate)))
+    batch = next(iter(DataLoader(data, len(data), collate_fn=partial(collate, encoder=data.encoder))))
     weights = module.instance_weights(batch, torch.zeros(len(data), len(materials.labels)))
     assert (weights[unknown] == 0).all() and (weights[batch["labels"] >= 0] > 0).all()
     assert torch.isfinite(module(batch)["loss"])

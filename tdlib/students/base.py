@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import ModelOutput
 
@@ -70,6 +70,11 @@ def referred_objects(statements: Sequence[TextPart], spans: Tensor) -> Tensor:
                 overlap = (spans[row, :, 0] < reference.end) & (spans[row, :, 1] > reference.start)
                 found[row, overlap] = reference.objects[0]
     return found
+
+
+def student_inputs(student: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a student's ``forward`` takes of a batch."""
+    return {name: batch[name] for name in student.inputs}
 
 
 class StudentEncoder(ABC):
@@ -183,6 +188,14 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
             f"(missing {sorted(missing)[:3]}, mismatched {sorted(mismatched)[:3]})"
         )
     return model
+
+
+def drawn_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer as BERT starts them: weights from N(0, 0.02), no bias."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def pair_spans(encoding, row: int, shift: int) -> list[tuple[int, int]]:

@@ -1,14 +1,14 @@
 """Inputs of students that read region features beside text: UNITER, VL-BERT, VisualBERT."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tdlib.examples import Example
 from tdlib.regions import RegionSource
-from tdlib.students.base import EncodedText, StudentEncoder, pad_last, referred_objects
+from tdlib.students.base import EncodedText, StudentEncoder, StudentError, pad_last, referred_objects
 
 
 class RegionEncoder(StudentEncoder):
@@ -21,13 +21,34 @@ class RegionEncoder(StudentEncoder):
         name: folder or hub id of the student.
         max_text_tokens: longer statements are cut, the longest part first.
         regions: where region features come from.
+
+    Raises:
+        StudentError: the student is of another architecture, or region features are not of its width.
     """
 
     token_types: ClassVar[dict[str, int]] = {"question": 0, "answer": 1, "rationale": 1}
+    config_kind: ClassVar[Any]
+    region_width: ClassVar[str] = "visual_embedding_dim"  # what the configuration calls it
 
     def __init__(self, name: str, max_text_tokens: int, regions: RegionSource):
         super().__init__(name, max_text_tokens)
         self.regions = regions
+        if not isinstance(self.config, self.config_kind):
+            raise StudentError(
+                f"student {name!r} is a {self.config.model_type}; expected a folder or hub id of a "
+                f"{self.kind}"
+            )
+        width = getattr(self.config, self.region_width)
+        if regions.dim != width and not self.foreign:
+            raise StudentError(
+                f"student {name!r} reads region features of width {width}, but these have {regions.dim}; "
+                "choose features of the detector that it was pretrained with"
+            )
+
+    @property
+    def foreign(self) -> bool:
+        """Whether no student was pretrained with features of this kind."""
+        return getattr(self.regions, "foreign", False)
 
     def _parts(self, example: Example) -> list[list[tuple[str, int, int]]]:
         """Per statement its parts: text, where it starts in the statement, and its token type."""

@@ -21,8 +21,7 @@ from transformers.models.bert.modeling_bert import (
 )
 
 from tdlib.examples import Example
-from tdlib.regions import RegionSource
-from tdlib.students.base import EncodedText, StudentError, StudentOutput, load_checkpoint
+from tdlib.students.base import EncodedText, StudentError, StudentOutput, drawn_linear, load_checkpoint
 from tdlib.students.region_encoder import RegionEncoder
 
 IMAGE_TYPE = 1  # the token type of regions
@@ -158,6 +157,11 @@ class UniterForMultipleChoice(UniterPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.uniter.get_input_embeddings()
 
+    def renew_visual(self, dim: int) -> None:
+        """Draws the projection of region features anew, for features of width ``dim``."""
+        self.uniter.img_embeddings.img_linear = drawn_linear(dim, self.config.hidden_size)
+        self.config.img_dim = dim
+
     def forward(
         self,
         input_ids: Tensor,
@@ -219,24 +223,13 @@ class UniterEncoder(RegionEncoder):
     A separator has the type of the part that it ends, as in the authors' second pretraining on VCR;
     their finetuning gives it that of the part that follows.
 
-    Raises:
-        StudentError: the student is no UNITER, or region features are not of its width.
     """
 
     kind = "UNITER"
     token_types: ClassVar[dict[str, int]] = {"question": 0, "answer": 2, "rationale": 3}
 
-    def __init__(self, name: str, max_text_tokens: int, regions: RegionSource):
-        super().__init__(name, max_text_tokens, regions)
-        if not isinstance(self.config, UniterConfig):
-            raise StudentError(
-                f"student {name!r} is a {self.config.model_type}; expected a folder or hub id of a UNITER"
-            )
-        if regions.dim != self.config.img_dim:
-            raise StudentError(
-                f"student {name!r} reads region features of width {self.config.img_dim}, but these have "
-                f"{regions.dim}; choose features of the detector that it was pretrained with"
-            )
+    config_kind = UniterConfig
+    region_width = "img_dim"
 
     def text(self, example: Example) -> EncodedText:
         """Ids and spans of one example's statements.

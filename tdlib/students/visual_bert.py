@@ -14,7 +14,7 @@ from transformers import VisualBertConfig, VisualBertModel, VisualBertPreTrained
 from transformers.masking_utils import create_bidirectional_mask
 
 from tdlib.files import write_folder
-from tdlib.students.base import StudentError, StudentOutput, load_checkpoint
+from tdlib.students.base import StudentError, StudentOutput, drawn_linear, load_checkpoint
 from tdlib.students.uniter import sequence_mask
 from tdlib.students.vlbert import (
     BertPairEncoder,
@@ -65,6 +65,11 @@ class VisualBertForMultipleChoice(VisualBertPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.visual_bert.get_input_embeddings()
+
+    def renew_visual(self, dim: int) -> None:
+        """Draws the projection of region features anew, for features of width ``dim``."""
+        self.visual_bert.embeddings.visual_projection = drawn_linear(dim, self.config.hidden_size)
+        self.config.visual_embedding_dim = dim
 
     def summary(self, state: Tensor, attention_mask: Tensor) -> Tensor:
         """What the head reads of the last ``state``: (batch * choices, width)."""

@@ -31,7 +31,7 @@ from tdlib.config import resolve
 from tdlib.examples import Example
 from tdlib.files import write_folder
 from tdlib.regions import RegionSource
-from tdlib.students.base import EncodedText, StudentError, StudentOutput, load_checkpoint
+from tdlib.students.base import EncodedText, StudentError, StudentOutput, drawn_linear, load_checkpoint
 from tdlib.students.region_encoder import RegionEncoder
 from tdlib.students.uniter import sequence_mask
 
@@ -232,6 +232,15 @@ class VlBertForMultipleChoice(BertPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.vlbert.word_embeddings
 
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
+        self.vlbert.word_embeddings = value
+
+    def renew_visual(self, dim: int) -> None:
+        """Draws the projection of geometry and features anew, for features of width ``dim``."""
+        down = self.image_feature_extractor.obj_downsample
+        down[1] = drawn_linear(GEOMETRY + dim, self.config.hidden_size)
+        self.config.visual_embedding_dim = dim
+
     def summary(self, state: Tensor, attention_mask: Tensor) -> Tensor:
         """What the head reads of the last ``state``: (batch * choices, width)."""
         assert self.vlbert.pooler is not None
@@ -306,25 +315,14 @@ class BertPairEncoder(RegionEncoder):
             vocabulary; region features are not of its width.
     """
 
-    config_kind: ClassVar[Any]
-
     def __init__(self, name: str, max_text_tokens: int, regions: RegionSource):
         super().__init__(name, max_text_tokens, regions)
         config = self.config
-        if not isinstance(config, self.config_kind):
-            raise StudentError(
-                f"student {name!r} is a {config.model_type}; expected a folder or hub id of a {self.kind}"
-            )
         # Where a folder has no tokenizer, transformers makes one that knows no words.
         if len(self.tokenizer) != config.vocab_size:
             raise StudentError(
                 f"student {name!r} has {config.vocab_size} words, but its tokenizer {len(self.tokenizer)}; "
                 "save the tokenizer of its pretraining beside it (bert-base-uncased for the authors')"
-            )
-        if regions.dim != config.visual_embedding_dim:
-            raise StudentError(
-                f"student {name!r} reads region features of width {config.visual_embedding_dim}, but these "
-                f"have {regions.dim}; choose features of the detector that it was pretrained with"
             )
 
     def _parts(self, example: Example) -> list[list[tuple[str, int, int]]]:

@@ -1,0 +1,324 @@
+"""CLIP itself as a student: its two towers with a fusion head, finetuned (the arm ``clip_finetune``).
+
+Any model that ``teacher`` loads; texts and pictures go in as they do there. It has no tokens to
+distil into, as it is what the others are distilled from.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from tdlib.config import resolve
+from tdlib.examples import Example
+from tdlib.files import write_json
+from tdlib.students.base import (
+    EncodedText,
+    StudentEncoder,
+    StudentError,
+    StudentOutput,
+    load_checkpoint,
+    pad_last,
+    referred_objects,
+)
+from tdlib.teacher import (
+    Preprocess,
+    Teacher,
+    TextTokenizer,
+    blueprint,
+    choice_logits,
+    open_picture,
+    patch_boxes,
+)
+from tdlib.teacher_towers import image_tower, text_tower
+
+
+class ClipFusionConfig(PreTrainedConfig):
+    """What rebuilds an open_clip model and its preprocessing, and sizes by the names that students share.
+
+    ``clip`` is what open_clip_config.json holds, ``grid`` rows and columns of patches, ``patch`` their
+    height and width in pixels (where the tower cuts patches), ``hidden_size`` the width of the joint
+    space (teacher_dim), ``max_position_embeddings`` the text context.
+    """
+
+    model_type = "clip-fusion"
+
+    clip: dict[str, Any] | None = None
+    grid: list[int] | None = None
+    patch: list[int] | None = None
+    hidden_size: int = 512
+    num_hidden_layers: int = 12  # of the text tower
+    max_position_embeddings: int = 77
+    vocab_size: int = 49408
+    pad_token_id: int = 0
+
+
+AutoConfig.register(ClipFusionConfig.model_type, ClipFusionConfig)
+
+
+def fusion_config(teacher: Teacher, labels: Sequence[str] = ()) -> ClipFusionConfig:
+    """The configuration of a student that is this teacher; ``labels`` names its classes, if any."""
+    blank = Image.new("RGB", (64, 64))
+    height, width = teacher.preprocess(blank).shape[1:]
+    patches = len(teacher.encode_pictures([blank])[0].positions)
+    patch = teacher.image.patch
+    tokenizer = _Tokenizer(teacher.tokenize)
+    classes: dict[str, Any] = {}
+    if labels:
+        classes["id2label"] = dict(enumerate(labels))
+        classes["label2id"] = {label: index for index, label in enumerate(labels)}
+    return ClipFusionConfig(
+        clip=json.loads(json.dumps(blueprint(teacher)[0])),  # with lists for tuples, as it is read
+        grid=list(teacher.image.grid(height, width, patches)), patch=None if patch is None else list(patch),
+        hidden_size=teacher.dim, num_hidden_layers=len(teacher.text.blocks),
+        max_position_embeddings=teacher.tokenize.tokenizer.context_length, vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id, **classes,
+    )  # fmt: skip
+
+
+def fused(image: Tensor, text: Tensor) -> Tensor:
+    """``[i, t, i * t, |i - t|]`` of global embeddings (the features of Conneau et al. 2017, 1705.02364).
+
+    ``image`` (batch, teacher_dim), ``text`` (batch, choices, teacher_dim), both of unit length; returns
+    (batch, choices, 4 * teacher_dim).
+    """
+    image = image.unsqueeze(1).expand_as(text)
+    return torch.cat([image, text, image * text, (image - text).abs()], dim=-1)
+
+
+class ClipFusionForMultipleChoice(PreTrainedModel):
+    """CLIP that scores each statement about a picture: its scaled cosine plus the head's correction.
+
+    The head's last layer starts at zero, so that an untrained student is the zero-shot teacher.
+    """
+
+    config_class = ClipFusionConfig
+    inputs = ("input_ids", "pixel_values")
+    may_lack = ("classifier.",)
+    starts_at_zero: ClassVar[bool] = True
+
+    def __init__(self, config: ClipFusionConfig):
+        super().__init__(config)
+        self.clip: Any = _store_buffers(blueprint(config.clip or {})[1]())
+        width = config.hidden_size
+        self.classifier = nn.Sequential(
+            nn.Linear(4 * width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(),
+            nn.Linear(2 * width, self.outputs(config)),
+        )  # fmt: skip
+        self.post_init()
+
+    @staticmethod
+    def outputs(config: ClipFusionConfig) -> int:
+        """Scores per statement."""
+        return 1
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draws the head as torch does; the towers come with weights."""
+        if isinstance(module, nn.Linear | nn.LayerNorm) and module in list(self.classifier):
+            module.reset_parameters()
+            if self.starts_at_zero and module is self.classifier[-1]:
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual, but batch norms (ResNets) keep CLIP's statistics: those of a small batch are worse."""
+        super().train(mode)
+        for module in self.clip.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward(
+        self, input_ids: Tensor, pixel_values: Tensor, output_hidden_states: bool = False
+    ) -> StudentOutput:
+        """Scores statements.
+
+        Args:
+            input_ids: (batch, choices, text_tokens), padding at the end; a text's end token tells
+                CLIP where it ends.
+            pixel_values: (batch, 3, height, width), once per example.
+            output_hidden_states: not possible.
+
+        Raises:
+            StudentError: hidden states are asked for, or texts are longer than CLIP's context.
+        """
+        if output_hidden_states:
+            raise StudentError(
+                "a CLIP with a fusion head gives no hidden states: there is nothing to distil CLIP into; set "
+                "distill_weight=0"
+            )
+        image = image_tower(self.clip.visual, self.config.model_type).run(pixel_values)[0]
+        return StudentOutput(logits=self.score(F.normalize(image, dim=-1), self.encode_texts(input_ids)))
+
+    def encode_texts(self, input_ids: Tensor) -> Tensor:
+        """Global embeddings of statements, (batch, choices, teacher_dim), of unit length."""
+        length, context = input_ids.shape[-1], self.config.max_position_embeddings
+        if length > context:
+            raise StudentError(f"texts of {length} tokens are longer than CLIP's context of {context}")
+        tower = text_tower(self.clip, self.config.model_type)
+        if not tower.cut:  # it reads its padding too
+            input_ids = F.pad(input_ids, (0, context - length), value=self.config.pad_token_id)
+        return F.normalize(tower.run(input_ids.flatten(0, 1))[0], dim=-1).unflatten(0, input_ids.shape[:2])
+
+    def score(self, image: Tensor, text: Tensor) -> Tensor:
+        """Logits (batch, choices) of global embeddings as ``fused`` takes them."""
+        zero_shot = self.clip.logit_scale.exp() * choice_logits(image, text, 1.0)
+        return zero_shot + self.classifier(fused(image, text)).squeeze(-1)
+
+
+class ClipFusionForClassification(ClipFusionForMultipleChoice):
+    """CLIP that gives one statement about a picture a label, by the fusion head alone."""
+
+    starts_at_zero = False
+
+    @staticmethod
+    def outputs(config: ClipFusionConfig) -> int:
+        return len(config.id2label or {})
+
+    def score(self, image: Tensor, text: Tensor) -> Tensor:
+        """Logits (batch, labels) of global embeddings as ``fused`` takes them, one text each."""
+        return self.classifier(fused(image, text)).flatten(1)
+
+
+def _store_buffers(model: nn.Module) -> nn.Module:
+    """Makes a checkpoint hold every buffer: loading leaves those that it lacks (masks) uninitialised."""
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, buffer)
+    return model
+
+
+def open_teacher_as_student(
+    name: str, pretrained: str = "", seed: int = 0, labels: Sequence[str] = ()
+) -> ClipFusionForMultipleChoice:
+    """A student that is a teacher's trainable copy, in float32, with a head drawn from ``seed``.
+
+    Args:
+        name: as in ``Teacher``; likewise ``pretrained``.
+        seed: of the head.
+        labels: names of the classes, where the head is a classifier.
+
+    Raises:
+        TeacherError: the teacher cannot be loaded.
+    """
+    teacher = Teacher(name, pretrained)
+    kind = ClipFusionForClassification if labels else ClipFusionForMultipleChoice
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = kind(fusion_config(teacher, labels))
+    student.clip.load_state_dict(_store_buffers(teacher.model).state_dict())
+    return student.eval()
+
+
+def load_clip_fusion(name: str, seed: int = 0, labels: Sequence[str] = ()) -> ClipFusionForMultipleChoice:
+    """A stored student with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
+    kind = ClipFusionForClassification if labels else ClipFusionForMultipleChoice
+    return load_checkpoint(kind, name, seed, labels)
+
+
+class _Tokenizer:
+    """What users of a student's tokenizer need of a teacher's."""
+
+    def __init__(self, tokenize: TextTokenizer):
+        self.pad_token_id = tokenize.padding
+        tokenizer = tokenize.tokenizer
+        self.size = len(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer.vocab_size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def add_tokens(self, tokens: Sequence[str]) -> NoReturn:
+        raise StudentError(
+            f"CLIP's vocabulary takes no new tokens such as {tokens[0]!r}; set references='names'"
+        )
+
+
+class ClipFusionEncoder(StudentEncoder):
+    """Turns examples into CLIP's inputs, with the characters of every token and the boxes of patches.
+
+    Args:
+        source: folder of a saved student, or the teacher that the student is a copy of.
+        max_text_tokens: longer statements are cut, keeping the end token; CLIP's context cuts anyway.
+
+    Raises:
+        StudentError: the folder does not hold what ``save`` writes.
+    """
+
+    kind = "CLIP with a fusion head"
+    config: Any
+    tokenizer: Any
+
+    def __init__(self, source: str | Teacher, max_text_tokens: int = 40):
+        self.max_text_tokens = max_text_tokens
+        if isinstance(source, Teacher):
+            self.name, self.config = source.name, fusion_config(source)
+            self.preprocess, self.tokenize = source.preprocess, source.tokenize
+        else:
+            self.name = resolve(source)
+            self.config, self.preprocess, self.tokenize = self._read()
+        self.tokenizer = _Tokenizer(self.tokenize)
+
+    def _read(self) -> tuple[ClipFusionConfig, Preprocess, TextTokenizer]:
+        try:
+            config = AutoConfig.from_pretrained(self.name)
+            return config, *blueprint(config.clip)[2](self.name)
+        except Exception as error:  # transformers and open_clip let through what json and tokenizers raise
+            raise StudentError(
+                f"student {self.name!r}: tokenizer or preprocessing cannot be loaded ({error}); expected a "
+                f"folder of a {self.kind}"
+            ) from error
+
+    def text(self, example: Example) -> EncodedText:
+        """Ids and spans of the statements (prompt with each choice, or the prompt) of one example."""
+        statements = example.statements()
+        rows = [self._cut(*self.tokenize(statement.text)) for statement in statements]
+        length = max(len(ids) for ids, _ in rows)
+        ids = [torch.tensor([ids]) for ids, _ in rows]
+        spans = pad_last([torch.tensor([spans]) for _, spans in rows], length)[:, 0]
+        input_ids = pad_last(ids, length, value=self.tokenizer.pad_token_id)[:, 0]
+        return EncodedText(
+            input_ids,
+            pad_last([torch.ones_like(row) for row in ids], length)[:, 0],
+            torch.zeros_like(input_ids),
+            spans,
+            referred_objects(statements, spans),
+        )
+
+    def _cut(self, ids: list[int], spans: list[tuple[int, int]]) -> tuple[list, list]:
+        """At most ``max_text_tokens``, the last of which stays the last."""
+        if len(ids) <= self.max_text_tokens:
+            return ids, spans
+        keep = self.max_text_tokens - 1
+        return [*ids[:keep], ids[-1]], [*spans[:keep], spans[-1]]
+
+    def visual(self, example: Example) -> dict[str, Tensor]:
+        """``pixels`` (3, height, width) and ``boxes`` (patches, 4) of one example's picture."""
+        picture = open_picture(example.image)
+        pixels = self.preprocess(picture)
+        height, width = pixels.shape[1:]
+        mode = self.config.clip["preprocess_cfg"]["resize_mode"]
+        boxes = patch_boxes(picture.size, (height, width), self.config.grid, mode, self.config.patch)
+        return {"pixels": pixels, "boxes": boxes}
+
+    def visual_boxes(self, visual: dict[str, Tensor]) -> Tensor:
+        return visual["boxes"]
+
+    def pad_visual(self, visuals: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """``pixel_values`` (batch, 3, height, width); preprocessing has given all pictures one size."""
+        return {"pixel_values": torch.stack([visual["pixels"] for visual in visuals])}
+
+    def blank(self, visual: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**visual, "pixels": torch.zeros_like(visual["pixels"])}
+
+    def save(self, folder: Path | str) -> None:
+        """Writes open_clip's configuration of model and preprocessing, and the tokenizer's files."""
+        write_json(Path(folder) / "open_clip_config.json", self.config.clip)
+        tokenizer = self.tokenize.tokenizer
+        if hasattr(tokenizer, "save_pretrained"):  # open_clip's own tokenizer comes with it
+            tokenizer.save_pretrained(folder)
