@@ -95,6 +95,9 @@ class RunConfig(BaseModel):
     relevance: str = "value"
     temperature: float = Field(0.1, gt=0, description="of the relevance softmax")
     prior: str = "idf"
+    visual_prior: Literal["uniform", "referred"] = Field(
+        "uniform", description="of patches and regions: all alike, or those that the text points at"
+    )
     prior_weight: float = Field(1.0, ge=0)
     selector: str = "nucleus"
     mass: float = Field(0.6, gt=0, le=1)

@@ -1,6 +1,7 @@
 """What is known of a token before the picture is seen: how much a word tells in this data set.
 
-Owns the IDF of words and its transfer to text tokens. Does not own how the prior enters the score
+Owns the values of words (IDF, keywords), their transfer to text tokens, and the prior of places that
+a text points at. Does not own how the prior enters the score
 (``selection``). Words are ``\\w+`` in lower case, the same for fitting and for looking up.
 """
 
@@ -8,14 +9,16 @@ import math
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 WORD = re.compile(r"\w+")
+SAMPLE = 5_000  # documents kept for keywords
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,20 @@ class Idf:
 
     num_documents: int
     document_frequency: dict[str, int]
+    sample: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def fit(cls, documents: Iterable[str]) -> "Idf":
         """Count words over the documents (one text per example); read once, so a generator will do."""
         if isinstance(documents, str):
             raise ValueError(f"documents is one string ({documents[:40]!r}); expected an iterable of strings")
-        num_documents, counts = 0, Counter[str]()
+        num_documents, counts, sample = 0, Counter[str](), []
         for document in documents:
             num_documents += 1
+            if len(sample) < SAMPLE:
+                sample.append(document)
             counts.update({word.lower() for word in WORD.findall(document)})
-        return cls(num_documents, dict(counts))
+        return cls(num_documents, dict(counts), tuple(sample))
 
     def word(self, word: str) -> float:
         """Smoothed idf of a word: ``log((1 + N) / (1 + df)) + 1`` (scikit-learn's smooth_idf), at least 1.
@@ -52,20 +58,48 @@ class Idf:
         In [0, 1] (our reading of CLIP-TD); 0 for a token without a word: punctuation, special
         tokens, padding. ``spans`` are [start, end) offsets into ``text``. Ties go to the earlier word.
         """
-        words = [match.span() for match in WORD.finditer(text)]
-        values = [self.word(text[start:end]) for start, end in words]
-        ends = [end for _, end in words]
-        priors = [0.0] * len(spans)
-        for token, (start, end) in enumerate(spans.tolist()):
-            most = 0
-            index = bisect_right(ends, start)  # the first word that ends after the token starts
-            while index < len(words) and words[index][0] < end:
-                shared = min(end, words[index][1]) - max(start, words[index][0])
-                if shared > most:
-                    most, priors[token] = shared, values[index]
-                index += 1
-        highest = max(priors, default=0.0) or 1.0
-        return torch.tensor([prior / highest for prior in priors])
+        return word_prior(text, spans, self.word)
+
+    @cached_property
+    def keywords(self) -> dict[str, float]:
+        """YAKE's words of the sample (Campos et al. 2020), each with ``1 / (1 + score)``, in (0, 1].
+
+        Fitted on the documents as one text (our reading): YAKE's statistics say nothing about a single
+        sentence. Words that it does not score, such as stop words, are missing.
+
+        Raises:
+            ImportError: yake is not installed.
+        """
+        try:
+            from yake import KeywordExtractor
+        except ImportError:
+            raise ImportError("prior='yake' needs the extra: pip install -e '.[keywords]'") from None
+        text = "\n".join(self.sample)
+        found = KeywordExtractor(lan="en", n=1, dedupLim=1.0, top=len(self.document_frequency) or 1)
+        return {word.lower(): 1 / (1 + float(score)) for word, score in found.extract_keywords(text)}
+
+
+def word_prior(
+    text: str, spans: Int[Tensor, "tokens 2"], value: Callable[[str], float]
+) -> Float[Tensor, " tokens"]:
+    """Give each token the value of the word it shares most characters with, over the example's highest.
+
+    Arguments and zeros as in ``Idf.prior``.
+    """
+    words = [match.span() for match in WORD.finditer(text)]
+    values = [value(text[start:end]) for start, end in words]
+    ends = [end for _, end in words]
+    priors = [0.0] * len(spans)
+    for token, (start, end) in enumerate(spans.tolist()):
+        most = 0
+        index = bisect_right(ends, start)  # the first word that ends after the token starts
+        while index < len(words) and words[index][0] < end:
+            shared = min(end, words[index][1]) - max(start, words[index][0])
+            if shared > most:
+                most, priors[token] = shared, values[index]
+            index += 1
+    highest = max(priors, default=0.0) or 1.0
+    return torch.tensor([prior / highest for prior in priors])
 
 
 def idf_prior(text: str, spans: Int[Tensor, "tokens 2"], idf: Idf) -> Float[Tensor, " tokens"]:
@@ -78,4 +112,27 @@ def uniform_prior(text: str, spans: Int[Tensor, "tokens 2"], idf: Idf | None) ->
     return torch.ones(len(spans))
 
 
-PRIORS = {"idf": idf_prior, "uniform": uniform_prior}
+def yake_prior(text: str, spans: Int[Tensor, "tokens 2"], idf: Idf) -> Float[Tensor, " tokens"]:
+    """Prefer the training split's keywords: see ``Idf.keywords``. 0 for words that are none."""
+    return word_prior(text, spans, lambda word: idf.keywords.get(word.lower(), 0.0))
+
+
+def referred_prior(
+    boxes: Float[Tensor, "tokens 4"], referred: Float[Tensor, "objects 4"], floor: float = 0.1
+) -> Float[Tensor, " tokens"]:
+    """Prefer what the text points at: the largest share of a token's area within one referred box.
+
+    At least ``floor``, so that the rest stays in play; 1 for all where the text points at nothing (our
+    reading of "the area referred to by tags"). Boxes are xyxy.
+    """
+    if not len(referred):
+        return torch.ones(len(boxes))
+    low = torch.maximum(boxes[:, None, :2], referred[None, :, :2])
+    high = torch.minimum(boxes[:, None, 2:], referred[None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1)
+    share = torch.where(area > 0, shared.amax(-1) / area.clamp(min=1e-12), 0.0)
+    return share.clamp(floor, 1)
+
+
+PRIORS = {"idf": idf_prior, "yake": yake_prior, "uniform": uniform_prior}

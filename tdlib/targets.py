@@ -15,7 +15,7 @@ from tdlib.alignment import align, aligned_targets
 from tdlib.cache import TeacherCache
 from tdlib.config import RunConfig
 from tdlib.examples import Example
-from tdlib.priors import PRIORS, Idf
+from tdlib.priors import PRIORS, Idf, referred_prior
 from tdlib.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.selection import token_scores
 from tdlib.teacher import EXTRAS, TeacherRecord, choice_logits
@@ -169,6 +169,10 @@ class TargetBuilder:
         text_prior = PRIORS[self.config.prior]
         for row, text in enumerate(statements):
             prior[row, : spans.shape[1]] = text_prior(text, spans[row], self.idf)
+            if self.config.visual_prior == "referred":
+                objects = {o for reference in example.statements()[row].references for o in reference.objects}
+                referred = torch.tensor([example.boxes[o] for o in sorted(objects)]).reshape(-1, 4)
+                prior[row, spans.shape[1] :] = referred_prior(boxes, referred)
         scores = token_scores(
             relevance, prior, student, valid, self.config.temperature, self.config.prior_weight
         )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tdlib.priors import PRIORS, Idf
+from tdlib.priors import PRIORS, Idf, referred_prior, yake_prior
 
 few = settings(deadline=None, max_examples=50)
 DOCUMENTS = ["The cat sat.", "the cat, the dog", "A dog!"]
@@ -91,3 +91,23 @@ def test_named_priors():
     idf, text, spans = Idf.fit(DOCUMENTS), "the sat", torch.tensor([[0, 3], [4, 7], [0, 0]])
     assert_close(PRIORS["idf"](text, spans, idf), torch.tensor([COMMON / RARE, 1.0, 0.0]))
     assert PRIORS["uniform"](text, spans, None).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_yake_prefers_the_words_that_a_split_is_about():
+    idf = Idf.fit(
+        ["Why is the umbrella open?", "The umbrella is open because it rains.", "An umbrella against rain."]
+    )
+    text = "why is the umbrella there"
+    spans = torch.tensor([[0, 3], [4, 6], [7, 10], [11, 15], [15, 19], [20, 25]])
+    prior = yake_prior(text, spans, idf)
+    assert prior.tolist() == [0, 0, 0, 1, 1, 0]  # both pieces of the word; stop words are no keywords
+    assert 0 < idf.keywords["umbrella"] <= 1
+
+
+def test_referred_prior_is_the_share_of_a_token_that_the_text_points_at():
+    boxes = torch.tensor([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0.25, 0, 0.75, 0.5], [0, 0, 0, 0]])
+    one = torch.tensor([[0, 0, 0.5, 1.0]])
+    assert_close(referred_prior(boxes, one), torch.tensor([1, 0.1, 0.5, 0.1]))
+    two = torch.cat([one, torch.tensor([[0.5, 0.5, 1.0, 0.75]])])
+    assert_close(referred_prior(boxes, two), torch.tensor([1, 0.5, 0.5, 0.1]))
+    assert referred_prior(boxes, torch.zeros(0, 4)).tolist() == [1] * 4

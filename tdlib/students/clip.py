@@ -267,7 +267,9 @@ class ClipFusionEncoder(StudentEncoder):
     def _read(self) -> tuple[ClipFusionConfig, Preprocess, TextTokenizer]:
         try:
             config = AutoConfig.from_pretrained(self.name)
-            return config, *blueprint(config.clip)[2](self.name)
+            if not isinstance(config, ClipFusionConfig):
+                raise TypeError(f"it is a {config.model_type}")
+            return config, *blueprint(config.clip or {})[2](self.name)
         except Exception as error:  # transformers and open_clip let through what json and tokenizers raise
             raise StudentError(
                 f"student {self.name!r}: tokenizer or preprocessing cannot be loaded ({error}); expected a "
