@@ -23,6 +23,7 @@ from tdlib.regions import BackboneRegions, CachedRegions, RegionSource, open_reg
 from tdlib.statistics import bootstrap_interval
 from tdlib.students.base import StudentEncoder
 from tdlib.students.catalogue import architecture, load_student, open_encoder
+from tdlib.students.clip import ClipFusionEncoder
 from tdlib.students.region_encoder import RegionEncoder
 from tdlib.targets import TargetBuilder
 from tdlib.tasks.catalogue import (
@@ -133,6 +134,9 @@ def encoder_of(config: RunConfig, cache: TeacherCache | None = None, student: st
         )
 
     name = student or config.student
+    if name == "teacher":
+        assert cache is not None
+        return ClipFusionEncoder(cache.teacher, config.max_text_tokens)
     if config.regions == "clip" and not architecture(name).reads_regions:
         raise ConfigError(f"regions='clip' (arm clip_input) need a student that reads regions, not {name!r}")
     return open_encoder(name, config.max_text_tokens, regions)

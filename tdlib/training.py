@@ -35,6 +35,7 @@ from tdlib.records import TargetRecord, records_table
 from tdlib.relevance import STUDENT_RELEVANCE
 from tdlib.students import catalogue as students
 from tdlib.students.base import EncodedText, StudentEncoder, pad_last, student_inputs
+from tdlib.students.clip import open_teacher_as_student
 from tdlib.students.region_encoder import RegionEncoder
 from tdlib.targets import TargetBuilder, Targets
 from tdlib.tasks.catalogue import detail, measures, score, task_of, write_submission
@@ -501,6 +502,10 @@ def train_run(
 
 def load_student(config: RunConfig, materials: Materials) -> PreTrainedModel:
     """The untrained student of a run, with the head of its task and room for added tokens."""
+    if config.student == "teacher":
+        return open_teacher_as_student(
+            config.teacher, config.teacher_pretrained, config.seed, materials.labels
+        )
     student = students.load_student(config.student, config.seed, materials.labels)
     tokens = len(materials.encoder.tokenizer)
     if tokens > student.config.vocab_size:

@@ -135,6 +135,23 @@ def test_clip_input_gives_the_student_the_teachers_patches(settings, tmp_path, t
     assert differing == {"uniter.img_embeddings.img_linear.weight"}
 
 
+@pytest.mark.parametrize("task", ["vcr_qa", "snli_ve", "vqa_v2"])
+def test_clip_finetune_trains_both_towers_and_loads_again(settings, tmp_path, task):
+    config = settings(task=task)
+    (folder,) = compare(config, ["clip_finetune"], [0], tmp_path)
+    run = apply_arm(config.model_copy(update={"arm": "clip_finetune"}))
+    materials = prepare(run)
+    untrained = training.load_student(run, materials)
+    stored = load_student(str(folder / "student"), labels=materials.labels)
+    moved = {n for n, p in stored.named_parameters() if not torch.equal(p, untrained.get_parameter(n))}
+    assert any("visual" in name for name in moved) and any("transformer" in name for name in moved)
+    examples = next(iter(materials.evaluated.values()))
+    encoder = experiments.encoder_of(run, student=str(folder / "student"))
+    again = predict(stored, EncodedExamples(examples, encoder, num_labels=len(materials.labels)))
+    rows = pd.read_parquet(folder / "predictions.parquet").iloc[: len(examples)]
+    assert (rows["prediction"] == again.argmax(1)).all()
+
+
 def test_clip_input_needs_a_student_that_reads_regions(settings, tmp_path):
     with pytest.raises(ConfigError, match="regions"):
         compare(settings("vilt"), ["clip_input"], [0], tmp_path)

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from tdlib.config import resolve
 from tdlib.regions import RegionSource
 from tdlib.students.base import StudentEncoder, StudentError
+from tdlib.students.clip import ClipFusionEncoder, load_clip_fusion
 from tdlib.students.uniter import UniterEncoder, load_uniter
 from tdlib.students.vilt import ViltEncoder, load_vilt
 from tdlib.students.visual_bert import VisualBertEncoder, load_visual_bert
@@ -29,6 +30,7 @@ ARCHITECTURES = {  # by model_type
     "uniter": Architecture(UniterEncoder, load_uniter),
     "vl-bert": Architecture(VlBertEncoder, load_vlbert),
     "visual_bert": Architecture(VisualBertEncoder, load_visual_bert),
+    "clip-fusion": Architecture(ClipFusionEncoder, load_clip_fusion, reads_regions=False),
 }
 
 
