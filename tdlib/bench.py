@@ -6,19 +6,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 from tdlib.arms import apply_arm
 from tdlib.cache import TeacherCache
 from tdlib.config import RunConfig
 from tdlib.examples import low_shot
 from tdlib.experiments import prepare
-from tdlib.students.catalogue import load_student
+from tdlib.objective import TargetedDistillation
+from tdlib.students.base import student_inputs
+from tdlib.targets import TargetBuilder
 from tdlib.teacher import open_picture
-from tdlib.training import EncodedExamples, TargetedDistillation, collate, predict
+from tdlib.training import (
+    EncodedExamples,
+    Materials,
+    class_logits,
+    collate,
+    load_student,
+    make_trainer,
+    predict,
+)
 
 
 def medians(actions: Mapping[str, Callable[[], object]], repeats: int = 15) -> dict[str, float]:
@@ -34,34 +46,91 @@ def medians(actions: Mapping[str, Callable[[], object]], repeats: int = 15) -> d
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _step(config: RunConfig, materials, live_teacher: bool = False) -> Callable[[], None]:
+def _step(config: RunConfig, materials: Materials, live_teacher: bool = False) -> Callable[[], None]:
     """One training step: batch from encoded examples, forward, backward, update."""
     subset = low_shot(materials.train, config.shots, config.seed)
-    builder = materials.builder if config.distill_weight or config.choice_weight else None
-    dataset = EncodedExamples(subset, materials.encoder, builder, memory=0 if live_teacher else 2**30)
-    module = TargetedDistillation(load_student(config.student), config, materials.builder.cache.teacher.dim)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
+    assert materials.builder is not None
+    logits = class_logits(config, materials, subset)
+    builder = TargetBuilder(materials.builder.cache, materials.builder.idf, config, logits)
+    encoded = EncodedExamples(
+        subset, materials.encoder, builder if config.distill_weight or config.choice_weight else None,
+        memory=0 if live_teacher else 2**30, num_labels=len(materials.labels),
+    )  # fmt: skip
     teacher = materials.builder.cache.teacher
+    module = TargetedDistillation(load_student(config, materials), config, teacher.dim)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
     number = 0
 
     def step() -> None:
         nonlocal number
-        chosen = [(number + i) % len(dataset) for i in range(config.batch_size)]
+        chosen = [(number + i) % len(encoded) for i in range(config.batch_size)]
         number += config.batch_size
         if live_teacher:
             examples = [subset[i] for i in chosen]
             teacher.encode_pictures([open_picture(example.image) for example in examples])
             teacher.encode_texts([s.text for example in examples for s in example.statements()])
-        batch = collate([dataset[i] for i in chosen], dataset.encoder)
+        batch = collate([encoded[i] for i in chosen], encoded.encoder)
         loss = module(batch)["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
 
-    for i in range(len(dataset)):
-        dataset[i]
+    for i in range(len(encoded)):
+        encoded[i]
     return step
+
+
+def arm_steps(student: str, task: str, arms: Sequence[str]) -> list[tuple[str, float]]:
+    """Step time of each arm over plain finetuning's, from the cache and with a live teacher."""
+    base = RunConfig.from_parameters(task=task, student=student, shots=12)
+    steps: dict[str, Callable[[], None]] = {}
+    for arm in arms:
+        config = apply_arm(base.model_copy(update={"arm": arm}))
+        materials = prepare(config, whole_splits=False)
+        steps[arm] = _step(config, materials)
+        if config.distill_weight or config.choice_weight:
+            steps[f"{arm}, live teacher"] = _step(config, materials, live_teacher=True)
+    villa = base.model_copy(update={"arm": "finetune", "adversarial_steps": 3})
+    steps["finetune with 3 adversarial steps"] = _step(apply_arm(villa), prepare(villa, whole_splits=False))
+    seconds = medians(steps, 9)
+    kind = Path(student).name
+    return [
+        (f"{task}, {kind}, step of {name} / finetune", s / seconds["finetune"]) for name, s in seconds.items()
+    ]
+
+
+def trainer_share(base: RunConfig, epochs: int = 3) -> float:
+    """Examples per second of our trainer over those of a bare loop with the same student and batches."""
+    config = apply_arm(base.model_copy(update={"arm": "finetune", "epochs": epochs}))
+    materials = prepare(config, whole_splits=False)
+    subset = low_shot(materials.train, config.shots, config.seed)
+    encoded = EncodedExamples(subset, materials.encoder, num_labels=len(materials.labels))
+    for i in range(len(encoded)):
+        encoded[i]
+
+    def ours() -> None:
+        module = TargetedDistillation(load_student(config, materials), config, None)
+        with tempfile.TemporaryDirectory() as folder:
+            make_trainer(module, config, encoded, Path(folder)).train()
+
+    def bare() -> None:
+        student = load_student(config, materials).train()
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+        loader = DataLoader(
+            encoded, config.batch_size, True, collate_fn=partial(collate, encoder=encoded.encoder)
+        )
+        for _ in range(epochs):
+            for batch in loader:
+                logits = student(**student_inputs(student, batch)).logits
+                loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+                optimizer.step()
+
+    seconds = medians({"ours": ours, "bare": bare}, 5)
+    return seconds["bare"] / seconds["ours"]
 
 
 _OPEN = """
@@ -123,7 +192,7 @@ def main() -> None:
         (f"training step, {name} / finetune", value / seconds["finetune"]) for name, value in seconds.items()
     ]
 
-    baseline, distilled = load_student(base.student), load_student(base.student)
+    baseline, distilled = load_student(base, materials), load_student(base, materials)
     module = TargetedDistillation(distilled, arms["clip_td"], teacher.dim)
     same = sum(p.numel() for p in module.student.parameters()) == sum(
         p.numel() for p in baseline.parameters()
@@ -136,6 +205,11 @@ def main() -> None:
     rows.append(
         ("inference, distilled / baseline (equal parameters)", inference["distilled"] / inference["baseline"])
     )
+
+    rows.append(("examples/s, our trainer / bare loop", trainer_share(base)))
+    arms_of_all = ["finetune", "naive", "naive_global", "clip_td", "clip_input", "clip_finetune"]
+    for task in ("vcr_qa", "vqa_v2"):
+        rows += arm_steps("data/models/mini-uniter", task, arms_of_all)
 
     with tempfile.TemporaryDirectory() as folder:
         cache = TeacherCache(Path(folder), teacher, checked_records=0)

@@ -37,7 +37,8 @@ class Idf:
         """Count words over the documents (one text per example); read once, so a generator will do."""
         if isinstance(documents, str):
             raise ValueError(f"documents is one string ({documents[:40]!r}); expected an iterable of strings")
-        num_documents, counts, sample = 0, Counter[str](), []
+        num_documents, counts = 0, Counter[str]()
+        sample: list[str] = []
         for document in documents:
             num_documents += 1
             if len(sample) < SAMPLE:

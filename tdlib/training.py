@@ -503,10 +503,10 @@ def train_run(
 def load_student(config: RunConfig, materials: Materials) -> PreTrainedModel:
     """The untrained student of a run, with the head of its task and room for added tokens."""
     if config.student == "teacher":
-        return open_teacher_as_student(
-            config.teacher, config.teacher_pretrained, config.seed, materials.labels
-        )
-    student = students.load_student(config.student, config.seed, materials.labels)
+        source = config.teacher, config.teacher_pretrained
+        student = open_teacher_as_student(*source, config.seed, materials.labels)
+    else:
+        student = students.load_student(config.student, config.seed, materials.labels)
     tokens = len(materials.encoder.tokenizer)
     if tokens > student.config.vocab_size:
         with torch.random.fork_rng():
