@@ -1,67 +1,53 @@
-"""Executing notebooks as experiments: papermill with its silences made loud."""
+"""Executing notebooks as experiments, one or a batch of them: papermill with its silences made loud.
 
-import ast
+A batch's runs are folders under ``reports/batches/NAME/``; each is executed by a worker process of its
+own (``run_worker``), started by an engine (``engines``). What is to run comes from ``batch_plan``, how
+a run stands from ``run_states``, tables and pages from ``batch_reports``.
+"""
+
+import json
 import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
+import pandas as pd
 import papermill
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 
+from tdlib import batch_reports, run_states
+from tdlib.batch_plan import (
+    Plan,
+    PlannedRun,
+    check_parameters,
+    estimate,
+    notebook_parameters,
+    plan_batch,
+    read_batch,
+)
+from tdlib.batch_reports import open_results
 from tdlib.config import ROOT, ConfigError
-from tdlib.files import write_folder
+from tdlib.engines import ENGINES, Engine, Started
+from tdlib.files import write_folder, write_json
+
+__all__ = [
+    "Batch", "NotebookFailed", "check_parameters", "export_html", "notebook_parameters", "open_results",
+    "run_notebook",
+]  # fmt: skip
+
+POLL = 0.2  # seconds between looks at the runs
 
 
 class NotebookFailed(RuntimeError):
     """A cell raised or the kernel died: says which notebook, where the partial copy is, and the error."""
-
-
-def notebook_parameters(path: Path) -> dict[str, Any]:
-    """Names and default values of a notebook's ``parameters`` cell.
-
-    Raises:
-        ConfigError: there is no such notebook or not exactly one such cell.
-    """
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.ipynb"))) or "none"
-        raise ConfigError(f"{path}: no such notebook; there are: {known}")
-    cells = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise ConfigError(f"{path}: {len(cells)} cells are tagged 'parameters', expected one")
-    return {
-        node.target.id: ast.literal_eval(node.value)
-        for node in ast.parse(cells[0].source).body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None
-    }
-
-
-def check_parameters(path: Path, parameters: dict[str, Any]) -> None:
-    """Papermill only warns about unknown names and takes any type; here both are errors.
-
-    Raises:
-        ConfigError: a name that the notebook does not declare, or a value of another type than its default.
-    """
-    declared = notebook_parameters(path)
-    problems = [f"{name}: unknown parameter of {path.name}" for name in parameters if name not in declared]
-    for name, value in parameters.items():
-        default = declared.get(name)
-        allowed = (
-            (int, float)
-            if isinstance(default, int | float) and not isinstance(default, bool)
-            else type(default)
-        )
-        if name in declared and (
-            not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool)
-        ):
-            problems.append(f"{name}={value!r}: expected {type(default).__name__}, like {default!r}")
-    if problems:
-        raise ConfigError(
-            "bad parameters:\n"
-            + "\n".join(f"- {line}" for line in problems)
-            + f"\ndeclared: {', '.join(declared)}"
-        )
 
 
 def export_html(notebook: Path, page: Path) -> None:
@@ -111,3 +97,386 @@ def run_notebook(path: Path, folder: Path, parameters: dict[str, Any], progress:
         export_html(executed, partial / f"{path.stem}.html")
 
     return write_folder(folder, fill) / f"{path.stem}.html"
+
+
+# Batches.
+
+BEGIN = ("queued",)
+RESUME = ("queued", "killed", "lost")
+RETRY = ("failed", "timed_out")
+
+
+@dataclass
+class _Active:
+    """A run that this runner has started."""
+
+    run: PlannedRun
+    started: Started
+    tries: int
+
+
+class Batch:
+    """A batch of experiments: plan it, run it, look at it. The same as ``tdlib batch`` on the command line.
+
+    Args:
+        source: a YAML file, or its content as a dict (see ``batch_plan``).
+        name: of the batch; the file's stem if "".
+        reports: folder under which the batch's own lies; ``reports/batches`` if None.
+
+    Raises:
+        ConfigError: the file is missing or not YAML. Mistakes in it are in ``problems``.
+    """
+
+    def __init__(self, source: Path | str | Mapping[str, Any], name: str = "", reports: Path | None = None):
+        if isinstance(source, Mapping):
+            self.file, description, home = None, dict(source), Path.cwd()
+        else:
+            self.file = find_batch(source)
+            description, home = read_batch(self.file), self.file.parent
+        stem = self.file.stem if self.file else "batch"
+        self.plan: Plan = plan_batch(description, name or stem, home)
+        self.reports = Path(reports) if reports else ROOT / "reports" / "batches"
+        self.folder = (self.reports / self.plan.name).resolve()
+
+    @property
+    def problems(self) -> list[str]:
+        """Every mistake in the description."""
+        return self.plan.problems
+
+    def check(self, engine: Engine | None = None) -> None:
+        """Raises ConfigError with every mistake, also resources that the engine cannot give."""
+        problems = self.problems + (engine.check(self.plan.resources) if engine else [])
+        if problems:
+            name = self.file or self.plan.name
+            raise ConfigError(f"{name}: nothing was started:\n" + "\n".join(f"- {p}" for p in problems))
+
+    def folder_of(self, run: PlannedRun) -> Path:
+        return self.folder / run.id
+
+    def states(self) -> dict[str, dict[str, Any]]:
+        """How every run stands now, by its id, in the plan's order."""
+        return {run.id: run_states.current_state(self.folder_of(run)) for run in self.plan.runs}
+
+    def estimates(self) -> dict[str, float]:
+        """Expected seconds of each run, from finished runs of the same template in any batch."""
+        earlier = []
+        for file in self.reports.glob("*/*/parameters.json"):
+            state = run_states.recorded_state(file.parent)
+            with suppress(OSError, ValueError, KeyError):
+                known = json.loads(file.read_text(encoding="utf-8"))
+                if state["state"] == "done" and Path(known["template"]).name == self.plan.template.name:
+                    earlier.append((known["parameters"], state["seconds"]))
+        return estimate(self.plan, earlier)
+
+    def planned(self) -> pd.DataFrame:
+        """One row per run: id, state, the parameters in which runs differ, expected seconds."""
+        seconds, states = self.estimates(), self.states()
+        rows = [
+            {"run": run.id, "state": states[run.id]["state"]}
+            | {name: run.parameters[name] for name in self.plan.varied}
+            | {"expected_seconds": seconds.get(run.id)}
+            for run in self.plan.runs
+        ]
+        return pd.DataFrame(rows)
+
+    def table(self) -> pd.DataFrame:
+        """One row per run, failures first; columns as in ``batch_reports.results_table``."""
+        return batch_reports.results_table(self.plan, self.states())
+
+    def write_reports(self) -> Path:
+        """Writes results.parquet and index.html; returns the page."""
+        return batch_reports.write_reports(self.folder, self.plan, self.states(), self.file)
+
+    def run(self, engine: str | Engine = "local", **options: Any) -> pd.DataFrame:
+        """Executes what has not begun; returns the table.
+
+        Args:
+            engine: "local", "ray" or an engine.
+            options: of the engine (cpus, gpus; address).
+
+        Raises:
+            ConfigError: mistakes in the batch, before anything starts.
+        """
+        return self._run(BEGIN, engine, options)
+
+    def resume(self, engine: str | Engine = "local", **options: Any) -> pd.DataFrame:
+        """Executes what has not begun, was killed or was lost; returns the table."""
+        return self._run(RESUME, engine, options)
+
+    def retry(self, only: Sequence[str] = (), engine: str | Engine = "local", **options: Any) -> pd.DataFrame:
+        """Executes what failed or ran out of time again (or the runs with these ids); returns the table."""
+        chosen = [run for run in self.plan.runs if any(run.id.startswith(start) for start in only)]
+        lacking = [start for start in only if not any(run.id.startswith(start) for run in self.plan.runs)]
+        if lacking:
+            raise ConfigError(f"{', '.join(lacking)}: no such run in {self.plan.name}")
+        states = tuple(set(run_states.FINAL) - {"done"}) if only else RETRY
+        return self._run(states, engine, options, chosen if only else None)
+
+    def cancel(self, patience: float = 30.0) -> list[str]:
+        """Stops the batch, whoever runs it; returns the runs that did not end within ``patience`` seconds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "cancel.json", {"time": time.time()})
+        until = time.monotonic() + patience
+        while True:
+            running = [name for name, state in self.states().items() if state["state"] == "running"]
+            for name in running:
+                (self.folder / name / "stop").touch()
+            if not running or time.monotonic() > until:
+                return running
+            time.sleep(POLL)
+
+    def open(self, start: str) -> Path:
+        """A notebook with a run's parameters, to go through it in JupyterLab; its results go beside it.
+
+        Raises:
+            ConfigError: no run's id, or more than one's, begins like that.
+        """
+        self.check()
+        found = [run for run in self.plan.runs if start and run.id.startswith(start)]
+        if len(found) != 1:
+            known = ", ".join(run.id for run in self.plan.runs)
+            raise ConfigError(f"{start!r}: {len(found)} runs begin like that; expected one of {known}")
+        folder = self.folder_of(found[0]) / "interactive"
+        folder.mkdir(parents=True, exist_ok=True)
+        parameters = dict(found[0].overrides)
+        if self.plan.output:
+            parameters[self.plan.output] = str(folder)
+        if "interactive" in found[0].parameters:
+            parameters["interactive"] = True
+        target = folder / self.plan.template.name
+        papermill.execute_notebook(
+            str(self.plan.template), str(target), parameters=parameters, prepare_only=True, progress_bar=False
+        )
+        return target
+
+    def _run(
+        self, states: Sequence[str], engine: str | Engine, options: dict[str, Any],
+        chosen: list[PlannedRun] | None = None,
+    ) -> pd.DataFrame:  # fmt: skip
+        self.check()
+        if isinstance(engine, str) and engine not in ENGINES:
+            raise ConfigError(f"engine={engine!r}: expected one of {', '.join(ENGINES)}")
+        where: Engine = ENGINES[engine](**options) if isinstance(engine, str) else engine
+        try:
+            self.check(where)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "batch.json", self._description())
+            make_worlds(self.plan)
+            _Runner(self, where, states, chosen or self.plan.runs).run()
+        finally:
+            if isinstance(engine, str):
+                where.close()
+        try:
+            self.write_reports()
+        except OSError as error:  # a full disk; what the runs have written counts
+            print(f"{self.folder}: no page was written: {error}", file=sys.stderr)
+        return self.table()
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "name": self.plan.name, "file": str(self.file or ""), "template": str(self.plan.template),
+            "runs": [run.id for run in self.plan.runs], "resources": self.plan.resources.as_dict(),
+        }  # fmt: skip
+
+    def _specification(self, run: PlannedRun, attempt: int) -> dict[str, Any]:
+        """What a worker needs to know: ``parameters.json``."""
+        return {
+            "template": str(self.plan.template), "parameters": run.parameters, "overrides": run.overrides,
+            "output": self.plan.output, "identity": run.identity, "attempt": attempt,
+            "cwd": str(ROOT / "notebooks"), "resources": self.plan.resources.as_dict(),
+        }  # fmt: skip
+
+
+class _Runner:
+    """Hands a batch's runs to an engine until none is left that it may start."""
+
+    def __init__(self, batch: Batch, engine: Engine, states: Sequence[str], runs: Sequence[PlannedRun]):
+        self.batch, self.engine, self.states = batch, engine, states
+        self.waiting = {run.id: run for run in runs}
+        self.active: dict[str, _Active] = {}
+        self.tries: Counter[str] = Counter()
+        self.began = time.time()
+        self.stopping = ""  # why nothing more is started
+        self.interrupts = 0
+
+    def run(self) -> None:
+        total = len(self.waiting)
+        self.say(
+            f"{self.batch.plan.name}: {total} runs, at most {self.engine.at_once(self.batch.plan.resources)} "
+            f"at once; {self.batch.folder}"
+        )
+        with self._interruptible():
+            try:
+                while (self.waiting and not self.stopping) or self.active:
+                    progressed = self._start_some() if not self.stopping else False
+                    self._collect()
+                    self._obey()
+                    if not self.active and self.waiting and not progressed:
+                        if self._all_elsewhere():
+                            break
+                    if self.active or self.waiting:
+                        time.sleep(POLL)
+            finally:
+                for active in self.active.values():  # only after an error of the runner itself
+                    active.started.kill()
+        if self.stopping:
+            self.say(f"stopped: {self.stopping}; `tdlib batch resume` goes on")
+
+    def _start_some(self) -> bool:
+        """Starts what there is room for; whether anything changed."""
+        changed = False
+        for run in list(self.waiting.values()):
+            if not self.engine.has_room(self.batch.plan.resources):
+                break
+            try:
+                changed |= self._start(run)
+            except BlockingIOError:
+                break
+            except OSError as error:  # a full disk
+                self.stopping = f"{run.id} could not be started: {error}"
+                break
+        return changed
+
+    def _start(self, run: PlannedRun) -> bool:
+        folder = self.batch.folder_of(run)
+        recorded = run_states.recorded_state(folder)["state"]
+        if recorded not in (*self.states, "running", "done") and not self.tries[run.id]:
+            del self.waiting[run.id]  # not asked for
+            return True
+        lock = run_states.claim(folder)
+        if lock is None:
+            return False
+        try:
+            state = run_states.recorded_state(folder)
+            if state["state"] == "running":  # we have its lock
+                if not run_states.silent(state):
+                    return False
+                state = {"state": "lost"}
+            elif state["state"] == "done" and run_states.damaged(folder, state):
+                state = {"state": "lost"}
+            if state["state"] not in self.states and not self.tries[run.id]:
+                del self.waiting[run.id]
+                return True
+            if self.engine.claims:
+                attempt = run_states.clear_for_attempt(folder)
+            else:
+                attempt = run_states.next_attempt(folder)
+                (folder / "stop").unlink(missing_ok=True)
+            write_json(folder / "parameters.json", self.batch._specification(run, attempt))
+            if not self.engine.claims:
+                os.close(lock)
+                lock = None
+            started = self.engine.start(folder, self.batch.plan.resources, lock)
+        finally:
+            if lock is not None:
+                os.close(lock)  # the worker has its own
+        del self.waiting[run.id]
+        self.tries[run.id] += 1
+        self.active[run.id] = _Active(run, started, self.tries[run.id])
+        self.say(f"{run.id} started: {self._words(run)}")
+        return True
+
+    def _words(self, run: PlannedRun) -> str:
+        return ", ".join(f"{name}={run.parameters[name]}" for name in self.batch.plan.varied) or "one run"
+
+    def _collect(self) -> None:
+        for name, active in list(self.active.items()):
+            if not active.started.ended():
+                continue
+            folder = self.batch.folder_of(active.run)
+            with run_states.claimed(folder) as free:
+                state = run_states.recorded_state(folder)
+                unsaid = state["state"] == "running" or (state["state"] == "queued" and not self.stopping)
+                if unsaid and not free and not active.started.elsewhere():
+                    continue  # its worker is about to say it
+                if unsaid and free:
+                    state |= {"state": "killed" if self.engine.claims else "lost", "ended": time.time()}
+                    state["reason"] = self.stopping or "its worker died without a word"
+                    with suppress(OSError):  # else it counts as lost, its lock being free
+                        run_states.write_state(folder, state)
+            del self.active[name]
+            self.say(f"{name} {state['state']}{': ' + state['reason'] if state.get('reason') else ''}")
+            again = state["state"] in ("killed", "lost") and active.tries <= self.batch.plan.retries
+            if again and not self.stopping:
+                self.waiting[name] = active.run
+
+    def _obey(self) -> None:
+        """Reacts to Ctrl-C and to ``tdlib batch cancel``."""
+        if not self.stopping:
+            with suppress(OSError, ValueError, KeyError):
+                asked = json.loads((self.batch.folder / "cancel.json").read_text(encoding="utf-8"))["time"]
+                if asked >= self.began:
+                    self.stopping = "cancelled"
+            if self.interrupts:
+                self.stopping = "interrupted"
+            if self.stopping in ("cancelled", "interrupted") and self.active:
+                self.say(f"{self.stopping}: {len(self.active)} runs are told to end; Ctrl-C kills them")
+                for active in self.active.values():
+                    active.started.stop()
+        if self.interrupts > 1:
+            for active in self.active.values():
+                active.started.kill()
+
+    def _all_elsewhere(self) -> bool:
+        """Whether what is left is in other hands (then there is nothing to wait for here)."""
+        time.sleep(POLL)  # a look at the lock holds it for a moment
+        folders = [self.batch.folder_of(run) for run in self.waiting.values()]
+        elsewhere = sum(run_states.current_state(folder)["state"] == "running" for folder in folders)
+        if elsewhere == len(folders):
+            self.say(f"{elsewhere} runs are in the hands of another runner")
+            return True
+        return False
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Signals to end are counted, not raised, so that each state is written whole."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def count(number: int, frame: Any) -> None:
+            self.interrupts += 1
+
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, count) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def say(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # a closed terminal ends nothing
+            print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True, file=sys.stdout)
+
+
+def find_batch(name: Path | str) -> Path:
+    """A batch file by its path, or by its name in notebooks/batches/."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path.resolve()
+    return ROOT / "notebooks" / "batches" / f"{path.name}.yaml"
+
+
+def make_worlds(plan: Plan) -> None:
+    """Writes the MiniWorlds that the runs will read, before they run side by side."""
+    if "RunConfig" not in plan.template.read_text(encoding="utf-8"):
+        return
+    from tdlib.config import RunConfig
+    from tdlib.tasks.catalogue import data_folder
+
+    wanted = {
+        (run.parameters["task"], run.parameters.get("world_seed", 0))
+        for run in plan.runs
+        if "task" in run.parameters and not run.parameters.get("data_dir")
+    }
+    home = ROOT / "data" / "miniworld"
+    for task, seed in sorted(wanted):
+        while True:
+            with run_states.claimed(home) as free:
+                if free:
+                    data_folder(RunConfig.from_parameters(task=task, world_seed=seed))
+                    break
+            time.sleep(POLL)

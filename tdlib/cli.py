@@ -1,13 +1,17 @@
-"""The command ``tdlib``: run a notebook as an experiment, write the MiniWorld."""
+"""The command ``tdlib``: run a notebook, or a batch, as experiments; write the MiniWorld; check data."""
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tdlib.config import ROOT, ConfigError
 from tdlib.examples import DataError
+
+if TYPE_CHECKING:
+    from tdlib.batches import Batch
 
 
 def _literal(text: str) -> Any:
@@ -75,6 +79,101 @@ def _mask(options: argparse.Namespace) -> int:
     return 0
 
 
+def _batch(options: argparse.Namespace) -> int:
+    """Every command of ``tdlib batch``; 0 where nothing failed."""
+    from tdlib import batch_reports
+    from tdlib.batches import Batch
+
+    batch = Batch(options.file, reports=Path(options.folder) if options.folder else None)
+    if options.action == "plan":
+        return _plan(batch)
+    if options.action == "open":
+        print(f"jupyter lab {shlex.quote(str(batch.open(options.run)))}")
+        return 0
+    batch.check()
+    if options.action == "cancel":
+        left = batch.cancel()
+        print(f"still running: {', '.join(left)}" if left else f"{batch.plan.name}: nothing runs any more")
+        return int(bool(left))
+    if options.action != "status":
+        _execute(batch, options)
+    states = batch.states()
+    print(batch_reports.summary(batch.plan, states, batch.file, batch.folder))
+    try:
+        print(f"page: {batch.write_reports()}")
+    except OSError as error:
+        print(f"tdlib batch: no page was written: {error}", file=sys.stderr)
+    good = {"done", "queued", "running"} if options.action == "status" else {"done", "running"}
+    return int(any(state["state"] not in good for state in states.values()))
+
+
+def _execute(batch: "Batch", options: argparse.Namespace) -> None:
+    engine: dict[str, Any] = {"cpus": options.cpus}
+    if options.gpus is not None:
+        engine["gpus"] = [gpu for gpu in options.gpus.split(",") if gpu]
+    if options.engine == "ray":
+        engine = {"address": options.address}
+    if options.action == "retry":
+        if not options.failed and not options.runs:
+            raise ConfigError("say what to try again: --failed, or the ids of runs")
+        batch.retry(options.runs, options.engine, **engine)
+    else:
+        (batch.run if options.action == "run" else batch.resume)(options.engine, **engine)
+
+
+def _plan(batch: "Batch") -> int:
+    from tdlib.engines import LocalEngine
+
+    if batch.problems:
+        print(f"{batch.file}: {len(batch.problems)} problems", file=sys.stderr)
+        for problem in batch.problems:
+            print(f"  - {problem}", file=sys.stderr)
+        return 1
+    table, engine, wanted = batch.planned(), LocalEngine(), batch.plan.resources
+    print(table.drop(columns="expected_seconds").to_string(index=False))
+    left = table[table["state"] != "done"]
+    repeated = f" ({batch.plan.repeated} described twice)" if batch.plan.repeated else ""
+    print(f"\n{len(table)} runs{repeated}, {len(left)} of them not done")
+    known = left["expected_seconds"].dropna()
+    if len(known):
+        at_once = engine.at_once(wanted)
+        hours = known.mean() * len(left) / at_once / 3600
+        print(f"about {hours:.2g} hours here, {at_once} at once (from the durations of earlier runs)")
+    for problem in engine.check(wanted):
+        print(f"not on this machine: {problem}")
+    return 0
+
+
+def _add_batch(commands: Any) -> None:
+    actions = commands.add_parser("batch", help="plan and run a batch of experiments").add_subparsers(
+        dest="action", required=True
+    )
+    texts = {
+        "plan": "list the runs, how long they will take, and every mistake; starts nothing",
+        "run": "execute what has not begun",
+        "resume": "execute what has not begun, was killed or was lost",
+        "retry": "execute again what failed or ran out of time",
+        "status": "say how every run stands, write the page and results.parquet",
+        "cancel": "stop the batch, whoever runs it",
+        "open": "write a notebook with one run's parameters, to go through it in JupyterLab",
+    }
+    for name, text in texts.items():
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("file", help="a batch file, or its name in notebooks/batches/")
+        if name == "open":
+            action.add_argument("run", help="the run's id, or how it begins")
+        if name == "retry":
+            action.add_argument("runs", nargs="*", help="ids of runs, or how they begin")
+            action.add_argument("--failed", action="store_true", help="all that failed or ran out of time")
+        if name in ("run", "resume", "retry"):
+            action.add_argument("--engine", choices=["local", "ray"], default="local")
+            action.add_argument("--address", default="", help="of the Ray cluster; one is started without")
+            action.add_argument("--cpus", type=float, help="processors for all runs together (default: all)")
+            action.add_argument("--gpus", help="GPUs to use, such as 0,1 (default: all)")
+        action.add_argument("--folder", help="where batches' folders lie (default: reports/batches)")
+        action.set_defaults(call=_batch)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tdlib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -102,12 +201,15 @@ def main(arguments: list[str] | None = None) -> int:
     mask.add_argument("folder", help="run folder")
     mask.add_argument("shift", choices=["rmtop1", "keeptop1", "keeptop3", "keeptop5"])
     mask.set_defaults(call=_mask)
+    _add_batch(commands)
     options = parser.parse_args(arguments)
     try:
         return options.call(options)
     except (ConfigError, DataError) as error:
         print(f"tdlib {options.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -121,6 +121,9 @@ class RunConfig(BaseModel):
     probe_examples: int = Field(
         8, ge=0, description="examples per evaluated split whose selections are recorded"
     )
+    probe_every: int = Field(
+        0, ge=0, description="updates between records of these selections; 0: only at the end"
+    )
 
     @classmethod
     def from_parameters(cls, **parameters: Any) -> "RunConfig":

@@ -112,15 +112,27 @@ def train_clip_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTrainedT
 
 
 def train_wordpiece_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTrainedTokenizerFast:
-    """A BERT tokenizer (lower case, WordPiece)."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+    """A BERT tokenizer (lower case, WordPiece), the same for the same texts.
+
+    The trainer numbers pieces such as "##a" in the order of a hash table, another one in every run, and
+    breaks ties by these numbers. So all letters get theirs beforehand.
+    """
+
+    def empty(model: models.WordPiece) -> Tokenizer:
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        return tokenizer
+
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special)
+    learner = empty(models.WordPiece(unk_token="[UNK]"))
+    letters = sorted(set("".join(map(learner.normalizer.normalize_str, texts)).replace(" ", "")))
+    numbered = [*special, *letters, *(f"##{letter}" for letter in letters)]
+    learner.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=numbered, show_progress=False)
     )
+    tokenizer = empty(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
     cls, sep = special.index("[CLS]"), special.index("[SEP]")
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
     return PreTrainedTokenizerFast(

@@ -180,9 +180,10 @@ def read_captions(
         return_offsets_mapping=True,
     )  # fmt: skip
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-    replaced = replaced_words(ids.view(-1, 2, readings, ids.shape[1])).view(ids.shape)
+    real = ids != tokenizer.pad_token_id
+    replaced = replaced_words(ids.view(-1, 2, readings, ids.shape[1])).view(ids.shape) & real
     objects = referred_objects([named_people(text) for text in texts], spans)
-    return SpokenTexts(ids, (ids != tokenizer.pad_token_id).sum(1), objects, replaced)
+    return SpokenTexts(ids, real.sum(1), objects, replaced)
 
 
 def text_inputs(
@@ -195,11 +196,6 @@ def text_inputs(
         "token_type_ids": torch.zeros_like(ids)[:, None],
         "objects": objects.masked_fill(objects >= people[:, None], -1)[:, None],
     }
-
-
-def student_tokenizer(seed: int, texts: int = 6_000) -> PreTrainedTokenizerFast:
-    """The vocabulary of the mini students, made from web texts, as BERT's is."""
-    return train_wordpiece_tokenizer([captioned_scene("web", seed + 1, index)[1] for index in range(texts)])
 
 
 def choose_captions(
@@ -358,6 +354,7 @@ def pretrain_region_student(
     readings: int = 3,
     hard: float = 0.6,
     bare: float = 0.5,
+    vocabulary_texts: int = 6_000,
 ) -> dict[str, list[float]]:
     """Trains a mini region student on the curated corpus and writes its folder.
 
@@ -366,7 +363,8 @@ def pretrain_region_student(
     its plateau, and with the truth of every word beside it. What a picture shows need not be learned
     first: the detector, which is not trained, knows it. The matching head is kept as the
     multiple-choice head (UNITER's has two logits; their difference is trained). VL-BERT's word
-    predictor is kept too, as its classifiers start from it.
+    predictor is kept too, as its classifiers start from it. The vocabulary is made from web texts, as
+    BERT's is; the weights see the curated corpus only.
 
     Regions are computed once and kept in half precision: with 24,000 scenes, 43 regions of width 128,
     264 MB, after 0.7 GB of pictures. Where a caption names a person, its token refers to the person's
@@ -384,17 +382,20 @@ def pretrain_region_student(
         readings: true captions per scene.
         hard: share of the captions that do not match that in the end differ in one thing only.
         bare: how often a picture is shown without the boxes of its objects, as those of SNLI-VE and VQA.
+        vocabulary_texts: web texts that the vocabulary is made from.
 
     Returns:
         The losses of every step, see ``caption_losses``.
     """
     torch.manual_seed(seed)
     started, made = time.time(), KINDS[kind]
-    tokenizer = student_tokenizer(seed)
+    web_texts = [captioned_scene("web", seed + 1, index)[1] for index in range(vocabulary_texts)]
+    tokenizer = train_wordpiece_tokenizer(web_texts)
     seen = see_scenes(load_detector(detector), seed, scenes)
     log.info("regions: %s in %.0f s", tuple(seen.features.shape), time.time() - started)
     model = made.make(seen.features.shape[-1], len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
+    model.set_attn_implementation("eager")  # on the CPU a third faster in bf16 than the fused one's backward
     longest = model.config.max_position_embeddings - 2  # VL-BERT has two more places behind a text
     texts = read_captions(tokenizer, caption_texts(seed, scenes, readings), readings, longest)
     log.info("captions: %s in %.0f s", tuple(texts.ids.shape), time.time() - started)
@@ -416,7 +417,7 @@ def pretrain_region_student(
         length = int(texts.lengths[chosen].max())
         ids = texts.ids[chosen, :length]
         words, labels = mask_words(ids, tokenizer, 0.15, generator)  # of both kinds: [MASK] must not tell
-        shown = seen.inputs(index, torch.rand(batch, generator=generator) < bare)
+        shown = seen.inputs(index, torch.rand(len(index), generator=generator) < bare)
         said = text_inputs(words, texts.objects[chosen, :length], seen.people[index], tokenizer)
         inputs = {name: value for name, value in (shown | said).items() if name in model.inputs}
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -31,7 +31,7 @@ from tdlib.files import write_folder, write_json, write_jsonl
 from tdlib.functions import own_functions
 from tdlib.objective import TERMS, TargetedDistillation
 from tdlib.probe import ClassProbe, soft_target, statement_logits
-from tdlib.records import TargetRecord, records_table
+from tdlib.records import END, ProbeRecorder, TargetRecord, write_records
 from tdlib.relevance import STUDENT_RELEVANCE
 from tdlib.students import catalogue as students
 from tdlib.students.base import EncodedText, StudentEncoder, pad_last, student_inputs
@@ -224,6 +224,24 @@ class _StopAtBadGradient(TrainerCallback):
         if not bool(nn.utils.get_total_norm(gradients).isfinite()):  # clipping has spread it to all
             self.trainer.refuse("gradient not finite")
         self.trainer._window.clear()
+
+
+class _RecordTargets(TrainerCallback):
+    """Records what is targeted in the probes, before the first update and every few."""
+
+    def __init__(self, recorders: Sequence[ProbeRecorder], every: int):
+        self.recorders, self.every = recorders, every
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._record(0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            self._record(state.global_step)
+
+    def _record(self, step: int) -> None:
+        for recorder in self.recorders:
+            recorder.record(step)
 
 
 def diagnose(module: TargetedDistillation, batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -455,20 +473,27 @@ def train_run(
         if module.phi is not None:
             with torch.random.fork_rng():  # a loader draws a seed
                 module.fit_phi(DataLoader(dataset, config.batch_size, collate_fn=trainer.data_collator))
+        recorders = {}
+        if module.phi is not None and config.probe_examples:
+            gather = partial(collate, encoder=materials.encoder)
+            for split, examples in materials.evaluated.items():
+                probes = encode(examples[: config.probe_examples], builder=own)
+                recorders[split] = ProbeRecorder(probes, gather, module, split)
+        if recorders and config.probe_every:
+            trainer.add_callback(_RecordTargets([*recorders.values()], config.probe_every))
         began = time.time()
         trainer.train()
         metrics["train_seconds"] = round(time.time() - began, 2)
         metrics["updates"] = trainer.state.global_step
         metrics.update(accuracy={}, measures={}, detail={})
-        frames, records = [], []
+        frames = []
         for split, examples in materials.evaluated.items():
             encoded = materials.encoded[split]
             if config.modality != "both":
                 encoded = encode(examples, memory=0)
             probabilities = predict(student, encoded)
-            if module.phi is not None:
-                probes = encode(examples[: config.probe_examples], builder=own)
-                records += _probe_records(probes, split, module, probabilities)
+            if split in recorders:
+                recorders[split].record(END)
             table = prediction_table(split, examples, probabilities, materials.labels)
             if examples.labelled:
                 found = measures(config, table["id"], table["score"])
@@ -481,8 +506,8 @@ def train_run(
             frames.append(table)
         metrics["seconds"] = round(time.time() - started, 2)
         pd.concat(frames).to_parquet(partial / "predictions.parquet", index=False)
-        if records:
-            records_table(records).to_parquet(partial / "selections.parquet", index=False)
+        if records := [record for recorder in recorders.values() for record in recorder.records]:
+            write_records(records, partial / "selections.parquet")
         write_json(partial / "config.json", config.model_dump())
         write_json(partial / "metrics.json", metrics)
         write_json(partial / "environment.json", environment())
@@ -502,6 +527,7 @@ def train_run(
 
 def load_student(config: RunConfig, materials: Materials) -> PreTrainedModel:
     """The untrained student of a run, with the head of its task and room for added tokens."""
+    student: Any
     if config.student == "teacher":
         source = config.teacher, config.teacher_pretrained
         student = open_teacher_as_student(*source, config.seed, materials.labels)
@@ -522,13 +548,26 @@ def load_student(config: RunConfig, materials: Materials) -> PreTrainedModel:
     return student
 
 
-def _probe_records(
-    probes: EncodedExamples, split: str, module: TargetedDistillation, probabilities: np.ndarray
+def preview_targets(
+    config: RunConfig, materials: Materials, examples: Sequence[Example]
 ) -> list[TargetRecord]:
+    """What the method would target in examples before any training: one record per statement.
+
+    The student is the untrained one; what the cache lacks is added to it. Any example will do, also
+    one of your own (``Example`` with a picture and a text).
+    """
+    assert materials.builder is not None
+    shared = materials.builder
+    logits = class_logits(config, materials, low_shot(materials.train, config.shots, config.seed))
+    builder = TargetBuilder(shared.cache, shared.idf, config, logits)
+    builder.prepare(examples)
+    encoded = EncodedExamples(examples, materials.encoder, builder, num_labels=len(materials.labels))
+    student = load_student(config, materials)
+    module = TargetedDistillation(student, config, shared.cache.teacher.dim).eval()
+    probabilities = predict(student, encoded)
     records = []
-    for index, example in enumerate(probes.examples):
-        found = record_targets(example, probes[index], probes.encoder, module, probabilities[index])
-        records += [replace(record, split=split) for record in found]
+    for index, example in enumerate(examples):
+        records += record_targets(example, encoded[index], encoded.encoder, module, probabilities[index])
     return records
 
 

@@ -182,14 +182,16 @@ class View:
     records: tuple[TargetRecord, ...]
     figure: Callable[[], "Figure"]
     labels: tuple[str, ...] = ()
+    data: pd.DataFrame | None = None  # what the view shows, where that is not a row per token
+    text: str = ""  # the view in words, where that is not a summary per record
 
     def to_html(self) -> str:
         """Self-contained HTML: no scripts, no style sheets, nothing to load."""
         return self.html
 
     def table(self) -> pd.DataFrame:
-        """One row per token of every record (see ``views.table``)."""
-        return table(self.records)
+        """What the view shows: its own data, or one row per token of every record (see ``views.table``)."""
+        return table(self.records) if self.data is None else self.data.copy()
 
     def to_png(self, path: Path | str | None = None, dpi: int = 200) -> bytes:
         """The view as a raster figure; also written to ``path`` if there is one."""
@@ -204,7 +206,7 @@ class View:
         return plots.to_svg(self.figure(), path)
 
     def __repr__(self) -> str:
-        return "\n\n".join(summary(record, self.labels) for record in self.records)
+        return self.text or "\n\n".join(summary(record, self.labels) for record in self.records)
 
     def _repr_html_(self) -> str:
         return self.html

@@ -1,4 +1,4 @@
-"""The paper's sizes, with random weights: UNITER-base with region features of a detector's width, ViT-B-16."""
+"""The paper's sizes, with random weights: UNITER-base on a detector's features, ViT-B-16."""
 
 import json
 

@@ -1,0 +1,284 @@
+"""One run of a batch as a folder: what it is (identity), who has it (claim) and how it stands (state).
+
+Knows nothing of notebooks' execution, engines or tables. ``state.json`` is the truth about a run,
+whatever the notebook says; it is written last. Needs POSIX (flock).
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tdlib.config import ROOT
+from tdlib.files import whole_file
+
+# queued: not begun. running: a worker has it. done. failed: a cell raised, or what it wrote is no
+# result. killed: stopped from outside (signal, out of memory, disk full, cancelled). timed_out: past
+# its time limit. lost: its worker is gone without a word, or its files are damaged.
+STATES = ("queued", "running", "done", "failed", "killed", "timed_out", "lost")
+FINAL = ("done", "failed", "killed", "timed_out", "lost")
+
+HEARTBEAT = 5.0  # seconds between heartbeats of a running run
+STALE = 60.0  # seconds without one after which a worker on another machine counts as dead
+MARK = "TDLIB_RUN"  # environment variable by which every process of a run is known
+RUNNER = "TDLIB_RUNNER"  # process id of who started a worker and outlives it
+NOTEBOOK, LOG, OUTPUT = "notebook.ipynb", "log.txt", "output"
+
+# Sources that start and show runs, but have no part in their results.
+_MACHINERY = {
+    "batches.py", "batch_plan.py", "batch_reports.py", "cli.py", "engines.py", "run_states.py",
+    "run_worker.py",
+}  # fmt: skip
+
+
+# Identity: what a result depends on.
+
+
+def identity(template: bytes, parameters: dict[str, Any], output: str = "") -> dict[str, str]:
+    """What a run's results depend on, as hashes: "parameters", "template", "data", "code" and "id" of all.
+
+    Args:
+        template: the notebook file; its code cells count, outputs and prose do not. The library's
+            sources count where it uses them.
+        parameters: all of them, defaults included.
+        output: name of the parameter that says where results go, which does not count.
+    """
+    counted = {name: value for name, value in parameters.items() if name not in (output, "interactive")}
+    cells = ["".join(cell["source"]) for cell in json.loads(template)["cells"] if cell["cell_type"] == "code"]
+    parts = {
+        "parameters": _digest(counted),
+        "template": _digest(cells),
+        "data": _digest(data_manifest(counted)),
+        "code": code_version() if any("tdlib" in cell for cell in cells) else "",
+    }
+    return {"id": _digest(parts)[:12], **parts}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_version() -> str:
+    """Hash of the library's sources, without those that only start and show runs."""
+    home = Path(__file__).parent
+    sources = sorted(path for path in home.rglob("*.py") if path.name not in _MACHINERY)
+    return _digest(
+        [
+            [path.relative_to(home).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()]
+            for path in sources
+        ]
+    )
+
+
+def data_manifest(parameters: dict[str, Any]) -> list[Any]:
+    """The files that parameters name: the data set's index, and the contents of models and vocabularies.
+
+    Of ``data_dir``, names, sizes and times of change of its json, jsonl and csv files and of those one
+    folder below; where it is "", the MiniWorld's version and seed.
+    """
+    found: list[Any] = []
+    if parameters.get("data_dir") == "" and "world_seed" in parameters:
+        from tdlib.miniworld.worlds import VERSION
+
+        found.append(["miniworld", VERSION, parameters["world_seed"]])
+    for name, value in sorted(parameters.items()):
+        path = named_path(value, anything=name == "data_dir")
+        if path is None or not path.exists():
+            continue
+        for file in _files(path):
+            state = file.stat()
+            label = [name, file.relative_to(path).as_posix(), state.st_size]
+            if name != "data_dir":
+                found.append([*label, _content(file, state.st_size, state.st_mtime_ns)])
+            elif file.suffix in (".json", ".jsonl", ".csv"):
+                found.append([*label, state.st_mtime_ns])
+    return found
+
+
+def named_path(value: Any, anything: bool = False) -> Path | None:
+    """The path that a parameter's value names, ``KIND:`` before it or not; None for other values.
+
+    A name without a slash is one only where ``anything`` may be.
+    """
+    if not isinstance(value, str) or not value:
+        return None
+    name = value.partition(":")[2] if ":" in value else value
+    if not name or not (anything or "/" in name):
+        return None
+    return ROOT / Path(name).expanduser()
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file())
+
+
+@lru_cache(maxsize=4096)
+def _content(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file, or for one above 64 MiB its time of change."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if size <= 2**26 else str(changed)
+
+
+# Claim: whoever holds the lock has the run; the owner's death frees it.
+
+
+def claim(folder: Path) -> int | None:
+    """Takes a run; returns the lock's file descriptor, or None if someone else has it.
+
+    The lock lives as long as any process has the descriptor: a worker inherits it from its runner.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether the run could be taken for the time of a ``with`` block."""
+    lock = claim(folder)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+# State.
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes ``state.json`` whole and on the disk, or leaves the older one as it was."""
+    with whole_file(folder / "state.json") as file:
+        file.write(json.dumps(state, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def recorded_state(folder: Path) -> dict[str, Any]:
+    """The state as it was last written: "queued" where none was, "lost" where it cannot be read."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"state": "queued"}
+    except (OSError, ValueError) as error:
+        return {"state": "lost", "reason": f"state.json cannot be read: {error}"}
+    if not isinstance(state, dict) or state.get("state") not in STATES:
+        return {"state": "lost", "reason": "state.json holds no state"}
+    return state
+
+
+def current_state(folder: Path) -> dict[str, Any]:
+    """The state as it is: also "lost" where the worker is dead or a finished run's files are damaged."""
+    state = recorded_state(folder)
+    if state["state"] == "running":
+        with claimed(folder) as free:
+            if not free:
+                return state
+            state = recorded_state(folder)  # it may have ended in between
+            if state["state"] == "running" and not silent(state):
+                return state
+        if state["state"] == "running":
+            return state | {"state": "lost", "reason": "its worker is gone"}
+    if state["state"] == "done" and (damage := damaged(folder, state)):
+        return state | {"state": "lost", "reason": damage}
+    return state
+
+
+def silent(state: dict[str, Any]) -> bool:
+    """Whether the worker of a run whose lock is free is dead (locks may not reach other machines)."""
+    if state.get("host") == socket.gethostname():
+        return True
+    return time.time() - state.get("heartbeat", 0) > STALE
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Sizes in bytes of what a run has written: its notebook and everything in ``output``."""
+    files = [folder / NOTEBOOK, *sorted((folder / OUTPUT).rglob("*"))]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files if path.is_file()}
+
+
+def damaged(folder: Path, state: dict[str, Any]) -> str:
+    """What is wrong with a finished run's files; "" if they have the sizes that they had at its end."""
+    for name, size in state.get("files", {}).items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes, expected {size}"
+    return ""
+
+
+def clear_for_attempt(folder: Path) -> int:
+    """Makes room for an attempt and returns its number, from 1. The caller has claimed the run.
+
+    State, log and notebook of an earlier attempt move to ``attempt-N``; its partial output goes, and
+    so does every process that it has left behind.
+    """
+    end_processes(folder)
+    number = next_attempt(folder)
+    if (folder / "state.json").exists():
+        kept = folder / f"attempt-{number - 1}"
+        kept.mkdir(exist_ok=True)
+        for name in (NOTEBOOK, LOG, "state.json"):  # the state last, here too
+            with suppress(FileNotFoundError):
+                os.replace(folder / name, kept / name)
+    for name in ("stop", f".{NOTEBOOK}"):
+        (folder / name).unlink(missing_ok=True)
+    remove_tree(folder / OUTPUT)
+    return number
+
+
+def next_attempt(folder: Path) -> int:
+    """The number that a new attempt has, from 1."""
+    earlier = [int(p.name.partition("-")[2]) for p in folder.glob("attempt-*") if (p / "state.json").exists()]
+    return max(earlier, default=0) + 1 + (folder / "state.json").exists()
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder; links in it are removed, not followed."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+# Processes.
+
+
+def processes(folder: Path) -> list[psutil.Process]:
+    """Every process of a run on this machine, whoever its parent is now."""
+    mark, found = str(folder.resolve()), []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
+
+
+def end_processes(folder: Path) -> None:
+    """Kills every process of a run on this machine and waits until they are gone."""
+    for _ in range(5):  # again for what was born meanwhile
+        found = processes(folder)
+        if not found:
+            return
+        for process in found:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(found, timeout=5)
