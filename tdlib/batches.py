@@ -1,20 +1,16 @@
 """Executing notebooks as experiments, one or a batch of them: papermill with its silences made loud.
 
-A batch's runs are folders under ``reports/batches/NAME/``; each is executed by a worker process of its
-own (``run_worker``), started by an engine (``engines``). What is to run comes from ``batch_plan``, how
-a run stands from ``run_states``, tables and pages from ``batch_reports``.
+A batch's runs are folders under ``reports/batches/NAME/``. ``batch_plan`` says what is to run,
+``batch_runner`` has an engine (``engines``) start a worker process for each (``run_worker``),
+``run_states`` knows how each stands, ``batch_reports`` makes tables and pages.
 """
 
 import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +30,15 @@ from tdlib.batch_plan import (
     read_batch,
 )
 from tdlib.batch_reports import open_results
+from tdlib.batch_runner import POLL, Runner
 from tdlib.config import ROOT, ConfigError
-from tdlib.engines import ENGINES, Engine, Started
+from tdlib.engines import ENGINES, Engine
 from tdlib.files import write_folder, write_json
 
 __all__ = [
     "Batch", "NotebookFailed", "check_parameters", "export_html", "notebook_parameters", "open_results",
     "run_notebook",
 ]  # fmt: skip
-
-POLL = 0.2  # seconds between looks at the runs
 
 
 class NotebookFailed(RuntimeError):
@@ -104,15 +99,6 @@ def run_notebook(path: Path, folder: Path, parameters: dict[str, Any], progress:
 BEGIN = ("queued",)
 RESUME = ("queued", "killed", "lost")
 RETRY = ("failed", "timed_out")
-
-
-@dataclass
-class _Active:
-    """A run that this runner has started."""
-
-    run: PlannedRun
-    started: Started
-    tries: int
 
 
 class Batch:
@@ -262,7 +248,7 @@ class Batch:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "batch.json", self._description())
             make_worlds(self.plan)
-            _Runner(self, where, states, chosen or self.plan.runs).run()
+            Runner(self, where, states, chosen or self.plan.runs).run()
         finally:
             if isinstance(engine, str):
                 where.close()
@@ -278,178 +264,13 @@ class Batch:
             "runs": [run.id for run in self.plan.runs], "resources": self.plan.resources.as_dict(),
         }  # fmt: skip
 
-    def _specification(self, run: PlannedRun, attempt: int) -> dict[str, Any]:
+    def specification(self, run: PlannedRun, attempt: int) -> dict[str, Any]:
         """What a worker needs to know: ``parameters.json``."""
         return {
             "template": str(self.plan.template), "parameters": run.parameters, "overrides": run.overrides,
             "output": self.plan.output, "identity": run.identity, "attempt": attempt,
             "cwd": str(ROOT / "notebooks"), "resources": self.plan.resources.as_dict(),
         }  # fmt: skip
-
-
-class _Runner:
-    """Hands a batch's runs to an engine until none is left that it may start."""
-
-    def __init__(self, batch: Batch, engine: Engine, states: Sequence[str], runs: Sequence[PlannedRun]):
-        self.batch, self.engine, self.states = batch, engine, states
-        self.waiting = {run.id: run for run in runs}
-        self.active: dict[str, _Active] = {}
-        self.tries: Counter[str] = Counter()
-        self.began = time.time()
-        self.stopping = ""  # why nothing more is started
-        self.interrupts = 0
-
-    def run(self) -> None:
-        total = len(self.waiting)
-        self.say(
-            f"{self.batch.plan.name}: {total} runs, at most {self.engine.at_once(self.batch.plan.resources)} "
-            f"at once; {self.batch.folder}"
-        )
-        with self._interruptible():
-            try:
-                while (self.waiting and not self.stopping) or self.active:
-                    progressed = self._start_some() if not self.stopping else False
-                    self._collect()
-                    self._obey()
-                    if not self.active and self.waiting and not progressed:
-                        if self._all_elsewhere():
-                            break
-                    if self.active or self.waiting:
-                        time.sleep(POLL)
-            finally:
-                for active in self.active.values():  # only after an error of the runner itself
-                    active.started.kill()
-        if self.stopping:
-            self.say(f"stopped: {self.stopping}; `tdlib batch resume` goes on")
-
-    def _start_some(self) -> bool:
-        """Starts what there is room for; whether anything changed."""
-        changed = False
-        for run in list(self.waiting.values()):
-            if not self.engine.has_room(self.batch.plan.resources):
-                break
-            try:
-                changed |= self._start(run)
-            except BlockingIOError:
-                break
-            except OSError as error:  # a full disk
-                self.stopping = f"{run.id} could not be started: {error}"
-                break
-        return changed
-
-    def _start(self, run: PlannedRun) -> bool:
-        folder = self.batch.folder_of(run)
-        recorded = run_states.recorded_state(folder)["state"]
-        if recorded not in (*self.states, "running", "done") and not self.tries[run.id]:
-            del self.waiting[run.id]  # not asked for
-            return True
-        lock = run_states.claim(folder)
-        if lock is None:
-            return False
-        try:
-            state = run_states.recorded_state(folder)
-            if state["state"] == "running":  # we have its lock
-                if not run_states.silent(state):
-                    return False
-                state = {"state": "lost"}
-            elif state["state"] == "done" and run_states.damaged(folder, state):
-                state = {"state": "lost"}
-            if state["state"] not in self.states and not self.tries[run.id]:
-                del self.waiting[run.id]
-                return True
-            if self.engine.claims:
-                attempt = run_states.clear_for_attempt(folder)
-            else:
-                attempt = run_states.next_attempt(folder)
-                (folder / "stop").unlink(missing_ok=True)
-            write_json(folder / "parameters.json", self.batch._specification(run, attempt))
-            if not self.engine.claims:
-                os.close(lock)
-                lock = None
-            started = self.engine.start(folder, self.batch.plan.resources, lock)
-        finally:
-            if lock is not None:
-                os.close(lock)  # the worker has its own
-        del self.waiting[run.id]
-        self.tries[run.id] += 1
-        self.active[run.id] = _Active(run, started, self.tries[run.id])
-        self.say(f"{run.id} started: {self._words(run)}")
-        return True
-
-    def _words(self, run: PlannedRun) -> str:
-        return ", ".join(f"{name}={run.parameters[name]}" for name in self.batch.plan.varied) or "one run"
-
-    def _collect(self) -> None:
-        for name, active in list(self.active.items()):
-            if not active.started.ended():
-                continue
-            folder = self.batch.folder_of(active.run)
-            with run_states.claimed(folder) as free:
-                state = run_states.recorded_state(folder)
-                unsaid = state["state"] == "running" or (state["state"] == "queued" and not self.stopping)
-                if unsaid and not free and not active.started.elsewhere():
-                    continue  # its worker is about to say it
-                if unsaid and free:
-                    state |= {"state": "killed" if self.engine.claims else "lost", "ended": time.time()}
-                    state["reason"] = self.stopping or "its worker died without a word"
-                    with suppress(OSError):  # else it counts as lost, its lock being free
-                        run_states.write_state(folder, state)
-            del self.active[name]
-            self.say(f"{name} {state['state']}{': ' + state['reason'] if state.get('reason') else ''}")
-            again = state["state"] in ("killed", "lost") and active.tries <= self.batch.plan.retries
-            if again and not self.stopping:
-                self.waiting[name] = active.run
-
-    def _obey(self) -> None:
-        """Reacts to Ctrl-C and to ``tdlib batch cancel``."""
-        if not self.stopping:
-            with suppress(OSError, ValueError, KeyError):
-                asked = json.loads((self.batch.folder / "cancel.json").read_text(encoding="utf-8"))["time"]
-                if asked >= self.began:
-                    self.stopping = "cancelled"
-            if self.interrupts:
-                self.stopping = "interrupted"
-            if self.stopping in ("cancelled", "interrupted") and self.active:
-                self.say(f"{self.stopping}: {len(self.active)} runs are told to end; Ctrl-C kills them")
-                for active in self.active.values():
-                    active.started.stop()
-        if self.interrupts > 1:
-            for active in self.active.values():
-                active.started.kill()
-
-    def _all_elsewhere(self) -> bool:
-        """Whether what is left is in other hands (then there is nothing to wait for here)."""
-        time.sleep(POLL)  # a look at the lock holds it for a moment
-        folders = [self.batch.folder_of(run) for run in self.waiting.values()]
-        elsewhere = sum(run_states.current_state(folder)["state"] == "running" for folder in folders)
-        if elsewhere == len(folders):
-            self.say(f"{elsewhere} runs are in the hands of another runner")
-            return True
-        return False
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Signals to end are counted, not raised, so that each state is written whole."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def count(number: int, frame: Any) -> None:
-            self.interrupts += 1
-
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-            numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, count) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def say(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # a closed terminal ends nothing
-            print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True, file=sys.stdout)
 
 
 def find_batch(name: Path | str) -> Path:

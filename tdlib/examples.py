@@ -5,12 +5,15 @@ Knows no file format (``tasks`` does) and no model (``students`` and ``teacher``
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
 from tdlib.files import write_json
+
+log = logging.getLogger(__name__)
 
 Span = tuple[int, int]
 Box = tuple[float, float, float, float]
@@ -139,12 +142,15 @@ def _rank(seed: int, identifier: str) -> bytes:
 def low_shot(examples: Sequence[Example], shots: int | float, seed: int) -> Examples:
     """A seeded subset: ``shots`` per stratum (int), a fraction of each stratum (float), or all (0).
 
+    A stratum with fewer examples gives all that it has, with a warning: VQA's rare question types
+    must not decide how many of the others are learned from.
+
     Subsets of one seed are nested: a larger one contains every smaller one, and adding examples
     to the data set never reorders the others (each is ranked by a hash of seed and id). No example
     is made to choose them.
 
     Raises:
-        ValueError: a stratum has fewer examples than asked for, or ``shots`` is out of range.
+        ValueError: ``shots`` is out of range.
     """
     examples = Examples.of(examples)
     if shots == 0:
@@ -158,14 +164,14 @@ def low_shot(examples: Sequence[Example], shots: int | float, seed: int) -> Exam
     for position, stratum in enumerate(examples.strata):
         strata.setdefault(stratum, []).append(position)
     chosen: list[int] = []
+    short: list[str] = []
     for stratum, members in strata.items():
         count = max(1, round(shots * len(members))) if fraction else int(shots)
         if count > len(members):
-            raise ValueError(
-                f"shots={shots}: stratum {stratum!r} has only {len(members)} examples; "
-                "ask for at most that many"
-            )
+            short.append(f"{stratum!r} ({len(members)})")
         chosen += sorted(members, key=lambda i: _rank(seed, examples.ids[i]))[:count]
+    if short:
+        log.warning("shots=%s: all there are of %s, which have fewer", shots, ", ".join(short))
     return examples.at(sorted(chosen))
 
 

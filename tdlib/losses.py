@@ -97,6 +97,7 @@ def targeted_distillation_loss(
     targets, weights = targets.detach(), token_weights.detach()
     is_distilled = (weights != 0) & (targets != 0).any(dim=-1)
     student = student_projected.masked_fill(~is_distilled.unsqueeze(-1), 0)
+    targets = targets.masked_fill(~is_distilled.unsqueeze(-1), 0)  # nor are they negatives of others
     per_token = distance(student, targets).masked_fill(~is_distilled, 0)
     # expand, not broadcasting: (batch, 1) over (batch,) must fail instead of pairing all with all.
     per_sequence = instance_weights.detach().expand(weights.shape[:-1]) * (weights * per_token).sum(dim=-1)

@@ -36,8 +36,8 @@ NOTEBOOK, LOG, OUTPUT = "notebook.ipynb", "log.txt", "output"
 
 # Sources that start and show runs, but have no part in their results.
 _MACHINERY = {
-    "batches.py", "batch_plan.py", "batch_reports.py", "cli.py", "engines.py", "run_states.py",
-    "run_worker.py",
+    "batches.py", "batch_plan.py", "batch_reports.py", "batch_runner.py", "cli.py", "engines.py",
+    "run_states.py", "run_worker.py",
 }  # fmt: skip
 
 
@@ -232,6 +232,9 @@ def clear_for_attempt(folder: Path) -> int:
     so does every process that it has left behind.
     """
     end_processes(folder)
+    scratch = recorded_state(folder).get("scratch", "")
+    if Path(scratch).name.startswith("tdlib-"):
+        shutil.rmtree(scratch, ignore_errors=True)  # sockets of a kernel that was killed
     number = next_attempt(folder)
     if (folder / "state.json").exists():
         kept = folder / f"attempt-{number - 1}"

@@ -55,7 +55,7 @@ class _Run:
         self.state: dict[str, Any] = {
             "state": "running", "run": self.spec["identity"]["id"], "attempt": self.spec["attempt"],
             "host": socket.gethostname(), "pid": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
-            "started": time.time(),
+            "started": time.time(), "scratch": self.scratch,
         }  # fmt: skip
 
     # The executing thread.
@@ -76,6 +76,7 @@ class _Run:
                 "reason": f"{', '.join(name for name in changed if name != 'id')} changed since the batch "
                 "was started; start it again: changed runs get new folders",
             }
+        write_json(self.folder / "environment.json", environment())
         import nbformat
         import papermill
         from jupyter_client.manager import AsyncKernelManager
@@ -226,7 +227,6 @@ class _Run:
                 os.replace(partial, self.folder / NOTEBOOK)
             if final["state"] == "done":
                 final["metrics"] = read_metrics(self.folder / OUTPUT)
-            write_json(self.folder / "environment.json", environment())
         except OSError as error:
             final = self._explained(error)
         except ValueError as error:

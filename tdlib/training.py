@@ -8,6 +8,7 @@ our saving. Everything about the teacher comes from the cache.
 import logging
 import math
 import platform
+import shutil
 import subprocess
 import time
 from collections import defaultdict
@@ -468,6 +469,8 @@ def train_run(
     if own is not None and isinstance(own.class_logits, ClassProbe):
         metrics["probe_accuracy"] = own.class_logits.held_out_accuracy
 
+    gather = partial(collate, encoder=materials.encoder)
+
     def fill(partial: Path) -> None:
         trainer = make_trainer(module, config, dataset, partial / "trainer", show_progress)
         if module.phi is not None:
@@ -475,7 +478,6 @@ def train_run(
                 module.fit_phi(DataLoader(dataset, config.batch_size, collate_fn=trainer.data_collator))
         recorders = {}
         if module.phi is not None and config.probe_examples:
-            gather = partial(collate, encoder=materials.encoder)
             for split, examples in materials.evaluated.items():
                 probes = encode(examples[: config.probe_examples], builder=own)
                 recorders[split] = ProbeRecorder(probes, gather, module, split)
@@ -517,6 +519,7 @@ def train_run(
         if functions := own_functions(config):
             write_json(partial / "functions.json", functions)
         save_manifest(partial / "manifest.json", subset, config.shots, config.seed)
+        shutil.rmtree(partial / "trainer", ignore_errors=True)  # the Trainer's own folder: nothing is in it
         student.save_pretrained(partial / "student")
         materials.encoder.save(partial / "student")
 

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from tdlib.arms import ARMS, apply_arm
 from tdlib.config import ROOT, ConfigError, RunConfig, resolve
+from tdlib.functions import tables
 from tdlib.losses import DISTANCES
 from tdlib.priors import PRIORS
 from tdlib.relevance import RELEVANCE
@@ -99,8 +100,10 @@ def test_whole_numbers_do_where_fractions_are_expected():
 @pytest.mark.parametrize("name", TABLES)
 def test_unknown_variants_are_refused_and_the_known_ones_listed(name):
     (line,) = problems(**{name: "nonesuch"})
-    assert line == f"{name}='nonesuch': expected one of {', '.join(TABLES[name])}"
-    for known in TABLES[name]:
+    table = ({"arm": ARMS} | tables())[name]
+    assert set(table) >= set(TABLES[name])
+    assert line == f"{name}='nonesuch': expected one of {', '.join(table)}"
+    for known in table:
         assert getattr(RunConfig.from_parameters(**{name: known}), name) == known
 
 

@@ -114,9 +114,12 @@ def test_shots_out_of_range_fail(shots):
         low_shot(EXAMPLES, shots, 0)
 
 
-def test_a_stratum_with_too_few_examples_fails_by_name():
-    with pytest.raises(ValueError, match="'role' has only 20 examples"):
-        low_shot(EXAMPLES, 21, 0)
+def test_a_stratum_with_too_few_examples_gives_all_and_is_named(caplog):
+    found = low_shot(EXAMPLES, 21, 0)
+    assert Counter(each.stratum for each in found)["role"] == 20
+    assert Counter(each.stratum for each in found)["scene"] == 21
+    assert "'role' (20)" in caplog.text and "scene" not in caplog.text
+    assert set(ids(low_shot(EXAMPLES, 5, 0))) <= set(ids(found))
 
 
 # manifests

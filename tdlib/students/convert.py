@@ -3,6 +3,7 @@
 Foreign files are read with ``weights_only=True``: no code of theirs runs.
 """
 
+import argparse
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -205,3 +206,30 @@ def add_words(config: UniterConfig, weights: dict[str, Tensor], number: int, see
     rows = config.initializer_range * torch.randn(number, config.hidden_size, generator=generator)
     weights[name] = torch.cat([weights[name].float(), rows])
     config.vocab_size += number
+
+
+def main() -> None:
+    """``python -m tdlib.students.convert uniter uniter-base.pt FOLDER --tokenizer bert-base-cased --vcr``."""
+    from tdlib.students.visual_bert import convert_visual_bert
+    from tdlib.students.vlbert import convert_vlbert
+
+    parser = argparse.ArgumentParser(description="Turn an official checkpoint into a student's folder.")
+    parser.add_argument("kind", choices=["uniter", "vl-bert", "visual-bert"])
+    parser.add_argument("checkpoint", help="a .pt or .model file; for VisualBERT a folder or hub id")
+    parser.add_argument("folder", help="where to write; must not exist or be empty")
+    parser.add_argument("--tokenizer", required=True, help="folder or hub id of its BERT tokenizer")
+    parser.add_argument("--vcr", action="store_true", help="make room for VCR's answers and rationales")
+    options = parser.parse_args()
+    try:
+        if options.kind == "visual-bert":
+            convert_visual_bert(options.checkpoint, options.folder, options.tokenizer)
+        else:
+            convert = convert_uniter if options.kind == "uniter" else convert_vlbert
+            convert(options.checkpoint, options.folder, options.tokenizer, vcr=options.vcr)
+    except StudentError as error:
+        raise SystemExit(f"convert: {error}") from None
+    print(Path(options.folder).resolve())
+
+
+if __name__ == "__main__":
+    main()
