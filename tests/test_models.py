@@ -15,7 +15,7 @@ MODELS = sorted(path.parent for path in (ROOT / "data" / "models").glob("*/prove
 
 
 def test_there_are_a_teacher_and_a_student():
-    assert {"mini-clip", "mini-vilt"} <= {folder.name for folder in MODELS}
+    assert {"mini-clip", "mini-vilt", "mini-uniter", "mini-detector"} <= {folder.name for folder in MODELS}
 
 
 def test_all_weights_together_are_small():
