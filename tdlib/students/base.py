@@ -4,8 +4,9 @@ A student is a ``PreTrainedModel``; which tokens it sees where (characters, boxe
 output, so that the method never needs to know the architecture.
 """
 
+import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -188,6 +189,38 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
             f"(missing {sorted(missing)[:3]}, mismatched {sorted(mismatched)[:3]})"
         )
     return model
+
+
+def read_checkpoint(path: Path | str, key: str) -> dict[str, Tensor]:
+    """The tensors of a file that ``torch.save`` wrote, or those that it keeps under ``key``.
+
+    Raises:
+        StudentError: the file cannot be read, or holds something else.
+    """
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch lets through what zipfile, pickle and the system raise
+        unsafe = isinstance(error, pickle.UnpicklingError)  # torch then advises to load it all the same
+        reason = "damaged, or with objects other than tensors" if unsafe else error
+        raise StudentError(
+            f"checkpoint {path} cannot be read ({reason}); expected a file of tensors that torch.save wrote"
+        ) from error
+    if isinstance(state, dict):
+        state = state.get(key, state)
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise StudentError(f"checkpoint {path} is not a state dict; expected tensors by parameter name")
+    return state
+
+
+def mismatches(problems: Mapping[str, Collection[str]]) -> str:
+    """How many parameters are what, and the first three names of each; "" where there are none."""
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in problems.items()
+        if names
+    )
 
 
 def drawn_linear(inputs: int, outputs: int) -> nn.Linear:

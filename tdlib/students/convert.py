@@ -4,11 +4,9 @@ Foreign files are read with ``weights_only=True``: no code of theirs runs.
 """
 
 import argparse
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,7 +15,7 @@ from transformers import AutoTokenizer
 
 from tdlib.config import resolve
 from tdlib.files import write_folder
-from tdlib.students.base import StudentError
+from tdlib.students.base import StudentError, mismatches, read_checkpoint
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
 from tdlib.tasks.vcr import PERSON_TOKENS
 
@@ -59,7 +57,9 @@ def convert_uniter(
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise StudentError(f"{folder} is not empty; remove it or choose another folder to write to")
-    config, weights, dropped = uniter_weights(read_checkpoint(checkpoint), str(checkpoint), drop)
+    config, weights, dropped = uniter_weights(
+        read_checkpoint(checkpoint, "model_state"), str(checkpoint), drop
+    )
     try:
         words = AutoTokenizer.from_pretrained(resolve(str(tokenizer)))
     except Exception as error:  # transformers lets through what json and tokenizers raise
@@ -89,29 +89,6 @@ def convert_uniter(
 
     write_folder(folder, fill)
     return dropped
-
-
-def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a ``.pt`` file, or of its ``model_state``.
-
-    Raises:
-        StudentError: the file cannot be read, or holds something else.
-    """
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch lets through what zipfile, pickle and the system raise
-        unsafe = isinstance(error, pickle.UnpicklingError)  # torch then advises to load it all the same
-        reason = "damaged, or with objects other than tensors" if unsafe else error
-        raise StudentError(
-            f"checkpoint {path} cannot be read ({reason}); expected a file of tensors that torch.save wrote"
-        ) from error
-    if isinstance(state, dict):
-        state = state.get("model_state", state)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise StudentError(f"checkpoint {path} is not a state dict; expected tensors by parameter name")
-    return state
 
 
 def uniter_weights(
@@ -146,12 +123,7 @@ def uniter_weights(
             if name in weights and weights[name].shape != shape
         },
     }
-    if any(problems.values()):
-        found = "; ".join(
-            f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-            for what, names in problems.items()
-            if names
-        )
+    if found := mismatches(problems):
         raise StudentError(
             f"checkpoint {where} is not a pretrained UNITER: parameters {found}; what is unknown but not "
             "needed can be named in drop"

@@ -1,4 +1,4 @@
-"""Inputs of students that read region features beside text: UNITER, VL-BERT, VisualBERT."""
+"""Inputs and output of students that read region features beside text: UNITER, VL-BERT, VisualBERT."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -8,7 +8,44 @@ from torch import Tensor
 
 from tdlib.examples import Example
 from tdlib.regions import RegionSource
-from tdlib.students.base import EncodedText, StudentEncoder, StudentError, pad_last, referred_objects
+from tdlib.students.base import (
+    EncodedText,
+    StudentEncoder,
+    StudentError,
+    StudentOutput,
+    pad_last,
+    referred_objects,
+)
+
+
+def sequence_mask(attention_mask: Tensor, region_mask: Tensor) -> Tensor:
+    """(batch, choices, text_tokens + regions) of (batch, choices, text_tokens) and (batch, regions)."""
+    regions = region_mask[:, None].expand(-1, attention_mask.shape[1], -1)
+    return torch.cat([attention_mask, regions.to(attention_mask)], dim=-1)
+
+
+def region_output(
+    logits: Tensor,
+    states: Sequence[Tensor],
+    attention_mask: Tensor,
+    region_mask: Tensor,
+    region_boxes: Tensor,
+    spans: Tensor | None,
+) -> StudentOutput:
+    """Output over text, then regions, of ``states`` (batch * choices, at least those tokens, width)."""
+    mask = sequence_mask(attention_mask, region_mask)
+    batch, choices, tokens = mask.shape
+    length, regions = attention_mask.shape[2], region_mask.shape[1]
+    if spans is None:
+        spans = attention_mask.new_zeros(batch, choices, length, 2)
+    boxes = region_boxes[:, None].expand(-1, choices, -1, -1)
+    return StudentOutput(
+        logits=logits,
+        hidden_states=tuple(state[:, :tokens].unflatten(0, (batch, choices)) for state in states),
+        attention_mask=mask,
+        spans=torch.cat([spans, spans.new_zeros(batch, choices, regions, 2)], dim=2),
+        boxes=torch.cat([boxes.new_zeros(batch, choices, length, 4), boxes], dim=2),
+    )
 
 
 class RegionEncoder(StudentEncoder):

@@ -22,7 +22,7 @@ from transformers.models.bert.modeling_bert import (
 
 from tdlib.examples import Example
 from tdlib.students.base import EncodedText, StudentError, StudentOutput, drawn_linear, load_checkpoint
-from tdlib.students.region_encoder import RegionEncoder
+from tdlib.students.region_encoder import RegionEncoder, region_output, sequence_mask
 
 IMAGE_TYPE = 1  # the token type of regions
 
@@ -115,12 +115,6 @@ class UniterModel(UniterPreTrainedModel):
         return tuple(states)
 
 
-def sequence_mask(attention_mask: Tensor, region_mask: Tensor) -> Tensor:
-    """(batch, choices, text_tokens + regions) of (batch, choices, text_tokens) and (batch, regions)."""
-    regions = region_mask[:, None].expand(-1, attention_mask.shape[1], -1)
-    return torch.cat([attention_mask, regions.to(attention_mask)], dim=-1)
-
-
 class LogOdds(nn.Module):
     """The log-odds of class 1 of two: (..., 2) logits to (..., 1)."""
 
@@ -183,24 +177,13 @@ class UniterForMultipleChoice(UniterPreTrainedModel):
             spans: (batch, choices, text_tokens, 2) characters of each token, handed on in the output.
             output_hidden_states: whether to return hidden states, spans and boxes.
         """
-        batch, choices, length = input_ids.shape
         states = self.uniter(
             input_ids, attention_mask, token_type_ids, region_features, region_boxes, region_mask
         )
-        logits = self.classifier(self.uniter.pooler(states[-1])).view(batch, -1)  # per choice, or per class
+        logits = self.classifier(self.uniter.pooler(states[-1])).view(len(input_ids), -1)  # or per class
         if not output_hidden_states:
             return StudentOutput(logits=logits)
-        regions = region_boxes.shape[1]
-        if spans is None:
-            spans = input_ids.new_zeros(batch, choices, length, 2)
-        boxes = region_boxes[:, None].expand(-1, choices, -1, -1)
-        return StudentOutput(
-            logits=logits,
-            hidden_states=tuple(state.unflatten(0, (batch, choices)) for state in states),
-            attention_mask=sequence_mask(attention_mask, region_mask),
-            spans=torch.cat([spans, spans.new_zeros(batch, choices, regions, 2)], dim=2),
-            boxes=torch.cat([boxes.new_zeros(batch, choices, length, 4), boxes], dim=2),
-        )
+        return region_output(logits, states, attention_mask, region_mask, region_boxes, spans)
 
 
 class UniterForClassification(UniterForMultipleChoice):

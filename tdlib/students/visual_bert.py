@@ -15,14 +15,13 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from tdlib.files import write_folder
 from tdlib.students.base import StudentError, StudentOutput, drawn_linear, load_checkpoint
-from tdlib.students.uniter import sequence_mask
+from tdlib.students.region_encoder import region_output, sequence_mask
 from tdlib.students.vlbert import (
     BertPairEncoder,
     answer_slot,
     check_empty,
     fitting_tokenizer,
     referents,
-    region_output,
 )
 
 REGION_TYPE = 1  # of the visual token types

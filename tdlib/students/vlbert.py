@@ -7,7 +7,6 @@ share the position after the text. Features come precomputed, as in the authors'
 detector inside, and no loss on it.
 """
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,9 +30,16 @@ from tdlib.config import resolve
 from tdlib.examples import Example
 from tdlib.files import write_folder
 from tdlib.regions import RegionSource
-from tdlib.students.base import EncodedText, StudentError, StudentOutput, drawn_linear, load_checkpoint
-from tdlib.students.region_encoder import RegionEncoder
-from tdlib.students.uniter import sequence_mask
+from tdlib.students.base import (
+    EncodedText,
+    StudentError,
+    StudentOutput,
+    drawn_linear,
+    load_checkpoint,
+    mismatches,
+    read_checkpoint,
+)
+from tdlib.students.region_encoder import RegionEncoder, region_output, sequence_mask
 
 REGION_TYPE = 2  # the token type of regions and of [END]
 FREQUENCIES = 256
@@ -72,30 +78,6 @@ def referents(objects: Tensor, region_objects: Tensor) -> Tensor:
     an example's objects, -1 for none.
     """
     return (objects[..., None] == region_objects[:, None, None]) & (objects[..., None] >= 0)
-
-
-def region_output(
-    logits: Tensor,
-    states: Sequence[Tensor],
-    attention_mask: Tensor,
-    region_mask: Tensor,
-    region_boxes: Tensor,
-    spans: Tensor | None,
-) -> StudentOutput:
-    """Output over text, then regions, of ``states`` (batch * choices, at least those tokens, width)."""
-    mask = sequence_mask(attention_mask, region_mask)
-    batch, choices, tokens = mask.shape
-    length, regions = attention_mask.shape[2], region_mask.shape[1]
-    if spans is None:
-        spans = attention_mask.new_zeros(batch, choices, length, 2)
-    boxes = region_boxes[:, None].expand(-1, choices, -1, -1)
-    return StudentOutput(
-        logits=logits,
-        hidden_states=tuple(state[:, :tokens].unflatten(0, (batch, choices)) for state in states),
-        attention_mask=mask,
-        spans=torch.cat([spans, spans.new_zeros(batch, choices, regions, 2)], dim=2),
-        boxes=torch.cat([boxes.new_zeros(batch, choices, length, 4), boxes], dim=2),
-    )
 
 
 def answer_slot(state: Tensor, attention_mask: Tensor) -> Tensor:
@@ -417,7 +399,7 @@ def convert_vlbert(
             unknown shape; the tokenizer is of another size; the folder is not empty.
     """
     check_empty(folder)
-    config, weights, left_out = vlbert_weights(_state_dict(checkpoint), str(checkpoint))
+    config, weights, left_out = vlbert_weights(read_checkpoint(checkpoint, "state_dict"), str(checkpoint))
     words = fitting_tokenizer(tokenizer, config.vocab_size, str(checkpoint))
     if vcr:
         name = "vlbert.token_type_embeddings.weight"
@@ -460,25 +442,6 @@ def fitting_tokenizer(name: Path | str, size: int, where: str) -> Any:
     return words
 
 
-def _state_dict(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a ``.model`` file, which keeps them beside the optimizer's, or of a bare state dict."""
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch lets through what zipfile, pickle and the system raise
-        unsafe = isinstance(error, pickle.UnpicklingError)  # torch then advises to load it all the same
-        reason = "damaged, or with objects other than tensors" if unsafe else error
-        raise StudentError(
-            f"checkpoint {path} cannot be read ({reason}); expected a file of tensors that torch.save wrote"
-        ) from error
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise StudentError(f"checkpoint {path} is not a state dict; expected tensors by parameter name")
-    return state
-
-
 def vlbert_weights(
     state: Mapping[str, Tensor], where: str
 ) -> tuple[VlBertConfig, dict[str, Tensor], list[str]]:
@@ -514,12 +477,7 @@ def vlbert_weights(
             if weights[name].shape != shape
         },
     }
-    if any(problems.values()):
-        found = "; ".join(
-            f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-            for what, names in problems.items()
-            if names
-        )
+    if found := mismatches(problems):
         raise StudentError(
             f"checkpoint {where} is not a VL-BERT: parameters {found}; expected the parameters of the "
             "authors' base or large model, in a file such as vl-bert-base-prec.model"
