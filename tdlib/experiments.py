@@ -24,7 +24,6 @@ from tdlib.statistics import bootstrap_interval
 from tdlib.students.base import StudentEncoder
 from tdlib.students.catalogue import architecture, load_student, open_encoder
 from tdlib.students.clip import ClipFusionEncoder
-from tdlib.students.region_encoder import RegionEncoder
 from tdlib.targets import TargetBuilder
 from tdlib.tasks.catalogue import (
     answer_vocabulary,
@@ -98,12 +97,12 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
     for seed in seeds or [config.seed]:
         subset = low_shot(train, config.shots, seed)
         add_to_cache(cache, subset, worded)
-        add_regions(encoder, subset)
+        encoder.prepare(subset)
     for examples in evaluated.values():  # every example is made: a bad one is found now, not after training
         if not whole_splits:
             for _ in examples:
                 pass
-        add_regions(encoder, examples)
+        encoder.prepare(examples)
         add_to_cache(cache, examples if whole_splits else examples[: config.probe_examples], worded)
     return Materials(
         train=train,
@@ -121,7 +120,7 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
 def encoder_of(config: RunConfig, cache: TeacherCache | None = None, student: str = "") -> StudentEncoder:
     """The encoder of the run's student (or of a stored ``student``), with the regions that it reads.
 
-    Regions computed on this machine are stored, see ``add_regions``.
+    Regions computed on this machine are stored, see ``RegionEncoder.prepare``.
 
     Raises:
         ConfigError: regions are CLIP's, but the student reads none.
@@ -140,13 +139,6 @@ def encoder_of(config: RunConfig, cache: TeacherCache | None = None, student: st
     if config.regions == "clip" and not architecture(name).reads_regions:
         raise ConfigError(f"regions='clip' (arm clip_input) need a student that reads regions, not {name!r}")
     return open_encoder(name, config.max_text_tokens, regions)
-
-
-def add_regions(encoder: StudentEncoder, examples: Sequence[Example], part: int = 5_000) -> None:
-    """Computes and stores the regions of the examples, if the student reads any that are computed here."""
-    if isinstance(encoder, RegionEncoder) and isinstance(encoder.regions, CachedRegions):
-        for start in range(0, len(examples), part):
-            encoder.regions.add(examples[start : start + part])
 
 
 def fit_idf(train: Examples, most: int = 20_000) -> Idf:
@@ -355,7 +347,7 @@ def write_masked(folder: Path, shift: str, source: Path | None = None) -> Path:
     student = load_student(str(folder / "student")).eval()
     lines = []
     examples = VcrReader(home, source.stem, references=config.references, file=source).open()
-    add_regions(encoder, examples)
+    encoder.prepare(examples)
     for record, example in zip(Records.lines(source, "VCR"), examples, strict=True):
 
         def score_variants(prompt, variants, record=record, example=example):

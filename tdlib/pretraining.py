@@ -48,6 +48,12 @@ MINI_CLIP = {
 }  # fmt: skip
 
 
+def mixed_precision() -> torch.autocast:
+    """bfloat16 where the CPU multiplies it; elsewhere it is emulated, many times slower than float32."""
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=supported)
+
+
 def _render(job: tuple[str, int, int, int, int, int]) -> tuple[np.ndarray, list[list[str]]]:
     kind, seed, start, stop, size, readings = job
     pictures, texts = [], []
@@ -219,7 +225,7 @@ def pretrain_teacher(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, phase_steps, peak, 50)
             pixels = (pictures[index] - offset) / scale
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with mixed_precision():
                 image, votes = patch_words(model.visual, pixels, word_head)
                 guesses = word_head(image).float()
             present = words[index][:, asked].float()
@@ -227,7 +233,7 @@ def pretrain_teacher(
             values = [float(loss.detach())]
             if phase == "contrast":
                 ids = encoded[index, : int(lengths[index].max())]
-                with torch.autocast("cpu", dtype=torch.bfloat16):
+                with mixed_precision():
                     text = encode_text_tokens(model, ids)[0]
                 image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
                 logits = model.logit_scale.exp() * image @ text.T
@@ -298,7 +304,7 @@ def see_words(
     for step, index in enumerate(batches(len(pictures), batch, steps, seed)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak, 50)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             patches, mask, _ = embed_patches(model.vilt, pictures[index] / 127.5 - 1, pixel_mask)
             output = model.vilt(
                 input_ids=start, attention_mask=torch.ones_like(start),
@@ -399,7 +405,7 @@ def pretrain_student(
         chosen = shown * 2 * readings + false * readings + reading
         ids = encoded[chosen, : int(lengths[chosen].max())]
         words, labels = mask_words(ids, tokenizer, 0.15, generator)  # of both kinds: [MASK] must not tell
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             output = model(
                 words[:, None],
                 (words != tokenizer.pad_token_id).long()[:, None],

@@ -23,7 +23,7 @@ from tdlib.files import write_json
 from tdlib.miniworld.drawing import SIZE, Drawn, Picture, draw
 from tdlib.miniworld.scenes import HELD, MOODS, PLACES, POSES, ROLES, SHIRTS, THINGS, WEATHER, Scene
 from tdlib.miniworld.writers import VERSION, scene_at
-from tdlib.pretraining import batches, learning_rate, make_optimizer, note_figures
+from tdlib.pretraining import batches, learning_rate, make_optimizer, mixed_precision, note_figures
 
 log = logging.getLogger("tdlib.pretraining_detector")
 
@@ -146,7 +146,7 @@ def train_mini_detector(
             group["lr"] = learning_rate(step, steps, peak, 50)
         asked = (labels[index] >= 0).any(-1)
         shown = [jitter(box[real], 0.1, generator) for box, real in zip(boxes[index], asked, strict=True)]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             features = detector(pictures[index].contiguous(memory_format=torch.channels_last), shown)
             logits = detector.logits(features)
         loss = attribute_loss(logits, labels[index][asked])

@@ -33,6 +33,7 @@ from tdlib.pretraining import (
     learning_rate,
     make_optimizer,
     mask_words,
+    mixed_precision,
     note_figures,
     replaced_words,
     train_wordpiece_tokenizer,
@@ -424,7 +425,7 @@ def pretrain_region_student(
         shown = seen.inputs(index, torch.rand(len(index), generator=generator) < bare)
         said = text_inputs(words, texts.objects[chosen, :length], seen.people[index], tokenizer)
         inputs = {name: value for name, value in (shown | said).items() if name in model.inputs}
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             output = model(**inputs, output_hidden_states=True)
             losses = caption_losses(
                 output, heads, model.get_input_embeddings().weight, labels,

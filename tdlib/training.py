@@ -564,6 +564,7 @@ def preview_targets(
     logits = class_logits(config, materials, low_shot(materials.train, config.shots, config.seed))
     builder = TargetBuilder(shared.cache, shared.idf, config, logits)
     builder.prepare(examples)
+    materials.encoder.prepare(examples)
     encoded = EncodedExamples(examples, materials.encoder, builder, num_labels=len(materials.labels))
     student = load_student(config, materials)
     module = TargetedDistillation(student, config, shared.cache.teacher.dim).eval()

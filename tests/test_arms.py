@@ -102,7 +102,7 @@ def test_each_region_student_trains_on_each_task_and_loads_again(settings, tmp_p
     stored = load_student(str(tmp_path / "run" / "student"), labels=materials.labels)
     examples = next(iter(materials.evaluated.values()))
     encoder = experiments.encoder_of(config, student=str(tmp_path / "run" / "student"))
-    experiments.add_regions(encoder, examples)
+    encoder.prepare(examples)
     again = predict(stored, EncodedExamples(examples, encoder, num_labels=len(materials.labels)))
     rows = pd.read_parquet(tmp_path / "run" / "predictions.parquet").iloc[: len(examples)]
     assert (rows["prediction"] == again.argmax(1)).all()

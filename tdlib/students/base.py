@@ -112,6 +112,9 @@ class StudentEncoder(ABC):
     def load_processor(self) -> None:  # noqa: B027 (not every student has one)
         """Loads what else the encoder needs from ``self.name``."""
 
+    def prepare(self, examples: Sequence[Example]) -> None:  # noqa: B027 (most students need nothing)
+        """Computes and stores what encoding these examples reads, where it is not read from files."""
+
     @abstractmethod
     def text(self, example: Example) -> EncodedText:
         """Ids and spans of the statements (prompt with each choice, or the prompt) of one example."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tdlib.examples import Example
-from tdlib.regions import RegionSource
+from tdlib.regions import CachedRegions, RegionSource
 from tdlib.students.base import (
     EncodedText,
     StudentEncoder,
@@ -130,6 +130,12 @@ class RegionEncoder(StudentEncoder):
             types += [kind] * (len(piece) + 1)
             spans += [*(span for _, span in piece), (0, 0)]
         return ids, types, spans
+
+    def prepare(self, examples: Sequence[Example], part: int = 5_000) -> None:
+        """Computes and stores the regions of the examples, ``part`` at a time, if they are computed here."""
+        if isinstance(self.regions, CachedRegions):
+            for start in range(0, len(examples), part):
+                self.regions.add(examples[start : start + part])
 
     def visual(self, example: Example) -> dict[str, Tensor]:
         regions = self.regions(example)
