@@ -105,6 +105,10 @@ class Runner:
             if state["state"] not in self.states and not self.tries[run.id]:
                 del self.waiting[run.id]
                 return True
+            if state["state"] == "queued" and (other := run_states.adopt(folder)):
+                del self.waiting[run.id]
+                self.say(f"{run.id} done: the same run as in batch {other.parent.name}")
+                return True
             if self.engine.claims:
                 attempt = run_states.clear_for_attempt(folder)
             else:

@@ -262,6 +262,23 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def adopt(folder: Path) -> Path | None:
+    """Copies the same run from another batch where it is done and whole; says where it came from.
+
+    A run's name says all that its results depend on, so the other batch's are these. The caller has
+    claimed ``folder``, which holds nothing of an attempt yet. The state is written last.
+    """
+    for other in sorted(folder.parent.parent.glob(f"*/{folder.name}")):
+        state = recorded_state(other)
+        if other == folder or state["state"] != "done" or damaged(other, state):
+            continue
+        left = shutil.ignore_patterns(".lock", "state.json", "stop", "attempt-*", "interactive")
+        shutil.copytree(other, folder, ignore=left, dirs_exist_ok=True)
+        write_state(folder, state | {"adopted_from": str(other)})
+        return other
+    return None
+
+
 # Processes.
 
 

@@ -512,6 +512,23 @@ def test_what_is_done_is_not_repeated_and_what_changed_is_not_reused(tmp_path):
     assert (batch.folder / first.id / "attempt-1" / "state.json").is_file()
 
 
+def test_the_same_run_of_another_batch_is_taken_over_if_it_is_whole(tmp_path):
+    first = make_batch(tmp_path, grid={"a": [1, 2, 3]}, name="first")
+    first.run()
+    one, two, three = first.plan.runs
+    damaged = first.folder / one.id / "output" / "a1-seed0" / "metrics.json"
+    damaged.write_text(damaged.read_text()[:10])
+    second = make_batch(tmp_path, grid={"a": [1, 2, 4]}, name="second")
+    second.run()
+    assert states_of(second) == ["done"] * 3
+    begun = (second.folder / "begun.txt").read_text().split()
+    assert sorted(begun) == sorted(run.id for run in second.plan.runs if run.id != two.id)
+    assert second.states()[two.id]["adopted_from"] == str(first.folder / two.id)
+    taken = {name: value for name, value in results_of(second).items() if name.startswith(two.id)}
+    assert taken.items() <= results_of(first).items() and len(taken) == 2
+    assert not (second.folder / three.id).exists()
+
+
 def test_a_template_that_changes_between_plan_and_start_is_noticed(tmp_path):
     batch = make_batch(tmp_path)
     write_template(tmp_path, "pass")
