@@ -29,6 +29,7 @@ from tdlib.examples import Reference, TextPart
 from tdlib.files import write_json
 from tdlib.miniworld.writers import VERSION, captioned_scene, false_caption
 from tdlib.pretraining import (
+    HAS_BFLOAT16,
     batches,
     learning_rate,
     make_optimizer,
@@ -396,7 +397,8 @@ def pretrain_region_student(
     log.info("regions: %s in %.0f s", tuple(seen.features.shape), time.time() - started)
     model = made.make(seen.features.shape[-1], len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.set_attn_implementation("eager")  # on the CPU a third faster in bf16 than the fused one's backward
+    if HAS_BFLOAT16:
+        model.set_attn_implementation("eager")  # on the CPU a third faster than the fused one's backward
     longest = model.config.max_position_embeddings - 2  # VL-BERT has two more places behind a text
     texts = read_captions(tokenizer, caption_texts(seed, scenes, readings), readings, longest)
     log.info("captions: %s in %.0f s", tuple(texts.ids.shape), time.time() - started)
@@ -449,7 +451,7 @@ def pretrain_region_student(
         "readings": readings, "hard_negatives": hard, "steps": steps, "batch": batch,
         "peak_learning_rate": peak, "seed": seed, "minutes": round((time.time() - started) / 60, 1),
         "final": {name: round(float(np.mean(values[-50:])), 3) for name, values in history.items()},
-        "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "bfloat16": HAS_BFLOAT16,
     })  # fmt: skip
     return history
 
