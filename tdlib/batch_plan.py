@@ -199,7 +199,7 @@ def plan_batch(description: Mapping[str, Any], name: str, folder: Path = ROOT) -
     else:
         every, _ = expand(parts | {"exclude": []})
         for number, entry in enumerate(parts["exclude"]):
-            if not any(_matches(row, entry) for row in every):
+            if not any(matches(row, entry) for row in every):
                 problems.append(f"exclude[{number}]={entry!r}: no run is like that")
     rows, plan.repeated = expand(parts)
     if not rows:
@@ -364,7 +364,7 @@ def expand(parts: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
     if axes or not parts.get("include"):
         for combination in itertools.product(*axes):
             row = base | {name: value for part in combination for name, value in part.items()}
-            if not any(_matches(row, entry) for entry in parts.get("exclude", [])):
+            if not any(matches(row, entry) for entry in parts.get("exclude", [])):
                 rows.append(row)
     rows += [base | entry for entry in parts.get("include", [])]
     if parts.get("seeds"):
@@ -373,7 +373,8 @@ def expand(parts: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
     return list(distinct.values()), len(rows) - len(distinct)
 
 
-def _matches(row: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+def matches(row: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether parameters have all of an entry's values; a list means any of them."""
     return all(
         row[name] in value if isinstance(value, list) else row[name] == value
         for name, value in entry.items()

@@ -25,6 +25,7 @@ from tdlib.batch_plan import (
     PlannedRun,
     check_parameters,
     estimate,
+    matches,
     notebook_parameters,
     plan_batch,
     read_batch,
@@ -173,21 +174,33 @@ class Batch:
         """Writes results.parquet and index.html; returns the page."""
         return batch_reports.write_reports(self.folder, self.plan, self.states(), self.file)
 
-    def run(self, engine: str | Engine = "local", **options: Any) -> pd.DataFrame:
+    def run(
+        self, engine: str | Engine = "local", where: Mapping[str, Any] | None = None, **options: Any
+    ) -> pd.DataFrame:
         """Executes what has not begun; returns the table.
 
         Args:
             engine: "local", "ray" or an engine.
+            where: only the runs with these values of parameters; a list means any of them.
             options: of the engine (cpus, gpus; address).
 
         Raises:
-            ConfigError: mistakes in the batch, before anything starts.
+            ConfigError: mistakes in the batch, or no run is like ``where``, before anything starts.
         """
-        return self._run(BEGIN, engine, options)
+        return self._run(BEGIN, engine, options, self._like(where))
 
-    def resume(self, engine: str | Engine = "local", **options: Any) -> pd.DataFrame:
-        """Executes what has not begun, was killed or was lost; returns the table."""
-        return self._run(RESUME, engine, options)
+    def resume(
+        self, engine: str | Engine = "local", where: Mapping[str, Any] | None = None, **options: Any
+    ) -> pd.DataFrame:
+        """Executes what has not begun, was killed or was lost, of those like ``where``; returns the table."""
+        return self._run(RESUME, engine, options, self._like(where))
+
+    def _like(self, where: Mapping[str, Any] | None) -> list[PlannedRun] | None:
+        self.check()
+        chosen = [run for run in self.plan.runs if matches(run.parameters, where or {})]
+        if where and not chosen:
+            raise ConfigError(f"{dict(where)}: no run of {self.plan.name} is like that")
+        return chosen if where else None
 
     def retry(self, only: Sequence[str] = (), engine: str | Engine = "local", **options: Any) -> pd.DataFrame:
         """Executes what failed or ran out of time again (or the runs with these ids); returns the table."""

@@ -118,7 +118,8 @@ def _execute(batch: "Batch", options: argparse.Namespace) -> None:
             raise ConfigError("say what to try again: --failed, or the ids of runs")
         batch.retry(options.runs, options.engine, **engine)
     else:
-        (batch.run if options.action == "run" else batch.resume)(options.engine, **engine)
+        where = {key: _literal(value) for key, value in options.where}
+        (batch.run if options.action == "run" else batch.resume)(options.engine, where, **engine)
 
 
 def _plan(batch: "Batch") -> int:
@@ -165,6 +166,11 @@ def _add_batch(commands: Any) -> None:
         if name == "retry":
             action.add_argument("runs", nargs="*", help="ids of runs, or how they begin")
             action.add_argument("--failed", action="store_true", help="all that failed or ran out of time")
+        if name in ("run", "resume"):
+            action.add_argument(
+                "-w", "--where", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                help="only runs with this value of a parameter, or one of a list: -w shots '[12, 24]'",
+            )  # fmt: skip
         if name in ("run", "resume", "retry"):
             action.add_argument("--engine", choices=["local", "ray"], default="local")
             action.add_argument("--address", default="", help="of the Ray cluster; one is started without")

@@ -93,7 +93,7 @@ class RunConfig(BaseModel):
         -2, description="index into hidden states; -1 is the last, -2 what [CLS] reads"
     )
     relevance: str = "value"
-    temperature: float = Field(0.1, gt=0, description="of the relevance softmax")
+    temperature: float = Field(0.03, gt=0, description="of the relevance softmax")
     prior: str = "idf"
     visual_prior: Literal["uniform", "referred"] = Field(
         "uniform", description="of patches and regions: all alike, or those that the text points at"
