@@ -14,6 +14,7 @@ import numpy as np
 MINIMUM_PAIRS = 6  # below, the exact sign-flip test cannot reach 0.05: 2 / 2^5 is 0.0625
 EXACT_PAIRS = 14  # up to here all 2^n sign patterns are looked at
 ALPHA = 0.05
+DRAWN_AT_ONCE = 400_000  # members of resamples that are held in memory together
 
 _NORMAL = NormalDist()
 _Key = TypeVar("_Key")
@@ -88,10 +89,12 @@ class _Draws:
         sizes = np.bincount(index, minlength=number)
         rng = np.random.default_rng(seed)
         resampled = np.empty((len(values), resamples))
-        for i in range(resamples):
-            drawn = np.bincount(rng.integers(seeds, size=seeds), minlength=seeds)
-            counts = np.bincount(rng.integers(number, size=number), minlength=number)
-            resampled[:, i] = (sums @ counts) @ drawn / (seeds * (sizes @ counts))
+        at_once = max(1, DRAWN_AT_ONCE // (seeds + number))
+        for start in range(0, resamples, at_once):
+            part = min(at_once, resamples - start)
+            drawn, counts = _drawn(rng, part, seeds), _drawn(rng, part, number)
+            totals = np.einsum("tsp,ps->tp", sums @ counts.T, drawn)
+            resampled[:, start : start + part] = totals / (seeds * (counts @ sizes))
         left_out = []
         by_seed = sums.sum(-1) / sizes.sum()
         if seeds > 1:
@@ -116,6 +119,12 @@ class _Draws:
             raise ValueError(f"method={method!r}: expected 'bca' or 'percentile'")
         low, high = np.quantile(resampled, shares)
         return float(low), float(high)
+
+
+def _drawn(rng: np.random.Generator, resamples: int, members: int) -> np.ndarray:
+    """How often each member is drawn in each resample, (resamples, members); rows sum to ``members``."""
+    drawn = rng.integers(members, size=(resamples, members)) + members * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=resamples * members).reshape(resamples, members)
 
 
 def _bca_shares(
