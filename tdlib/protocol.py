@@ -40,7 +40,7 @@ CELL = ["batch", "task", "setting", "shots"]
 RUN_COLUMNS = [
     "batch", "run", "state", "reason", "task", "shots", "arm", "seed", "setting", "train_examples", "subset",
 ]  # fmt: skip
-SCORE_COLUMNS = ["run", "split", "id", "image", "score", "chance"]
+SCORE_COLUMNS = ["batch", "run", "split", "id", "image", "score", "chance"]
 USUAL = "usual"  # the test that is not shifted
 CONTROLS = (
     "balanced",
@@ -80,7 +80,8 @@ def read_runs(folder: Path) -> pd.DataFrame:
     folder = Path(folder)
     rows, given = [], {}
     for entry in recorded_runs(folder).to_dict("records"):
-        row = {"batch": folder.name, "run": entry["run"], "state": entry["state"], "reason": entry["reason"]}
+        row: dict[str, Any] = {"batch": folder.name, "subset": ""}
+        row |= {name: entry[name] for name in ("run", "state", "reason")}
         parameters = entry["parameters"]
         if parameters is not None:
             lacking = [name for name in ("task", "shots", "arm", "seed") if name not in parameters]
@@ -98,13 +99,14 @@ def read_runs(folder: Path) -> pd.DataFrame:
             row |= {"train_examples": len(ids), "subset": digest}
         rows.append(row)
     table = pd.DataFrame(rows, columns=RUN_COLUMNS)
-    table["subset"] = table["subset"].fillna("")
+    settings: dict[str, str] = {}
     for _, own in table.groupby("task"):
-        parameters = [given[run] for run in own["run"]]
-        varied = [name for name in parameters[0] if len({known.get(name) for known in parameters}) > 1]
-        table.loc[own.index, "setting"] = [
-            ", ".join(f"{name}={known.get(name)}" for name in varied) for known in parameters
-        ]
+        parameters = {run: given[run] for run in own["run"]}
+        names = dict.fromkeys(name for known in parameters.values() for name in known)
+        varied = [n for n in names if len({known.get(n) for known in parameters.values()}) > 1]
+        for run, known in parameters.items():
+            settings[run] = ", ".join(f"{name}={known.get(name)}" for name in varied)
+    table["setting"] = [settings.get(run, "") for run in table["run"]]
     return table
 
 
@@ -152,7 +154,7 @@ def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.Dat
 def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
     """What every finished run scored on every labelled example.
 
-    Columns: run, split, id, image, score in [0, 1], chance. For task "vcr" a row is a question, right
+    Columns: batch, run, split, id, image, score in [0, 1], chance. For task "vcr" a row is a question, right
     if answer and rationale are (Q->AR). ``chance`` is, for the whole split, what guessing reaches: one
     of the choices (of both, for Q->AR); where there is a label set, always the label that is most
     frequent in that split, a constant that knows the split's frequencies.
@@ -191,7 +193,7 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
         if done.at[run, "task"] == "vcr":
             chance = chance**2
             rows = joint_predictions(rows.assign(arm=done.at[run, "arm"], seed=done.at[run, "seed"]))
-        frames.append(rows.assign(chance=chance)[SCORE_COLUMNS])
+        frames.append(rows.assign(batch=folder.name, chance=chance)[SCORE_COLUMNS])
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=SCORE_COLUMNS)
 
 
@@ -242,10 +244,10 @@ def compare_arms(
         where = dict(zip(CELL, key, strict=True))
         twice = cell[cell.duplicated(["arm", "seed"], keep=False)]
         if len(twice):
-            named = ", ".join(f"{r.run} ({r.arm}, seed {r.seed})" for r in twice.itertuples())
+            named = ", ".join(f"{r.run} ({r.arm}, seed {r.seed:g})" for r in twice.itertuples())
             raise ProtocolError(f"{_place(where)}: several runs of one arm and seed: {named}; expected one")
         _check_subsets(where, cell, baseline)
-        own = scores[scores["run"].isin(cell["run"])]
+        own = scores[(scores["batch"] == where["batch"]) & scores["run"].isin(cell["run"])]
         for split, part in own.groupby("split", sort=False):
             shared = where | {
                 "train_examples": float(cell["train_examples"].mean()),
@@ -282,7 +284,7 @@ def _compare_cell(
     clusters, chance = examples["image"].to_numpy(), float(scores["chance"].mean())
     wide = scores.pivot(index="run", columns="id", values="score")[examples.index].astype(float)
     tables = {
-        arm: wide.loc[own["run"]].set_axis(own["seed"].to_numpy(), axis="index").sort_index()
+        arm: wide.loc[own["run"]].set_axis(own["seed"].astype(int).to_numpy(), axis="index").sort_index()
         for arm, own in cell.groupby("arm", sort=False)
         if own["run"].isin(wide.index).any()
     }
@@ -331,7 +333,7 @@ def _check_subsets(where: Mapping[str, Any], cell: pd.DataFrame, baseline: str) 
         partner = usual.loc[run.seed]
         if run.subset != partner["subset"]:
             raise ProtocolError(
-                f"{_place(where)}, seed {run.seed}: {run.arm} (run {run.run}) learned from "
+                f"{_place(where)}, seed {run.seed:g}: {run.arm} (run {run.run}) learned from "
                 f"{run.train_examples:g} examples, digest {run.subset}, but {baseline} "
                 f"(run {partner['run']}) from {partner['train_examples']:g}, digest {partner['subset']}; "
                 "a pair needs the same"
