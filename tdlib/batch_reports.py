@@ -185,6 +185,9 @@ def page_html(
     means = means_over_seeds(plan, table)
     if len(means):
         parts.append("<h2>Mean ± standard deviation over seeds</h2>" + _html_table(means, folder))
+        if "arm" in plan.varied:
+            command = f"tdlib run 07_protocol -p batches {shlex.quote(json.dumps([plan.name]))}"
+            parts.append(f"<p>Paired differences, intervals and tests: <code>{escape(command)}</code></p>")
     columns = ["run", "state", *plan.varied, *_metrics(plan, table), "seconds", "peak_memory_mib", "reason"]
     parts.append("<h2>Runs</h2>" + _html_table(table[[c for c in columns if c in table]], folder))
     return (

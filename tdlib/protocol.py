@@ -14,7 +14,7 @@ import io
 import json
 import os
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -378,9 +378,11 @@ def shots_table(compared: pd.DataFrame) -> pd.DataFrame:
 
     Per task and setting, the batch with most sizes; the first of several.
     """
-    return _richest(compared[compared["test"] == USUAL], ["batch", "task", "setting"], "shots").sort_values(
-        ["task", "setting", "arm", "train_examples"], kind="stable", ignore_index=True
-    )
+    found = _richest(compared[compared["test"] == USUAL], ["batch", "task", "setting"], "shots")
+    keys = found.assign(
+        _task=_places(found["task"], TASKS), _arm=_places(found["arm"], compared["arm"])
+    ).sort_values(["_task", "setting", "_arm", "train_examples"], kind="stable", ignore_index=True)
+    return keys[compared.columns]
 
 
 def shift_table(compared: pd.DataFrame) -> pd.DataFrame:
@@ -390,11 +392,16 @@ def shift_table(compared: pd.DataFrame) -> pd.DataFrame:
     """
     ordered = compared.sort_values("train_examples", ascending=False, kind="stable")
     found = _richest(ordered, CELL, "test")
-    order = {name: place for place, name in enumerate([USUAL, *dict.fromkeys(compared["test"])])}
-    tests = found["test"].map(lambda test: order[test] if test == USUAL else order[test] + 1)
-    arms = found["arm"].map({arm: place for place, arm in enumerate(dict.fromkeys(compared["arm"]))})
-    keys = found.assign(_test=tests, _arm=arms)
-    return keys.sort_values(["task", "setting", "_test", "_arm"], ignore_index=True)[compared.columns]
+    keys = found.assign(
+        _task=_places(found["task"], TASKS), _test=_places(found["test"], [USUAL, *compared["test"]]),
+        _arm=_places(found["arm"], compared["arm"]),
+    ).sort_values(["_task", "setting", "_test", "_arm"], ignore_index=True)  # fmt: skip
+    return keys[compared.columns]
+
+
+def _places(values: pd.Series, order: Iterable[Any]) -> pd.Series:
+    """Where each value first stands in an order."""
+    return values.map({value: place for place, value in enumerate(dict.fromkeys(order))})
 
 
 def _richest(table: pd.DataFrame, group: Sequence[str], counted: str) -> pd.DataFrame:
@@ -422,7 +429,7 @@ def claims_table(compared: pd.DataFrame, method: str = "clip_td") -> pd.DataFram
     own = compared[(compared["arm"] == method) & (compared["pairs"] > 0)]
     usual = own["test"] == USUAL
     tasks = compared[["task", "setting"]].drop_duplicates().itertuples(index=False)
-    for task, setting in sorted(tasks):
+    for task, setting in sorted(tasks, key=lambda known: (list(TASKS).index(known[0]), known[1])):
         here = (own["task"] == task) & (own["setting"] == setting)
         shifted = own[here & ~usual & ~own["test"].isin(CONTROLS)]
         tests = shifted.groupby(CELL)["test"].transform("nunique")
@@ -468,10 +475,11 @@ def power_note(compared: pd.DataFrame, alpha: float = ALPHA) -> str:
     if short.empty:
         return ""
     arms = int(np.nanmax([1, *compared["arms_tested"].dropna()]))
+    together = f"{arms} arms tested together" if arms > 1 else "one arm tested"
     return (
-        f"{len(short)} comparisons have too few pairs (at most {int(short['pairs'].max())}): with {arms} "
-        f"arms tested together, {pairs_needed(arms, alpha)} seeds are the fewest whose sign-flip test can "
-        f"reach {alpha:g} after Holm's correction. Their intervals stand; no word on significance."
+        f"{len(short)} comparisons have too few pairs (at most {int(short['pairs'].max())}): with "
+        f"{together}, {pairs_needed(arms, alpha)} seeds are the fewest whose sign-flip test can reach "
+        f"{alpha:g} after Holm's correction. Their intervals stand; no word on significance."
     )
 
 
