@@ -53,7 +53,7 @@ format: $(INSTALLED) ## Format the code, mend what ruff can, strip the notebooks
 clean: ## Remove generated data, all reports and caches
 	rm -rf data/miniworld* data/cache build
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find reports -mindepth 1 -maxdepth 1 ! -name README.md ! -name figures -exec rm -rf {} +
+	find reports -mindepth 1 -maxdepth 1 ! -name README.md ! -name figures ! -name studies -exec rm -rf {} +
 	find tdlib tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 lock: $(INSTALLED) ## Write requirements.lock anew after a change of pyproject.toml

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tdlib.batch_plan import Plan
+from tdlib.batch_plan import Plan, plan_batch, read_batch
 from tdlib.files import whole_file
-from tdlib.run_states import FINAL, LOG, NOTEBOOK, OUTPUT
+from tdlib.run_states import FINAL, LOG, NOTEBOOK, OUTPUT, current_state
 
 if TYPE_CHECKING:
     import duckdb
@@ -150,12 +150,12 @@ def _metrics(plan: Plan, table: pd.DataFrame) -> list[str]:
     ]
 
 
-_STYLE = """body{font:14px/1.45 system-ui,sans-serif;margin:2em;color:#222}
+STYLE = """body{font:14px/1.45 system-ui,sans-serif;margin:2em;color:#222}
 table{border-collapse:collapse;margin:1em 0}th,td{padding:4px 9px;text-align:left;border-top:1px solid #ccc}
 th{cursor:pointer;white-space:nowrap;background:#f2f2f2}td.n{text-align:right;font-variant-numeric:tabular-nums}
 pre{background:#f6f6f6;padding:8px;overflow-x:auto}.failed,.timed_out,.killed,.lost{background:#fbe9e0}
 .running{background:#e7f0fa}"""
-_SCRIPT = """document.querySelectorAll('th').forEach(h=>h.onclick=()=>{
+SCRIPT = """document.querySelectorAll('th').forEach(h=>h.onclick=()=>{
 const t=h.closest('table'),i=h.cellIndex,b=t.tBodies[0],d=h.dataset.d=h.dataset.d==='1'?'-1':'1';
 const v=r=>{const x=r.cells[i].dataset.v??r.cells[i].textContent;return x!==''&&!isNaN(x)?+x:x};
 [...b.rows].sort((p,q)=>{const x=v(p),y=v(q);if(x==='')return 1;if(y==='')return -1;
@@ -185,11 +185,14 @@ def page_html(
     means = means_over_seeds(plan, table)
     if len(means):
         parts.append("<h2>Mean ± standard deviation over seeds</h2>" + _html_table(means, folder))
+        if "arm" in plan.varied:
+            command = f"tdlib run 07_protocol -p batches {shlex.quote(json.dumps([plan.name]))}"
+            parts.append(f"<p>Paired differences, intervals and tests: <code>{escape(command)}</code></p>")
     columns = ["run", "state", *plan.varied, *_metrics(plan, table), "seconds", "peak_memory_mib", "reason"]
     parts.append("<h2>Runs</h2>" + _html_table(table[[c for c in columns if c in table]], folder))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(plan.name)}</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}<script>{_SCRIPT}</script></body></html>\n"
+        f"<style>{STYLE}</style></head><body>{''.join(parts)}<script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -217,11 +220,46 @@ def _html_cell(name: str, value: Any, folder: Path) -> str:
     return f"<td>{escape(text if len(text) < 160 else text[:160] + '…')}</td>"
 
 
-def open_results(folder: Path) -> "duckdb.DuckDBPyConnection":
+def recorded_runs(folder: Path) -> pd.DataFrame:
+    """The runs of a batch's folder as they stand now, whether or not its file still describes them.
+
+    Columns: run, state, reason, parameters (a dict; None for a run that never began and that the
+    batch's file no longer describes), output (name of the parameter that says where results go).
+
+    Raises:
+        FileNotFoundError: no batch was ever run there.
+    """
+    folder = Path(folder)
+    try:
+        known = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder / 'batch.json'}: no such file; no batch was run there") from None
+    planned: dict[str, Any] = {}
+    rows = []
+    for run in known["runs"]:
+        state = current_state(folder / run)
+        try:
+            began = json.loads((folder / run / "parameters.json").read_text(encoding="utf-8"))
+            parameters, output = began["parameters"], began["output"]
+        except (OSError, ValueError, KeyError):  # queued, or what was written is damaged
+            if not planned and Path(known["file"]).is_file():
+                file = Path(known["file"])
+                plan = plan_batch(read_batch(file), known["name"], file.parent)
+                planned = {entry.id: entry.parameters for entry in plan.runs} | {"": plan.output}
+            parameters, output = planned.get(run), planned.get("", "")
+        rows.append(
+            {"run": run, "state": state["state"], "reason": state.get("reason") or "",
+             "parameters": parameters, "output": output}
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=["run", "state", "reason", "parameters", "output"])
+
+
+def open_results(folder: Path, runs: pd.DataFrame | None = None) -> "duckdb.DuckDBPyConnection":
     """A DuckDB connection with views over a batch: ``runs`` (results.parquet) and ``predictions``.
 
     ``predictions`` has the rows of every finished run's ``predictions.parquet`` and its id as ``run``;
-    it is not there if no run wrote one.
+    it is not there if no run wrote one. ``runs``, a table with columns run and state, stands in for
+    results.parquet where that is not there yet or old.
 
     Raises:
         FileNotFoundError: the folder holds no results.parquet.
@@ -230,10 +268,13 @@ def open_results(folder: Path) -> "duckdb.DuckDBPyConnection":
 
     folder = Path(folder).resolve()
     results = folder / "results.parquet"
-    if not results.is_file():
-        raise FileNotFoundError(f"{results}: no such file; `tdlib batch status` writes it")
     connection = duckdb.connect()
-    connection.execute(f"CREATE VIEW runs AS SELECT * FROM read_parquet({_quoted(results)})")
+    if runs is not None:
+        connection.register("runs", runs)
+    elif results.is_file():
+        connection.execute(f"CREATE VIEW runs AS SELECT * FROM read_parquet({_quoted(results)})")
+    else:
+        raise FileNotFoundError(f"{results}: no such file; `tdlib batch status` writes it")
     done = connection.execute("SELECT run FROM runs WHERE state = 'done'").fetchall()
     files = [
         file

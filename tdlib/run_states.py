@@ -37,7 +37,7 @@ NOTEBOOK, LOG, OUTPUT = "notebook.ipynb", "log.txt", "output"
 # Sources that start and show runs, but have no part in their results.
 _MACHINERY = {
     "batches.py", "batch_plan.py", "batch_reports.py", "batch_runner.py", "cli.py", "engines.py",
-    "run_states.py", "run_worker.py",
+    "protocol.py", "protocol_plots.py", "run_states.py", "run_worker.py",
 }  # fmt: skip
 
 

@@ -130,7 +130,7 @@ FENCES = {
     "ray": ["engines.py", "cli.py"],
     "ipywidgets": ["widgets.py"],
     "anywidget": ["widgets.py"],
-    "matplotlib": ["plots.py", "run_plots.py"],
+    "matplotlib": ["plots.py", "run_plots.py", "protocol_plots.py"],
 }
 METHOD = ["alignment", "relevance", "selection", "weighting", "losses"]
 METHOD_MAY_IMPORT = {"torch", "jaxtyping", "tdlib.tokens", *sys.stdlib_module_names}

@@ -1,9 +1,24 @@
-"""Bootstrap intervals over seeds and clusters of examples."""
+"""Intervals over seeds and clusters of examples, tests over paired seeds, and what may be said of them."""
+
+from dataclasses import replace
+from statistics import NormalDist
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tdlib.statistics import bootstrap_interval, chance_corrected
+from tdlib.statistics import (
+    TooFewPairs,
+    adjusted_together,
+    bootstrap_interval,
+    chance_corrected,
+    holm,
+    paired_difference,
+    pairs_needed,
+    sign_flip_test,
+    smallest_p,
+)
 
 
 def hits(seeds: int, examples: int, share: float = 0.6, seed: int = 0) -> np.ndarray:
@@ -119,3 +134,248 @@ def test_bad_shapes_and_values_fail(correct, clusters):
 )
 def test_chance_corrected(accuracy, chance, expected):
     assert chance_corrected(accuracy, chance) == pytest.approx(expected)
+
+
+# BCa.
+
+
+def textbook_bca(values: np.ndarray, resamples: int, level: float) -> tuple[float, float]:
+    """Efron 1987 for the mean of one sample, step by step, on the draws of seed 0."""
+    rng, normal, number = np.random.default_rng(0), NormalDist(), len(values)
+    rng.integers(1, size=(resamples, 1))  # the only seed
+    means = [values[drawn].mean() for drawn in rng.integers(number, size=(resamples, number))]
+    below = np.mean(
+        [(mean < values.mean() - 1e-12) + 0.5 * (abs(mean - values.mean()) <= 1e-12) for mean in means]
+    )
+    bias = normal.inv_cdf(below)
+    left_out = np.array([np.delete(values, i).mean() for i in range(number)])
+    gaps = left_out.mean() - left_out
+    acceleration = (gaps**3).sum() / (6 * (gaps**2).sum() ** 1.5)
+    limits = []
+    for share in ((1 - level) / 2, (1 + level) / 2):
+        z = normal.inv_cdf(share)
+        limits.append(normal.cdf(bias + (bias + z) / (1 - acceleration * (bias + z))))
+    return tuple(np.quantile(means, limits))
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
+def test_bca_of_one_sample_is_the_textbooks(level):
+    values = np.random.default_rng(1).exponential(size=12)
+    found = bootstrap_interval(values[None], np.arange(12), level, resamples=400)
+    assert found == pytest.approx(textbook_bca(values, 400, level))
+
+
+def test_without_skew_or_bias_bca_is_the_percentile_interval():
+    """Mirrored values: no acceleration, and as many resamples above as below but for chance."""
+    half = hits(4, 30) - 0.5
+    mirrored = np.concatenate([half, -half])
+    plain = bootstrap_interval(mirrored, np.arange(30), method="percentile")
+    assert bootstrap_interval(mirrored, np.arange(30)) == pytest.approx(plain, abs=0.01)
+
+
+def test_bca_reaches_further_where_the_values_do():
+    values = np.random.default_rng(3).exponential(size=(1, 25)) ** 2
+    low, high = bootstrap_interval(values, np.arange(25))
+    plain_low, plain_high = bootstrap_interval(values, np.arange(25), method="percentile")
+    assert plain_low < low and plain_high < high
+
+
+def test_mirrored_values_have_a_mirrored_interval():
+    values = np.random.default_rng(5).exponential(size=(5, 20))
+    low, high = bootstrap_interval(values, np.arange(20))
+    assert bootstrap_interval(-values, np.arange(20)) == pytest.approx((-high, -low), abs=1e-9)
+
+
+def test_both_limits_of_a_skewed_mean_miss_more_alike():
+    """200 samples of 30: the percentile interval lies below a skewed truth far more often than above."""
+    rng, sides = np.random.default_rng(0), {"bca": [], "percentile": []}
+    for _ in range(200):
+        values = rng.exponential(size=(1, 30)) ** 1.5
+        for method, missed in sides.items():
+            low, high = bootstrap_interval(values, np.arange(30), 0.9, resamples=300, method=method)
+            missed.append((high < 1.32934) - (low > 1.32934))  # the gamma function at 2.5
+    assert 0 < np.sum(sides["bca"]) < np.sum(sides["percentile"])
+    assert np.mean(np.abs(sides["bca"])) < 0.2
+
+
+def test_draws_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
+    """Large splits are resampled in parts: about the same interval, and no more memory."""
+    correct = hits(3, 50)
+    whole = bootstrap_interval(correct, np.arange(50))
+    monkeypatch.setattr("tdlib.statistics.DRAWN_AT_ONCE", 60)
+    assert bootstrap_interval(correct, np.arange(50)) == pytest.approx(whole, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("level", 1.0), ("level", 0.0), ("method", "t"), ("resamples", 0)]
+)
+def test_bad_options_fail(option, value):
+    with pytest.raises(ValueError, match=f"{option}=.*expected"):
+        bootstrap_interval(np.eye(3), np.arange(3), **{"resamples": 10, option: value})
+
+
+# Sign flips.
+
+numbers = st.lists(st.integers(-20, 20).map(float), min_size=1, max_size=9)
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([1.0], 1.0),
+        ([1, 2, 3], 2 / 8),
+        ([3, -1], 1.0),
+        ([4, 3, -1], 4 / 8),  # |sum| 6; 8, 6 and their mirrors
+        ([0, 0, 0], 1.0),
+        ([0.1] * 5, 2 / 32),
+        ([0.1] * 6, 2 / 64),
+        ([-0.1] * 14, 2 / 2**14),
+    ],
+)
+def test_exact_p_values(differences, expected):
+    assert sign_flip_test(differences) == pytest.approx(expected)
+
+
+@settings(max_examples=80, deadline=None)
+@given(numbers, st.randoms(use_true_random=False), st.sampled_from([-3.0, -1.0, 0.01, 7.0]))
+def test_order_scale_and_direction_do_not_matter_to_a_p_value(differences, random, scale):
+    p_value = sign_flip_test(differences)
+    shuffled = random.sample(differences, len(differences))
+    assert sign_flip_test([scale * value for value in shuffled]) == pytest.approx(p_value)
+    assert smallest_p(len(differences)) <= p_value <= 1
+    by_hand = [
+        abs(sum(d if number >> i & 1 else -d for i, d in enumerate(differences))) >= abs(sum(differences))
+        for number in range(2 ** len(differences))
+    ]
+    assert p_value == pytest.approx(np.mean(by_hand))
+
+
+def test_drawn_patterns_come_close_to_all_of_them():
+    differences = np.random.default_rng(2).normal(0.4, 1, size=15)
+    patterns = 2 * (np.arange(2**15)[:, None] >> np.arange(15) & 1) - 1
+    exact = np.mean(np.abs(patterns @ differences) >= abs(differences.sum()) - 1e-9)
+    assert 0.02 < exact < 0.5
+    assert sign_flip_test(differences) == pytest.approx(exact, abs=0.01)
+    assert sign_flip_test(differences) == sign_flip_test(differences)
+    assert sign_flip_test([1.0] * 40, samples=99) == pytest.approx(1 / 100), "never 0"
+
+
+def test_luck_is_called_a_difference_as_often_as_alpha_says():
+    rng = np.random.default_rng(0)
+    p_values = np.array([sign_flip_test(rng.normal(size=8)) for _ in range(600)])
+    for alpha in (0.05, 0.1, 0.3):
+        assert np.mean(p_values <= alpha) < alpha + 0.03
+    assert np.mean(p_values <= 0.3) > 0.2
+
+
+@pytest.mark.parametrize("differences", [[], [[1.0]], [np.nan], [np.inf, 1.0]])
+def test_what_is_no_list_of_differences_fails(differences):
+    with pytest.raises(ValueError, match="expected"):
+        sign_flip_test(differences)
+
+
+# Holm.
+
+
+def test_holms_own_steps():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1, 1])
+    assert holm([0.02]) == pytest.approx([0.02]) and not len(holm([]))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=7), st.randoms(use_true_random=False))
+def test_holm_is_between_no_correction_and_bonferronis(p_values, random):
+    adjusted = holm(p_values)
+    assert (adjusted >= p_values).all()
+    assert (adjusted <= np.minimum(1, len(p_values) * np.array(p_values)) + 1e-12).all()
+    order = random.sample(range(len(p_values)), len(p_values))
+    assert holm([p_values[i] for i in order]) == pytest.approx(adjusted[order])
+    assert (np.diff(adjusted[np.argsort(p_values, kind="stable")]) >= 0).all()
+
+
+@pytest.mark.parametrize("p_values", [[-0.1], [1.1], [np.nan], [[0.1]]])
+def test_what_are_no_p_values_fails(p_values):
+    with pytest.raises(ValueError, match="expected"):
+        holm(p_values)
+
+
+# Pairs.
+
+
+def compared(pairs: int, gain: float = 0.2, **options):
+    baseline = hits(pairs, 40, 0.4, seed=1)
+    arm = (
+        np.maximum(baseline, hits(pairs, 40, gain, seed=2))
+        if gain > 0
+        else baseline * hits(pairs, 40, 0.5, 3)
+    )
+    return paired_difference(arm, baseline, np.arange(40) // 2, resamples=200, **options)
+
+
+def test_gains_absolute_relative_and_over_chance():
+    arm, baseline = np.array([[1, 1, 1, 0]] * 2), np.array([[1, 1, 0, 0]] * 2)
+    found = paired_difference(arm, baseline, np.arange(4), chance=0.25, resamples=100)
+    assert (found.mean, found.baseline, found.difference) == (0.75, 0.5, 0.25)
+    assert found.relative == pytest.approx(0.5) and found.gain_over_chance == pytest.approx(0.25 / 0.75)
+    assert found.pairs == 2 and found.p_value == pytest.approx(0.5)
+
+
+def test_what_arm_and_baseline_share_cancels():
+    """Pictures and seeds of very different difficulty, a constant gain: no uncertainty is left."""
+    baseline = np.outer([0.2, 0.5, 0.8], [0.1, 0.5, 0.9, 0.3])
+    found = paired_difference(baseline + 0.1, baseline, np.arange(4), resamples=200)
+    assert (found.low, found.high) == pytest.approx((0.1, 0.1))
+    low, high = bootstrap_interval(baseline, np.arange(4), resamples=200)
+    assert high - low > 0.2
+    tripled = paired_difference(3 * baseline, baseline, np.arange(4), resamples=200)
+    assert (tripled.relative, tripled.relative_low, tripled.relative_high) == pytest.approx((2, 2, 2))
+
+
+def test_a_baseline_that_has_nothing_right_has_no_relative_gain():
+    nothing = paired_difference(np.ones((2, 3)), np.zeros((2, 3)), np.arange(3), resamples=50)
+    assert np.isnan([nothing.relative, nothing.relative_low, nothing.relative_high]).all()
+    assert nothing.difference == 1
+    little = paired_difference(np.ones((2, 3)), np.eye(3)[:2], np.arange(3), resamples=50)
+    assert little.relative == pytest.approx(2) and np.isnan(little.relative_low)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 5])
+def test_fewer_than_six_pairs_are_never_called_significant(pairs):
+    found = replace(compared(pairs), p_value=0.001, p_adjusted=0.001)  # whatever a test says
+    assert found.verdict() == "too few pairs" == found.verdict(alpha=0.5)
+    with pytest.raises(TooFewPairs, match=rf"{pairs} pairs.*expected 6"):
+        found.is_significant()
+
+
+def test_six_pairs_can_tell_one_arm_but_not_two():
+    alone = compared(6)
+    assert alone.p_value == pytest.approx(2 / 64) and alone.is_significant() and alone.verdict() == "better"
+    assert compared(6, gain=-1).verdict() == "worse"
+    two = adjusted_together({"a": alone, "b": compared(6, gain=0.3)})
+    assert two["a"].p_adjusted == pytest.approx(4 / 64) and two["a"].arms == 2
+    assert two["a"].verdict() == "too few pairs"
+    with pytest.raises(TooFewPairs, match=r"2 arms.*expected 7"):
+        two["a"].is_significant()
+    seven = adjusted_together({"a": compared(7), "b": compared(7, gain=0.3)})
+    assert {found.verdict() for found in seven.values()} == {"better"}
+
+
+def test_pairs_needed():
+    assert [pairs_needed(arms) for arms in (1, 2, 3, 4, 12)] == [6, 7, 7, 8, 9]
+    assert pairs_needed(1, alpha=0.5) == 6 and pairs_needed(1, alpha=0.001) == 11
+    for arms in range(1, 20):
+        assert arms * smallest_p(pairs_needed(arms)) <= 0.05
+
+
+def test_no_gain_is_not_distinguishable():
+    rng = np.random.default_rng(4)
+    arm, baseline = (rng.random((2, 8, 30)) < 0.5).astype(float)
+    found = paired_difference(arm, baseline, np.arange(30), resamples=200)
+    assert found.verdict() == "not distinguishable" and found.low < 0 < found.high
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 5)])
+def test_pairs_of_other_shapes_fail(shape):
+    with pytest.raises(ValueError, match="expected"):
+        paired_difference(np.ones((3, 4)), np.ones(shape), np.arange(4))

@@ -1,0 +1,474 @@
+"""The protocol on folders of batches: who is paired with whom, what is refused, and what the tables say."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from tdlib import run_states
+from tdlib.config import ROOT
+from tdlib.examples import Example, TextPart, save_manifest
+from tdlib.plots import to_png, to_svg
+from tdlib.protocol import (
+    CLAIMS,
+    COLUMNS,
+    ProtocolError,
+    claims_table,
+    collect,
+    compare_arms,
+    power_note,
+    read_runs,
+    read_scores,
+    readable,
+    sentences,
+    shift_table,
+    shots_table,
+    unfinished,
+    write_study,
+)
+from tdlib.protocol_plots import plot_shifts, plot_shots
+from tdlib.statistics import bootstrap_interval, paired_difference, sign_flip_test
+from tdlib.training import prediction_table
+
+CLASSES = ("yes", "no", "maybe")
+DEFAULTS = {"student": "small", "eval_splits": [], "interactive": False, "runs_dir": "somewhere"}
+
+
+def example(name: str, task: str, label: int | None, picture: str) -> Example:
+    choices = tuple(TextPart(f"answer {i}") for i in range(4)) if task.startswith("vcr") else ()
+    return Example(name, Path(f"{picture}.png"), (), (), TextPart("why?"), choices, label, "")
+
+
+def examples_of(task: str, split: str, number: int = 24) -> list[Example]:
+    """Two examples per picture; both halves of a question for task "vcr"."""
+    labels = range(4) if task.startswith("vcr") else [0, 0, 1, 2]  # half of them are "yes"
+    found = []
+    for i in range(number):
+        halves = ("", ":r") if task == "vcr" else ("",)
+        label = None if split == "test" else labels[i % 4]
+        found += [example(f"{split}-{i}{half}", task, label, f"{split}-{i // 2}") for half in halves]
+    return found
+
+
+def predict(examples: list[Example], share: float, seed: int) -> np.ndarray:
+    """Probabilities that are right for about a share of the examples; the same ones for a larger share."""
+    rng, width = np.random.default_rng(seed), len(examples[0].choices) or len(CLASSES)
+    probabilities = np.full((len(examples), width), 0.1)
+    for row, one, draw in zip(probabilities, examples, rng.random(len(examples)), strict=True):
+        right = one.label or 0
+        row[right if draw < share else (right + 1) % width] = 0.7
+    return probabilities
+
+
+def write_run(
+    batch: Path, task="vcr_qa", arm="finetune", seed=0, shots=12, share=0.5, splits=("val",), state="done",
+    ids=None, run="", more=None, number=24,
+) -> str:  # fmt: skip
+    """A run's folder as its worker leaves it, with predictions in the form that training writes."""
+    run = run or f"{task}-{arm}-{seed}-{shots:g}" + "".join(f"-{value}" for value in (more or {}).values())
+    folder, parameters = batch / run, DEFAULTS | (more or {})
+    parameters |= {"task": task, "arm": arm, "seed": seed, "shots": shots}
+    folder.mkdir(parents=True)
+    if state != "queued":
+        (folder / "parameters.json").write_text(json.dumps({"parameters": parameters, "output": "runs_dir"}))
+    if state == "done":
+        output = folder / "output" / f"{arm}-seed{seed}"
+        output.mkdir(parents=True)
+        labels = () if task.startswith("vcr") else CLASSES
+        tables = []
+        for split in splits:
+            tested = examples_of(task, split, number)
+            tables.append(prediction_table(split, tested, predict(tested, share, seed), labels))
+        pd.concat(tables).to_parquet(output / "predictions.parquet", index=False)
+        many = 100 if shots == 0 else int(shots)
+        learned = [example(name, task, 0, "p") for name in ids or [f"{seed}-{i}" for i in range(many)]]
+        save_manifest(output / "manifest.json", learned, shots, seed)
+    if state != "queued":
+        reason = {} if state == "done" else {"reason": f"it {state}"}
+        kept = run_states.file_sizes(folder) if state == "done" else {}
+        run_states.write_state(folder, {"state": state, "files": kept} | reason)
+    file = batch / "batch.json"
+    known = json.loads(file.read_text()) if file.exists() else {"name": batch.name, "file": "", "runs": []}
+    file.write_text(json.dumps(known | {"runs": [*known["runs"], run]}))
+    return run
+
+
+def compare(batch: Path, **options) -> pd.DataFrame:
+    runs = read_runs(batch)
+    return compare_arms(runs, read_scores(batch, runs), resamples=100, **options)
+
+
+def row_of(table: pd.DataFrame, **wanted) -> pd.Series:
+    (found,) = table[np.logical_and.reduce([table[name] == value for name, value in wanted.items()])].index
+    return table.loc[found]
+
+
+SHARES = {"finetune": 0.4, "clip_td": 0.75, "naive": 0.4}
+TESTS = {
+    "vcr_qa": ("val", "val_shortcut", "val_balanced", "val_style"),
+    "snli_ve": ("dev", "dev_shortcut"),
+    "vqa_v2": ("val2014", "val2014_prior"),
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> Path:
+    """Two batches with seven seeds: three tasks, sizes and arms; and tests under shift."""
+    home = tmp_path_factory.mktemp("batches")
+    for seed, task, arm in product(range(7), TESTS, SHARES):
+        if arm == "naive" and task != "vcr_qa":
+            continue
+        for shots in (12, 24):
+            write_run(home / "low", task, arm, seed, shots, SHARES[arm] + shots / 200, TESTS[task][:2])
+        write_run(home / "wide", task, arm, seed, 24, SHARES[arm], TESTS[task])
+    return home
+
+
+@pytest.fixture(scope="module")
+def compared(reports) -> pd.DataFrame:
+    runs, scores, missing = collect(reports, ["low", "wide"])
+    assert not missing
+    return compare_arms(runs, scores, resamples=100)
+
+
+# Reading and pairing.
+
+
+def test_every_arm_stands_in_every_cell_on_every_test(compared):
+    assert list(compared.columns) == COLUMNS
+    assert len(compared) == (3 + 2 + 2) * 2 * 2 + 3 * 4 + 2 * 2 + 2 * 2
+    keys = ["batch", "task", "setting", "shots", "split", "arm"]
+    assert not compared.duplicated(keys).any() and (compared["seeds"] == 7).all()
+    assert set(compared["test"]) == {"usual", "shortcut", "balanced", "style", "prior"}
+    baseline = compared["arm"] == "finetune"
+    assert (compared.loc[~baseline, "pairs"] == 7).all() and (compared.loc[baseline, "pairs"] == 0).all()
+
+
+def test_the_numbers_are_those_of_the_predictions(reports, compared):
+    tables = {}
+    for arm in ("finetune", "clip_td"):
+        files = [
+            reports / "wide" / f"vcr_qa-{arm}-{seed}-24/output/{arm}-seed{seed}/predictions.parquet"
+            for seed in range(7)
+        ]
+        frames = [pd.read_parquet(file).query("split == 'val_shortcut'").sort_values("id") for file in files]
+        tables[arm] = np.array([frame["score"] for frame in frames])
+        pictures = frames[0]["image"].to_numpy()
+    row = row_of(compared, batch="wide", task="vcr_qa", split="val_shortcut", arm="clip_td")
+    expected = paired_difference(tables["clip_td"], tables["finetune"], pictures, 0.25, resamples=100)
+    assert row["mean"] == pytest.approx(tables["clip_td"].mean())
+    assert (row["low"], row["high"]) == pytest.approx(
+        bootstrap_interval(tables["clip_td"], pictures, resamples=100)
+    )
+    for name, value in {
+        "difference": expected.difference, "difference_low": expected.low, "difference_high": expected.high,
+        "relative": expected.relative, "relative_low": expected.relative_low, "p_value": expected.p_value,
+        "gain_over_chance": expected.gain_over_chance, "baseline_mean": expected.baseline,
+    }.items():  # fmt: skip
+        assert row[name] == pytest.approx(value), name
+    gains = (tables["clip_td"] - tables["finetune"]).mean(1)
+    assert row["p_value"] == sign_flip_test(gains) == 2 / 2**7
+    assert row["p_adjusted"] == pytest.approx(2 * 2 / 2**7) and row["verdict"] == "better"
+    assert row_of(compared, batch="wide", task="vcr_qa", split="val_shortcut", arm="naive")["verdict"] == (
+        "not distinguishable"
+    )
+
+
+def test_chance_is_one_of_the_choices_or_the_usual_label(compared):
+    chance = compared.groupby("task")["chance"].agg(["min", "max"])
+    assert list(chance.loc["vcr_qa"]) == [0.25, 0.25]
+    assert list(chance.loc["snli_ve"]) == [0.5, 0.5]
+    over = row_of(compared, batch="wide", task="snli_ve", split="dev", arm="clip_td")
+    assert over["over_chance"] == pytest.approx((over["mean"] - 0.5) / 0.5)
+
+
+def test_both_halves_of_a_question_count_as_one(tmp_path):
+    for arm, seed in product(("finetune", "clip_td"), range(2)):
+        write_run(tmp_path / "b", "vcr", arm, seed, share=0.5 if arm == "finetune" else 0.8)
+    runs = read_runs(tmp_path / "b")
+    scores = read_scores(tmp_path / "b", runs)
+    assert set(scores["chance"]) == {1 / 16} and len(scores) == 4 * 24
+    assert not scores["id"].str.endswith(":r").any()
+    written = pd.read_parquet(next((tmp_path / "b" / "vcr-clip_td-0-12").rglob("predictions.parquet")))
+    both = written.assign(question=written["id"].str.removesuffix(":r")).groupby("question")["score"].min()
+    own = scores[scores["run"] == "vcr-clip_td-0-12"].set_index("id")["score"]
+    assert own.sort_index().equals(both.sort_index().rename_axis("id"))
+    assert compare_arms(runs, scores, resamples=50)["mean"].between(0.1, 0.8).all()
+
+
+def test_a_test_without_labels_is_left_out_and_half_a_one_is_refused(tmp_path):
+    run = write_run(tmp_path / "b", splits=("val", "test"))
+    runs = read_runs(tmp_path / "b")
+    assert set(read_scores(tmp_path / "b", runs)["split"]) == {"val"}
+    file = next((tmp_path / "b" / run).rglob("predictions.parquet"))
+    table = pd.read_parquet(file)
+    table.loc[3, "score"] = float("nan")
+    table.to_parquet(file, index=False)
+    with pytest.raises(ProtocolError, match=rf"{run}: 1 of 24 scores of split 'val' are missing.*val-3"):
+        read_scores(tmp_path / "b", runs)
+
+
+def test_an_unfinished_batch_shows_what_it_has_and_lists_the_rest(tmp_path):
+    batch = tmp_path / "b"
+    for seed in range(3):
+        write_run(batch, seed=seed)
+    write_run(batch, arm="clip_td", seed=0, share=0.9)
+    write_run(batch, arm="clip_td", seed=1, state="failed")
+    write_run(batch, arm="clip_td", seed=7, share=0.9)
+    write_run(batch, arm="clip_td", seed=2, state="queued")
+    damaged = write_run(batch, arm="naive", seed=0)
+    next((batch / damaged).rglob("metrics.json"), next((batch / damaged).rglob("manifest.json"))).unlink()
+    runs, scores, missing = collect(tmp_path, ["b", "never"])
+    assert "b: 3 of 8 runs are not done" in missing[0] and "tdlib batch resume b" in missing[0]
+    assert missing[1].startswith("never: was not run here") and "`tdlib batch run never`" in missing[1]
+    left = unfinished(runs)
+    assert list(left["state"]) == ["failed", "queued", "lost"]
+    assert left.loc[0, "reason"] == "it failed" and "missing" in left.loc[2, "reason"]
+    assert left.loc[0, "arm"] == "clip_td" and pd.isna(left.loc[1, "arm"])
+    row = row_of(compare_arms(runs, scores, resamples=50), arm="clip_td")
+    assert (row["seeds"], row["pairs"], row["unpaired"]) == (2, 1, "1, 2, 7")
+    assert row["verdict"] == "too few pairs" and row["difference"] > 0
+
+
+def test_a_run_that_never_began_is_described_by_the_batchs_file(tmp_path):
+    from tdlib.batches import Batch
+
+    file = tmp_path / "b.yaml"
+    file.write_text("template: 04_distill\ngrid: {arm: [finetune, clip_td]}\nseeds: 1\n")
+    batch = Batch(file, reports=tmp_path)
+    batch.folder.mkdir()
+    (batch.folder / "batch.json").write_text(json.dumps(batch._description()))
+    runs, scores, _ = collect(tmp_path, ["b"])
+    assert list(runs["arm"]) == ["finetune", "clip_td"] and set(runs["state"]) == {"queued"}
+    assert scores.empty and compare_arms(runs, scores).empty
+
+
+def test_nothing_at_all_gives_empty_tables(tmp_path):
+    runs, scores, missing = collect(tmp_path, ["low_shot"])
+    table = compare_arms(runs, scores)
+    assert len(missing) == 1 and list(table.columns) == COLUMNS
+    for empty in (table, shots_table(table), shift_table(table), claims_table(table), unfinished(runs)):
+        assert empty.empty and readable(empty).empty
+    assert power_note(table) == "" and not sentences(table)
+
+
+def test_settings_that_differ_are_told_apart_and_never_paired(tmp_path):
+    for student, share in (("small", 0.4), ("large", 0.9)):
+        for arm in ("finetune", "clip_td"):
+            write_run(tmp_path / "b", arm=arm, share=share, more={"student": student})
+    table = compare(tmp_path / "b")
+    assert set(table["setting"]) == {'student="small"', 'student="large"'} and len(table) == 4
+    assert (table.loc[table["arm"] == "clip_td", "difference"] == 0).all()
+
+
+def test_splits_of_different_tasks_are_no_setting(compared):
+    assert set(compared["setting"]) == {""}
+
+
+# What is refused.
+
+
+def test_another_training_subset_is_an_error_that_names_the_runs(tmp_path):
+    write_run(tmp_path / "b", seed=0)
+    write_run(tmp_path / "b", arm="clip_td", seed=0, ids=["x", "y"])
+    with pytest.raises(ProtocolError) as error:
+        compare(tmp_path / "b")
+    for expected in (
+        "seed 0",
+        "vcr_qa-clip_td-0-12",
+        "2 examples",
+        "vcr_qa-finetune-0-12",
+        "from 12",
+        "the same",
+    ):
+        assert expected in str(error.value), expected
+
+
+def test_the_order_of_a_subset_does_not_matter_and_unpaired_seeds_may_differ(tmp_path):
+    write_run(tmp_path / "b", seed=0, ids=["x", "y"])
+    write_run(tmp_path / "b", arm="clip_td", seed=0, ids=["y", "x"])
+    write_run(tmp_path / "b", arm="clip_td", seed=1, ids=["z"])
+    assert row_of(compare(tmp_path / "b"), arm="clip_td")["pairs"] == 1
+
+
+def test_other_tested_examples_are_an_error_that_names_the_runs(tmp_path):
+    write_run(tmp_path / "b", seed=0)
+    write_run(tmp_path / "b", arm="clip_td", seed=0, number=25)
+    with pytest.raises(
+        ProtocolError, match=r"split 'val'.*finetune-0-12 \(24 examples\).*clip_td.*\(25\).*val-24"
+    ):
+        compare(tmp_path / "b")
+
+
+def test_two_runs_of_one_arm_and_seed_are_an_error(tmp_path):
+    write_run(tmp_path / "b", run="one")
+    write_run(tmp_path / "b", run="two")
+    with pytest.raises(ProtocolError, match=r"one \(finetune, seed 0\), two \(finetune, seed 0\)"):
+        compare(tmp_path / "b")
+
+
+def test_a_run_without_predictions_or_of_another_kind_is_an_error(tmp_path):
+    run = write_run(tmp_path / "b")
+    next((tmp_path / "b" / run).rglob("predictions.parquet")).unlink()
+    state = json.loads((tmp_path / "b" / run / "state.json").read_text())
+    run_states.write_state(tmp_path / "b" / run, state | {"files": {}})
+    runs = read_runs(tmp_path / "b")
+    with pytest.raises(ProtocolError, match=rf"without predictions.parquet: {run}"):
+        read_scores(tmp_path / "b", runs)
+    next((tmp_path / "b" / run).rglob("manifest.json")).unlink()
+    with pytest.raises(ProtocolError, match=r"0 files manifest.json"):
+        read_runs(tmp_path / "b")
+    (tmp_path / "b" / run / "parameters.json").write_text('{"parameters": {"task": "vcr_qa"}, "output": ""}')
+    with pytest.raises(ProtocolError, match="no parameter shots, arm, seed"):
+        read_runs(tmp_path / "b")
+    with pytest.raises(FileNotFoundError, match="no batch was run there"):
+        read_runs(tmp_path)
+
+
+# Significance.
+
+
+def test_six_seeds_and_two_arms_are_too_few_unless_one_was_chosen(tmp_path):
+    for seed, arm in product(range(6), SHARES):
+        write_run(tmp_path / "b", arm=arm, seed=seed, share=SHARES[arm])
+    table = compare(tmp_path / "b")
+    row = row_of(table, arm="clip_td")
+    assert row["verdict"] == "too few pairs" and row["p_value"] == 2 / 64 and row["arms_tested"] == 2
+    assert "7 seeds are the fewest" in power_note(table) and "(at most 6)" in power_note(table)
+    chosen = compare(tmp_path / "b", tested=["clip_td"])
+    assert row_of(chosen, arm="clip_td")["verdict"] == "better" and power_note(chosen) == ""
+    other = row_of(chosen, arm="naive")
+    assert other["verdict"] == "not tested" and np.isnan(other["p_value"]) and other["pairs"] == 6
+
+
+def test_without_the_baseline_nothing_is_compared(tmp_path):
+    write_run(tmp_path / "b", arm="clip_td")
+    row = row_of(compare(tmp_path / "b"), arm="clip_td")
+    assert (row["pairs"], row["verdict"], row["unpaired"]) == (0, "too few pairs", "0")
+    assert np.isnan(row["difference"]) and row["mean"] > 0
+
+
+# Tables, figures and the page.
+
+
+def test_curves_and_shifts_come_from_the_batches_made_for_them(compared):
+    shots, shifts = shots_table(compared), shift_table(compared)
+    assert set(shots["batch"]) == {"low"} and set(shots["test"]) == {"usual"} and len(shots) == 7 * 2
+    assert list(shots["train_examples"][:2]) == [12, 24]
+    vcr = shifts[shifts["task"] == "vcr_qa"]
+    assert set(vcr["batch"]) == {"wide"} and vcr["test"].iloc[0] == "usual"
+    assert len(vcr) == 4 * 3 and list(vcr["arm"][:3]) == list(dict.fromkeys(compared["arm"]))
+
+
+def test_claims_are_read_in_cells_fixed_before_looking(compared):
+    claims = claims_table(compared)
+    assert len(claims) == 3 * 3
+    few = row_of(claims, task="vcr_qa", condition="low-shot")
+    cell = row_of(compared, batch="low", task="vcr_qa", shots=12, split="val", arm="clip_td")
+    assert few["paper"] == CLAIMS["VCR"]["low-shot"] == 0.519
+    assert few["relative"] == cell["relative"] and few["where"] == "low: 12 examples, val"
+    usual = compared[
+        (compared["task"] == "vcr_qa") & (compared["test"] == "usual") & (compared["arm"] == "clip_td")
+    ]
+    assert few["largest"] == usual["relative"].max() and few["cells"] == len(usual) == 3
+    shift = row_of(claims, task="vcr_qa", condition="domain shift")
+    assert shift["where"] == "wide: 24 examples, val_shortcut" and shift["cells"] == 2 + 2  # not balanced
+    assert row_of(claims, task="vqa_v2", condition="domain shift")["where"].endswith("val2014_prior")
+    every = row_of(claims, task="vcr_qa", condition="fully supervised")
+    assert every["verdict"] == "not run" and pd.isna(every["relative"])
+
+
+def test_words_and_numbers_for_readers(compared):
+    told = sentences(compared[compared["arm"] == "clip_td"])
+    assert len(told) == 12 + 8 and all("7 pairs: **" in sentence for sentence in told)
+    table = readable(compared)
+    row = compared[compared["arm"] == "clip_td"].iloc[0]
+    shown = table.loc[row.name]
+    assert shown["mean"] == f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+    assert shown["difference"].startswith("+") and "setting" not in table and "low" not in table
+    assert table.loc[compared.index[compared["arm"] == "finetune"][0], "difference"] == ""
+
+
+def test_a_study_is_written_whole_and_loads_nothing(compared, tmp_path):
+    (tmp_path / "notes.md").write_text("kept")
+    figure = plot_shots(shots_table(compared))
+    figures = {"curves": ("Curves & more", "shots", to_png(figure), to_svg(figure))}
+    nasty = compared.assign(task="<script>alert(1)</script>")
+    tables = {"shots": ("Shots", shots_table(compared)), "all": ("All <b>", nasty)}
+    page = write_study(tmp_path, tables, figures, "A & B", ["note <i>"], {"alpha": 0.05})
+    text = page.read_text()
+    assert "<script>" not in text and "&lt;script&gt;" in text and "note &lt;i&gt;" in text
+    assert "http" not in text.replace("http://www.w3.org", "")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "notes.md", "index.html", "study.json", "curves.png", "curves.svg",
+        *(f"{name}.{kind}" for name in ("shots", "all") for kind in ("csv", "parquet", "html")),
+    }  # fmt: skip
+    stored = pd.read_csv(tmp_path / "shots.csv")
+    assert stored["mean"].to_numpy() == pytest.approx(shots_table(compared)["mean"].to_numpy())
+    before = page.read_bytes(), (tmp_path / "curves.svg").read_bytes()
+    write_study(tmp_path, tables, figures, "A & B", ["note <i>"], {"alpha": 0.05})
+    assert (page.read_bytes(), (tmp_path / "curves.svg").read_bytes()) == before
+
+
+def test_figures_draw_every_number_of_their_table(compared):
+    shots = shots_table(compared)
+    figure = plot_shots(shots)
+    assert len(figure.axes) == 3
+    lines = [line for axes in figure.axes for line in axes.lines if line.get_label() != "chance"]
+    drawn = {round(float(y), 6) for line in lines for y in line.get_ydata()}
+    assert drawn == {round(100 * value, 6) for value in shots["mean"]}
+    shifts = shift_table(compared)
+    figure = plot_shifts(shifts)
+    dots = [line for axes in figure.axes for line in axes.lines if len(line.get_xdata()) == 1]
+    marks = [(round(float(dot.get_xdata()[0]), 6), dot.get_markerfacecolor() != "white") for dot in dots]
+    wanted = shifts.dropna(subset=["difference"])
+    expected = [
+        (round(100 * row.difference, 6), row.verdict in ("better", "worse")) for row in wanted.itertuples()
+    ]
+    assert sorted(marks) == sorted(expected)
+
+
+def test_figures_of_nothing_say_so(compared):
+    for plot in (plot_shots, plot_shifts):
+        with pytest.raises(ValueError, match="no column"):
+            plot(pd.DataFrame({"task": []}))
+        with pytest.raises(ValueError, match="no rows"):
+            plot(compared.iloc[:0])
+    with pytest.raises(ValueError, match="no rows"):
+        plot_shifts(compared[compared["arm"] == "finetune"])
+
+
+# The notebook.
+
+
+def run_notebook(**parameters) -> dict:
+    """Executes the notebook's code with other parameters, without a kernel; what it has defined."""
+    names: dict = {}
+    for cell in nbformat.read(ROOT / "notebooks" / "07_protocol.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= parameters
+    return names
+
+
+def test_the_notebook_writes_a_study(reports, tmp_path):
+    found = run_notebook(
+        batches=["low", "wide", "never"], reports_dir=str(reports), output_dir=str(tmp_path), resamples=50
+    )
+    assert found["page"] == tmp_path / "low-wide-never" / "index.html"
+    assert any("tdlib batch run never" in sentence for sentence in found["missing"])
+    files = {path.name for path in found["page"].parent.iterdir()}
+    assert {"claims.csv", "shifts.parquet", "shots_figure.svg", "shifts_figure.png", "study.json"} <= files
+    assert "tdlib batch run never" in found["page"].read_text()
+
+
+def test_the_notebook_without_any_batch_says_what_to_run(tmp_path, capsys):
+    found = run_notebook(
+        batches=["low_shot"], reports_dir=str(tmp_path), output_dir=str(tmp_path / "out"), fallback=""
+    )
+    assert found["compared"].empty and "tdlib batch run low_shot" in found["page"].read_text()
