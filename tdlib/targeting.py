@@ -18,7 +18,6 @@ from tdlib.priors import WORD, Idf
 from tdlib.records import TargetRecord
 from tdlib.statistics import bootstrap_interval
 
-
 HALF = 0.5 - 1e-6  # of a patch inside a box, and less than what rounding of boxes moves
 
 
