@@ -334,6 +334,66 @@ def targeting_quality(scores: pd.DataFrame, level: float = 0.95, resamples: int 
     return pd.DataFrame(rows)
 
 
+LESS_IS_BETTER = ("sufficiency", "deletion")
+FEWEST = 6  # pictures; below, no interval is taken as evidence
+
+
+def _advantage(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Interval of a gain with the sign that makes more better."""
+    low, high = row["gain_low"], row["gain_high"]
+    return (-high, -low) if row["metric"] in LESS_IS_BETTER else (low, high)
+
+
+def figures(quality: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Values with intervals as text, for a table to read: a row per ``by``, a column per metric.
+
+    "0.62 [0.55, 0.70] *": the star says that the targeting is better than a random choice of as many
+    tokens, by the interval of their paired difference. Baselines have rows if ``by`` names "source".
+
+    Args:
+        quality: rows of ``targeting_quality``, of several settings if columns of ``by`` tell them apart.
+        by: columns, in the table's order.
+    """
+    keys = [*(name for name in by if name != "source"), "metric"]
+    chance = {
+        tuple(row[name] for name in keys): row
+        for row in quality[quality["source"] == "random"].to_dict("records")
+    }
+    rows = quality if "source" in by else quality[quality["source"] == "targeting"]
+    texts = []
+    for row in rows.to_dict("records"):
+        random = chance.get(tuple(row[name] for name in keys))
+        star = row["source"] == "targeting" and random and _advantage(random)[0] > 0
+        texts.append(f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" + (" *" if star else ""))
+    table = rows.assign(figure=texts).set_index([*by, "metric"])["figure"].unstack("metric", sort=False)
+    return table[list(rows["metric"].unique())].fillna("")
+
+
+def verdicts(quality: pd.DataFrame, by: Sequence[str] = ("truth", "modality")) -> pd.DataFrame:
+    """The targeting beside the strongest of its baselines: a row per ``by`` and metric.
+
+    ``verdict`` is "better" or "worse" where the interval of the paired gain lies on one side of 0,
+    "undecided" where it does not, and "too few pictures" below ``FEWEST`` of them. The strongest
+    baseline is chosen by the same figures, which favours it: a "better" is earned.
+    """
+    rows = []
+    for key, part in quality.groupby([*by, "metric"], sort=False):
+        own = part[part["source"] == "targeting"].iloc[0]
+        less = own["metric"] in LESS_IS_BETTER
+        best = part[part["source"] != "targeting"].sort_values("value", ascending=less, kind="stable").iloc[0]
+        low, high = _advantage(best)
+        verdict = "better" if low > 0 else "worse" if high < 0 else "undecided"
+        rows.append(
+            dict(zip([*by, "metric"], key, strict=True))
+            | {"targeting": f"{own['value']:.3f} [{own['low']:.3f}, {own['high']:.3f}]"}
+            | {"strongest baseline": f"{best['source']} {best['value']:.3f}"}
+            | {"gain": f"{best['gain']:+.3f} [{best['gain_low']:+.3f}, {best['gain_high']:+.3f}]"}
+            | {"pictures": int(own["pictures"])}
+            | {"verdict": verdict if own["pictures"] >= FEWEST else "too few pictures"}
+        )
+    return pd.DataFrame(rows)
+
+
 def _interval(
     values: pd.Series, pictures: np.ndarray, level: float, resamples: int
 ) -> tuple[float, float, float]:

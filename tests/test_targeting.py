@@ -303,6 +303,59 @@ def test_quality_is_means_with_intervals_over_pictures():
     pd.testing.assert_frame_equal(again.set_index(["modality", "metric", "source"]), quality)
 
 
+def quality_rows(metric="auc", pictures=8, **gains) -> pd.DataFrame:
+    """The targeting at 0.6 beside baselines with these (value, gain_low, gain_high)."""
+    common = {"truth": "ground truth", "modality": "text", "metric": metric, "pictures": pictures}
+    rows = [common | {"source": "targeting", "value": 0.6, "low": 0.5, "high": 0.7}]
+    for source, (value, low, high) in gains.items():
+        row = {"source": source, "value": value, "low": value, "high": value, "gain": 0.6 - value}
+        rows.append(common | row | {"gain_low": low, "gain_high": high})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("metric", "gain", "star"),
+    [
+        ("auc", (0.05, 0.2), " *"),
+        ("auc", (-0.05, 0.2), ""),
+        ("deletion", (-0.2, -0.05), " *"),
+        ("deletion", (0.05, 0.2), ""),
+        ("sufficiency", (0.05, 0.2), ""),
+    ],
+)
+def test_figures_have_a_star_where_chance_is_beaten(metric, gain, star):
+    rows = quality_rows(metric, random=(0.5, *gain), longest=(0.55, 0.01, 0.02)).assign(setting="a")
+    other = quality_rows(metric, random=(0.5, -1, 1)).assign(setting="b")
+    table = targeting.figures(pd.concat([rows, other]), ["setting", "modality"])
+    assert table.loc[("a", "text"), metric] == f"0.60 [0.50, 0.70]{star}"
+    assert table.loc[("b", "text"), metric] == "0.60 [0.50, 0.70]" and len(table) == 2
+    whole = targeting.figures(rows, ["modality", "source"])
+    assert list(whole[metric]) == [f"0.60 [0.50, 0.70]{star}", "0.50 [0.50, 0.50]", "0.55 [0.55, 0.55]"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "baselines", "pictures", "strongest", "verdict"),
+    [
+        ("auc", {"random": (0.4, 0.1, 0.3), "frequency": (0.5, 0.05, 0.2)}, 8, "frequency 0.500", "better"),
+        ("auc", {"random": (0.4, 0.1, 0.3), "frequency": (0.7, -0.2, -0.05)}, 8, "frequency 0.700", "worse"),
+        (
+            "auc",
+            {"random": (0.4, 0.1, 0.3), "frequency": (0.5, -0.1, 0.2)},
+            8,
+            "frequency 0.500",
+            "undecided",
+        ),
+        ("deletion", {"random": (0.5, 0.05, 0.2), "longest": (0.9, -1, -0.1)}, 8, "random 0.500", "worse"),
+        ("deletion", {"random": (0.8, -0.3, -0.1), "longest": (0.9, -1, 1)}, 8, "random 0.800", "better"),
+        ("auc", {"random": (0.4, 0.1, 0.3)}, 5, "random 0.400", "too few pictures"),
+    ],
+)
+def test_verdicts_are_about_the_strongest_baseline(metric, baselines, pictures, strongest, verdict):
+    (row,) = targeting.verdicts(quality_rows(metric, pictures, **baselines)).to_dict("records")
+    assert (row["strongest baseline"], row["verdict"]) == (strongest, verdict)
+    assert (row["truth"], row["modality"], row["metric"]) == ("ground truth", "text", metric)
+
+
 # Masking
 
 
