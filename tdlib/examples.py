@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 Span = tuple[int, int]
 Box = tuple[float, float, float, float]
 
+GROUND_TRUTH = "ground truth"  # relevant spans and boxes that the data themselves state
+
 
 class DataError(ValueError):
     """Bad input data: says where, what was expected, and the remedy."""
@@ -65,6 +67,8 @@ class Example:
     ``annotators`` are the answers that people gave (VQA), ``answer_type`` their kind, and
     ``soft_label`` what each of the vocabulary's answers is worth, as (index, score in [0, 1]).
     ``given`` is where in the prompt the given answer starts (VCR's QA->R), 0 where none is given.
+    ``truth`` says what the relevant spans and boxes are: ground truth, or what stands in for it
+    (``tasks.truth``).
     """
 
     id: str
@@ -80,6 +84,7 @@ class Example:
     answer_type: str = ""
     soft_label: tuple[tuple[int, float], ...] = ()
     given: int = 0
+    truth: str = GROUND_TRUTH
 
     def statements(self) -> tuple[TextPart, ...]:
         """What is read about the picture: the prompt with each choice, or the prompt alone."""

@@ -28,7 +28,7 @@ from PIL import Image, ImageEnhance
 
 from tdlib.examples import DataError
 from tdlib.records import TargetRecord
-from tdlib.views import facts, ground_truth, highest_weight, percent, title, token_name
+from tdlib.views import facts, ground_truth, highest_weight, percent, title, token_name, truth_name
 
 COLOURS = "cividis_r"  # small is light, as in ``views``
 # Okabe and Ito's colours, darkest first, so that the first ones also differ in grey print.
@@ -320,9 +320,9 @@ def _legend_below(
         handles.append(Patch(fill=False, **OBJECT, label="object"))
     if picture and any(record.relevant_boxes for record in records):
         line = {"color" if key == "edgecolor" else key: value for key, value in GROUND_TRUTH.items()}
-        handles.append(Line2D([], [], **line, label="ground truth (box)"))
+        handles.append(Line2D([], [], **line, label=f"{truth_name(records)} (box)"))
     if words and any(record.relevant_spans for record in records):
-        handles.append(Patch(facecolor=BAND, label="ground truth (words)"))
+        handles.append(Patch(facecolor=BAND, label=f"{truth_name(records)} (words)"))
     if handles:
         figure.legend(
             handles=handles, loc="outside lower center", ncols=5 if words and picture else 2, fontsize=SMALL,

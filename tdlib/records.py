@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tdlib.examples import Box, Example, Reference, Span
+from tdlib.examples import GROUND_TRUTH, Box, Example, Reference, Span
 
 if TYPE_CHECKING:
     from tdlib.objective import TargetedDistillation
@@ -59,6 +59,7 @@ class TargetRecord:
     relevant_boxes: tuple[Box, ...] = ()
     split: str = ""
     step: int = END  # updates done when it was recorded (0: before the first), or END
+    truth: str = GROUND_TRUTH  # what the relevant spans and boxes are, or what stands in for it
 
     @property
     def is_text(self) -> np.ndarray:
@@ -232,7 +233,8 @@ class ProbeRecorder:
                         tokens=tuple(statement.text[start:end] for start, end in spans), spans=spans,
                         boxes=targets.tokens.boxes[choice].numpy(), distilled=targets.valid[choice].numpy(),
                         prior=targets.prior[choice].numpy(), relevant_spans=statement.relevant,
-                        relevant_boxes=example.relevant_boxes, split=self.split, step=step,
+                        relevant_boxes=example.relevant_boxes, truth=example.truth,
+                        split=self.split, step=step,
                         teacher_probability=teacher_p, student_probability=student_p,
                         instance_weight=weight_of_example,
                         **{name: array[row, choice, own] for name, array in arrays.items()},

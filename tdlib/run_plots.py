@@ -103,7 +103,7 @@ def plot_difference(
             Line2D([], [], color="black", marker="s", linestyle="none", label=_plain(names[1])),
         ]  # fmt: skip
         if any(ground_truth(left)):
-            handles.append(Patch(facecolor=BAND, edgecolor="black", linestyle="--", label="ground truth"))
+            handles.append(Patch(facecolor=BAND, edgecolor="black", linestyle="--", label=left.truth))
         below[0].legend(handles=handles, loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False)
         figure.suptitle(_plain(heading), fontsize=LARGE)
     return _settled(figure)

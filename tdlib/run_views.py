@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from tdlib.alignment import align
+from tdlib.examples import GROUND_TRUTH
 from tdlib.records import END, TargetRecord
 from tdlib.targeting import Curves
 from tdlib.tokens import Tokens
@@ -685,6 +686,8 @@ def quality_view(quality: pd.DataFrame, method: str = METHOD) -> View:
     if quality.empty:
         raise ValueError("no rows: the measures have nothing to show")
     heading = f"{method}: targeted tokens"
+    if (truth := quality["truth"].iloc[0] if "truth" in quality else "") not in ("", GROUND_TRUTH):
+        heading += f" against {truth}, which stand in for the ground truth"
 
     def figure() -> "Figure":
         from tdlib import run_plots

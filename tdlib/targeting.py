@@ -18,22 +18,40 @@ from tdlib.priors import WORD, Idf
 from tdlib.records import TargetRecord
 from tdlib.statistics import bootstrap_interval
 
+HALF = 0.5 - 1e-6  # of a patch inside a box, and less than what rounding of boxes moves
 
-def decisive_tokens(record: TargetRecord) -> np.ndarray:
-    """Which of the student's tokens decide the statement (tokens,): words that overlap a relevant
-    span, patches at least half inside a relevant box."""
-    spans, boxes = record.spans, record.boxes
-    words = np.zeros(len(spans), dtype=bool)
+
+def relevant_tokens(record: TargetRecord) -> np.ndarray:
+    """Which of the student's tokens decide the statement (tokens,), with a teacher target or without.
+
+    The one definition that views and measures share. Words: those that share a character with a
+    relevant span. Visual tokens (our reading): those at least half of which lie in one relevant box; where
+    no token lies half inside a box, as with objects smaller than half a patch, the one that fits it
+    best by intersection over union (among patches of one size: the one that holds its largest share),
+    ties together. All False where the record knows no span or box: see ``views.ground_truth``.
+    """
+    words = np.zeros(len(record.spans), dtype=bool)
     for start, end in record.relevant_spans:
-        words |= (spans[:, 0] < end) & (spans[:, 1] > start)
-    inside = np.zeros(len(boxes))
+        words |= (record.spans[:, 0] < end) & (record.spans[:, 1] > start)
+    visual, boxes = record.is_visual & ~record.is_text, record.boxes
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    patches = np.zeros(len(boxes), dtype=bool)
     for left, top, right, bottom in record.relevant_boxes:
         width = np.clip(np.minimum(boxes[:, 2], right) - np.maximum(boxes[:, 0], left), 0, None)
         height = np.clip(np.minimum(boxes[:, 3], bottom) - np.maximum(boxes[:, 1], top), 0, None)
-        inside = np.maximum(inside, width * height)
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    patches = np.divide(inside, area, out=np.zeros_like(inside), where=area > 0) >= 0.5
-    return record.distilled & ((words & record.is_text) | (patches & record.is_visual))
+        both = width * height * visual
+        inside = visual & (both > 0) & (both >= HALF * area)
+        if not inside.any() and both.any():
+            fit = np.divide(both, area + (right - left) * (bottom - top) - both, where=visual,
+                            out=np.zeros_like(both))  # fmt: skip
+            inside = fit >= fit.max() * (1 - 1e-4)
+        patches |= inside
+    return (words & record.is_text) | patches
+
+
+def decisive_tokens(record: TargetRecord) -> np.ndarray:
+    """The ``relevant_tokens`` that have a teacher target, and so can be targeted (tokens,)."""
+    return record.distilled & relevant_tokens(record)
 
 
 def targeting_lift(records: Sequence[TargetRecord]) -> dict[str, float]:
@@ -203,7 +221,8 @@ def targeting_scores(
     """How well each record's targeting finds the decisive tokens, beside baselines.
 
     One row per record, modality, ``metric`` and ``source`` ("targeting", or a baseline), with its
-    ``value``; ``example_id``, ``choice`` and ``image`` name the record. Tokens are those with a
+    ``value``; ``example_id``, ``choice`` and ``image`` name the record, ``truth`` what its decisive
+    tokens come from. Tokens are those with a
     teacher target; decisive ones as in ``decisive_tokens``. Metrics: "auc", "ap" and "pointing" rank
     tokens by weight (0 where not selected) and, as source "score", by what the selector saw;
     "precision" and "recall" are of the selected set; "iou" is that of the areas of the selected
@@ -240,7 +259,7 @@ def targeting_scores(
                         for _ in range(draws)
                     ]
                     found[name]["iou"] = float(np.mean([area_iou(part, relevant) for part in chosen]))
-            rows += _rows(record, modality, found)
+            rows += _rows(record, modality, found, record.truth)
     return pd.DataFrame(rows, columns=SCORE_COLUMNS)
 
 
@@ -261,11 +280,13 @@ def _ranking(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     }
 
 
-SCORE_COLUMNS = ["example_id", "choice", "image", "modality", "metric", "source", "value"]
+SCORE_COLUMNS = ["example_id", "choice", "image", "truth", "modality", "metric", "source", "value"]
 
 
-def _rows(record: TargetRecord, modality: str, found: dict[str, dict[str, float]]) -> list[tuple]:
-    name = record.example_id, record.choice, str(record.image), modality
+def _rows(
+    record: TargetRecord, modality: str, found: dict[str, dict[str, float]], truth: str = ""
+) -> list[tuple]:
+    name = record.example_id, record.choice, str(record.image), truth, modality
     return [(*name, metric, source, v) for source, own in found.items() for metric, v in own.items()]
 
 
@@ -278,23 +299,31 @@ def targeting_quality(scores: pd.DataFrame, level: float = 0.95, resamples: int 
         resamples: of pictures, with replacement.
 
     Returns:
-        A row per modality, metric and source: ``value``, ``low``, ``high``, ``n`` (records) and
+        A row per modality, metric and source: ``truth`` (what decisive tokens come from; "" where the
+        measure needs none), ``value``, ``low``, ``high``, ``n`` (records) and
         ``pictures``; beside a baseline also ``gain`` (targeting minus baseline, paired by record) with
         ``gain_low`` and ``gain_high``. For "sufficiency" and "deletion" less is better, so that a
         gain below 0 speaks for the targeting.
 
     Raises:
-        ValueError: there are no rows, as no record knows its decisive tokens.
+        ValueError: there are no rows, as no record knows its decisive tokens; or they are measured
+            against several kinds of truth.
     """
     if scores.empty:
         raise ValueError("no scores: none of the records knows its decisive tokens (ground truth)")
+    truths = scores["truth"].unique()
+    if len(truths) > 1:
+        raise ValueError(
+            f"scores against {' and '.join(truths)}: expected one kind of truth, as their mean says nothing; "
+            "measure the records of each by themselves"
+        )
     rows = []
     for (modality, metric), part in scores.groupby(["modality", "metric"], sort=False):
         wide = part.pivot(index=["image", "example_id", "choice"], columns="source", values="value")
         pictures = wide.index.get_level_values("image").to_numpy()
         own = wide["targeting"]
         for source in part["source"].unique():
-            row = {"modality": modality, "metric": metric, "source": source}
+            row = {"truth": truths[0], "modality": modality, "metric": metric, "source": source}
             row |= dict(zip(("value", "low", "high"), _interval(wide[source], pictures, level, resamples),
                             strict=True))  # fmt: skip
             row |= {"n": len(wide), "pictures": len(np.unique(pictures))}
@@ -302,6 +331,66 @@ def targeting_quality(scores: pd.DataFrame, level: float = 0.95, resamples: int 
                 gain = _interval(own - wide[source], pictures, level, resamples)
                 row |= dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
             rows.append(row)
+    return pd.DataFrame(rows)
+
+
+LESS_IS_BETTER = ("sufficiency", "deletion")
+FEWEST = 6  # pictures; below, no interval is taken as evidence
+
+
+def _advantage(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Interval of a gain with the sign that makes more better."""
+    low, high = row["gain_low"], row["gain_high"]
+    return (-high, -low) if row["metric"] in LESS_IS_BETTER else (low, high)
+
+
+def figures(quality: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Values with intervals as text, for a table to read: a row per ``by``, a column per metric.
+
+    "0.62 [0.55, 0.70] *": the star says that the targeting is better than a random choice of as many
+    tokens, by the interval of their paired difference. Baselines have rows if ``by`` names "source".
+
+    Args:
+        quality: rows of ``targeting_quality``, of several settings if columns of ``by`` tell them apart.
+        by: columns, in the table's order.
+    """
+    keys = [*(name for name in by if name != "source"), "metric"]
+    chance = {
+        tuple(row[name] for name in keys): row
+        for row in quality[quality["source"] == "random"].to_dict("records")
+    }
+    rows = quality if "source" in by else quality[quality["source"] == "targeting"]
+    texts = []
+    for row in rows.to_dict("records"):
+        random = chance.get(tuple(row[name] for name in keys))
+        star = row["source"] == "targeting" and random and _advantage(random)[0] > 0
+        texts.append(f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" + (" *" if star else ""))
+    table = rows.assign(figure=texts).set_index([*by, "metric"])["figure"].unstack("metric", sort=False)
+    return table[list(rows["metric"].unique())].fillna("")
+
+
+def verdicts(quality: pd.DataFrame, by: Sequence[str] = ("truth", "modality")) -> pd.DataFrame:
+    """The targeting beside the strongest of its baselines: a row per ``by`` and metric.
+
+    ``verdict`` is "better" or "worse" where the interval of the paired gain lies on one side of 0,
+    "undecided" where it does not, and "too few pictures" below ``FEWEST`` of them. The strongest
+    baseline is chosen by the same figures, which favours it: a "better" is earned.
+    """
+    rows = []
+    for key, part in quality.groupby([*by, "metric"], sort=False):
+        own = part[part["source"] == "targeting"].iloc[0]
+        less = own["metric"] in LESS_IS_BETTER
+        best = part[part["source"] != "targeting"].sort_values("value", ascending=less, kind="stable").iloc[0]
+        low, high = _advantage(best)
+        verdict = "better" if low > 0 else "worse" if high < 0 else "undecided"
+        rows.append(
+            dict(zip([*by, "metric"], key, strict=True))
+            | {"targeting": f"{own['value']:.3f} [{own['low']:.3f}, {own['high']:.3f}]"}
+            | {"strongest baseline": f"{best['source']} {best['value']:.3f}"}
+            | {"gain": f"{best['gain']:+.3f} [{best['gain_low']:+.3f}, {best['gain_high']:+.3f}]"}
+            | {"pictures": int(own["pictures"])}
+            | {"verdict": verdict if own["pictures"] >= FEWEST else "too few pictures"}
+        )
     return pd.DataFrame(rows)
 
 

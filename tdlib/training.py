@@ -365,7 +365,7 @@ def record_targets(
                 score=scores[choice], selected=selected[0, choice].numpy(),
                 weight=weights[0, choice].numpy(), teacher_probability=teacher_p,
                 student_probability=student_p, instance_weight=weight, relevant_spans=statement.relevant,
-                relevant_boxes=example.relevant_boxes,
+                relevant_boxes=example.relevant_boxes, truth=example.truth,
             )
         )  # fmt: skip
     return records

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from tdlib.examples import Box
 from tdlib.records import TargetRecord
+from tdlib.targeting import relevant_tokens
 
 if TYPE_CHECKING:
     from tdlib.plots import Figure
@@ -90,25 +90,20 @@ def shares(record: TargetRecord) -> str:
 
 
 def ground_truth(record: TargetRecord) -> list[bool | None]:
-    """Whether each token is one that decides the answer; None where the record does not know.
+    """Whether each token is one that decides the answer (``targeting.relevant_tokens``).
 
-    A text token does if it shares a character with a relevant span; a visual token if its centre lies
-    in a relevant box or the box's centre in it (our reading: finds a box that is smaller than a patch).
+    None where the record does not know: no relevant span for words, no relevant box for visual tokens.
     """
-    truth: list[bool | None] = [None] * len(record.tokens)
-    for i, (span, box) in enumerate(zip(record.spans, record.boxes, strict=True)):
-        if record.is_text[i] and record.relevant_spans:
-            truth[i] = any(start < span[1] and span[0] < end for start, end in record.relevant_spans)
-        elif record.is_visual[i] and not record.is_text[i] and record.relevant_boxes:
-            truth[i] = any(
-                _holds_centre(box, other) or _holds_centre(other, box) for other in record.relevant_boxes
-            )
-    return truth
+    text = record.is_text & bool(record.relevant_spans)
+    visual = record.is_visual & ~record.is_text & bool(record.relevant_boxes)
+    decides = relevant_tokens(record)
+    return [bool(yes) if known else None for yes, known in zip(decides, text | visual, strict=True)]
 
 
-def _holds_centre(box: Box | np.ndarray, other: Box | np.ndarray) -> bool:
-    x, y = (other[0] + other[2]) / 2, (other[1] + other[3]) / 2
-    return bool(box[0] <= x <= box[2] and box[1] <= y <= box[3])
+def truth_name(records: Sequence[TargetRecord]) -> str:
+    """What the records' relevant spans and boxes are: "ground truth", or what stands in for it."""
+    known = (record.truth for record in records if record.relevant_spans or record.relevant_boxes)
+    return " or ".join(dict.fromkeys(known))
 
 
 def kinds(record: TargetRecord) -> list[str]:
@@ -430,7 +425,7 @@ def _legend(
         entries.append(f"<b {_style(border_bottom=f'3px solid {BLACK}')}>selected</b>, its weight below")
     if words and any(record.relevant_spans for record in records):
         mark = f"<span {_style(border_top=f'2px dotted {BLACK}')}>dotted</span>"
-        entries.append(f"{mark} decides the answer (ground truth)")
+        entries.append(f"{mark} decides the answer ({escape(truth_name(records))})")
     if words and any((~record.distilled & record.is_text).any() for record in records):
         entries.append(f"<span {_style(color=GREY)}>grey</span> has no teacher target")
     if words and any(record.references for record in records):
@@ -440,7 +435,7 @@ def _legend(
     if picture and any(record.object_boxes for record in records):
         entries.append(_boxed("solid", OBJECT, "object"))
     if picture and any(record.relevant_boxes for record in records):
-        entries.append(_boxed("dashed", BLACK, "decides the answer") + " (ground truth)")
+        entries.append(_boxed("dashed", BLACK, "decides the answer") + f" ({escape(truth_name(records))})")
     parts = " &nbsp;·&nbsp; ".join([f"<b>{escape(method)}</b>", *entries])
     return f"<div {_style(font_size='12px', line_height='1.8', border_top='1px solid #cccccc')}>{parts}</div>"
 

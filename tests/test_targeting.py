@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from tdlib import targeting
 from tdlib.examples import TextPart
 from tdlib.priors import Idf
-from tdlib.records import TargetRecord
+from tdlib.records import TargetRecord, read_records, write_records
+from tdlib.run_views import quality_view
 from tdlib.statistics import bootstrap_interval
 from tdlib.students.uniter import UniterConfig, UniterForClassification
 from tdlib.students.vilt import ViltEncoder, load_vilt
 from tdlib.tasks.vcr import VcrReader
 from tdlib.training import EncodedExamples, collate, predict
+from tdlib.views import ground_truth
 
 TEXT = "Why is Casey extraordinarily angry?"
 SPANS = [(0, 3), (4, 6), (7, 12), (13, 28), (29, 34), (34, 35)]
@@ -140,6 +142,63 @@ def test_iou_of_areas_equals_counting_cells(one, other):
     assert math.isnan(found) if not union else found == pytest.approx((cells[0] & cells[1]).sum() / union)
 
 
+# Which tokens decide
+
+
+def deciding(*relevant, patches=PATCHES, spans=((29, 34),)) -> list[int]:
+    boxes = np.array([(0.0, 0.0, 0.0, 0.0)] * 8 + list(patches))
+    size = len(boxes)
+    record = make_record(
+        boxes=boxes, spans=np.array([(0, 0), *SPANS, (0, 0), *[(0, 0)] * len(patches)]),
+        tokens=("",) * size, distilled=np.arange(size) != 8, relevant_spans=spans,
+        relevant_boxes=tuple(relevant),
+    )  # fmt: skip
+    found = targeting.relevant_tokens(record)
+    assert list(targeting.decisive_tokens(record)) == list(found & record.distilled)
+    truth = ground_truth(record)
+    for i in range(size):  # views and measures agree on every token, and views say what is not known
+        known = (record.is_text[i] and spans) or (record.is_visual[i] and relevant)
+        assert truth[i] == (bool(found[i]) if known else None)
+    return list(np.flatnonzero(found[8:]))
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((0.0, 0.0, 0.5, 0.25), [0]),  # exactly half of it
+        ((0.1, 0.1, 1.0, 0.5), [0, 1]),  # 64 % of the first, all of the second
+        ((0.3, 0.0, 1.0, 0.5), [1]),  # 40 % of the first is too little where another is inside
+        ((0.6, 0.6, 0.62, 0.62), [3]),  # far smaller than a patch
+        ((0.45, 0.1, 0.6, 0.2), [1]),  # across two patches: the larger share
+        ((0.4, 0.4, 0.6, 0.6), [0, 1, 2, 3]),  # one quarter in each
+        ((0.2, 0.2, 0.2, 0.2), []),  # without an area
+    ],
+)
+def test_patches_half_inside_decide_or_the_one_that_holds_most_of_a_small_box(box, expected):
+    assert deciding(box) == expected
+    assert deciding((0.0, 0.5, 0.5, 1.0), box) == sorted({2, *expected}), "each box by itself"
+
+
+def test_of_nested_regions_the_one_that_fits_a_small_box_decides():
+    small = (0.1, 0.1, 0.2, 0.2)
+    assert deciding(small, patches=[(0, 0, 1, 1), *PATCHES]) == [1], "not the whole picture"
+    assert deciding(small, patches=[(0, 0, 1, 1), *PATCHES, (0.09, 0.1, 0.2, 0.2)]) == [5]
+
+
+def test_without_relevant_boxes_or_spans_nothing_decides_and_views_say_unknown():
+    assert deciding() == []
+    assert deciding((0.0, 0.0, 0.5, 0.5), spans=()) == [0]
+    unknown = make_record(relevant_spans=(), relevant_boxes=())
+    assert not targeting.relevant_tokens(unknown).any() and set(ground_truth(unknown)) == {None}
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 1)] * 4), min_size=1, max_size=3))
+def test_a_box_with_an_area_always_has_a_deciding_patch(corners):
+    relevant = [(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in corners]
+    if any((right - left) * (bottom - top) > 1e-6 for left, top, right, bottom in relevant):
+        assert deciding(*relevant)
+
+
 # Against the ground truth
 
 
@@ -200,6 +259,25 @@ def test_records_without_ground_truth_are_left_out():
         targeting.targeting_quality(targeting.targeting_scores([unknown]))
 
 
+def test_truth_and_what_stands_in_for_it_are_never_averaged():
+    true, proxy = make_record(), make_record(truth="referred objects")
+    assert set(targeting.targeting_scores([proxy])["truth"]) == {"referred objects"}
+    with pytest.raises(ValueError, match="ground truth and referred objects"):
+        targeting.targeting_quality(targeting.targeting_scores([true, proxy]))
+    quality = targeting.targeting_quality(targeting.targeting_scores([proxy]), resamples=20)
+    assert set(quality["truth"]) == {"referred objects"}
+    view = quality_view(quality)
+    assert "referred objects" in view.html and "referred objects" in repr(view)
+    usual = quality_view(targeting.targeting_quality(targeting.targeting_scores([true]), resamples=20))
+    assert "against" not in repr(usual)
+
+
+def test_records_keep_what_their_truth_is(tmp_path):
+    write_records([make_record(truth="highlights")], tmp_path / "records.parquet")
+    (record,) = read_records(tmp_path / "records.parquet")
+    assert record.truth == "highlights"
+
+
 def test_quality_is_means_with_intervals_over_pictures():
     rng = np.random.default_rng(0)
     records = [
@@ -223,6 +301,59 @@ def test_quality_is_means_with_intervals_over_pictures():
     assert gain["gain_low"] == pytest.approx(row["low"] - 0.5)
     again = targeting.targeting_quality(targeting.targeting_scores(records), resamples=300)
     pd.testing.assert_frame_equal(again.set_index(["modality", "metric", "source"]), quality)
+
+
+def quality_rows(metric="auc", pictures=8, **gains) -> pd.DataFrame:
+    """The targeting at 0.6 beside baselines with these (value, gain_low, gain_high)."""
+    common = {"truth": "ground truth", "modality": "text", "metric": metric, "pictures": pictures}
+    rows = [common | {"source": "targeting", "value": 0.6, "low": 0.5, "high": 0.7}]
+    for source, (value, low, high) in gains.items():
+        row = {"source": source, "value": value, "low": value, "high": value, "gain": 0.6 - value}
+        rows.append(common | row | {"gain_low": low, "gain_high": high})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("metric", "gain", "star"),
+    [
+        ("auc", (0.05, 0.2), " *"),
+        ("auc", (-0.05, 0.2), ""),
+        ("deletion", (-0.2, -0.05), " *"),
+        ("deletion", (0.05, 0.2), ""),
+        ("sufficiency", (0.05, 0.2), ""),
+    ],
+)
+def test_figures_have_a_star_where_chance_is_beaten(metric, gain, star):
+    rows = quality_rows(metric, random=(0.5, *gain), longest=(0.55, 0.01, 0.02)).assign(setting="a")
+    other = quality_rows(metric, random=(0.5, -1, 1)).assign(setting="b")
+    table = targeting.figures(pd.concat([rows, other]), ["setting", "modality"])
+    assert table.loc[("a", "text"), metric] == f"0.60 [0.50, 0.70]{star}"
+    assert table.loc[("b", "text"), metric] == "0.60 [0.50, 0.70]" and len(table) == 2
+    whole = targeting.figures(rows, ["modality", "source"])
+    assert list(whole[metric]) == [f"0.60 [0.50, 0.70]{star}", "0.50 [0.50, 0.50]", "0.55 [0.55, 0.55]"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "baselines", "pictures", "strongest", "verdict"),
+    [
+        ("auc", {"random": (0.4, 0.1, 0.3), "frequency": (0.5, 0.05, 0.2)}, 8, "frequency 0.500", "better"),
+        ("auc", {"random": (0.4, 0.1, 0.3), "frequency": (0.7, -0.2, -0.05)}, 8, "frequency 0.700", "worse"),
+        (
+            "auc",
+            {"random": (0.4, 0.1, 0.3), "frequency": (0.5, -0.1, 0.2)},
+            8,
+            "frequency 0.500",
+            "undecided",
+        ),
+        ("deletion", {"random": (0.5, 0.05, 0.2), "longest": (0.9, -1, -0.1)}, 8, "random 0.500", "worse"),
+        ("deletion", {"random": (0.8, -0.3, -0.1), "longest": (0.9, -1, 1)}, 8, "random 0.800", "better"),
+        ("auc", {"random": (0.4, 0.1, 0.3)}, 5, "random 0.400", "too few pictures"),
+    ],
+)
+def test_verdicts_are_about_the_strongest_baseline(metric, baselines, pictures, strongest, verdict):
+    (row,) = targeting.verdicts(quality_rows(metric, pictures, **baselines)).to_dict("records")
+    assert (row["strongest baseline"], row["verdict"]) == (strongest, verdict)
+    assert (row["truth"], row["modality"], row["metric"]) == ("ground truth", "text", metric)
 
 
 # Masking

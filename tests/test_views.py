@@ -369,6 +369,15 @@ def test_ground_truth_of_words_and_patches(record):
     assert views.table(bare(record))["ground_truth"].isna().all(), "unknown is not False"
 
 
+def test_legends_name_what_stands_in_for_ground_truth(record):
+    proxy = replace(record, truth="referred <objects>")
+    for shown, name in ((record, "ground truth"), (proxy, "referred &lt;objects&gt;")):
+        html = views.comparison([shown]).html
+        assert html.count(f"({name})") == 2 and ("(ground truth)" in html) == (shown is record)
+    labels = [text.get_text() for text in plots.plot_targets(proxy).legends[0].get_texts()]
+    assert "referred <objects> (box)" in labels and not any("ground truth" in label for label in labels)
+
+
 @pytest.mark.parametrize(
     ("changes", "labels", "expected"),
     [

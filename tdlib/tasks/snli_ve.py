@@ -6,15 +6,20 @@ The hypothesis (``sentence2``) is read about the Flickr30k picture; the premise 
 
 import csv
 import json
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tdlib.examples import DataError, Example, Examples
+from tdlib.examples import DataError, Example, Examples, Span
 from tdlib.files import whole_file
 from tdlib.tasks.reading import Reader, Records, SideFile, need, picture_boxes, relevant_part
+
+log = logging.getLogger(__name__)
 
 # The order of UNITER's label map (its pretrained heads and ours agree on it); others differ:
 # LAVIS (contradiction, neutral, entailment), MMF (entailment, neutral, contradiction).
@@ -150,18 +155,18 @@ class SnliVeReader(Reader):
         return Examples(list(seen), strata, make, labelled=not unlabelled)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of an e-ViL CSV with the line each ends in."""
+def _csv_rows(
+    path: Path, columns: Sequence[str] = ("pairID", "hypothesis"),
+    of: str = "e-ViL's columns pairID, Flickr30kID, hypothesis, gold_label, explanation",
+) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
+    """Rows of a CSV that needs these columns, with the line each ends in."""
     csv.field_size_limit(2**24)
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file, strict=True)
-            lacking = {"pairID", "hypothesis"} - set(rows.fieldnames or [])
+            lacking = set(columns) - set(rows.fieldnames or [])
             if lacking:
-                raise DataError(
-                    f"{path}:1: no column {', '.join(sorted(lacking))}; expected e-ViL's columns pairID, "
-                    "Flickr30kID, hypothesis, gold_label, explanation"
-                )
+                raise DataError(f"{path}:1: no column {', '.join(sorted(lacking))}; expected {of}")
             for row in rows:
                 if None in row or None in row.values():
                     raise DataError(f"{path}:{rows.line_num}: more or fewer columns than the header")
@@ -171,6 +176,81 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 )
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV in UTF-8 ({error}); copy it again") from None
+
+
+# Words that people marked (e-SNLI, Camburu et al. 2018), as relevant spans of the hypothesis.
+
+HIGHLIGHTS = "highlights"
+_MARKED = [f"Sentence2_marked_{annotator}" for annotator in (1, 2, 3)]  # train has one, dev and test three
+
+
+def with_highlights(examples: Sequence[Example], folder: Path) -> list[Example]:
+    """The words of e-SNLI's annotators in place of relevant spans and boxes, named in ``truth``.
+
+    Read from every ``esnli_*.csv`` in the folder by pairID (SNLI-VE splits SNLI's pairs anew, so that
+    a split's highlights lie in several of them). Words between stars in ``Sentence2_marked_*`` are
+    highlighted; the files' ``Sentence2_Highlighted_*`` are ignored, as their authors ask. A word
+    counts if at least half of the annotators of the pair marked it, without the punctuation that was
+    highlighted along with it (our reading). A pair that no file has, whose hypothesis has no such
+    word, or whose text differs has no relevant span; how many differ is logged.
+
+    Raises:
+        DataError: there is no such file, or one lacks its columns or is no CSV.
+    """
+    paths = sorted(folder.glob("esnli_*.csv"))
+    if not paths:
+        raise DataError(
+            f"{folder}: no esnli_*.csv; the highlights are in e-SNLI's esnli_train_1.csv, esnli_train_2.csv, "
+            "esnli_dev.csv and esnli_test.csv: put them beside SNLI-VE's files"
+        )
+    wanted = {example.id for example in examples}
+    marked: dict[str, list[str]] = {}
+    for path in paths:
+        for _, row in _csv_rows(path, ("pairID", _MARKED[0]), "e-SNLI's columns pairID, Sentence2_marked_1"):
+            if row["pairID"] in wanted:
+                marked[row["pairID"]] = [row[name] for name in _MARKED if row.get(name, "").strip()]
+    found, different = [], []
+    for example in examples:
+        spans = highlighted(example.prompt.text, marked.get(example.id, []))
+        if spans is None:
+            different.append(example.id)
+        prompt = replace(example.prompt, relevant=spans or ())
+        found.append(replace(example, prompt=prompt, relevant_boxes=(), truth=HIGHLIGHTS))
+    if different:
+        log.warning(
+            "%s: %d of %d pairs have another text than their highlights, which are not used (first: %s)",
+            folder, len(different), len(examples), different[0],
+        )  # fmt: skip
+    return found
+
+
+def highlighted(text: str, marked: Sequence[str]) -> tuple[Span, ...] | None:
+    """Spans of the words that at least half of the annotators put between stars; None if a text differs.
+
+    Args:
+        text: the hypothesis.
+        marked: the same text by each annotator, words in stars ("A *man* sleeps.").
+    """
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    votes = [0] * len(words)
+    for own in marked:
+        theirs = own.split()
+        plain = [word[1:-1] if _starred(word) else word for word in theirs]
+        if plain != [text[start:end] for start, end in words]:
+            return None
+        for i, word in enumerate(theirs):
+            votes[i] += _starred(word)
+    chosen = [span for span, count in zip(words, votes, strict=True) if count and 2 * count >= len(marked)]
+    return tuple(_without_punctuation(text, span) for span in chosen)
+
+
+def _starred(word: str) -> bool:
+    return len(word) > 2 and word[0] == word[-1] == "*"
+
+
+def _without_punctuation(text: str, span: Span) -> Span:
+    letters = [i for i in range(*span) if text[i].isalnum()]
+    return (letters[0], letters[-1] + 1) if letters else span
 
 
 def write_submission(path: Path, labels: dict[str, int]) -> int:

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +386,29 @@ def _parts(subtask: str, labelled: bool) -> tuple[str, ...]:
     """The examples that one question gives: "" its answers, ":r" its rationales, ":rK" given answer K."""
     rationales = (":r",) if labelled else (":r0", ":r1", ":r2", ":r3")
     return {"qa": ("",), "qar": rationales, "both": ("", *rationales)}[subtask]
+
+
+REFERRED_OBJECTS = "referred objects"
+
+
+def with_referred_objects(example: Example) -> Example:
+    """The boxes of the objects that the right statement refers to, in place of relevant spans and boxes.
+
+    A proxy for what decides (our reading), named in ``truth``: VCR's annotators tagged the objects that
+    question and right answer are about, which real VCR says of every question; what in them decides, and
+    which words do, nobody has marked. Without a label, or without references, nothing is relevant.
+    """
+    objects: set[int] = set()
+    if example.label is not None:
+        references = example.statements()[example.label].references
+        objects = {i for reference in references for i in reference.objects}
+    return replace(
+        example,
+        prompt=replace(example.prompt, relevant=()),
+        choices=tuple(replace(choice, relevant=()) for choice in example.choices),
+        relevant_boxes=tuple(example.boxes[i] for i in sorted(objects)),
+        truth=REFERRED_OBJECTS,
+    )
 
 
 def joint_hits(hits: Mapping[str, bool]) -> dict[str, bool]:
