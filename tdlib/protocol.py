@@ -14,7 +14,7 @@ import io
 import json
 import os
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -569,7 +569,7 @@ def write_study(
     folder.mkdir(parents=True, exist_ok=True)
     parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(note)}</p>" for note in notes)]
     for name, (caption, source, png, svg) in figures.items():
-        _write_bytes(folder / f"{name}.png", lambda file, png=png: file.write(png))
+        _write_bytes(folder / f"{name}.png", png)
         with whole_file(folder / f"{name}.svg") as out:
             out.write(svg)
         image = b64encode(svg.encode()).decode()
@@ -582,7 +582,7 @@ def write_study(
             table.to_csv(out, index=False)
         buffer = io.BytesIO()
         table.to_parquet(buffer, index=False)
-        _write_bytes(folder / f"{name}.parquet", lambda file, buffer=buffer: file.write(buffer.getvalue()))
+        _write_bytes(folder / f"{name}.parquet", buffer.getvalue())
         fragment = f"<h2>{escape(caption)}</h2>" + _html(readable(table))
         with whole_file(folder / f"{name}.html") as out:
             out.write(fragment + "\n")
@@ -598,11 +598,10 @@ def write_study(
     return page
 
 
-def _write_bytes(path: Path, write: Callable[[Any], Any]) -> None:
+def _write_bytes(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            write(file)
+        partial.write_bytes(content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
