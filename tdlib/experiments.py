@@ -20,7 +20,7 @@ from tdlib.files import write_jsonl
 from tdlib.priors import Idf
 from tdlib.probe import answer_statements
 from tdlib.regions import BackboneRegions, CachedRegions, RegionSource, open_regions
-from tdlib.statistics import bootstrap_interval
+from tdlib.statistics import adjusted_together, bootstrap_interval, paired_difference
 from tdlib.students.base import StudentEncoder
 from tdlib.students.catalogue import architecture, load_student, open_encoder
 from tdlib.students.clip import ClipFusionEncoder
@@ -283,7 +283,8 @@ def joint_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
 def summarise(predictions: pd.DataFrame, baseline: str = "finetune") -> pd.DataFrame:
     """Mean score per arm and split with 95 % intervals, and the paired difference to the baseline.
 
-    Columns: arm, split, mean, low, high, n (seeds), difference, difference_low, difference_high.
+    Columns: arm, split, mean, low, high, n (seeds), difference, difference_low, difference_high, and the
+    verdict of ``statistics.PairedDifference``, corrected for the number of arms on the same split.
     Intervals: two-level bootstrap over seeds and over pictures. Splits without labels are left out;
     for task "vcr" the score is Q->AR.
     """
@@ -295,21 +296,28 @@ def summarise(predictions: pd.DataFrame, baseline: str = "finetune") -> pd.DataF
             for arm, own in part.groupby("arm", sort=False)
         }
         images = part.drop_duplicates("id").set_index("id")["image"]
+        compared = {
+            arm: paired_difference(
+                table.to_numpy(),
+                tables[baseline].loc[table.index, table.columns].to_numpy(),
+                images[table.columns].to_numpy(),
+            )
+            for arm, table in tables.items()
+            if arm != baseline and baseline in tables
+        }
+        compared = adjusted_together(compared)
         for arm, table in tables.items():
-            clusters = images[table.columns].to_numpy()
-            low, high = bootstrap_interval(table.to_numpy(), clusters)
+            values = table.to_numpy()
+            low, high = bootstrap_interval(values, images[table.columns].to_numpy())
             row = {
-                "arm": arm,
-                "split": split,
-                "mean": table.to_numpy().mean(),
-                "low": low,
-                "high": high,
-                "n": len(table),
-            }
-            if arm != baseline and baseline in tables:
-                gain = table - tables[baseline].loc[table.index, table.columns]
-                low, high = bootstrap_interval(gain.to_numpy(), clusters)
-                row |= {"difference": gain.to_numpy().mean(), "difference_low": low, "difference_high": high}
+                "arm": arm, "split": split, "mean": values.mean(), "low": low, "high": high, "n": len(table),
+            }  # fmt: skip
+            if arm in compared:
+                gain = compared[arm]
+                row |= {
+                    "difference": gain.difference, "difference_low": gain.low, "difference_high": gain.high,
+                    "verdict": gain.verdict(),
+                }  # fmt: skip
             rows.append(row)
     return pd.DataFrame(rows)
 
