@@ -186,7 +186,8 @@ def train(config_file: Path, folder: Path, cache: Path | None = None, show_progr
     must_launch(config)
     if cache is not None:
         experiments.CACHE_ROOT = cache
-    state = PartialState(timeout=timedelta(days=2))  # the first may have a large cache to fill
+    # The first may have a large cache to fill.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
     with state.main_process_first():
         materials = experiments.prepare(config, whole_splits=False)
     train_run(config, materials, folder, show_progress)

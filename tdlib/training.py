@@ -455,6 +455,7 @@ def make_trainer(
         save_steps=config.checkpoint_every or 500, report_to=[], seed=config.seed,
         data_seed=config.seed, remove_unused_columns=False, dataloader_pin_memory=False,
         disable_tqdm=not show_progress, logging_nan_inf_filter=False, label_names=["labels"],
+        use_cpu=not torch.cuda.is_available(),  # several processes would not find each other there else
     )  # fmt: skip
     trainer = DistillationTrainer(
         config=config, model=module, args=arguments, train_dataset=dataset,
