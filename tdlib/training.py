@@ -329,7 +329,7 @@ class DistillationTrainer(Trainer):
         self._sums = {name: own[f"sum.{name}"].to(self.args.device) for name in progress["terms"]}
 
 
-class _Checkpoints(TrainerCallback):
+class CheckpointKeeper(TrainerCallback):
     """Makes a checkpoint of what the Trainer saves, and continues from one.
 
     Args:
@@ -672,7 +672,7 @@ def train_run(
         whole = None
         if keeps:
             identity = run_identity(config, subset)
-            keeper = _Checkpoints(trainer, home, identity, [*recorders.values()])
+            keeper = CheckpointKeeper(trainer, home, identity, [*recorders.values()])
             trainer.add_callback(keeper)
             if whole := _agreed(checkpoints.newest(home, identity) if rank == 0 else None):
                 keeper.restore(whole)
