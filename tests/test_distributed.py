@@ -133,11 +133,11 @@ def test_two_processes_train_as_one_does(base, materials, tmp_path, arm):
         for alone, together in zip(*rows, strict=True):
             assert alone.keys() == together.keys()
             for key in alone:
-                assert together[key] == pytest.approx(alone[key], rel=1e-3, abs=2e-4), (name, key)
+                assert together[key] == pytest.approx(alone[key], rel=1e-3, abs=5e-5), (name, key)
     weights = [load_file(folder / "student" / "model.safetensors") for folder in (one, two)]
     for name, value in weights[0].items():
         if not name.endswith(("classifier.bias", "key.bias")):  # a softmax does not see them: rounding alone
-            assert_close(weights[1][name], value, rtol=1e-3, atol=2e-5, msg=name)
+            assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
     tables = [pd.read_parquet(folder / "predictions.parquet") for folder in (one, two)]
     assert tables[0]["id"].tolist() == tables[1]["id"].tolist()
     assert_close(*(tables[i]["probability"].to_numpy() for i in (1, 0)), rtol=0, atol=1e-4)
