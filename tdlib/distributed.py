@@ -142,7 +142,7 @@ def _end_with(starter: int) -> None:
     """Ends this process soon after the one that wants its result is gone."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(starter)
-        while process.is_running():
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             time.sleep(1)
     os._exit(1)
 

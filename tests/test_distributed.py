@@ -9,6 +9,7 @@ import sys
 import time
 from itertools import chain
 from pathlib import Path
+from threading import Thread
 
 import pandas as pd
 import psutil
@@ -19,6 +20,7 @@ from torch.testing import assert_close
 
 from tdlib import distributed, experiments
 from tdlib.arms import apply_arm
+from tdlib.checkpoints import checkpoints_of
 from tdlib.config import ROOT, ConfigError, RunConfig
 from tdlib.distributed import must_launch
 from tdlib.experiments import prepare
@@ -144,6 +146,38 @@ def test_two_processes_train_as_one_does(base, materials, tmp_path, arm):
     if arm == "clip_td":
         records = [pd.read_parquet(folder / "selections.parquet") for folder in (one, two)]
         assert records[0]["step"].tolist() == records[1]["step"].tolist()
+
+
+def test_a_killed_process_ends_all_and_together_they_continue(base, materials, tmp_path):
+    config = settings_of(base, processes=2, checkpoint_every=2, epochs=6, diagnostics_every=0, probe_every=0)
+    folder, home = tmp_path / "run", checkpoints_of(tmp_path / "run")
+
+    def kill_one() -> None:
+        until = time.monotonic() + 300
+        while not any(home.glob("step-*")) and time.monotonic() < until:
+            time.sleep(0.02)
+        _training(tmp_path)[-1].kill()
+
+    killer = Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(RuntimeError):
+        train_run(config, materials, folder)
+    killer.join()
+    assert not folder.exists() and not _training(tmp_path)
+    train_run(config, materials, folder)
+    resumed = json.loads((folder / "environment.json").read_text())["resumed_after_updates"]
+    assert len(resumed) == 1 and resumed[0] >= 2 and not home.parent.exists()
+    train_run(settings_of(config, processes=1, checkpoint_every=0), materials, tmp_path / "alone")
+    rows = rows_of(folder / "history.jsonl"), rows_of(tmp_path / "alone" / "history.jsonl")
+    assert len(rows[0]) == len(rows[1])
+    for together, alone in zip(*rows, strict=True):
+        assert together == pytest.approx(alone, rel=1e-3, abs=5e-5)
+
+
+def _training(folder: Path) -> list[psutil.Process]:
+    """The processes that train into a run folder below ``folder``, without the one that started them."""
+    every = [p for p in psutil.process_iter() if str(folder / "run") in " ".join(_command(p))]
+    return [p for p in every if "torch.distributed.run" not in _command(p)]
 
 
 def test_own_functions_are_refused_before_anything_starts(base, materials, tmp_path, monkeypatch):
