@@ -1,5 +1,7 @@
-"""Speed and memory as ratios measured in one run: ``make bench``."""
+"""Speed and memory as ratios measured in one run: ``make bench``, or ``python -m tdlib.bench SECTION...``."""
 
+import argparse
+import json
 import resource
 import statistics
 import subprocess
@@ -10,19 +12,25 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import nbformat
 import torch
+from jupyter_client.manager import start_new_kernel
 from torch.utils.data import DataLoader
 
+from tdlib import checkpoints
 from tdlib.arms import apply_arm
+from tdlib.batches import Batch
 from tdlib.cache import TeacherCache
 from tdlib.config import RunConfig
 from tdlib.examples import low_shot
 from tdlib.experiments import prepare
 from tdlib.objective import TargetedDistillation
+from tdlib.records import ProbeRecorder, write_records
 from tdlib.students.base import student_inputs
 from tdlib.targets import TargetBuilder
 from tdlib.teacher import open_picture
 from tdlib.training import (
+    CheckpointKeeper,
     EncodedExamples,
     Materials,
     class_logits,
@@ -178,8 +186,135 @@ def open_large(sizes: tuple[int, ...] = (10_000, 250_000)) -> None:
                 )
 
 
-def main() -> None:
-    open_large()
+def recording_cost(base: RunConfig, probes: int = 16, every: int = 50) -> list[tuple[str, str]]:
+    """What it costs to record the selections of ``probes`` examples every ``every`` updates."""
+    config = apply_arm(base.model_copy(update={"arm": "clip_td", "probe_examples": probes}))
+    materials = prepare(config, whole_splits=False)
+    step = _step(config, materials)
+    assert materials.builder is not None
+    cache = materials.builder.cache
+    subset = low_shot(materials.train, config.shots, config.seed)
+    logits = class_logits(config, materials, subset)
+    builder = TargetBuilder(cache, materials.builder.idf, config, logits)
+    examples = next(iter(materials.evaluated.values()))[:probes]
+    encoded = EncodedExamples(examples, materials.encoder, builder, num_labels=len(materials.labels))
+    module = TargetedDistillation(load_student(config, materials), config, cache.teacher.dim)
+    recorder = ProbeRecorder(encoded, partial(collate, encoder=materials.encoder), module)
+    seconds = medians({"step": step, "record": lambda: recorder.record(0)}, 9)
+    recorder.records = []
+    sizes = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(21):
+            recorder.record(number * every)
+            if number in (0, 20):
+                write_records(recorder.records, Path(folder) / "selections.parquet")
+                sizes.append((Path(folder) / "selections.parquet").stat().st_size / probes)
+    share = seconds["record"] / (every * seconds["step"])
+    kind, name = Path(config.student).name, f"{probes} probes every {every} updates"
+    return [
+        (f"{config.task}, {kind}, recording {name}, of training time", f"{share:.2%}"),
+        (f"{config.task}, {kind}, bytes per probe: first record", f"{sizes[0]:,.0f}"),
+        (f"{config.task}, {kind}, bytes per probe: each further", f"{(sizes[1] - sizes[0]) / 20:,.0f}"),
+    ]
+
+
+def checkpoint_cost(base: RunConfig, every: int = 100) -> list[tuple[str, str]]:
+    """What a checkpoint costs, and its share of training time at one every ``every`` updates."""
+    config = apply_arm(base.model_copy(update={"arm": "finetune", "epochs": 1}))
+    materials = prepare(config, whole_splits=False)
+    subset = low_shot(materials.train, config.shots, config.seed)
+    encoded = EncodedExamples(subset, materials.encoder, num_labels=len(materials.labels))
+    size = updates = 0
+
+    def train(checkpoint_every: int) -> None:
+        nonlocal size, updates
+        own = config.model_copy(update={"checkpoint_every": checkpoint_every})
+        module = TargetedDistillation(load_student(own, materials), own, None)
+        with tempfile.TemporaryDirectory() as folder:
+            home = checkpoints.checkpoints_of(Path(folder) / "run")
+            trainer = make_trainer(module, own, encoded, checkpoints.staging(home))
+            if checkpoint_every:
+                trainer.add_callback(CheckpointKeeper(trainer, home, {}, []))
+            trainer.train()
+            updates = trainer.state.global_step
+            for place in home.glob("step-*"):
+                size = sum(path.stat().st_size for path in place.iterdir())
+
+    seconds = medians({"with": lambda: train(1), "without": lambda: train(0)}, 3)
+    each = (seconds["with"] - seconds["without"]) / updates
+    step = seconds["without"] / updates
+    kind = Path(config.student).name
+    return [
+        (
+            f"{kind}, a checkpoint of {size / 2**20:.1f} MiB",
+            f"{each * 1e3:.0f} ms, {each / step:.2f} updates",
+        ),
+        (f"{kind}, one every {every} updates, of training time", f"{each / (every * step):.2%}"),
+    ]
+
+
+_WORK = """\
+import json, time
+from pathlib import Path
+
+began, total = time.process_time(), 0
+for number in range(rounds):
+    total += number * number % 7
+folder = Path(runs_dir) / "run"
+folder.mkdir(parents=True)
+(folder / "metrics.json").write_text(json.dumps({"work": time.process_time() - began, "total": total}))
+"""
+
+
+def batch_cost(rounds: int = 40_000_000) -> list[tuple[str, str]]:
+    """What a batch adds to a notebook that computes for some seconds, and what two at once gain."""
+    parameters = (
+        f"rounds: int = {rounds}  # of the loop\n"
+        "seed: int = 0  # tells runs apart\n"
+        'runs_dir: str = ""  # results'
+    )
+    cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(_WORK),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    began = time.perf_counter()
+    manager, client = start_new_kernel()
+    kernel = time.perf_counter() - began
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+    walls, work = {}, 0.0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        nbformat.write(notebook, folder / "template.ipynb")
+        for count in (1, 2):
+            described = {"template": str(folder / "template.ipynb"), "seeds": count, "resources": {"cpus": 1}}
+            batch = Batch(described, f"of-{count}", folder)
+            began = time.perf_counter()
+            batch.run("local", cpus=2)
+            walls[count] = time.perf_counter() - began
+            states = batch.states().values()
+            assert all(state["state"] == "done" for state in states), [
+                state.get("reason") for state in states
+            ]
+            if count == 1:
+                [file] = batch.folder.glob("*/output/run/metrics.json")
+                work = json.loads(file.read_text())["work"]
+    return [
+        (
+            "batch of one notebook: beyond its work and its kernel's start",
+            f"{walls[1] - work - kernel:.2f} s",
+        ),
+        ("(its work; a kernel's start)", f"{work:.2f} s; {kernel:.2f} s"),
+        ("two notebooks at once, of ideal", f"{walls[1] / walls[2]:.2f}"),
+    ]
+
+
+# Sections.
+
+
+def _arms() -> list[tuple[str, str]]:
     base = RunConfig.from_parameters(shots=16)
     materials = prepare(base, whole_splits=False)
     assert materials.builder is not None
@@ -189,8 +324,10 @@ def main() -> None:
     steps["clip_td, live teacher"] = _step(arms["clip_td"], materials, live_teacher=True)
     seconds = medians(steps)
     rows = [
-        (f"training step, {name} / finetune", value / seconds["finetune"]) for name, value in seconds.items()
+        (f"training step, {name} / finetune", f"{value / seconds['finetune']:.2f}")
+        for name, value in seconds.items()
     ]
+    rows.append((f"finetune step of {base.batch_size} questions", f"{seconds['finetune'] * 1e3:.0f} ms"))
 
     baseline, distilled = load_student(base, materials), load_student(base, materials)
     module = TargetedDistillation(distilled, arms["clip_td"], teacher.dim)
@@ -202,30 +339,80 @@ def main() -> None:
     inference = medians(
         {"baseline": lambda: predict(baseline, split), "distilled": lambda: predict(distilled, split)}, 7
     )
-    rows.append(
-        ("inference, distilled / baseline (equal parameters)", inference["distilled"] / inference["baseline"])
-    )
+    share = inference["distilled"] / inference["baseline"]
+    return [*rows, ("inference, distilled / baseline (equal parameters)", f"{share:.2f}")]
 
-    rows.append(("examples/s, our trainer / bare loop", trainer_share(base)))
-    arms_of_all = ["finetune", "naive", "naive_global", "clip_td", "clip_input", "clip_finetune"]
-    for task in ("vcr_qa", "vqa_v2"):
-        rows += arm_steps("data/models/mini-uniter", task, arms_of_all)
 
+def _trainer() -> list[tuple[str, str]]:
+    students = ("data/models/mini-vilt", "data/models/mini-uniter")
+    configs = [RunConfig.from_parameters(shots=16, student=student) for student in students]
+    return [
+        (f"examples/s, our trainer / bare loop, {Path(c.student).name}", f"{trainer_share(c):.2f}")
+        for c in configs
+    ]
+
+
+def _students() -> list[tuple[str, str]]:
+    arms = ["finetune", "naive", "naive_global", "clip_td", "clip_input", "clip_finetune"]
+    found = [arm_steps("data/models/mini-uniter", task, arms) for task in ("vcr_qa", "vqa_v2")]
+    return [(name, f"{ratio:.2f}") for rows in found for name, ratio in rows]
+
+
+def _cache() -> list[tuple[str, str]]:
+    materials = prepare(RunConfig.from_parameters(shots=16), whole_splits=False)
+    assert materials.builder is not None
     with tempfile.TemporaryDirectory() as folder:
-        cache = TeacherCache(Path(folder), teacher, checked_records=0)
+        cache = TeacherCache(Path(folder), materials.builder.cache.teacher, checked_records=0)
         example = materials.train[0]
         cache.add([s.text for s in example.statements()], [example.image])
         text = example.statements()[0].text
         reads = {"picture": lambda: cache.picture(example.image), "text": lambda: cache.text(text)}
         read = medians(reads, 200)
-    width = max(len(name) for name, _ in rows)
-    for name, ratio in rows:
-        print(f"{name:<{width}}  {ratio:.2f}")
-    print(f"finetune step of {base.batch_size} questions: {seconds['finetune'] * 1e3:.0f} ms")
-    print(f"cache read: picture {read['picture'] * 1e6:.0f} us, text {read['text'] * 1e6:.0f} us")
+    return [(f"cache read, {name}", f"{value * 1e6:.0f} us") for name, value in read.items()]
+
+
+def _recording() -> list[tuple[str, str]]:
+    return recording_cost(RunConfig.from_parameters(shots=16))
+
+
+def _checkpoints() -> list[tuple[str, str]]:
+    return checkpoint_cost(RunConfig.from_parameters(shots=16))
+
+
+def _opening() -> list[tuple[str, str]]:
+    open_large()
+    return []
+
+
+SECTIONS: dict[str, Callable[[], list[tuple[str, str]]]] = {
+    "opening": _opening,
+    "arms": _arms,
+    "trainer": _trainer,
+    "students": _students,
+    "cache": _cache,
+    "recording": _recording,
+    "checkpoints": _checkpoints,
+    "batches": batch_cost,
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tdlib.bench", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all"
+    )
+    names = parser.parse_args(arguments).sections or list(SECTIONS)
+    if unknown := [name for name in names if name not in SECTIONS]:
+        parser.error(f"unknown {', '.join(unknown)}; expected some of {', '.join(SECTIONS)}")
+    for name in names:
+        print(f"[{name}]", flush=True)
+        rows = SECTIONS[name]()
+        width = max((len(label) for label, _ in rows), default=0)
+        for label, value in rows:
+            print(f"{label:<{width}}  {value}", flush=True)
     print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; MiniWorld seed {base.world_seed}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; MiniWorld seed 0")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -74,6 +74,12 @@ class RunConfig(BaseModel):
     weight_decay: float = Field(0.01, ge=0)
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    checkpoint_every: int = Field(
+        0, ge=0, description="updates between checkpoints, from which an interrupted run continues; 0: none"
+    )
+    processes: int = Field(
+        1, ge=1, description="that train this run together, one GPU each (without GPUs: on the CPU)"
+    )
     adversarial_steps: int = Field(0, ge=0, description="VILLA's steps of ascent (3 in the paper); 0: none")
     adversarial_rate: float = Field(0.01, gt=0, description="length of such a step")
     adversarial_weight: float = Field(1.5, ge=0, description="of the divergence from the unmoved output")
@@ -150,6 +156,14 @@ class RunConfig(BaseModel):
         table: dict[str, Any] = ({"arm": ARMS} | tables())[str(info.field_name)]
         if value not in table:
             raise ValueError(f"expected one of {', '.join(table)}")
+        return value
+
+    @field_validator("processes")
+    @classmethod
+    def _even(cls, value: int, info: ValidationInfo) -> int:
+        size = info.data.get("batch_size", value)
+        if size % value:
+            raise ValueError(f"expected a divisor of batch_size, which is {size}: all get equal shares")
         return value
 
     @field_validator("shots")

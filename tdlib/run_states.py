@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from tdlib.checkpoints import HOME as CHECKPOINTS
 from tdlib.config import ROOT
 from tdlib.files import whole_file
 
@@ -228,8 +229,8 @@ def damaged(folder: Path, state: dict[str, Any]) -> str:
 def clear_for_attempt(folder: Path) -> int:
     """Makes room for an attempt and returns its number, from 1. The caller has claimed the run.
 
-    State, log and notebook of an earlier attempt move to ``attempt-N``; its partial output goes, and
-    so does every process that it has left behind.
+    State, log and notebook of an earlier attempt move to ``attempt-N``; its partial output goes, but
+    for checkpoints of its trainings, and so does every process that it has left behind.
     """
     end_processes(folder)
     scratch = recorded_state(folder).get("scratch", "")
@@ -244,8 +245,24 @@ def clear_for_attempt(folder: Path) -> int:
                 os.replace(folder / name, kept / name)
     for name in ("stop", f".{NOTEBOOK}"):
         (folder / name).unlink(missing_ok=True)
-    remove_tree(folder / OUTPUT)
+    _clear_output(folder / OUTPUT)
     return number
+
+
+def _clear_output(folder: Path) -> None:
+    """Removes what an attempt has written, except checkpoints: the next one continues from them."""
+    if not folder.is_dir() or folder.is_symlink():
+        return remove_tree(folder)
+    for path in folder.iterdir():
+        if path.name == CHECKPOINTS and not path.is_symlink():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            if any(path.rglob(CHECKPOINTS)):
+                _clear_output(path)
+            else:
+                remove_tree(path)
+        else:
+            path.unlink()
 
 
 def next_attempt(folder: Path) -> int:

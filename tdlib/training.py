@@ -2,17 +2,21 @@
 
 ``TargetedDistillation`` joins the student with what training needs beside it (two linear maps that
 are dropped afterwards); ``DistillationTrainer`` is transformers' Trainer with our loss, our log and
-our saving. Everything about the teacher comes from the cache.
+our saving. Everything about the teacher comes from the cache. A run may be interrupted and continued
+from its checkpoints, and shared by several processes; neither changes what it computes.
 """
 
+import hashlib
+import json
 import logging
 import math
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,17 +26,24 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from tdlib import checkpoints, run_states
 from tdlib.config import ROOT, ConfigError, RunConfig
+from tdlib.distributed import launch, must_launch, place_among_processes
 from tdlib.examples import Example, Examples, TextPart, low_shot, save_manifest
 from tdlib.files import write_folder, write_json, write_jsonl
 from tdlib.functions import own_functions
 from tdlib.objective import TERMS, TargetedDistillation
 from tdlib.probe import ClassProbe, soft_target, statement_logits
-from tdlib.records import END, ProbeRecorder, TargetRecord, write_records
+from tdlib.records import END, ProbeRecorder, TargetRecord, read_records, write_records
 from tdlib.relevance import STUDENT_RELEVANCE
 from tdlib.students import catalogue as students
 from tdlib.students.base import EncodedText, StudentEncoder, pad_last, student_inputs
@@ -139,12 +150,52 @@ def collate(items: Sequence[dict[str, Any]], encoder: StudentEncoder) -> dict[st
     return batch
 
 
+class _EpochBatches(BatchSampler):
+    """Batches in an order of the epoch's own."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+
+
+class SharedBatches:
+    """What one process of several has of the batches that a single process would see.
+
+    Process ``rank`` takes every ``processes``-th example of each batch, from the ``rank``-th on. A last
+    batch of fewer examples than processes goes to the batch before it if both belong to one update (of
+    ``window`` batches); else every process takes the whole of it, which all sums count alike.
+    """
+
+    def __init__(self, batch_sampler: _EpochBatches, window: int, rank: int, processes: int):
+        self.batch_sampler, self.window = batch_sampler, window
+        self.rank, self.processes = rank, processes
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+    def _joins(self) -> bool:
+        """Whether the last batch goes to the one before it."""
+        rest = len(self.batch_sampler.sampler) % self.batch_sampler.batch_size  # type: ignore[arg-type]
+        return 0 < rest < self.processes and (len(self.batch_sampler) - 1) % self.window != 0
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler) - self._joins()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        whole = list(self.batch_sampler)
+        if self._joins():
+            rest = whole.pop()
+            whole[-1] = whole[-1] + rest
+        for batch in whole:
+            yield batch if len(batch) < self.processes else batch[self.rank :: self.processes]
+
+
 class DistillationTrainer(Trainer):
     """Trainer that optimises ``TargetedDistillation``.
 
-    Overrides: the loss (so that terms are logged without a synchronisation per step), the
-    optimizer's groups (new layers learn at ``head_learning_rate``), and the log. ``diagnostics`` are
-    recorded every ``diagnostics_every`` updates.
+    Overrides: the loss (so that terms are logged without a synchronisation per step), the clipping of
+    gradients (numbers that are not finite end the run), the optimizer's groups (new layers learn at
+    ``head_learning_rate``), the log, and with several processes the loader. ``diagnostics`` are recorded
+    every ``diagnostics_every`` updates.
     """
 
     def __init__(self, *, config: RunConfig, **options: Any):
@@ -154,36 +205,72 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self.diagnostics: list[dict[str, Any]] = []
         self._last_step = 0
-        self._window: list[Tensor] = []  # rows of the examples since the last update
+        self._window: list[tuple[Tensor, dict[str, Tensor]]] = []  # rows and terms since the last update
         self.model_accepts_loss_kwargs = True  # sums are divided by the window's number of examples
 
+    @property
+    def module(self) -> TargetedDistillation:
+        assert isinstance(self.model, TargetedDistillation)
+        return self.model
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        data, config = self.train_dataset, self.settings
+        assert isinstance(data, EncodedExamples)
+        order = SeedableRandomSampler(data, data_seed=config.seed)  # type: ignore[no-untyped-call]
+        batches = _EpochBatches(order, config.batch_size, drop_last=False)
+        own = SharedBatches(batches, config.accumulation, self.args.process_index, self.args.world_size)
+        return DataLoader(data, batch_sampler=own, collate_fn=self.data_collator)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        module = self.accelerator.unwrap_model(model)
+        module = self.module
         module.progress = self.state.global_step / max(1, self.state.max_steps)
-        window = None if num_items_in_batch is None else int(num_items_in_batch)
+        window = None if num_items_in_batch is None else int(num_items_in_batch)  # of all processes
         every = self.settings.diagnostics_every
         if every and self.state.global_step % every == 0 and not self._window:
             step = {"step": self.state.global_step}
-            self.diagnostics.append(step | diagnose(module, inputs))
-        self._window.append(inputs["rows"])
+            self.diagnostics.append(step | diagnose(module, inputs, self.accelerator))
         output = model(inputs, window)
-        if not bool(output["loss"].isfinite()):
-            bad = [name for name in output if name not in ("loss", "logits") and not output[name].isfinite()]
-            self.refuse(f"{', '.join(bad) or 'loss'} not finite")
-        for name, value in output.items():
-            if name != "logits":
-                self._sums[name] = self._sums.get(name, 0.0) + value.detach()
-        return (output["loss"], output) if return_outputs else output["loss"]
+        terms = {name: value.detach() for name, value in output.items() if name != "logits"}
+        self._window.append((inputs["rows"], terms))
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        loss = output["loss"] * self.args.world_size  # gradients are averaged over processes: here, a sum
+        return (loss, output) if return_outputs else loss
 
-    def refuse(self, what: str) -> None:
-        """Ends the run before the optimizer steps; names the examples since the last update."""
+    def _clip_grad_norm(self, model):
+        """Clips, and ends a run whose loss or gradients are not finite, before the optimizer steps.
+
+        One look per update, as a look waits for the device.
+        """
+        norm = super()._clip_grad_norm(model)
+        whole = torch.stack([norm, *(terms["loss"] for _, terms in self._window)]).isfinite().all()
+        if self.args.world_size > 1:  # all of them end together
+            whole = self.accelerator.reduce(whole.float(), "mean") == 1
+        if not bool(whole):
+            self.refuse()
+        self._window.clear()
+        return norm
+
+    def refuse(self) -> None:
+        """Ends the run; names what is not finite, and the examples of these batches or of this update."""
         data = self.train_dataset
         assert isinstance(data, EncodedExamples)
-        ids = [data.examples[row].id for row in torch.cat(self._window).tolist()]
+        bad = [
+            [rows.tolist(), [n for n, value in terms.items() if n != "loss" and not value.isfinite()]]
+            for rows, terms in self._window
+            if not terms["loss"].isfinite()
+        ]
+        every = [[rows.tolist(), []] for rows, _ in self._window]
+        if self.args.world_size > 1:
+            bad, every = gather_object(bad), gather_object(every)
+        names = sorted({name for _, names in bad for name in names}) or (["loss"] if bad else ["gradient"])
+        ids = [data.examples[row].id for rows, _ in bad or every for row in rows]
         shown = ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
         raise FloatingPointError(
-            f"update {self.state.global_step + 1}: {what}, examples {shown}; lower learning_rate, or look at "
-            "these examples"
+            f"update {self.state.global_step + 1}: {', '.join(names)} not finite, examples {shown}; lower "
+            "learning_rate, or look at these examples"
         )
 
     def create_optimizer(self, model=None):
@@ -208,23 +295,85 @@ class DistillationTrainer(Trainer):
     def log(self, logs, start_time=None):
         updates = self.state.global_step - self._last_step  # each term is a mean over an update's examples
         if updates and ("loss" in logs or "train_loss" in logs):  # the latter ends the training
-            means = {name: float(value) / updates for name, value in self._sums.items()}
+            sums = self._sums
+            if self.args.world_size > 1:
+                whole = self.accelerator.reduce(torch.stack(list(sums.values())), "sum")
+                sums = dict(zip(sums, whole, strict=True))
+            means = {name: float(value) / updates for name, value in sums.items()}
             self.history.append({"step": self.state.global_step, **means})
             logs = {**logs, **{name: round(value, 4) for name, value in means.items()}}
             self._sums, self._last_step = {}, self.state.global_step
         super().log(logs, start_time)
 
+    # Checkpoints: what the Trainer saves and restores, and beside it what only we know of.
 
-class _StopAtBadGradient(TrainerCallback):
-    """Ends a run whose gradients are not finite, before the optimizer steps."""
+    def save_own(self, folder: Path) -> None:
+        """Writes this process's part of what the Trainer does not save."""
+        own = {"generator": self.module.generator.get_state()}
+        own |= {f"sum.{name}": value.cpu() for name, value in self._sums.items()}
+        save_file(own, folder / f"process-{self.args.process_index}.safetensors")
+        if self.is_world_process_zero():
+            progress = {
+                "history": self.history, "diagnostics": self.diagnostics, "last_step": self._last_step,
+                "terms": list(self._sums),
+            }  # fmt: skip
+            write_json(folder / "progress.json", progress)
 
-    trainer: DistillationTrainer
+    def restore_own(self, folder: Path) -> None:
+        """Takes up what ``save_own`` has written; ``train`` restores the rest from the same folder."""
+        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        self.history, self.diagnostics = progress["history"], progress["diagnostics"]
+        self._last_step = progress["last_step"]
+        own = load_file(folder / f"process-{self.args.process_index}.safetensors")
+        self.module.generator.set_state(own["generator"])
+        self._sums = {name: own[f"sum.{name}"].to(self.args.device) for name in progress["terms"]}
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not bool(nn.utils.get_total_norm(gradients).isfinite()):  # clipping has spread it to all
-            self.trainer.refuse("gradient not finite")
-        self.trainer._window.clear()
+
+class CheckpointKeeper(TrainerCallback):
+    """Makes a checkpoint of what the Trainer saves, and continues from one.
+
+    Args:
+        trainer: it saves into its output folder, which lies below ``home``.
+        home: the run's checkpoints.
+        run: what must be equal for a run to continue, see ``checkpoints.seal``.
+        recorders: their records so far are part of a checkpoint.
+    """
+
+    def __init__(
+        self, trainer: DistillationTrainer, home: Path, run: dict[str, Any],
+        recorders: Sequence[ProbeRecorder],
+    ):  # fmt: skip
+        self.trainer, self.home, self.run, self.recorders = trainer, home, run, recorders
+        self.seconds = 0.0  # of training before the last interruption
+        self.resumed: list[int] = []  # updates after which this run was continued
+        self._began = time.time()
+
+    def restore(self, folder: Path) -> None:
+        log.info("continuing from %s", folder)
+        self.trainer.restore_own(folder)
+        attempts = json.loads((folder / "attempts.json").read_text(encoding="utf-8"))
+        step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        self.seconds, self.resumed = attempts["seconds"], [*attempts["resumed"], step]
+        for place, recorder in enumerate(self.recorders):
+            if (file := folder / f"selections-{place}.parquet").exists():
+                recorder.records = read_records(file)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._began = time.time()
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self.trainer.save_own(folder)
+        self.trainer.accelerator.wait_for_everyone()
+        if self.trainer.is_world_process_zero():
+            (folder / "training_args.bin").unlink()  # a pickle that nobody reads
+            seconds = self.seconds + time.time() - self._began
+            write_json(folder / "attempts.json", {"seconds": seconds, "resumed": self.resumed})
+            for place, recorder in enumerate(self.recorders):
+                if recorder.records:
+                    write_records(recorder.records, folder / f"selections-{place}.parquet")
+            checkpoints.seal(folder, self.home, state.global_step, self.run)
+        self.trainer.accelerator.wait_for_everyone()
 
 
 class _RecordTargets(TrainerCallback):
@@ -234,7 +383,8 @@ class _RecordTargets(TrainerCallback):
         self.recorders, self.every = recorders, every
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._record(0)
+        if state.global_step == 0:  # not where the run is continued
+            self._record(0)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
@@ -245,8 +395,10 @@ class _RecordTargets(TrainerCallback):
             recorder.record(step)
 
 
-def diagnose(module: TargetedDistillation, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """What pulls at the student in this batch; changes nothing, not even random states.
+def diagnose(
+    module: TargetedDistillation, batch: dict[str, Tensor], accelerator: Accelerator
+) -> dict[str, Any]:
+    """What pulls at the student in this batch (of all processes); changes nothing, not even random states.
 
     Norms of each term's gradient with respect to the student's parameters (as the terms stand in the
     log: before their weights) and the cosines between them, quartiles of the instance weights, and the
@@ -255,8 +407,9 @@ def diagnose(module: TargetedDistillation, batch: dict[str, Tensor]) -> dict[str
     parameters = [p for p in module.student.parameters() if p.requires_grad]
     drawn = module.generator.get_state()
     devices = [p.device for p in parameters[:1] if p.device.type == "cuda"]
+    size = torch.tensor(len(batch["labels"]), device=batch["labels"].device)
     with torch.random.fork_rng(devices):
-        output = module(batch)
+        output = module(batch, int(accelerator.reduce(size, "sum")))
     module.generator.set_state(drawn)
     gradients = {}
     for name in (*TERMS, "adversarial"):
@@ -264,7 +417,7 @@ def diagnose(module: TargetedDistillation, batch: dict[str, Tensor]) -> dict[str
             parts = torch.autograd.grad(output[name], parameters, retain_graph=True, allow_unused=True)
             pairs = zip(parameters, parts, strict=True)
             whole = [torch.zeros_like(p) if part is None else part for p, part in pairs]
-            gradients[name] = torch.cat([part.flatten() for part in whole])
+            gradients[name] = accelerator.reduce(torch.cat([part.flatten() for part in whole]), "sum")
     found: dict[str, Any] = {f"{name}_gradient": float(g.norm()) for name, g in gradients.items()}
     names = list(gradients)
     for place, first in enumerate(names):
@@ -274,13 +427,10 @@ def diagnose(module: TargetedDistillation, batch: dict[str, Tensor]) -> dict[str
     if "teacher_logits" in batch:
         logits = output["logits"].detach()
         agree = batch["teacher_logits"].argmax(-1) == logits.argmax(-1)
-        quartiles = (
-            module.instance_weights(batch, logits)
-            .float()
-            .quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], device=logits.device))
-        )
+        weights = torch.tensor(gather_object(module.instance_weights(batch, logits).float().tolist()))
+        quartiles = weights.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
         found["instance_weight_quartiles"] = [round(value, 4) for value in quartiles.tolist()]
-        found["teacher_agreement"] = float(agree.float().mean())
+        found["teacher_agreement"] = float(torch.tensor(gather_object(agree.float().tolist())).mean())
     return found
 
 
@@ -292,18 +442,23 @@ def make_trainer(
     show_progress: bool = False,
     log_every: int = 10,
 ) -> DistillationTrainer:
-    """A trainer for one run; same data order and updates for every arm of the same seed."""
+    """A trainer for one run; same data order and updates for every arm of the same seed.
+
+    ``folder`` is where it saves every ``checkpoint_every`` updates, if that is above 0.
+    """
     arguments = TrainingArguments(
-        output_dir=str(folder), num_train_epochs=config.epochs, per_device_train_batch_size=config.batch_size,
+        output_dir=str(folder), num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size // config.processes,
         gradient_accumulation_steps=config.accumulation, learning_rate=config.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=config.warmup_fraction, max_grad_norm=1.0,
-        logging_steps=log_every, save_strategy="no", report_to=[], seed=config.seed,
+        logging_steps=log_every, save_strategy="steps" if config.checkpoint_every else "no",
+        save_steps=config.checkpoint_every or 500, report_to=[], seed=config.seed,
         data_seed=config.seed, remove_unused_columns=False, dataloader_pin_memory=False,
         disable_tqdm=not show_progress, logging_nan_inf_filter=False, label_names=["labels"],
+        use_cpu=not torch.cuda.is_available(),  # several processes would not find each other there else
     )  # fmt: skip
-    stop = _StopAtBadGradient()
-    trainer = stop.trainer = DistillationTrainer(
-        config=config, model=module, args=arguments, train_dataset=dataset, callbacks=[stop],
+    trainer = DistillationTrainer(
+        config=config, model=module, args=arguments, train_dataset=dataset,
         data_collator=partial(collate, encoder=dataset.encoder),
     )  # fmt: skip
     if not show_progress:
@@ -403,6 +558,21 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def run_identity(config: RunConfig, subset: Examples) -> dict[str, Any]:
+    """What must be equal for an interrupted run to be continued: all that its results depend on."""
+    settings = config.model_dump(exclude={"checkpoint_every"})
+
+    def digest(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+    return {
+        **settings, "functions": own_functions(config), "training subset": digest(list(subset.ids)),
+        "files of data and models": digest(run_states.data_manifest(settings)),
+        "code of tdlib": run_states.code_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }  # fmt: skip
+
+
 def shuffled_pictures(examples: Sequence[Example], seed: int) -> dict[str, Path]:
     """For each example another's picture, the same for all of one picture: one cycle of all pictures."""
     pictures = list(dict.fromkeys(example.image for example in examples))
@@ -433,8 +603,20 @@ def train_run(
     metrics.json, predictions.parquet, selections.parquet, environment.json, the submission file if
     one is asked for, and student/ (loadable with ``from_pretrained``; exactly the baseline's
     parameters). Returns the metrics.
+
+    With ``checkpoint_every``, a run that was interrupted in training and is called again with the same
+    settings and folder continues from its last whole checkpoint, and ends as if it had not been
+    interrupted (on the CPU bit for bit). With ``processes`` above 1 they are started here
+    (``distributed``), unless this is one of them.
+
+    Raises:
+        ConfigError: settings that do not fit each other or the materials, or checkpoints of another run.
+        FloatingPointError: a loss or gradient was not finite; names term and examples.
     """
     started = time.time()
+    if must_launch(config):
+        return launch(config, folder, shared_cache(materials), show_progress)
+    rank = place_among_processes()
     if not show_progress:
         transformers.utils.logging.disable_progress_bar()
     subset = low_shot(materials.train, config.shots, config.seed)
@@ -471,21 +653,38 @@ def train_run(
 
     gather = partial(collate, encoder=materials.encoder)
 
+    home = checkpoints.checkpoints_of(folder)
+    seconds: dict[str, float] = {}
+
     def fill(partial: Path) -> None:
-        trainer = make_trainer(module, config, dataset, partial / "trainer", show_progress)
-        if module.phi is not None:
-            with torch.random.fork_rng():  # a loader draws a seed
-                module.fit_phi(DataLoader(dataset, config.batch_size, collate_fn=trainer.data_collator))
+        keeps = config.checkpoint_every > 0
+        place = partial / "trainer"
+        if keeps:
+            place = checkpoints.staging(home) if rank == 0 else home / checkpoints.STAGING
+        trainer = make_trainer(module, config, dataset, place, show_progress)
         recorders = {}
-        if module.phi is not None and config.probe_examples:
+        if module.phi is not None and config.probe_examples and rank == 0:
             for split, examples in materials.evaluated.items():
                 probes = encode(examples[: config.probe_examples], builder=own)
                 recorders[split] = ProbeRecorder(probes, gather, module, split)
         if recorders and config.probe_every:
             trainer.add_callback(_RecordTargets([*recorders.values()], config.probe_every))
+        whole = None
+        if keeps:
+            identity = run_identity(config, subset)
+            keeper = CheckpointKeeper(trainer, home, identity, [*recorders.values()])
+            trainer.add_callback(keeper)
+            if whole := _agreed(checkpoints.newest(home, identity) if rank == 0 else None):
+                keeper.restore(whole)
+        if module.phi is not None and whole is None:
+            with torch.random.fork_rng():  # a loader draws a seed
+                module.fit_phi(DataLoader(dataset, config.batch_size, collate_fn=trainer.data_collator))
         began = time.time()
-        trainer.train()
-        metrics["train_seconds"] = round(time.time() - began, 2)
+        trainer.train(**({"resume_from_checkpoint": str(whole)} if whole else {}))
+        if rank > 0:
+            return
+        seconds["before"] = keeper.seconds if keeps else 0.0
+        metrics["train_seconds"] = round(seconds["before"] + time.time() - began, 2)
         metrics["updates"] = trainer.state.global_step
         metrics.update(accuracy={}, measures={}, detail={})
         frames = []
@@ -506,13 +705,14 @@ def train_run(
                 path = write_submission(config, partial, examples, probabilities, materials.labels)
                 metrics["submission"] = path.name
             frames.append(table)
-        metrics["seconds"] = round(time.time() - started, 2)
+        metrics["seconds"] = round(seconds["before"] + time.time() - started, 2)
         pd.concat(frames).to_parquet(partial / "predictions.parquet", index=False)
         if records := [record for recorder in recorders.values() for record in recorder.records]:
             write_records(records, partial / "selections.parquet")
         write_json(partial / "config.json", config.model_dump())
         write_json(partial / "metrics.json", metrics)
-        write_json(partial / "environment.json", environment())
+        resumed = {"resumed_after_updates": keeper.resumed} if keeps and keeper.resumed else {}
+        write_json(partial / "environment.json", environment() | resumed)
         write_jsonl(partial / "history.jsonl", trainer.history)
         if trainer.diagnostics:
             write_jsonl(partial / "diagnostics.jsonl", trainer.diagnostics)
@@ -524,8 +724,26 @@ def train_run(
         materials.encoder.save(partial / "student")
 
     log.info("%s, seed %d: %d examples, %d epochs", config.arm, config.seed, len(subset), config.epochs)
+    if rank > 0:  # it helps to train; the first process evaluates and writes
+        with tempfile.TemporaryDirectory() as elsewhere:
+            fill(Path(elsewhere))
+        return metrics
     write_folder(folder, fill)
+    if config.checkpoint_every:
+        checkpoints.remove(home)
     return metrics
+
+
+def _agreed(found: Path | None) -> Path | None:
+    """What the first process has found, for all of them."""
+    shared = [found]
+    broadcast_object_list(shared)
+    return shared[0]
+
+
+def shared_cache(materials: Materials) -> Path | None:
+    """The folder of all teachers' caches, where the materials have one."""
+    return materials.builder.cache.folder.parent if materials.builder else None
 
 
 def load_student(config: RunConfig, materials: Materials) -> PreTrainedModel:

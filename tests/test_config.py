@@ -74,7 +74,8 @@ def test_wrong_types_are_refused(name, value):
         ("head_learning_rate", -1.0), ("weight_decay", -0.1), ("warmup_fraction", 1.0), ("seed", -1),
         ("shots", -1), ("shots", 1.5), ("mass", 0.0), ("mass", 1.1), ("fraction", 0.0), ("temperature", 0.0),
         ("choice_temperature", 0.0), ("distill_weight", -1.0), ("choice_weight", -1.0),
-        ("prior_weight", -1.0), ("max_text_tokens", 2), ("probe_examples", -1),
+        ("prior_weight", -1.0), ("max_text_tokens", 2), ("probe_examples", -1), ("processes", 0),
+        ("checkpoint_every", -1),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(name, value):
