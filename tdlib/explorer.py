@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from glob import glob
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,12 @@ from tdlib.run_views import (
     teacher_positions,
 )
 from tdlib.tasks.catalogue import task_of
-from tdlib.views import View, comparison, picture_view, text_view
+from tdlib.views import View, _page, comparison, picture_view, text_view
 
 if TYPE_CHECKING:
     from tdlib.attention_views import Attention
     from tdlib.cache import TeacherCache
+    from tdlib.plots import Figure
     from tdlib.training import Materials
 
 SELECTIONS = "selections.parquet"
@@ -71,6 +73,21 @@ class Run:
         return tuple(known[str(i)] for i in range(len(known)))
 
     @cached_property
+    def _shape(self) -> tuple[int, int]:
+        stored = json.loads((self.folder / "student" / "config.json").read_text("utf-8"))
+        return stored.get("num_hidden_layers", 0), stored.get("num_attention_heads", 0)
+
+    @property
+    def layers(self) -> int:
+        """The stored student's layers with attention."""
+        return self._shape[0]
+
+    @property
+    def heads(self) -> int:
+        """The heads of each."""
+        return self._shape[1]
+
+    @cached_property
     def index(self) -> pd.DataFrame:
         """See ``read_index``."""
         return read_index(self.folder / SELECTIONS, self.labels)
@@ -80,9 +97,7 @@ class Run:
         """The recorded steps, END last."""
         return recorded_steps(self.folder / SELECTIONS)
 
-    def records(
-        self, split: str, example_id: str, steps: Sequence[int] | None = None
-    ) -> list[TargetRecord]:
+    def records(self, split: str, example_id: str, steps: Sequence[int] | None = None) -> list[TargetRecord]:
         """The records of one example, read from the file now; by step, the end last.
 
         Raises:
@@ -223,7 +238,9 @@ class Filter:
         """The rows that pass, in their order, numbered anew from 0."""
         keep = np.ones(len(index), dtype=bool)
         if self.text.split():
-            texts = (index["example_id"] + "\n" + index["text"] + "\n" + index["answer"].fillna("")).str.lower()
+            texts = (
+                index["example_id"] + "\n" + index["text"] + "\n" + index["answer"].fillna("")
+            ).str.lower()
             for word in self.text.lower().split():
                 keep &= texts.str.contains(word, regex=False).to_numpy(dtype=bool)
         if self.label:
@@ -307,8 +324,8 @@ def two_runs(look: Look) -> View:
     first, second = look.record(), _statement(look, look.second, look.second_step)
     if first.text != second.text:
         raise ExplorerError(
-            f"{look.example_id} in {look.split} reads {first.text!r} in {look.run.name} but {second.text!r} in "
-            f"{look.second.name}: the runs are of different data"
+            f"{look.example_id} in {look.split} reads {first.text!r} in {look.run.name} but "
+            f"{second.text!r} in {look.second.name}: the runs are of different data"
         )
     try:
         return difference_view(first, second, look.names(), look.run.labels)
@@ -404,9 +421,7 @@ def student_gradient(look: Look) -> View:
     values = gradient_relevance(student, batch, record)
     last = len(attention_modules(student)) - 1
     goal = f"label {look.run.labels[record.label or 0]}" if look.run.labels else f"choice {record.choice}"
-    return relevance_view(
-        record, values, f"{look.run.name}: gradient relevance, layers 0 to {last}, {goal}"
-    )
+    return relevance_view(record, values, f"{look.run.name}: gradient relevance, layers 0 to {last}, {goal}")
 
 
 def teacher_attention(look: Look) -> View:
@@ -460,6 +475,26 @@ def show(look: Look, view: str) -> View:
     return VIEWS[view](look)
 
 
+def shown(look: Look, view: str) -> View:
+    """As ``show``; where that cannot be shown, a view that says why, so that a page can go on."""
+    from tdlib.attention_views import AttentionError
+    from tdlib.teacher import TeacherError
+
+    try:
+        return show(look, view)
+    except (ExplorerError, AttentionError, TeacherError) as error:
+        return note(f"{view}: {error}")
+
+
+def note(text: str) -> View:
+    """A sentence in the frame of a view."""
+
+    def figure() -> "Figure":
+        raise ExplorerError(f"nothing is drawn: {text}")
+
+    return View(_page(f"<p>{escape(text)}</p>"), (), figure, (), pd.DataFrame({"note": [text]}), text)
+
+
 # Models of a run.
 
 
@@ -473,10 +508,11 @@ def open_teacher(run: Run) -> "TeacherCache":
 
 
 @lru_cache(maxsize=2)
-def _open_student(folder: Path, run: Run) -> tuple[Any, Any]:
+def _open_student(run: Run) -> tuple[Any, Any]:
     from tdlib.experiments import encoder_of
     from tdlib.students.catalogue import load_student
 
+    folder = run.folder
     cache = open_teacher(run) if "clip" in (run.config.regions, run.config.student) else None
     encoder = encoder_of(run.config, cache, str(folder / "student"))
     return load_student(str(folder / "student"), labels=run.labels).eval(), encoder
@@ -506,7 +542,7 @@ def _student_input(look: Look) -> tuple[Any, Any, TargetRecord, Any]:
     from tdlib.training import EncodedExamples, collate
 
     run, record = look.run, look.record()
-    student, encoder = _open_student(run.folder, run)
+    student, encoder = _open_student(run)
     example = example_of(run, look.split, look.example_id)
     add_regions(encoder, [example])
     data = EncodedExamples([example], encoder, num_labels=len(run.labels), modality=run.config.modality)
@@ -560,7 +596,7 @@ def own_view(run: Run, materials: "Materials", example: Example) -> View:
 
     if materials.labels and example.choices:
         raise ExplorerError(
-            f"task {run.config.task} chooses from {len(materials.labels)} labels: give a text alone, no answers"
+            f"task {run.config.task} chooses from {len(materials.labels)} labels: give a text without answers"
         )
     records = preview_targets(run.config, materials, [example])
     return comparison(records, method=f"{run.name}, untrained student", labels=materials.labels)
