@@ -492,7 +492,7 @@ def note(text: str) -> View:
     def figure() -> "Figure":
         raise ExplorerError(f"nothing is drawn: {text}")
 
-    return View(_page(f"<p>{escape(text)}</p>"), (), figure, (), pd.DataFrame({"note": [text]}), text)
+    return View(_page(f"<div>{escape(text)}</div>"), (), figure, (), pd.DataFrame({"note": [text]}), text)
 
 
 # Models of a run.

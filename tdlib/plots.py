@@ -234,11 +234,12 @@ def _places(box: np.ndarray, frames: Sequence[Box]) -> list[tuple[float, float]]
     return sorted(places, key=lambda place: any(_runs_through(frame, *place) for frame in frames))
 
 
-def _runs_through(frame: Box, x: float, y: float) -> bool:
-    """Whether a frame's line crosses a number at (x, y), which is about 0.09 wide and 0.04 high."""
+def _runs_through(frame: Box, x: float, y: float, more: float = 0.0) -> bool:
+    """Whether a frame's line crosses a number at (x, y), 0.09 wide and 0.05 high and ``more`` around it."""
     left, top, right, bottom = frame
-    meets = left - 0.055 < x < right + 0.055 and top - 0.035 < y < bottom + 0.035
-    inside = left + 0.035 < x < right - 0.035 and top + 0.015 < y < bottom - 0.015
+    wide, high = 0.045 + more, 0.025 + more
+    meets = left - wide - 0.01 < x < right + wide + 0.01 and top - high - 0.01 < y < bottom + high + 0.01
+    inside = left + wide - 0.01 < x < right - wide + 0.01 and top + high - 0.01 < y < bottom - high + 0.01
     return meets and not inside
 
 

@@ -37,6 +37,7 @@ from tdlib.plots import (
     _places,
     _plain,
     _rectangle,
+    _runs_through,
     _settled,
     _short,
 )
@@ -53,6 +54,7 @@ VISUAL_LINE: dict[str, Any] = {
 }  # fmt: skip
 MANY_STEPS = 12  # beyond, a cell is too narrow for its number
 HALO = [withStroke(linewidth=2, foreground="white")]
+GROUND: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # of a number on a line
 
 
 def step_name(step: int) -> str:
@@ -185,7 +187,8 @@ def draw_boxes(
         if right - left > 0.1 and bottom - top > 0.05:
             number = signed(float(values[i])) if diverging else percent(float(values[i]))
             x, y = _places(record.boxes[i], record.relevant_boxes)[0]
-            axes.text(x, y, number, path_effects=HALO, **CENTRED)
+            crossed = any(_runs_through(frame, x, y, 0.04) for frame in record.relevant_boxes)
+            axes.text(x, y, number, path_effects=HALO, bbox=GROUND if crossed else None, **CENTRED)
     return ScalarMappable(norm, colours)
 
 

@@ -468,7 +468,13 @@ def _image(record: TargetRecord, highest: float, width: int) -> str:
 
 
 def _comparison_row(record: TargetRecord, name: str, highest: float, labels: Sequence[str]) -> str:
-    cell = _style(padding="6px", vertical_align="top", text_align="left", border_top="1px solid #cccccc")
+    look = {
+        "padding": "6px",
+        "vertical_align": "top",
+        "text_align": "left",
+        "border_top": "1px solid #cccccc",
+    }
+    cell, first = _style(**look), _style(**look, width="16%")
     heading = f"<b>{escape(name)}</b><br>" if name else ""
     heading += f"<b>{escape(title(record, labels))}</b>"
     numbers = "".join(
@@ -476,7 +482,7 @@ def _comparison_row(record: TargetRecord, name: str, highest: float, labels: Seq
         for key, value in facts(record, labels).items()
     )
     return (
-        f"<tr {_style(background_color=WHITE)}><td {cell}>{heading}{numbers}</td>"
+        f"<tr {_style(background_color=WHITE)}><td {first}>{heading}{numbers}</td>"
         f"<td {cell}>{_image(record, highest, width=320)}</td>"
         f"<td {cell}>{_statement(record, highest)}{_note(record)}</td></tr>"
     )
