@@ -136,9 +136,8 @@ def difference_view(
 
         return run_plots.plot_difference(left, right, names, title(left, labels), bare)
 
-    table = (
-        f"<table {_style(border_collapse='collapse', width='100%')}><tbody>{''.join(rows)}</tbody></table>"
-    )
+    whole = _style(border_collapse="collapse", width="100%", color=BLACK)
+    table = f"<table {whole}><tbody>{''.join(rows)}</tbody></table>"
     picture = ""
     if left.is_visual.any():
         alt = f"Pictures of {left.example_id}: weights of both and their difference; {_heaviest(data)}."
@@ -467,7 +466,9 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = "".join(
         _row("".join(f"<td {look}>{escape(cell) or '&nbsp;'}</td>" for cell in row)) for row in rows
     )
-    return f"<table {_style(border_collapse='collapse')}><tbody>{_row(head)}{body}</tbody></table>"
+    return (
+        f"<table {_style(border_collapse='collapse', color=BLACK)}><tbody>{_row(head)}{body}</tbody></table>"
+    )
 
 
 def _row(cells: str) -> str:
@@ -651,7 +652,7 @@ def _two_rows(record: TargetRecord, spans: np.ndarray, letters: int = 72) -> str
         rows = "".join(
             _cells(text, part, edges, name) for name, part in (("student", own), ("teacher", theirs))
         )
-        style = _style(border_collapse="collapse", margin="4px 0")
+        style = _style(border_collapse="collapse", margin="4px 0", color=BLACK)
         lines.append(f"<table {style}><tbody>{rows}</tbody></table>")
         start = end
     return "".join(lines)

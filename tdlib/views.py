@@ -257,7 +257,8 @@ def comparison(
         _comparison_row(record, name, highest, labels)
         for record, name in zip(records, names or [""] * len(records), strict=True)
     ]
-    body = f"<table {_style(border_collapse='collapse', width='100%')}><tbody>{''.join(rows)}</tbody></table>"
+    whole = _style(border_collapse="collapse", width="100%", color=BLACK)
+    body = f"<table {whole}><tbody>{''.join(rows)}</tbody></table>"
 
     def figure() -> "Figure":
         from tdlib import plots
