@@ -36,7 +36,6 @@ pytestmark = [
     pytest.mark.skipif(
         not CHROMIUM, reason="no browser tests: no chromium in PATH (or name one in TDLIB_CHROMIUM)"
     ),
-    pytest.mark.xdist_group("browser"),
 ]
 
 PATIENCE = 240_000  # milliseconds; a busy machine is no failure
@@ -322,10 +321,12 @@ def test_an_untrusted_notebook_shows_the_same_in_the_dark(context, lab, executed
 
 def test_the_explorer_follows_keyboard_and_mouse(context, lab, runs):
     page, watch = open_in_lab(context, lab, "live.ipynb")
-    page.wait_for_selector(".jp-NotebookPanel-toolbar")
+    page.wait_for_selector("text=/ipykernel. . Idle/")  # before, cells would be run without a kernel
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
-    page.wait_for_selector(".tdlib-list .tdlib-row[aria-selected=true]")
+    failed = page.locator(".jp-RenderedText[data-mime-type*=stderr]", has_text="Traceback")
+    page.locator(".tdlib-row[aria-selected=true]").or_(failed).first.wait_for()
+    assert failed.count() == 0, failed.first.inner_text()
     run = explorer.find_runs([runs])[0]
     ids, cells = list(run.index["example_id"]), page.locator(".jp-Cell").count()
     chosen = page.locator(".tdlib-row[aria-selected=true]")
