@@ -476,6 +476,8 @@ def heads_view(attention: Attention) -> View:
             )
     data = pd.DataFrame(rows)
     heading = f"{title(record)}; {attention.model}, {name_layers(attention.layers)}; rows attend to columns"
+    if has_text and border:
+        heading += "; over each: layer.head · what text gives to the picture (%)"
 
     def figure() -> "Figure":
         from tdlib import run_plots

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pandas as pd
 import papermill
 from nbclient.exceptions import DeadKernelError
@@ -42,18 +43,30 @@ __all__ = [
 ]  # fmt: skip
 
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
 class NotebookFailed(RuntimeError):
     """A cell raised or the kernel died: says which notebook, where the partial copy is, and the error."""
 
 
 def export_html(notebook: Path, page: Path) -> None:
-    """The executed notebook as one page that loads nothing from the network."""
+    """The executed notebook as one page that loads nothing from the network.
+
+    Controls and progress bars are left out: they do nothing on a page, and drawing them would need the
+    network.
+    """
+    content = nbformat.read(notebook, as_version=4)
+    content.metadata.pop("widgets", None)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
     exporter = HTMLExporter(
         template_name="lab", mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url=""
     )
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     exporter.embed_images = True
-    body, _ = exporter.from_filename(str(notebook))
+    body, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.stem}})
     partial = page.with_name(f".{page.name}.partial")
     partial.write_text(body, encoding="utf-8")
     os.replace(partial, page)

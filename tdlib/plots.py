@@ -26,7 +26,7 @@ from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image, ImageEnhance
 
-from tdlib.examples import DataError
+from tdlib.examples import Box, DataError
 from tdlib.records import TargetRecord
 from tdlib.views import facts, ground_truth, highest_weight, percent, title, token_name, truth_name
 
@@ -214,8 +214,7 @@ def _write_numbers(axes: Axes, record: TargetRecord, chosen: np.ndarray) -> None
         _outline(axes, record.boxes[i], edgecolor="black", linewidth=1.0)
         left, top, right, bottom = record.boxes[i]
         if right - left > 0.09:  # else the number is wider than the token
-            middle, centre = (left + right) / 2, (top + bottom) / 2
-            x, y = _free([(middle, centre), (middle, bottom - 0.04), (middle, top + 0.04)], taken)
+            x, y = _free(_places(record.boxes[i], record.relevant_boxes), taken)
             axes.text(x, y, percent(record.weight[i]), weight="bold", path_effects=halo, **CENTRED)
     ground = {"facecolor": OBJECT["edgecolor"], "edgecolor": "white", "linewidth": 0.6, "pad": 1.2}
     for number, (left, top, right, bottom) in enumerate(record.object_boxes):
@@ -223,6 +222,25 @@ def _write_numbers(axes: Axes, record: TargetRecord, chosen: np.ndarray) -> None
         places = [(x, y) for y in (top, bottom, centre) for x in (left, right, middle)]
         x, y = _free([(min(max(x, 0.03), 0.97), min(max(y, 0.03), 0.97)) for x, y in places], taken)
         axes.text(x, y, str(number), weight="bold", color="white", bbox=ground, **CENTRED)
+
+
+def _places(box: np.ndarray, frames: Sequence[Box]) -> list[tuple[float, float]]:
+    """Where a token's number can stand in it: first where no line of a frame runs through the number."""
+    left, top, right, bottom = map(float, box)
+    middle, centre = (left + right) / 2, (top + bottom) / 2
+    across = [middle, *([left + 0.045, right - 0.045] if right - left > 0.12 else [])]
+    down = [centre, *([bottom - 0.04, top + 0.04] if bottom - top > 0.09 else [])]
+    places = [(x, y) for y in down for x in across]
+    return sorted(places, key=lambda place: any(_runs_through(frame, *place) for frame in frames))
+
+
+def _runs_through(frame: Box, x: float, y: float, more: float = 0.0) -> bool:
+    """Whether a frame's line crosses a number at (x, y), 0.09 wide and 0.05 high and ``more`` around it."""
+    left, top, right, bottom = frame
+    wide, high = 0.045 + more, 0.025 + more
+    meets = left - wide - 0.01 < x < right + wide + 0.01 and top - high - 0.01 < y < bottom + high + 0.01
+    inside = left + wide - 0.01 < x < right - wide + 0.01 and top + high - 0.01 < y < bottom - high + 0.01
+    return meets and not inside
 
 
 def _free(places: list[tuple[float, float]], taken: list[tuple[float, float]]) -> tuple[float, float]:

@@ -34,8 +34,10 @@ from tdlib.plots import (
     _frame,
     _open,
     _outline,
+    _places,
     _plain,
     _rectangle,
+    _runs_through,
     _settled,
     _short,
 )
@@ -52,6 +54,7 @@ VISUAL_LINE: dict[str, Any] = {
 }  # fmt: skip
 MANY_STEPS = 12  # beyond, a cell is too narrow for its number
 HALO = [withStroke(linewidth=2, foreground="white")]
+GROUND: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # of a number on a line
 
 
 def step_name(step: int) -> str:
@@ -183,7 +186,9 @@ def draw_boxes(
         _outline(axes, record.boxes[i], edgecolor="black", linewidth=0.7)
         if right - left > 0.1 and bottom - top > 0.05:
             number = signed(float(values[i])) if diverging else percent(float(values[i]))
-            axes.text((left + right) / 2, (top + bottom) / 2, number, path_effects=HALO, **CENTRED)
+            x, y = _places(record.boxes[i], record.relevant_boxes)[0]
+            crossed = any(_runs_through(frame, x, y, 0.04) for frame in record.relevant_boxes)
+            axes.text(x, y, number, path_effects=HALO, bbox=GROUND if crossed else None, **CENTRED)
     return ScalarMappable(norm, colours)
 
 
@@ -542,7 +547,7 @@ def plot_attention(record: TargetRecord, values: np.ndarray, query: str, method:
     words = np.flatnonzero(record.is_text)
     other = np.flatnonzero(~record.is_text & ~record.is_visual & (values > 0))
     has_picture = bool(record.is_visual.any())
-    rows = np.concatenate([words, other])
+    rows = np.concatenate([words, other]) if len(words) else words  # else the picture's caption has them
     height = max(3.6, 0.9 + 0.165 * len(rows))
     figure = Figure(figsize=(7.6 if has_picture and len(rows) else 4.2, height), layout="constrained")
     count = int(has_picture) + int(len(rows) > 0)
@@ -552,8 +557,17 @@ def plot_attention(record: TargetRecord, values: np.ndarray, query: str, method:
         visual = record.is_visual & ~record.is_text
         shown = np.where(visual, values, np.nan)
         shade = draw_boxes(axes, record, shown, float(np.nanmax(shown)) or 1.0, most=10)
-        axes.set_title(f"picture: {percent(float(values[visual].sum()))} %", fontsize=TEXT, loc="left")
-        _bar(figure, shade, axes, "share (%)", location="bottom", aspect=30)
+        elsewhere = [
+            f"{_plain(record.tokens[i] or f'token {i}')} {percent(float(values[i]))} %" for i in other
+        ]
+        beside = f"; {', '.join(elsewhere)}" if elsewhere and not len(words) else ""
+        axes.set_title(
+            f"picture: {percent(float(values[visual].sum()))} %{beside}", fontsize=TEXT, loc="left"
+        )
+        axes.set_anchor("N")
+        bar = figure.colorbar(shade, cax=axes.inset_axes((0, -0.07, 1, 0.035)), orientation="horizontal")
+        bar.set_label("share (%)", fontsize=SMALL)
+        bar.ax.tick_params(labelsize=SMALL)
     for axes in panels:
         limit = 100 * float(values[rows].max())
         colours = matplotlib.colormaps[COLOURS](100 * values[rows] / (limit or 1))

@@ -115,25 +115,30 @@ def difference_view(
     gap = data["difference"].to_numpy()
     extent = float(np.abs(gap).max(initial=0))
     highest = highest_weight([left, right])
-    cell = _style(padding="6px", vertical_align="top", text_align="left", border_top="1px solid #cccccc")
+    look = {
+        "padding": "6px",
+        "vertical_align": "top",
+        "text_align": "left",
+        "border_top": "1px solid #cccccc",
+    }
+    cell, first = _style(**look), _style(**look, width="28%")
     rows = []
     for record, name in zip((left, right), names, strict=True):
         numbers = ", ".join(f"{key} {value}" for key, value in facts(record, labels).items())
         heading = f"<b>{escape(name)}</b><br><span {_style(color=GREY)}>{escape(numbers)}</span>"
-        rows.append(f"<tr><td {cell}>{heading}</td><td {cell}>{_statement(record, highest)}</td></tr>")
+        rows.append(_row(f"<td {first}>{heading}</td><td {cell}>{_statement(record, highest)}</td>"))
     what = f"<b>{escape(names[1])} − {escape(names[0])}</b><br>"
     what += f"<span {_style(color=GREY)}>{escape(_change_text(data))}</span>"
     words = _difference_statement(left, data, extent)
-    rows.append(f"<tr><td {cell}>{what}</td><td {cell}>{words}</td></tr>")
+    rows.append(_row(f"<td {first}>{what}</td><td {cell}>{words}</td>"))
 
     def figure(bare: bool = False) -> "Figure":
         from tdlib import run_plots
 
         return run_plots.plot_difference(left, right, names, title(left, labels), bare)
 
-    table = (
-        f"<table {_style(border_collapse='collapse', width='100%')}><tbody>{''.join(rows)}</tbody></table>"
-    )
+    whole = _style(border_collapse="collapse", width="100%", color=BLACK)
+    table = f"<table {whole}><tbody>{''.join(rows)}</tbody></table>"
     picture = ""
     if left.is_visual.any():
         alt = f"Pictures of {left.example_id}: weights of both and their difference; {_heaviest(data)}."
@@ -460,10 +465,16 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     look = _style(padding="2px 8px", text_align="left", border_top="1px solid #cccccc", font_size="12px")
     head = "".join(f"<td {look}><b>{escape(name)}</b></td>" for name in header)
     body = "".join(
-        "<tr>" + "".join(f"<td {look}>{escape(cell) or '&nbsp;'}</td>" for cell in row) + "</tr>"
-        for row in rows
+        _row("".join(f"<td {look}>{escape(cell) or '&nbsp;'}</td>" for cell in row)) for row in rows
     )
-    return f"<table {_style(border_collapse='collapse')}><tbody><tr>{head}</tr>{body}</tbody></table>"
+    return (
+        f"<table {_style(border_collapse='collapse', color=BLACK)}><tbody>{_row(head)}{body}</tbody></table>"
+    )
+
+
+def _row(cells: str) -> str:
+    """A table's row on white, also where a theme stripes rows or marks the one under the mouse."""
+    return f"<tr {_style(background_color=WHITE)}>{cells}</tr>"
 
 
 def instance_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
@@ -642,7 +653,7 @@ def _two_rows(record: TargetRecord, spans: np.ndarray, letters: int = 72) -> str
         rows = "".join(
             _cells(text, part, edges, name) for name, part in (("student", own), ("teacher", theirs))
         )
-        style = _style(border_collapse="collapse", margin="4px 0")
+        style = _style(border_collapse="collapse", margin="4px 0", color=BLACK)
         lines.append(f"<table {style}><tbody>{rows}</tbody></table>")
         start = end
     return "".join(lines)
@@ -669,7 +680,7 @@ def _cells(text: str, spans: Sequence[tuple[int, ...]], edges: Sequence[int], na
         shown = escape(text[start : edges[stop]].strip()) or "&nbsp;"
         cells.append(f'<td colspan="{stop - place}" {style}>{shown}</td>')
         place = stop
-    return f"<tr>{''.join(cells)}</tr>"
+    return _row("".join(cells))
 
 
 # Measures of the targeting.

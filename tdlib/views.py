@@ -252,7 +252,8 @@ def comparison(
         _comparison_row(record, name, highest, labels)
         for record, name in zip(records, names or [""] * len(records), strict=True)
     ]
-    body = f"<table {_style(border_collapse='collapse', width='100%')}><tbody>{''.join(rows)}</tbody></table>"
+    whole = _style(border_collapse="collapse", width="100%", color=BLACK)
+    body = f"<table {whole}><tbody>{''.join(rows)}</tbody></table>"
 
     def figure() -> "Figure":
         from tdlib import plots
@@ -463,7 +464,13 @@ def _image(record: TargetRecord, highest: float, width: int) -> str:
 
 
 def _comparison_row(record: TargetRecord, name: str, highest: float, labels: Sequence[str]) -> str:
-    cell = _style(padding="6px", vertical_align="top", text_align="left", border_top="1px solid #cccccc")
+    look = {
+        "padding": "6px",
+        "vertical_align": "top",
+        "text_align": "left",
+        "border_top": "1px solid #cccccc",
+    }
+    cell, first = _style(**look), _style(**look, width="16%")
     heading = f"<b>{escape(name)}</b><br>" if name else ""
     heading += f"<b>{escape(title(record, labels))}</b>"
     numbers = "".join(
@@ -471,7 +478,7 @@ def _comparison_row(record: TargetRecord, name: str, highest: float, labels: Seq
         for key, value in facts(record, labels).items()
     )
     return (
-        f"<tr {_style(background_color=WHITE)}><td {cell}>{heading}{numbers}</td>"
+        f"<tr {_style(background_color=WHITE)}><td {first}>{heading}{numbers}</td>"
         f"<td {cell}>{_image(record, highest, width=320)}</td>"
         f"<td {cell}>{_statement(record, highest)}{_note(record)}</td></tr>"
     )

@@ -135,6 +135,36 @@ def test_steps_survive_the_file_and_can_be_chosen(history, tmp_path):
     assert len(read_records(path, steps=[END])) == len(history) and not read_records(path, steps=[0])
 
 
+def test_one_example_is_read_without_decoding_the_others(image, tmp_path, monkeypatch):
+    """Small row groups, and of these only those that hold the example; the same records either way."""
+    monkeypatch.setattr("tdlib.records.EXAMPLES_PER_GROUP", 4)
+    many = [
+        make_record(image, seed=seed, example_id=f"val-{seed}", step=step, choice=choice, split=split)
+        for step in (0, END)
+        for split in ("val", "shifted")
+        for seed in range(9)
+        for choice in range(3)
+    ]
+    path = tmp_path / "selections.parquet"
+    write_records(many, path)
+    decoded = []
+    real = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_groups", lambda self, groups: decoded.append(groups) or real(self, groups)
+    )
+    whole = read_records(path)
+    for asked in ([("val", "val-0")], [("val", "val-4"), ("shifted", "val-7")]):
+        found = read_records(path, examples=asked)
+        own = [record for record in whole if (record.split, record.example_id) in asked]
+        assert len(found) == len(own) == 6 * len(asked)
+        for a, b in zip(found, own, strict=True):
+            assert (a.split, a.example_id, a.choice, a.step) == (b.split, b.example_id, b.choice, b.step)
+            np.testing.assert_array_equal(a.weight, b.weight)
+    assert decoded == [[0], [1, 4]] and pq.read_metadata(path).num_row_groups == 5
+    assert [r.step for r in read_records(path, steps=[0], examples=[("val", "val-8")])] == [0] * 3
+    assert read_records(path, examples=[("val", "val-99")]) == []
+
+
 def test_further_steps_cost_little(image, tmp_path):
     one = [make_record(image, seed=seed, example_id=f"val-{seed}") for seed in range(20)]
     many = [replace(record, step=step) for step in range(10) for record in one]

@@ -1,0 +1,386 @@
+"""The explorer: runs are found, examples pass filters, one example is read alone, views show the data."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_views_runs import make_record, problems
+
+from tdlib import experiments, explorer
+from tdlib.config import RunConfig
+from tdlib.examples import DataError
+from tdlib.explorer import VIEWS, ExplorerError, Filter, Look, Run, companion, find_runs, short_names, show
+from tdlib.records import END, read_records, records_table, write_records
+
+MANY = 20_000
+EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "scene.png"
+    Image.new("RGB", (60, 40), "#88aaff").save(path)
+    return path
+
+
+def fake_run(folder: Path, records, **config) -> Path:
+    """A run folder as far as records go."""
+    (folder / "student").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(RunConfig(**config).model_dump()))
+    labels = {"id2label": {"0": "entailment", "1": "neutral", "2": "contradiction"}}
+    (folder / "student" / "config.json").write_text(json.dumps(labels | {"num_hidden_layers": 2}))
+    write_records(records, folder / explorer.SELECTIONS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(world, student_folder, teacher_folder, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "CACHE_ROOT", tmp_path_factory.mktemp("cache"))
+        experiments.open_cache.cache_clear()
+        yield RunConfig.from_parameters(
+            data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
+            shots=0.2, epochs=1, batch_size=4, eval_splits=["val"], shift="", probe_examples=4, probe_every=2,
+        )  # fmt: skip
+        experiments.open_cache.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory) -> list[Run]:
+    """Three arms, trained for real; the baseline records nothing."""
+    folder = tmp_path_factory.mktemp("runs")
+    experiments.compare(base, ["finetune", "naive", "clip_td"], [0], folder)
+    return find_runs([folder])
+
+
+@pytest.fixture
+def look(runs) -> Look:
+    row = runs[0].index.iloc[1]
+    return Look(runs[0], row["split"], row["example_id"], runs[1])
+
+
+# Runs
+
+
+def test_runs_are_found_by_folder_parent_and_glob(runs):
+    home = runs[0].folder.parent
+    assert [run.name for run in runs] == ["clip_td-seed0", "naive-seed0"]
+    for patterns in ([home], [home / "clip*", home / "n*"], [home, home]):
+        assert [run.folder for run in find_runs(patterns)] == [run.folder for run in runs], patterns
+    assert [run.name for run in find_runs(["naive-seed0", "clip_*"], home)] == [
+        "naive-seed0",
+        "clip_td-seed0",
+    ]
+    assert runs[0].steps == (0, 2, *runs[0].steps[2:]) and runs[0].steps[-1] == END
+    assert (runs[0].layers, runs[0].heads, runs[0].labels) == (2, 2, ())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"), [("nowhere*", "no such folder"), ("finetune-seed0", "probe_examples")]
+)
+def test_what_holds_no_selections_is_refused(runs, pattern, said):
+    with pytest.raises(ExplorerError, match=said):
+        find_runs([pattern], runs[0].folder.parent)
+
+
+def test_an_unfinished_run_is_no_run(image, tmp_path):
+    fake_run(tmp_path / "a", [make_record(image)])
+    fake_run(tmp_path / ".b-unfinished", [make_record(image)])
+    assert [run.name for run in find_runs([tmp_path])] == ["a"]
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=6, unique=True))
+def test_names_are_unique_and_end_the_path(parts):
+    folders = [Path("/", *own) for own in parts]
+    names = short_names(folders)
+    assert len(set(names)) == len(folders)
+    assert all(str(folder).endswith(name) for folder, name in zip(folders, names, strict=True))
+
+
+def test_a_run_is_compared_with_another_arm_of_its_task(image, tmp_path):
+    for name, config in {
+        "a": {"seed": 0}, "b": {"seed": 1}, "c": {"arm": "naive", "seed": 1},
+        "d": {"arm": "naive", "seed": 0}, "e": {"arm": "naive", "seed": 0, "task": "vqa_v2"},
+    }.items():  # fmt: skip
+        fake_run(tmp_path / name, [make_record(image)], **config)
+    known = {run.name: run for run in find_runs([tmp_path])}
+    assert companion(list(known.values()), known["a"]) is known["d"]
+    assert companion([known["a"], known["b"], known["e"]], known["a"]) is known["b"]
+    assert companion([known["a"], known["e"]], known["a"]) is None
+
+
+def test_functions_of_a_notebook_do_not_hide_its_run(image, tmp_path):
+    fake_run(tmp_path / "a", [make_record(image)])
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"selector": "best_three", "gone": 1}))
+    (run,) = find_runs([tmp_path])
+    assert run.config.selector == "best_three" and run.config.task == "vcr_qa"
+
+
+# Index and filters
+
+
+def test_the_index_holds_each_example_once_as_it_was_at_the_end(runs):
+    index = runs[0].index
+    records = read_records(runs[0].folder / explorer.SELECTIONS, [END])
+    assert list(index["example_id"]) == list(dict.fromkeys(r.example_id for r in records))
+    for row in index.to_dict("records"):
+        own = [r for r in records if r.example_id == row["example_id"]]
+        assert row["text"].split("\n") == [r.text for r in sorted(own, key=lambda r: r.choice)]
+        assert row["answer"] == own[row["label"]].text and row["prediction"] == own[0].prediction
+        assert (row["p_T"], row["p_S"], row["c"]) == (
+            own[0].teacher_probability, own[0].student_probability, own[0].instance_weight
+        )  # fmt: skip
+        assert row["correct"] == (row["label"] == row["prediction"])
+        assert row["disagreement"] == abs(row["p_T"] - row["p_S"])
+
+
+def test_an_index_without_labels_and_without_steps(image, tmp_path):
+    nothing = dict.fromkeys(("label", "teacher_probability", "student_probability", "instance_weight"))
+    records = [make_record(image, **nothing), make_record(image, example_id="e-2", choice=0, label=2)]
+    records_table(records).drop(columns="step").to_parquet(tmp_path / "old.parquet")
+    index = explorer.read_index(tmp_path / "old.parquet", ("entailment", "neutral", "contradiction"))
+    assert list(index["answer"].isna()) == [True, False] and index["answer"][1] == "contradiction"
+    assert index["correct"].isna()[0] and index["c"].isna()[0]
+    assert list(Filter(correct=False).choose(index)["example_id"]) == ["e-2"]
+    assert list(Filter(weight=(0.0, 5.0)).choose(index)["example_id"]) == ["e-2"]
+    assert len(Filter().choose(index)) == 2
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    numbers = np.linspace(0, 1, 8)
+    frame = pd.DataFrame({
+        "split": ["val", "shifted"] * 4, "example_id": [f"val-{i}" for i in range(8)],
+        "label": pd.array([0, 1, 2, None] * 2, dtype="Int64"),
+        "prediction": pd.array([0, 0, 2, 1] * 2, dtype="Int64"),
+        "answer": ["A red (big) hat.", "No", "Yes", None] * 2,
+        "text": ["Why? A red (big) hat.\nWhy? It rains.", "Is it?", "IS IT?", "Who?"] * 2,
+        "p_T": numbers, "p_S": numbers[::-1], "c": [0.1, 0.2, 0.3, np.nan, 0.5, 0.6, 0.7, np.nan],
+    })  # fmt: skip
+    frame["correct"] = frame["label"] == frame["prediction"]
+    return frame.assign(disagreement=(frame["p_T"] - frame["p_S"]).abs())
+
+
+@pytest.mark.parametrize(
+    ("filter", "expected"),
+    [
+        (Filter(), range(8)),
+        (Filter(text="  HAT red "), [0, 4]),
+        (Filter(text="(big)"), [0, 4]),  # no pattern, a string
+        (Filter(text="it? val-1"), [1]),
+        (Filter(text="yes"), [2, 6]),  # the answer counts
+        (Filter(label="2"), [2, 6]),
+        (Filter(label="No"), [1, 5]),
+        (Filter(split="shifted"), [1, 3, 5, 7]),
+        (Filter(correct=True), [0, 2, 4, 6]),
+        (Filter(correct=False), [1, 5]),
+        (Filter(weight=(0.2, 0.5)), [1, 2, 4]),
+        (Filter(weight=(0.65, float("inf"))), [6]),
+        (Filter(disagreement=0.9), [0, 7]),
+        (Filter(text="hat", split="val", correct=True, weight=(0.3, 1)), [4]),
+        (Filter(text="nothing"), []),
+    ],
+)
+def test_a_filter_keeps_what_it_says(table, filter, expected):
+    found = filter.choose(table)
+    assert list(found["example_id"]) == [f"val-{i}" for i in expected]
+    assert list(found.index) == list(range(len(found)))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.builds(
+        Filter, text=st.sampled_from(["", "is", "red hat"]), split=st.sampled_from(["", "val"]),
+        correct=st.sampled_from([None, True, False]), disagreement=st.floats(0, 1),
+    )
+)  # fmt: skip
+def test_conditions_are_joined(table, filter):
+    """Each condition by itself and all together leave the same examples."""
+    found = set(filter.choose(table)["example_id"])
+    alone = [Filter(text=filter.text), Filter(split=filter.split), Filter(correct=filter.correct),
+             Filter(disagreement=filter.disagreement)]  # fmt: skip
+    assert found == set.intersection(*(set(one.choose(table)["example_id"]) for one in alone))
+
+
+@pytest.fixture(scope="module")
+def large(image, tmp_path_factory) -> Run:
+    """A run that recorded 20,000 examples, in one file of the same form as any other."""
+    folder = fake_run(tmp_path_factory.mktemp("large") / "run", [make_record(image)])
+    one = pa.Table.from_pandas(records_table([make_record(image)]), preserve_index=False)
+    path = folder / explorer.SELECTIONS
+    with pq.ParquetWriter(path, one.schema, compression="zstd") as writer:
+        for start in range(0, MANY, 500):
+            part = one.take([0] * 500)
+            ids = [f"val-{i}" for i in range(start, start + 500)]
+            texts = [
+                f"Why is Casey angry? The heat is unbearable. {i % 100}" for i in range(start, start + 500)
+            ]
+            for name, values in {
+                "example_id": ids, "text": texts, "instance_weight": np.arange(start, start + 500) / MANY,
+            }.items():  # fmt: skip
+                place = part.schema.get_field_index(name)
+                part = part.set_column(
+                    place, part.schema.field(place), pa.array(values, type=part.schema.field(place).type)
+                )
+            writer.write_table(part, row_group_size=500)
+    (run,) = find_runs([folder])
+    return run
+
+
+def test_twenty_thousand_examples_are_one_index_and_read_one_by_one(large, monkeypatch):
+    assert len(large.index) == MANY and large.index["example_id"].iloc[-1] == f"val-{MANY - 1}"
+    found = Filter(text="unbearable 42", weight=(0.5, 1.0)).choose(large.index)
+    assert len(found) == MANY // 200 and found["text"].str.endswith(" 42").all()
+    decoded = []
+    real = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_groups", lambda self, groups: decoded.append(groups) or real(self, groups)
+    )
+    monkeypatch.setattr(pq, "read_table", lambda *_args, **_options: pytest.fail("the whole file is read"))
+    (record,) = large.records("val", "val-12345")
+    assert record.instance_weight == 12345 / MANY and decoded == [[24]]
+    with pytest.raises(ExplorerError, match="nothing of 'val-20000'"):
+        large.records("val", f"val-{MANY}")
+
+
+def test_instance_weights_of_many_are_read_without_their_tokens(large):
+    started = time.process_time()
+    view = show(Look(large, "val", "val-19999"), "instance weights")
+    data = view.table()
+    assert len(data) == explorer.DRAWN_EXAMPLES and "val-19999" in set(data["example_id"])
+    assert data.set_index("example_id").loc["val-19999", "c"] == 19999 / MANY
+    assert time.process_time() - started < 60  # decoding every token takes minutes
+
+
+# Views
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_every_view_of_a_trained_run(look, name):
+    view = show(look, name)
+    assert problems(view.to_html()) == []
+    assert look.example_id in repr(view) and look.example_id in view.to_html()
+    assert len(view.table())
+    assert view.figure().get_size_inches().min() > 1
+
+
+@pytest.mark.parametrize(("modality", "picture", "words"), [("text", False, True), ("visual", True, False)])
+def test_a_modality_alone(look, modality, picture, words):
+    html = show(replace(look, modality=modality), "statement and picture").to_html()
+    assert ("<img" in html) == picture
+    assert (look.record().text.split()[-2] in html) == words
+
+
+def test_choice_step_layer_and_head_decide_what_is_shown(look):
+    other = replace(look, choice=(look.record().label + 1) % 4)
+    assert other.record().choice != look.record().choice == look.record().label
+    assert replace(look, step=0).record().step == 0 and look.record().step == END
+    heads = [show(replace(look, layers=(1,), head=h), "student: attention").table()["value"] for h in (0, 1)]
+    assert not np.allclose(*heads)
+    assert "layer 1, head 0" in show(replace(look, layers=(-1,), head=0), "student: attention").to_html()
+    tower = show(replace(look, modality="text"), "teacher: attention").to_html()
+    assert "teacher, text tower" in tower
+
+
+def test_two_steps_of_one_run_are_compared(look):
+    same = replace(look, second=look.run, step=0)
+    view = show(same, "two runs")
+    assert "clip_td-seed0 − clip_td-seed0, step 0" in view.to_html()
+    first, second = (replace(same, step=step).record() for step in (0, END))
+    expected = second.weight * second.selected - first.weight * first.selected
+    np.testing.assert_allclose(view.table()["difference"], expected)
+
+
+def test_students_with_other_tokens_stand_side_by_side(image, tmp_path):
+    whole = make_record(image)
+    fewer = replace(whole, boxes=np.concatenate([whole.boxes[:-1], [[0.0, 0.0, 1.0, 1.0]]]))
+    for name, record in {"a": whole, "b": fewer}.items():
+        fake_run(tmp_path / name, [record])
+    one, two = find_runs([tmp_path])
+    html = show(Look(one, "val", "val-3", two), "two runs").to_html()
+    assert ">a<" in html and ">b<" in html and "−" not in html
+    fake_run(tmp_path / "c", [replace(whole, text=whole.text.replace("Casey", "Jodie"))])
+    with pytest.raises(ExplorerError, match="different data"):
+        show(Look(one, "val", "val-3", find_runs([tmp_path / "c"])[0]), "two runs")
+
+
+@pytest.mark.parametrize(
+    ("view", "change", "said"),
+    [
+        ("two runs", {"second": None}, "second run"),
+        ("nonsense", {}, "expected one of"),
+        ("evolution", {"modality": "sound"}, "expected one of both"),
+        ("evolution", {"step": 77}, r"no step 77; it recorded 0, .*-1 \(end\)"),
+        ("two runs", {"example_id": "val-99"}, "recorded nothing of 'val-99'"),
+        ("statement and picture", {"choice": 9}, "choice 9"),
+    ],
+)
+def test_what_cannot_be_shown_is_said(look, view, change, said):
+    with pytest.raises(ExplorerError, match=said):
+        show(replace(look, **change), view)
+    note = explorer.shown(replace(look, **change), view)
+    assert problems(note.to_html()) == [] and view in repr(note)
+
+
+def test_a_run_without_steps_or_weights_says_so(image, tmp_path):
+    fake_run(tmp_path / "a", [make_record(image, instance_weight=None)])
+    (run,) = find_runs([tmp_path])
+    for view, said in (
+        ("evolution", "probe_every"),
+        ("instance weights", "no record has an instance weight"),
+    ):
+        with pytest.raises(ExplorerError, match=said):
+            show(Look(run, "val", "val-3"), view)
+
+
+def test_an_example_that_left_the_data_is_named(runs):
+    with pytest.raises(ExplorerError, match=r"'val-999' is not in 'val' of .*are the data those of clip_td"):
+        explorer.example_of(runs[0], "val", "val-999")
+
+
+def test_hostile_strings_stay_text(image, tmp_path):
+    record = make_record(image, label=1, text=f"{make_record(image).text} {EVIL}", object_names=(EVIL,),
+                         object_boxes=((0.1, 0.1, 0.5, 0.5),))  # fmt: skip
+    fake_run(tmp_path / "a", [record, replace(record, step=0)])
+    (run,) = find_runs([tmp_path])
+    for view in ("statement and picture", "all choices", "evolution", "instance weights"):
+        html = show(Look(run, "val", "val-3"), view).to_html()
+        assert problems(html) == [] and "<script" not in html and 'onerror="' not in html
+
+
+# An example of one's own
+
+
+def test_a_picture_and_a_text_of_ones_own(runs, base, image):
+    materials = experiments.prepare(base, whole_splits=False)
+    view = explorer.own_view(runs[0], materials, explorer.own_example(image, " A red umbrella. "))
+    (record,) = view.records
+    assert record.text == "A red umbrella." and record.selected.any() and record.label is None
+    assert problems(view.to_html()) == []
+    asked = explorer.own_example(image, "Why is it wet?", ["It rains.", "It snows."])
+    texts = [record.text for record in explorer.own_view(runs[0], materials, asked).records]
+    assert texts == ["Why is it wet? It rains.", "Why is it wet? It snows."]
+    with pytest.raises(ExplorerError, match="chooses from 1 labels"):
+        explorer.own_view(runs[0], replace(materials, labels=("yes",)), asked)
+
+
+def test_bad_input_of_ones_own_is_named(image, tmp_path):
+    for text, answers in ((" ", []), ("Why?", ["a", " "])):
+        with pytest.raises(ExplorerError):
+            explorer.own_example(image, text, answers)
+    with pytest.raises(DataError, match="missing"):
+        explorer.own_example(tmp_path / "no.png", "A hat.")
+    (tmp_path / "bad.png").write_bytes(b"GIF")
+    with pytest.raises(DataError, match="does not decode"):
+        explorer.own_example(tmp_path / "bad.png", "A hat.")
