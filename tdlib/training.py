@@ -6,6 +6,7 @@ our saving. Everything about the teacher comes from the cache. A run may be inte
 from its checkpoints, and shared by several processes; neither changes what it computes.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -212,6 +213,13 @@ class DistillationTrainer(Trainer):
     def module(self) -> TargetedDistillation:
         assert isinstance(self.model, TargetedDistillation)
         return self.model
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        gc.freeze()  # the Trainer begins with a full collection: 0.4 s over all that was there before
+        try:
+            return super().train(*args, **options)
+        finally:
+            gc.unfreeze()
 
     def get_train_dataloader(self) -> DataLoader:
         if self.args.world_size == 1:
