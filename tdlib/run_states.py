@@ -35,10 +35,11 @@ MARK = "TDLIB_RUN"  # environment variable by which every process of a run is kn
 RUNNER = "TDLIB_RUNNER"  # process id of who started a worker and outlives it
 NOTEBOOK, LOG, OUTPUT = "notebook.ipynb", "log.txt", "output"
 
-# Sources that start and show runs, but have no part in their results.
+# Sources that start, show or time runs, or made the mini models, but have no part in runs' results.
 _MACHINERY = {
-    "batches.py", "batch_plan.py", "batch_reports.py", "batch_runner.py", "cli.py", "engines.py",
-    "protocol.py", "protocol_plots.py", "run_states.py", "run_worker.py",
+    "batches.py", "batch_plan.py", "batch_reports.py", "batch_runner.py", "bench.py", "cli.py", "engines.py",
+    "explorer.py", "pretraining.py", "pretraining_detector.py", "pretraining_regions.py", "protocol.py",
+    "protocol_plots.py", "run_states.py", "run_worker.py", "widgets.py",
 }  # fmt: skip
 
 
