@@ -224,7 +224,7 @@ def large(image, tmp_path_factory) -> Run:
             part = one.take([0] * 500)
             ids = [f"val-{i}" for i in range(start, start + 500)]
             texts = [
-                f"Why is Casey angry? The heat is unbearable. {i % 100}" for i in range(start, start + 500)
+                f"Why is Casey angry? The heat is unbearable. w{i % 100}w" for i in range(start, start + 500)
             ]
             for name, values in {
                 "example_id": ids, "text": texts, "instance_weight": np.arange(start, start + 500) / MANY,
@@ -240,8 +240,8 @@ def large(image, tmp_path_factory) -> Run:
 
 def test_twenty_thousand_examples_are_one_index_and_read_one_by_one(large, monkeypatch):
     assert len(large.index) == MANY and large.index["example_id"].iloc[-1] == f"val-{MANY - 1}"
-    found = Filter(text="unbearable 42", weight=(0.5, 1.0)).choose(large.index)
-    assert len(found) == MANY // 200 and found["text"].str.endswith(" 42").all()
+    found = Filter(text="unbearable w42w", weight=(0.5, 1.0)).choose(large.index)
+    assert len(found) == MANY // 200 and found["text"].str.endswith(" w42w").all()
     decoded = []
     real = pq.ParquetFile.read_row_groups
     monkeypatch.setattr(
