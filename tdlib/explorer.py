@@ -380,7 +380,7 @@ def read_instances(path: Path, split: str, ids: Sequence[str]) -> list[TargetRec
     )  # fmt: skip
     rows = []
     for row in table.to_dict("records"):
-        known = {name: None if pd.isna(row[name]) else float(row[name]) for name in numbers}
+        known: dict[str, Any] = {name: None if pd.isna(row[name]) else float(row[name]) for name in numbers}
         rows.append(replace(blank, example_id=row["example_id"], step=int(row.get("step", END)), **known))
     return rows
 
@@ -538,13 +538,12 @@ def example_of(run: Run, split: str, example_id: str) -> Example:
 
 def _student_input(look: Look) -> tuple[Any, Any, TargetRecord, Any]:
     """Student, batch of the example, record and tokenizer."""
-    from tdlib.experiments import add_regions
     from tdlib.training import EncodedExamples, collate
 
     run, record = look.run, look.record()
     student, encoder = _open_student(run)
     example = example_of(run, look.split, look.example_id)
-    add_regions(encoder, [example])
+    encoder.prepare([example])
     data = EncodedExamples([example], encoder, num_labels=len(run.labels), modality=run.config.modality)
     return student, collate([data[0]], encoder), record, encoder.tokenizer
 

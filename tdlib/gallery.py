@@ -120,5 +120,6 @@ def gallery(
         lines.append(f"{name}: {example.prompt.text} -> {right}")
     frame = "background-color: #ffffff; color: #1b1b1b; font-family: sans-serif; font-size: 14px"
     legend = "Numbers are objects; dotted words and dashed boxes decide the answer (where that is known)."
-    html = f'<div style="{frame}"><table>{"".join(rows)}</table><small>{legend}</small></div>'
+    body = f'<table style="color: #1b1b1b">{"".join(rows)}</table>'  # a theme would choose a table's own
+    html = f'<div style="{frame}">{body}<small>{legend}</small></div>'
     return Gallery(html, "\n".join(lines))

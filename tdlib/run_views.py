@@ -34,6 +34,7 @@ from tdlib.views import (
     facts,
     ground_truth,
     highest_weight,
+    ink,
     kinds,
     percent,
     title,
@@ -153,7 +154,7 @@ def difference_colour(value: float, extent: float) -> tuple[str, str]:
     share = float(np.clip(value / extent if extent > 0 else 0, -1, 1))
     end = MORE_SECOND if share > 0 else MORE_FIRST
     red, green, blue = (round(255 + abs(share) * (channel - 255)) for channel in end)
-    return f"#{red:02x}{green:02x}{blue:02x}", WHITE if abs(share) > 0.7 else "#000000"
+    return f"#{red:02x}{green:02x}{blue:02x}", ink(red, green, blue)
 
 
 def _signed(share: float) -> str:

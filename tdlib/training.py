@@ -155,7 +155,7 @@ class _EpochBatches(BatchSampler):
     """Batches in an order of the epoch's own."""
 
     def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 class SharedBatches:
@@ -226,7 +226,7 @@ class DistillationTrainer(Trainer):
             return super().get_train_dataloader()
         data, config = self.train_dataset, self.settings
         assert isinstance(data, EncodedExamples)
-        order = SeedableRandomSampler(data, data_seed=config.seed)  # type: ignore[no-untyped-call]
+        order = SeedableRandomSampler(data, data_seed=config.seed)
         batches = _EpochBatches(order, config.batch_size, drop_last=False)
         own = SharedBatches(batches, config.accumulation, self.args.process_index, self.args.world_size)
         return DataLoader(data, batch_sampler=own, collate_fn=self.data_collator)

@@ -290,11 +290,16 @@ def weight_colour(weight: float, highest: float) -> tuple[str, str]:
     red, green, blue = (
         round(np.interp(place, range(len(CIVIDIS)), channel)) for channel in zip(*CIVIDIS, strict=True)
     )
+    return f"#{red:02x}{green:02x}{blue:02x}", ink(red, green, blue)
+
+
+def ink(red: int, green: int, blue: int) -> str:
+    """Black or white (hex), whichever is read better on this ground: a contrast of at least 4.5 (WCAG 2)."""
     linear = [
         (c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)
     ]
-    luminance = float(np.dot(linear, (0.2126, 0.7152, 0.0722)))  # WCAG 2; black and white are equal at 0.179
-    return f"#{red:02x}{green:02x}{blue:02x}", "#000000" if luminance > 0.179 else WHITE
+    luminance = float(np.dot(linear, (0.2126, 0.7152, 0.0722)))  # black and white are equal at 0.179
+    return "#000000" if luminance > 0.179 else WHITE
 
 
 def _style(**properties: str) -> str:

@@ -118,7 +118,7 @@ class ExampleList(anywidget.AnyWidget):
 
     _esm = _LIST
     _css = _LOOK
-    rows = traitlets.List().tag(sync=True)
+    rows: Any = traitlets.List().tag(sync=True)
     position = traitlets.Int(0).tag(sync=True)
     total = traitlets.Int(0).tag(sync=True)
     page = traitlets.Int(PAGE).tag(sync=True)

@@ -306,10 +306,22 @@ def test_what_cannot_be_compared_is_refused(image):
         run_views.difference_view(record, record, names=("a",))
 
 
+def contrast(background: str, text: str) -> float:
+    """WCAG 2's ratio of two hex colours."""
+
+    def luminance(colour: str) -> float:
+        channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(channels <= 0.03928, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        return float(linear @ (0.2126, 0.7152, 0.0722))
+
+    light, dark = sorted([luminance(background), luminance(text)], reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
 @given(st.floats(-1, 1), st.floats(0.01, 1))
 def test_the_diverging_scale_is_symmetric(value, extent):
     background, text = run_views.difference_colour(value, extent)
-    assert text in ("#000000", "#ffffff")
+    assert contrast(background, text) >= 4.5
     assert run_views.difference_colour(0, extent)[0] == "#ffffff"
     red, blue = (int(background[i : i + 2], 16) for i in (1, 5))
     if value > 0.02 * extent:
