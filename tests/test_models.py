@@ -8,14 +8,16 @@ import pytest
 from tdlib.cache import file_digest
 from tdlib.config import ROOT
 from tdlib.miniworld.writers import VcrSize, write_vcr
+from tdlib.pretraining_regions import KINDS, evaluate_region_student
 from tdlib.tasks.vcr import VcrReader
 from tdlib.teacher import Teacher, open_picture
 
 MODELS = sorted(path.parent for path in (ROOT / "data" / "models").glob("*/provenance.json"))
 
 
-def test_there_are_a_teacher_and_a_student():
-    assert {"mini-clip", "mini-vilt", "mini-uniter", "mini-detector"} <= {folder.name for folder in MODELS}
+def test_there_are_a_teacher_a_detector_and_a_student_of_each_architecture():
+    students = {"mini-vilt", "mini-uniter", "mini-vlbert", "mini-visualbert"}
+    assert {"mini-clip", "mini-detector"} | students == {folder.name for folder in MODELS}
 
 
 def test_all_weights_together_are_small():
@@ -46,3 +48,15 @@ def test_teacher_knows_a_world_it_never_saw(tmp_path):
     ]
     spread = 3 * (recorded * (1 - recorded) / len(hits)) ** 0.5
     assert abs(sum(hits) / len(hits) - recorded) < spread
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_region_student_prefers_true_captions_of_pictures_it_never_saw(kind):
+    """As often as is recorded, within three standard errors."""
+    models, scenes = ROOT / "data" / "models", 96
+    recorded = json.loads((models / KINDS[kind].folder / "provenance.json").read_text())["held_out"]
+    found = evaluate_region_student(
+        kind, models / KINDS[kind].folder, models / "mini-detector", scenes, seed=501
+    )
+    for name, share in recorded.items():
+        assert abs(found[name] - share) < 3 * (share * (1 - share) / scenes) ** 0.5, name
