@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tdlib import checkpoints, run_states
+from tdlib.cards import model_card
 from tdlib.config import ROOT, ConfigError, RunConfig
 from tdlib.distributed import launch, must_launch, place_among_processes
 from tdlib.examples import Example, Examples, TextPart, low_shot, save_manifest
@@ -610,7 +611,7 @@ def train_run(
     diagnostics.jsonl (if asked for), functions.json (source of the functions that the user added),
     metrics.json, predictions.parquet, selections.parquet, environment.json, the submission file if
     one is asked for, and student/ (loadable with ``from_pretrained``; exactly the baseline's
-    parameters). Returns the metrics.
+    parameters; with a model card). Returns the metrics.
 
     With ``checkpoint_every``, a run that was interrupted in training and is called again with the same
     settings and folder continues from its last whole checkpoint, and ends as if it had not been
@@ -719,8 +720,10 @@ def train_run(
             write_records(records, partial / "selections.parquet")
         write_json(partial / "config.json", config.model_dump())
         write_json(partial / "metrics.json", metrics)
-        resumed = {"resumed_after_updates": keeper.resumed} if keeps and keeper.resumed else {}
-        write_json(partial / "environment.json", environment() | resumed)
+        around = environment()
+        if keeps and keeper.resumed:
+            around["resumed_after_updates"] = keeper.resumed
+        write_json(partial / "environment.json", around)
         write_jsonl(partial / "history.jsonl", trainer.history)
         if trainer.diagnostics:
             write_jsonl(partial / "diagnostics.jsonl", trainer.diagnostics)
@@ -730,6 +733,8 @@ def train_run(
         shutil.rmtree(partial / "trainer", ignore_errors=True)  # the Trainer's own folder: nothing is in it
         student.save_pretrained(partial / "student")
         materials.encoder.save(partial / "student")
+        card = model_card(config, metrics, around, type(student).__name__)
+        (partial / "student" / "README.md").write_text(card, encoding="utf-8")
 
     log.info("%s, seed %d: %d examples, %d epochs", config.arm, config.seed, len(subset), config.epochs)
     if rank > 0:  # it helps to train; the first process evaluates and writes

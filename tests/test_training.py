@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -633,3 +634,15 @@ def test_prediction_table_of_labelled_and_unlabelled_examples(materials):
         examples[0].label,
         2,
     ]
+
+
+def test_the_students_card_says_what_the_run_reached_and_with_what(folders):
+    for folder in folders:
+        card = ModelCard.load(folder / "student" / "README.md")
+        metrics = json.loads((folder / "metrics.json").read_text())
+        stated = {result.dataset_split: result.metric_value for result in card.data.eval_results}
+        assert stated == {split: round(value, 4) for split, value in metrics["accuracy"].items()}
+        assert card.data.library_name == "transformers"
+        assert f"{metrics['train_examples']:,} examples" in card.text and "`seed=0`" in card.text
+        distilled = metrics["arm"] == "clip_td"
+        assert ("`selector='nucleus'`" in card.text) == distilled == ("No teacher." not in card.text)
