@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,10 +36,16 @@ class _Active:
 
 
 class Runner:
-    """Hands a batch's runs to an engine until none is left that it may start."""
+    """Hands a batch's runs to an engine until none is left that it may start.
 
-    def __init__(self, batch: "Batch", engine: Engine, states: Sequence[str], runs: Sequence[PlannedRun]):
-        self.batch, self.engine, self.states = batch, engine, states
+    ``refresh`` is called after every line that it says: when runs start and end.
+    """
+
+    def __init__(
+        self, batch: "Batch", engine: Engine, states: Sequence[str], runs: Sequence[PlannedRun],
+        refresh: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        self.batch, self.engine, self.states, self.refresh = batch, engine, states, refresh
         self.waiting = {run.id: run for run in runs}
         self.active: dict[str, _Active] = {}
         self.tries: Counter[str] = Counter()
@@ -202,3 +208,4 @@ class Runner:
     def say(self, text: str) -> None:
         with suppress(OSError, ValueError):  # a closed terminal ends nothing
             print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True, file=sys.stdout)
+        self.refresh()

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -274,7 +274,7 @@ class Batch:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "batch.json", self._description())
             make_worlds(self.plan)
-            Runner(self, where, states, chosen or self.plan.runs).run()
+            Runner(self, where, states, chosen or self.plan.runs, _live_table(self)).run()
         finally:
             if isinstance(engine, str):
                 where.close()
@@ -297,6 +297,22 @@ class Batch:
             "output": self.plan.output, "identity": run.identity, "attempt": attempt,
             "cwd": str(ROOT / "notebooks"), "resources": self.plan.resources.as_dict(),
         }  # fmt: skip
+
+
+def _live_table(batch: Batch) -> Callable[[], None]:
+    """In a notebook shows how every run stands and returns what brings that up to date; elsewhere nothing."""
+    from IPython import get_ipython
+
+    if not hasattr(get_ipython(), "kernel"):
+        return lambda: None
+    from IPython.display import display
+
+    def table() -> pd.DataFrame:
+        whole = batch.table()
+        return whole[["run", "state", *batch.plan.varied, "seconds", "reason"]].dropna(axis=1, how="all")
+
+    handle = display(table(), display_id=True)
+    return lambda: handle.update(table())
 
 
 def find_batch(name: Path | str) -> Path:

@@ -23,6 +23,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nbclient import NotebookClient
 
 from tdlib import batch_reports, run_states
 from tdlib.batch_plan import RunConfig, check_parameters, expand, plan_batch
@@ -658,6 +659,20 @@ def test_a_batch_without_a_file(tmp_path):
     template = write_template(tmp_path)
     batch = Batch({"template": str(template), "seeds": [5]}, "mine", reports=tmp_path / "batches")
     assert batch.folder.name == "mine" and list(batch.planned()["state"]) == ["queued"]
+
+
+def test_in_a_notebook_the_table_is_alive(tmp_path):
+    batch = make_batch(tmp_path, grid={"a": [1, 2]})
+    source = (
+        f"from tdlib.batches import Batch\nBatch({str(batch.file)!r}, reports={str(batch.reports)!r}).run();"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    (table,) = [out for out in notebook.cells[0].outputs if out.output_type == "display_data"]
+    shown = table.data["text/html"]
+    assert (
+        shown.count("done") == 2 and "queued" not in shown and all(run.id in shown for run in batch.plan.runs)
+    )
 
 
 # A cluster.
