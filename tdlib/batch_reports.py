@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tdlib.batch_plan import Plan, plan_batch, read_batch
-from tdlib.files import whole_file
+from tdlib.files import whole_file, whole_path
 from tdlib.run_states import FINAL, LOG, NOTEBOOK, OUTPUT, current_state
 
 if TYPE_CHECKING:
@@ -107,12 +107,8 @@ def write_reports(
     """Writes results.parquet and index.html, each whole; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     table = results_table(plan, states)
-    partial = folder / f".results.{os.getpid()}.partial"
-    try:
+    with whole_path(folder / "results.parquet") as partial:
         table.to_parquet(partial, index=False)
-        os.replace(partial, folder / "results.parquet")
-    finally:
-        partial.unlink(missing_ok=True)
     page = folder / "index.html"
     with whole_file(page) as out:
         out.write(page_html(folder, plan, table, states, file))

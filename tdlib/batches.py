@@ -35,7 +35,7 @@ from tdlib.batch_reports import open_results
 from tdlib.batch_runner import POLL, Runner
 from tdlib.config import ROOT, ConfigError
 from tdlib.engines import ENGINES, Engine
-from tdlib.files import write_folder, write_json
+from tdlib.files import whole_file, write_folder, write_json
 
 __all__ = [
     "Batch", "NotebookFailed", "check_parameters", "export_html", "notebook_parameters", "open_results",
@@ -67,9 +67,8 @@ def export_html(notebook: Path, page: Path) -> None:
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     exporter.embed_images = True
     body, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.stem}})
-    partial = page.with_name(f".{page.name}.partial")
-    partial.write_text(body, encoding="utf-8")
-    os.replace(partial, page)
+    with whole_file(page) as file:
+        file.write(body)
 
 
 def run_notebook(path: Path, folder: Path, parameters: dict[str, Any], progress: bool = True) -> Path:

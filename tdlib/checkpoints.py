@@ -8,7 +8,6 @@ The checkpoints of the run folder ``runs/NAME`` lie in ``runs/.checkpoints/NAME/
 disk before the folder gets its name.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tdlib.cache import file_digest
 from tdlib.config import ConfigError
 from tdlib.files import write_json
 
@@ -52,7 +52,7 @@ def seal(filled: Path, home: Path, step: int, run: dict[str, Any]) -> Path:
     write_json(filled / _RUN, run)
     files = [path for path in sorted(filled.rglob("*")) if path.is_file()]
     listed = {
-        path.relative_to(filled).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        path.relative_to(filled).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path in files
     }
     for path in files:
@@ -111,7 +111,7 @@ def damaged(folder: Path) -> str:
             found = path.stat().st_size
             if found != size:
                 return f"{name} has {found} bytes, expected {size}"
-            if _digest(path) != digest:
+            if file_digest(path) != digest:
                 return f"{name} does not have its SHA-256"
         except OSError as error:
             return f"{name} cannot be read: {error}"
@@ -152,11 +152,6 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
         for part, item in value.items()
         for key, inner in _flat(item, f"{name}.{part}" if name else part).items()
     }
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

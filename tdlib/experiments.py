@@ -74,6 +74,12 @@ def open_cache(name: str, pretrained: str, random_weights: int | None = None) ->
     return TeacherCache(CACHE_ROOT, Teacher(name, pretrained, random_weights=random_weights))
 
 
+def teacher_cache(config: RunConfig) -> TeacherCache:
+    """The cache of a run's teacher, or of the one with random weights that stands in for it (a control)."""
+    drawn = 1 if config.teacher_control == "random_weights" else None
+    return open_cache(config.teacher, config.teacher_pretrained, drawn)
+
+
 def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = True) -> Materials:
     """Reads the data, opens the teacher's cache and fills it with what the runs will need.
 
@@ -88,8 +94,7 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         eval_splits = [*eval_splits, config.submission_split]
     evaluated = {split: read_split(config, split) for split in eval_splits}
     labels = class_labels(config)
-    drawn = 1 if config.teacher_control == "random_weights" else None
-    cache = open_cache(config.teacher, config.teacher_pretrained, drawn)
+    cache = teacher_cache(config)
     encoder = encoder_of(config, cache)
     if config.references == "person_tokens":
         encoder.tokenizer.add_tokens(PERSON_TOKENS)

@@ -500,11 +500,9 @@ def note(text: str) -> View:
 
 def open_teacher(run: Run) -> "TeacherCache":
     """The teacher's cache of a run, and with it the teacher."""
-    from tdlib.experiments import open_cache
+    from tdlib.experiments import teacher_cache
 
-    config = run.config
-    drawn = 1 if config.teacher_control == "random_weights" else None
-    return open_cache(config.teacher, config.teacher_pretrained, drawn)
+    return teacher_cache(run.config)
 
 
 @lru_cache(maxsize=2)

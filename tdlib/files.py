@@ -42,16 +42,22 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file that appears under its name when it is complete; after an error all is as it was."""
+def whole_path(path: Path) -> Iterator[Path]:
+    """Where to write a file that appears as ``path`` when it is complete; after an error all is as it was."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # runs side by side may write it
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            yield file
+        yield partial
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file as ``whole_path`` makes it."""
+    with whole_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        yield file
 
 
 def write_json(path: Path, value: Any) -> None:

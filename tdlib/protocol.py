@@ -10,9 +10,7 @@ must then have learned from the same examples and be tested on the same.
 """
 
 import hashlib
-import io
 import json
-import os
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -24,7 +22,7 @@ import pandas as pd
 
 from tdlib.batch_reports import STYLE, open_results, recorded_runs
 from tdlib.experiments import joint_predictions
-from tdlib.files import whole_file
+from tdlib.files import whole_file, whole_path, write_json
 from tdlib.statistics import (
     ALPHA,
     PairedDifference,
@@ -569,7 +567,8 @@ def write_study(
     folder.mkdir(parents=True, exist_ok=True)
     parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(note)}</p>" for note in notes)]
     for name, (caption, source, png, svg) in figures.items():
-        _write_bytes(folder / f"{name}.png", png)
+        with whole_path(folder / f"{name}.png") as partial:
+            partial.write_bytes(png)
         with whole_file(folder / f"{name}.svg") as out:
             out.write(svg)
         image = b64encode(svg.encode()).decode()
@@ -580,15 +579,13 @@ def write_study(
     for name, (caption, table) in tables.items():
         with whole_file(folder / f"{name}.csv") as out:
             table.to_csv(out, index=False)
-        buffer = io.BytesIO()
-        table.to_parquet(buffer, index=False)
-        _write_bytes(folder / f"{name}.parquet", buffer.getvalue())
+        with whole_path(folder / f"{name}.parquet") as partial:
+            table.to_parquet(partial, index=False)
         fragment = f"<h2>{escape(caption)}</h2>" + _html(readable(table))
         with whole_file(folder / f"{name}.html") as out:
             out.write(fragment + "\n")
         parts.append(fragment)
-    with whole_file(folder / "study.json") as out:
-        out.write(json.dumps(dict(facts or {}), indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "study.json", dict(facts or {}))
     page = folder / "index.html"
     with whole_file(page) as out:
         out.write(
@@ -596,15 +593,6 @@ def write_study(
             f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
         )
     return page
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _html(table: pd.DataFrame) -> str:

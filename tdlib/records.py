@@ -158,11 +158,10 @@ def _take(file: pq.ParquetFile, rows: np.ndarray) -> pa.Table:
     """These rows (ascending), decoding only the row groups that hold one."""
     sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     ends = np.cumsum(sizes)
-    groups = np.unique(np.searchsorted(ends, rows, side="right"))
+    groups, place = np.unique(np.searchsorted(ends, rows, side="right"), return_inverse=True)
     if not len(groups):
         return file.schema_arrow.empty_table()
     starts = np.concatenate([[0], np.cumsum([sizes[i] for i in groups])])[:-1]  # within what is decoded
-    place = np.searchsorted(groups, np.searchsorted(ends, rows, side="right"))
     first = np.array([ends[i] - sizes[i] for i in groups])
     return file.read_row_groups(groups.tolist()).take(starts[place] + rows - first[place])
 

@@ -58,15 +58,16 @@ def identity(template: bytes, parameters: dict[str, Any], output: str = "") -> d
     counted = {name: value for name, value in parameters.items() if name not in (output, "interactive")}
     cells = ["".join(cell["source"]) for cell in json.loads(template)["cells"] if cell["cell_type"] == "code"]
     parts = {
-        "parameters": _digest(counted),
-        "template": _digest(cells),
-        "data": _digest(data_manifest(counted)),
+        "parameters": digest(counted),
+        "template": digest(cells),
+        "data": digest(data_manifest(counted)),
         "code": code_version() if any("tdlib" in cell for cell in cells) else "",
     }
-    return {"id": _digest(parts)[:12], **parts}
+    return {"id": digest(parts)[:12], **parts}
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Sixteen hex digits that tell one JSON value from another."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -74,7 +75,7 @@ def code_version() -> str:
     """Hash of the library's sources, without those that only start and show runs."""
     home = Path(__file__).parent
     sources = sorted(path for path in home.rglob("*.py") if path.name not in _MACHINERY)
-    return _digest(
+    return digest(
         [
             [path.relative_to(home).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()]
             for path in sources

@@ -22,6 +22,7 @@ from tdlib.targeting import Curves
 from tdlib.tokens import Tokens
 from tdlib.views import (
     BLACK,
+    CELL,
     GREY,
     METHOD,
     WHITE,
@@ -116,13 +117,7 @@ def difference_view(
     gap = data["difference"].to_numpy()
     extent = float(np.abs(gap).max(initial=0))
     highest = highest_weight([left, right])
-    look = {
-        "padding": "6px",
-        "vertical_align": "top",
-        "text_align": "left",
-        "border_top": "1px solid #cccccc",
-    }
-    cell, first = _style(**look), _style(**look, width="28%")
+    cell, first = _style(**CELL), _style(**CELL, width="28%")
     rows = []
     for record, name in zip((left, right), names, strict=True):
         numbers = ", ".join(f"{key} {value}" for key, value in facts(record, labels).items())

@@ -7,7 +7,6 @@ from its checkpoints, and shared by several processes; neither changes what it c
 """
 
 import gc
-import hashlib
 import json
 import logging
 import math
@@ -571,12 +570,10 @@ def run_identity(config: RunConfig, subset: Examples) -> dict[str, Any]:
     """What must be equal for an interrupted run to be continued: all that its results depend on."""
     settings = config.model_dump(exclude={"checkpoint_every"})
 
-    def digest(value: Any) -> str:
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
     return {
-        **settings, "functions": own_functions(config), "training subset": digest(list(subset.ids)),
-        "files of data and models": digest(run_states.data_manifest(settings)),
+        **settings, "functions": own_functions(config),
+        "training subset": run_states.digest(list(subset.ids)),
+        "files of data and models": run_states.digest(run_states.data_manifest(settings)),
         "code of tdlib": run_states.code_version(), "torch": torch.__version__,
         "transformers": transformers.__version__,
     }  # fmt: skip
@@ -663,7 +660,6 @@ def train_run(
     gather = partial(collate, encoder=materials.encoder)
 
     home = checkpoints.checkpoints_of(folder)
-    seconds: dict[str, float] = {}
 
     def fill(partial: Path) -> None:
         keeps = config.checkpoint_every > 0
@@ -692,8 +688,8 @@ def train_run(
         trainer.train(**({"resume_from_checkpoint": str(whole)} if whole else {}))
         if rank > 0:
             return
-        seconds["before"] = keeper.seconds if keeps else 0.0
-        metrics["train_seconds"] = round(seconds["before"] + time.time() - began, 2)
+        before = keeper.seconds if keeps else 0.0
+        metrics["train_seconds"] = round(before + time.time() - began, 2)
         metrics["updates"] = trainer.state.global_step
         metrics.update(accuracy={}, measures={}, detail={})
         frames = []
@@ -714,7 +710,7 @@ def train_run(
                 path = write_submission(config, partial, examples, probabilities, materials.labels)
                 metrics["submission"] = path.name
             frames.append(table)
-        metrics["seconds"] = round(seconds["before"] + time.time() - started, 2)
+        metrics["seconds"] = round(before + time.time() - started, 2)
         pd.concat(frames).to_parquet(partial / "predictions.parquet", index=False)
         if records := [record for recorder in recorders.values() for record in recorder.records]:
             write_records(records, partial / "selections.parquet")

@@ -31,6 +31,8 @@ CIVIDIS = [
     (254, 232, 56), (229, 207, 82), (200, 184, 102), (174, 163, 113), (148, 142, 119), (124, 123, 120),
     (102, 105, 112), (79, 87, 108), (53, 69, 108), (8, 51, 112), (0, 34, 78),
 ]  # fmt: skip
+# A cell of the tables that hold whole views.
+CELL = {"padding": "6px", "vertical_align": "top", "text_align": "left", "border_top": "1px solid #cccccc"}
 WHITE, BLACK, GREY, OBJECT = "#ffffff", "#1b1b1b", "#6b6b6b", "#c24e00"
 
 
@@ -469,13 +471,7 @@ def _image(record: TargetRecord, highest: float, width: int) -> str:
 
 
 def _comparison_row(record: TargetRecord, name: str, highest: float, labels: Sequence[str]) -> str:
-    look = {
-        "padding": "6px",
-        "vertical_align": "top",
-        "text_align": "left",
-        "border_top": "1px solid #cccccc",
-    }
-    cell, first = _style(**look), _style(**look, width="16%")
+    cell, first = _style(**CELL), _style(**CELL, width="16%")
     heading = f"<b>{escape(name)}</b><br>" if name else ""
     heading += f"<b>{escape(title(record, labels))}</b>"
     numbers = "".join(
