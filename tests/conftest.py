@@ -12,6 +12,7 @@ os.environ.update(
 )
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,16 @@ def student_folder(tmp_path_factory, captions_texts) -> Path:
         folder
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory) -> Iterator[Path]:
+    """The folder of the teachers' caches: a temporary one, for as long as the tests of a file run."""
+    from tdlib import experiments
+
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "CACHE_ROOT", folder)
+        experiments.open_cache.cache_clear()
+        yield folder
+        experiments.open_cache.cache_clear()

@@ -62,23 +62,19 @@ def folders(student_folder, captions_texts, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def settings(worlds, teacher_folder, folders, detector_folder, tmp_path_factory):
+def settings(worlds, teacher_folder, folders, detector_folder, own_cache):
     """A function from student and task to the settings of a run of a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "CACHE_ROOT", tmp_path_factory.mktemp("cache"))
-        experiments.open_cache.cache_clear()
 
-        def of(student: str = "vilt", task: str = "vcr_qa", **changes) -> RunConfig:
-            common = {
-                "task": task, "data_dir": str(worlds[TASKS[task].data_set]), "student": str(folders[student]),
-                "regions": f"boxes+grid:{detector_folder}", "teacher": f"local-dir:{teacher_folder}",
-                "shots": 0.3, "epochs": 1, "batch_size": 8, "probe_examples": 1, "vocabulary_minimum": 2,
-                "shift": "",
-            }  # fmt: skip
-            return RunConfig.from_parameters(**{**common, **changes})
+    def of(student: str = "vilt", task: str = "vcr_qa", **changes) -> RunConfig:
+        common = {
+            "task": task, "data_dir": str(worlds[TASKS[task].data_set]), "student": str(folders[student]),
+            "regions": f"boxes+grid:{detector_folder}", "teacher": f"local-dir:{teacher_folder}",
+            "shots": 0.3, "epochs": 1, "batch_size": 8, "probe_examples": 1, "vocabulary_minimum": 2,
+            "shift": "",
+        }  # fmt: skip
+        return RunConfig.from_parameters(**{**common, **changes})
 
-        yield of
-        experiments.open_cache.cache_clear()
+    return of
 
 
 def batch_of(config, number: int = 5):

@@ -61,23 +61,14 @@ def context(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def runs(world, student_folder, teacher_folder, cache, tmp_path_factory) -> Path:
+def runs(world, student_folder, teacher_folder, own_cache, tmp_path_factory) -> Path:
     """Two arms that recorded six questions at several steps; every text and name in them is hostile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "CACHE_ROOT", cache)
-        experiments.open_cache.cache_clear()
-        config = RunConfig.from_parameters(
-            data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
-            shots=0.2, epochs=1, batch_size=4, eval_splits=["val"], shift="", probe_examples=6,
-            probe_every=1,
-        )  # fmt: skip
-        folders = experiments.compare(config, ["clip_td", "naive"], [0], tmp_path_factory.mktemp("runs"))
-        experiments.open_cache.cache_clear()
+    config = RunConfig.from_parameters(
+        data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
+        shots=0.2, epochs=1, batch_size=4, eval_splits=["val"], shift="", probe_examples=6,
+        probe_every=1,
+    )  # fmt: skip
+    folders = experiments.compare(config, ["clip_td", "naive"], [0], tmp_path_factory.mktemp("runs"))
     for folder in folders:
         records = read_records(folder / explorer.SELECTIONS)
         hostile = [
@@ -105,15 +96,15 @@ def copied(runs: Path, cache: Path, target: Path, **parameters) -> Path:
 
 
 @pytest.fixture(scope="module")
-def executed(runs, cache, tmp_path_factory) -> Path:
+def executed(runs, own_cache, tmp_path_factory) -> Path:
     """The notebook as papermill leaves it, with its page beside it."""
     home = tmp_path_factory.mktemp("executed")
-    source = copied(runs, cache, home / "05_tokens.ipynb")
+    source = copied(runs, own_cache, home / "05_tokens.ipynb")
     return run_notebook(source, home / "report", {}, progress=False).with_suffix(".ipynb")
 
 
 @pytest.fixture(scope="module")
-def lab(executed, runs, cache, tmp_path_factory):
+def lab(executed, runs, own_cache, tmp_path_factory):
     """A JupyterLab with nothing of the user's: its address. It is dark, and shows whole notebooks at once."""
     home = tmp_path_factory.mktemp("lab")
     work, settings = home / "work", home / "settings" / "@jupyterlab"
@@ -122,7 +113,7 @@ def lab(executed, runs, cache, tmp_path_factory):
     script = {"text/html": "<script>window.trusted = true</script><b>probe</b>"}
     notebook.cells[0].outputs = [nbformat.v4.new_output("display_data", script)]
     nbformat.write(notebook, work / "executed.ipynb")
-    copied(runs, cache, work / "live.ipynb", interactive=True)
+    copied(runs, own_cache, work / "live.ipynb", interactive=True)
     for name, content in {
         "notebook-extension/tracker": {"windowingMode": "none"},
         "apputils-extension/themes": {"theme": "JupyterLab Dark"},

@@ -143,22 +143,18 @@ def test_an_attempt_of_a_batch_keeps_only_them(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def base(world, student_folder, teacher_folder, tmp_path_factory):
+def base(world, student_folder, teacher_folder, own_cache, tmp_path_factory):
     """Settings in which everything that has a state takes part: dropout, a selector that draws, windows."""
     student = tmp_path_factory.mktemp("students") / "vilt"
     shutil.copytree(student_folder, student)
     settings = json.loads((student / "config.json").read_text())
     settings["hidden_dropout_prob"] = 0.2
     (student / "config.json").write_text(json.dumps(settings))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "CACHE_ROOT", tmp_path_factory.mktemp("cache"))
-        experiments.open_cache.cache_clear()
-        yield RunConfig.from_parameters(
-            data_dir=str(world), student=str(student), teacher=f"local-dir:{teacher_folder}", shots=0.4,
-            epochs=3, batch_size=4, accumulation=2, eval_splits=["val"], probe_examples=2, probe_every=1,
-            diagnostics_every=2, selector="sample", distill_schedule="learned",
-        )  # fmt: skip
-        experiments.open_cache.cache_clear()
+    return RunConfig.from_parameters(
+        data_dir=str(world), student=str(student), teacher=f"local-dir:{teacher_folder}", shots=0.4,
+        epochs=3, batch_size=4, accumulation=2, eval_splits=["val"], probe_examples=2, probe_every=1,
+        diagnostics_every=2, selector="sample", distill_schedule="learned",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

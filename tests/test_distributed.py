@@ -95,16 +95,12 @@ def test_the_number_of_processes_must_be_the_settings(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def base(world, student_folder, teacher_folder, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "CACHE_ROOT", tmp_path_factory.mktemp("cache"))
-        experiments.open_cache.cache_clear()
-        yield RunConfig.from_parameters(
-            data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
-            shots=0.4, epochs=3, batch_size=4, accumulation=2, eval_splits=["val"], probe_examples=2,
-            probe_every=2, diagnostics_every=2,
-        )  # fmt: skip
-        experiments.open_cache.cache_clear()
+def base(world, student_folder, teacher_folder, own_cache):
+    return RunConfig.from_parameters(
+        data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
+        shots=0.4, epochs=3, batch_size=4, accumulation=2, eval_splits=["val"], probe_examples=2,
+        probe_every=2, diagnostics_every=2,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -43,15 +43,11 @@ def fake_run(folder: Path, records, **config) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(world, student_folder, teacher_folder, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "CACHE_ROOT", tmp_path_factory.mktemp("cache"))
-        experiments.open_cache.cache_clear()
-        yield RunConfig.from_parameters(
-            data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
-            shots=0.2, epochs=1, batch_size=4, eval_splits=["val"], shift="", probe_examples=4, probe_every=2,
-        )  # fmt: skip
-        experiments.open_cache.cache_clear()
+def base(world, student_folder, teacher_folder, own_cache):
+    return RunConfig.from_parameters(
+        data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
+        shots=0.2, epochs=1, batch_size=4, eval_splits=["val"], shift="", probe_examples=4, probe_every=2,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -22,22 +22,18 @@ from tdlib.training import EncodedExamples, predict, train_run
 
 
 @pytest.fixture(scope="module")
-def settings(worlds, teacher_folder, student_folder, tmp_path_factory):
+def settings(worlds, teacher_folder, student_folder, own_cache):
     """A function from a task to the settings of a run of a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "CACHE_ROOT", tmp_path_factory.mktemp("cache"))
-        experiments.open_cache.cache_clear()
 
-        def of(task: str, **changes) -> RunConfig:
-            common = {
-                "task": task, "data_dir": str(worlds[TASKS[task].data_set]), "student": str(student_folder),
-                "teacher": f"local-dir:{teacher_folder}", "shots": 0.3, "epochs": 1, "batch_size": 8,
-                "probe_examples": 2, "vocabulary_minimum": 2, "submission_split": submission_split(task),
-            }  # fmt: skip
-            return apply_arm(RunConfig.from_parameters(**common | changes))
+    def of(task: str, **changes) -> RunConfig:
+        common = {
+            "task": task, "data_dir": str(worlds[TASKS[task].data_set]), "student": str(student_folder),
+            "teacher": f"local-dir:{teacher_folder}", "shots": 0.3, "epochs": 1, "batch_size": 8,
+            "probe_examples": 2, "vocabulary_minimum": 2, "submission_split": submission_split(task),
+        }  # fmt: skip
+        return apply_arm(RunConfig.from_parameters(**common | changes))
 
-        yield of
-        experiments.open_cache.cache_clear()
+    return of
 
 
 def problems_of(task: str, folder, ids: list[str]) -> list[str]:

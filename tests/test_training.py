@@ -46,16 +46,12 @@ TERMS = ("loss", "task", "choice", "distill")
 
 
 @pytest.fixture(scope="module")
-def base(world, student_folder, teacher_folder, tmp_path_factory):
+def base(world, student_folder, teacher_folder, own_cache):
     """Settings of a run of a few seconds; the cache lies in a temporary folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "CACHE_ROOT", tmp_path_factory.mktemp("cache"))
-        experiments.open_cache.cache_clear()
-        yield RunConfig.from_parameters(
-            data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
-            shots=0.2, epochs=1, batch_size=4, eval_splits=["val", "test"], probe_examples=2,
-        )  # fmt: skip
-        experiments.open_cache.cache_clear()
+    return RunConfig.from_parameters(
+        data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
+        shots=0.2, epochs=1, batch_size=4, eval_splits=["val", "test"], probe_examples=2,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

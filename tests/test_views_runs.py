@@ -19,7 +19,7 @@ from PIL import Image
 from test_views import EVIL, Page
 from transformers import TrainerCallback, VisualBertConfig
 
-from tdlib import attention_views, experiments, run_plots, run_views
+from tdlib import attention_views, run_plots, run_views
 from tdlib.attention_views import AttentionError
 from tdlib.config import RunConfig
 from tdlib.examples import low_shot
@@ -177,15 +177,11 @@ def test_further_steps_cost_little(image, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def base(world, student_folder, teacher_folder, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "CACHE_ROOT", tmp_path_factory.mktemp("cache"))
-        experiments.open_cache.cache_clear()
-        yield RunConfig.from_parameters(
-            data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
-            shots=0.2, epochs=1, batch_size=4, eval_splits=["val"], shift="", probe_examples=3,
-        )  # fmt: skip
-        experiments.open_cache.cache_clear()
+def base(world, student_folder, teacher_folder, own_cache):
+    return RunConfig.from_parameters(
+        data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
+        shots=0.2, epochs=1, batch_size=4, eval_splits=["val"], shift="", probe_examples=3,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
