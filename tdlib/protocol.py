@@ -386,9 +386,13 @@ def shots_table(compared: pd.DataFrame) -> pd.DataFrame:
 def shift_table(compared: pd.DataFrame) -> pd.DataFrame:
     """Every arm on every test, the usual one first: the numbers behind the figure of shifts.
 
-    Per task and setting, the batch and size with most tests; of several, the one with most examples.
+    Per task and setting, the batch and size with most tests; of several, the one with most pairs, so that
+    a size that has hardly begun does not stand for one that is done; then the one with most examples.
     """
-    ordered = compared.sort_values("train_examples", ascending=False, kind="stable")
+    pairs = compared.groupby(CELL)["pairs"].transform("max")
+    ordered = compared.assign(_pairs=pairs).sort_values(
+        ["_pairs", "train_examples"], ascending=False, kind="stable"
+    )
     found = _richest(ordered, CELL, "test")
     keys = found.assign(
         _task=_places(found["task"], TASKS), _test=_places(found["test"], [USUAL, *compared["test"]]),
@@ -419,7 +423,7 @@ def claims_table(compared: pd.DataFrame, method: str = "clip_td") -> pd.DataFram
     Columns: benchmark, task, setting, condition, paper ("up to", relative), relative, relative_low,
     relative_high, difference, verdict, pairs, where, largest, cells. Each row is one cell that is fixed
     before looking: *low-shot* the fewest training examples on the usual test, *domain shift* the task's
-    own shift (``TASKS[task].shift``) in the cell with most tests, *fully supervised* all examples.
+    own shift (``TASKS[task].shift``) in the cell that ``shift_table`` shows, *fully supervised* all examples.
     ``largest`` is the largest relative gain among the condition's ``cells`` cells: what "up to" says,
     and by its choice too good. A condition without a finished pair has the verdict "not run".
     """
@@ -436,7 +440,7 @@ def claims_table(compared: pd.DataFrame, method: str = "clip_td") -> pd.DataFram
         few = own[here & usual & (own["shots"] > 0)]
         candidates["low-shot"] = few, few.sort_values("train_examples", kind="stable")
         by_tests = main.assign(_tests=tests).sort_values(
-            ["_tests", "train_examples"], ascending=False, kind="stable"
+            ["_tests", "pairs", "train_examples"], ascending=False, kind="stable"
         )
         candidates["domain shift"] = shifted, by_tests
         every = own[here & usual & (own["shots"] == 0)]

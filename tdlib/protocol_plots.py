@@ -116,8 +116,11 @@ def _style(place: int) -> dict[str, Any]:
 
 def _heading(key: Any, rows: pd.DataFrame) -> str:
     task, setting = key
-    seeds = rows["seeds"].max() if "seeds" in rows else None
-    return f"{task}{', ' + setting if setting else ''}" + (f" ({seeds:g} seeds)" if seeds else "")
+    name = f"{task}{', ' + setting if setting else ''}"
+    if "seeds" not in rows:
+        return name
+    fewest, most = rows["seeds"].min(), rows["seeds"].max()
+    return f"{name} ({fewest:g} to {most:g} seeds)" if fewest < most else f"{name} ({most:g} seeds)"
 
 
 def _finish(axes: Axes, heading: str) -> None:

@@ -382,6 +382,19 @@ def test_claims_are_read_in_cells_fixed_before_looking(compared):
     assert every["verdict"] == "not run" and pd.isna(every["relative"])
 
 
+def test_a_size_that_has_hardly_begun_does_not_stand_for_one_that_is_done(compared):
+    begun = compared[compared["batch"] == "wide"].assign(shots=48, train_examples=48.0, seeds=1)
+    begun["pairs"] = begun["pairs"].clip(upper=1)
+    both = pd.concat([begun, compared], ignore_index=True)
+    assert set(shift_table(both)["train_examples"]) == {24}
+    shift = row_of(claims_table(both), task="vcr_qa", condition="domain shift")
+    assert shift["where"].startswith("wide: 24 examples") and shift["pairs"] == 7
+    half = compared.copy()
+    half.loc[half["shots"] == 12, "seeds"] = 3
+    titles = [axes.get_title() for axes in plot_shots(shots_table(half)).axes]
+    assert all("(3 to 7 seeds)" in title for title in titles)
+
+
 def test_words_and_numbers_for_readers(compared):
     told = sentences(compared[compared["arm"] == "clip_td"])
     assert len(told) == 12 + 8 and all("7 pairs: **" in sentence for sentence in told)
