@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tdlib.files import file_digest
 from tdlib.teacher import EXTRAS, Teacher, TeacherRecord, open_picture
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,6 @@ class CacheError(RuntimeError):
 
 def text_key(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pair_key(text_key: str, picture_key: str) -> str:

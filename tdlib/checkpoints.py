@@ -17,9 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tdlib.cache import file_digest
 from tdlib.config import ConfigError
-from tdlib.files import write_json
+from tdlib.files import file_digest, write_json
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
-"""Writing files so that nothing half-written is ever found under its final name."""
+"""Writing files so that nothing half-written is ever found under its final name, and telling them apart."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -71,3 +72,9 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

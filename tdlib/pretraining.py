@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, ViltConfig, ViltImageProcessor
 
-from tdlib.cache import TeacherCache, file_digest
+from tdlib.cache import TeacherCache
 from tdlib.config import ROOT
 from tdlib.experiments import add_to_cache, zero_shot
-from tdlib.files import write_json
+from tdlib.files import file_digest, write_json
 from tdlib.miniworld.drawing import draw
 from tdlib.miniworld.writers import VERSION, captioned_scene, captions, false_caption, write_vcr
 from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, embed_patches, load_vilt, pad_pictures

@@ -23,10 +23,9 @@ from transformers import PreTrainedTokenizerFast, VisualBertConfig
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 
 from tdlib.backbones import MiniDetector, load_detector
-from tdlib.cache import file_digest
 from tdlib.config import ROOT
 from tdlib.examples import Reference, TextPart
-from tdlib.files import write_json
+from tdlib.files import file_digest, write_json
 from tdlib.miniworld.writers import VERSION, captioned_scene, false_caption
 from tdlib.pretraining import (
     HAS_BFLOAT16,

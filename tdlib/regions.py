@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tdlib.backbones import Backbone, open_backbone
-from tdlib.cache import CacheError, TeacherCache, file_digest
+from tdlib.cache import CacheError, TeacherCache
 from tdlib.examples import DataError, Example
+from tdlib.files import file_digest
 from tdlib.teacher import open_picture
 
 Layout = Literal["boxes", "grid", "boxes+grid"]

@@ -215,7 +215,7 @@ def assert_readable(page, selector: str) -> None:
 
 def assert_shows(text: str, records, run: str) -> None:
     """The words of a statement with their weights, and the hostile string as text."""
-    text = " ".join(text.split())
+    text = re.sub(r" \[\d+\](?= )", "", " ".join(text.split()))  # objects stand between word and weight
     assert EVIL.split(" ")[0] in text and "window.broken = 2</script>" in text
     for record in records:
         assert record.example_id in text

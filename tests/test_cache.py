@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import tdlib.cache
-from tdlib.cache import CacheError, TeacherCache, file_digest
+from tdlib.cache import CacheError, TeacherCache
 from tdlib.examples import DataError
+from tdlib.files import file_digest
 from tdlib.teacher import EXTRAS, Teacher, TeacherError, open_picture
 
 TEXTS = [

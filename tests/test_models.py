@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tdlib.cache import file_digest
 from tdlib.config import ROOT
+from tdlib.files import file_digest
 from tdlib.miniworld.writers import VcrSize, write_vcr
 from tdlib.pretraining_regions import KINDS, evaluate_region_student
 from tdlib.tasks.vcr import VcrReader
