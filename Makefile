@@ -11,7 +11,7 @@ STRIP := $(BIN)/nbstripout --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill metadata.language_info.version"
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab lint types bench format clean lock
+.PHONY: help run test gpu lab lint types bench format clean lock
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,9 @@ test: $(INSTALLED) ## Run lint, types and all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS) || failed="$$failed pytest"; \
 	if [ -n "$$failed" ]; then echo "make test: FAILED:$$failed" >&2; exit 1; fi; \
 	echo "make test: lint, types and tests hold"
+
+gpu: $(INSTALLED) ## Run the tests of what a GPU changes
+	TDLIB_TEST_GPU=1 $(BIN)/python -m pytest tests/test_gpu.py $(ARGS)
 
 lab: $(INSTALLED) ## Open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)

@@ -69,6 +69,7 @@ def adversarial_loss(
     seen = next(name for name in PICTURES if name in inputs)
     words = inputs["input_ids"].flatten(0, 1)
     clean = student(**inputs)
+    clean.logits = clean.logits.float()  # whatever the precision of the student
     deltas: dict[str, Tensor] = {}
     if config.adversarial_on != "visual":
         table = student.get_input_embeddings()
@@ -84,7 +85,7 @@ def adversarial_loss(
         if "visual" in deltas:
             moved[seen] = inputs[seen] + deltas["visual"]
         with moved_words(student, deltas["words"] * real if "words" in deltas else None):
-            logits = student(**moved).logits
+            logits = student(**moved).logits.float()
         divergence = symmetric_divergence(logits, clean.logits).sum() / examples
         if "soft" in batch:  # VQA: the task loss is a sum over answers, and so is the authors' divergence
             divergence = divergence * logits.shape[-1]

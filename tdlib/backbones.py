@@ -23,6 +23,7 @@ from torchvision.ops import roi_align
 from torchvision.transforms.functional import normalize, to_tensor
 
 from tdlib.config import resolve
+from tdlib.devices import usual_device
 from tdlib.examples import DataError
 from tdlib.files import write_json
 
@@ -237,12 +238,13 @@ def load_detector(name: Path | str) -> MiniDetector:
     return detector.eval()
 
 
-def open_backbone(name: str, device: str = "cpu") -> Backbone:
-    """MODEL@WEIGHTS of torchvision's, or the folder of a mini detector.
+def open_backbone(name: str, device: str = "") -> Backbone:
+    """MODEL@WEIGHTS of torchvision's, or the folder of a mini detector; on ``usual_device`` if that is "".
 
     Raises:
         DataError: it is neither, or does not load.
     """
+    device = device or usual_device()
     model, at, weights = name.partition("@")
     if at and not Path(resolve(name)).is_dir():
         return TorchvisionBackbone(model, weights, device=device)

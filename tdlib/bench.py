@@ -11,22 +11,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import numpy as np
 import torch
 from jupyter_client.manager import start_new_kernel
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, ViltConfig, ViltImageProcessor
 
 from tdlib import checkpoints
 from tdlib.arms import apply_arm
 from tdlib.batches import Batch
 from tdlib.cache import TeacherCache
-from tdlib.config import RunConfig
+from tdlib.config import ROOT, RunConfig
+from tdlib.devices import usual_device
 from tdlib.examples import low_shot
-from tdlib.experiments import prepare
+from tdlib.experiments import prepare, read_split
 from tdlib.objective import TargetedDistillation
 from tdlib.records import ProbeRecorder, write_records
 from tdlib.students.base import student_inputs
+from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
+from tdlib.students.vilt import ViltForMultipleChoice
 from tdlib.targets import TargetBuilder
 from tdlib.teacher import open_picture
 from tdlib.training import (
@@ -65,7 +71,8 @@ def _step(config: RunConfig, materials: Materials, live_teacher: bool = False) -
         memory=0 if live_teacher else 2**30, num_labels=len(materials.labels),
     )  # fmt: skip
     teacher = materials.builder.cache.teacher
-    module = TargetedDistillation(load_student(config, materials), config, teacher.dim)
+    device = torch.device(usual_device())
+    module = TargetedDistillation(load_student(config, materials), config, teacher.dim).to(device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
     number = 0
 
@@ -77,12 +84,15 @@ def _step(config: RunConfig, materials: Materials, live_teacher: bool = False) -
             examples = [subset[i] for i in chosen]
             teacher.encode_pictures([open_picture(example.image) for example in examples])
             teacher.encode_texts([s.text for example in examples for s in example.statements()])
-        batch = collate([encoded[i] for i in chosen], encoded.encoder)
-        loss = module(batch)["loss"]
+        batch = {k: v.to(device) for k, v in collate([encoded[i] for i in chosen], encoded.encoder).items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = module(batch)["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     for i in range(len(encoded)):
         encoded[i]
@@ -108,7 +118,7 @@ def arm_steps(student: str, task: str, arms: Sequence[str]) -> list[tuple[str, f
     ]
 
 
-def trainer_share(base: RunConfig, epochs: int = 3) -> float:
+def trainer_share(base: RunConfig, epochs: int = 3, repeats: int = 5) -> float:
     """Examples per second of our trainer over those of a bare loop with the same student and batches."""
     config = apply_arm(base.model_copy(update={"arm": "finetune", "epochs": epochs}))
     materials = prepare(config, whole_splits=False)
@@ -122,28 +132,33 @@ def trainer_share(base: RunConfig, epochs: int = 3) -> float:
         with tempfile.TemporaryDirectory() as folder:
             make_trainer(module, config, encoded, Path(folder)).train()
 
+    device = torch.device(usual_device())
+
     def bare() -> None:
-        student = load_student(config, materials).train()
+        student = load_student(config, materials).train().to(device)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
         loader = DataLoader(
             encoded, config.batch_size, True, collate_fn=partial(collate, encoder=encoded.encoder)
         )
         for _ in range(epochs):
             for batch in loader:
-                logits = student(**student_inputs(student, batch)).logits
-                loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
+                batch = {name: value.to(device) for name, value in batch.items()}
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    logits = student(**student_inputs(student, batch)).logits
+                loss = torch.nn.functional.cross_entropy(logits.float(), batch["labels"])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
                 optimizer.step()
 
-    seconds = medians({"ours": ours, "bare": bare}, 5)
+    seconds = medians({"ours": ours, "bare": bare}, repeats)
     return seconds["bare"] / seconds["ours"]
 
 
 _OPEN = """
 import sys, time
-from tdlib.config import RunConfig
+from tdlib.config import ROOT, RunConfig
+from tdlib.devices import usual_device
 from tdlib.tasks.catalogue import reader
 
 def anonymous():
@@ -361,6 +376,71 @@ def _students() -> list[tuple[str, str]]:
     return [(name, f"{ratio:.2f}") for rows in found for name, ratio in rows]
 
 
+def full_size(folder: Path, shots: int = 16) -> dict[str, dict[str, Any]]:
+    """Parameters of runs with the paper's sizes and random weights: UNITER-base and ViLT-base, ViT-B-16.
+
+    UNITER reads 36 regions of 2048 numbers, as a detector gives them; ViLT pictures of 384 pixels.
+    """
+    base = RunConfig.from_parameters(shots=shots)
+    for example in low_shot(read_split(base, "train"), shots, 0):
+        numbers = np.random.default_rng(0)
+        corners = np.sort(numbers.uniform(0, 256, (36, 2, 2)), axis=1).reshape(36, 4)
+        (folder / "regions").mkdir(exist_ok=True)
+        np.savez(
+            folder / "regions" / f"{example.image.name}.npz", x=numbers.random((36, 2048), np.float32),
+            bbox=corners, num_bbox=36, image_w=256, image_h=256,
+        )  # fmt: skip
+    mini = ROOT / "data" / "models" / "mini-vilt"
+    torch.manual_seed(0)
+    UniterForMultipleChoice(UniterConfig(type_vocab_size=4)).save_pretrained(folder / "uniter-base")
+    ViltForMultipleChoice(ViltConfig(type_vocab_size=2)).save_pretrained(folder / "vilt-base")
+    size = {"shortest_edge": 384}
+    ViltImageProcessor(size=size).save_pretrained(folder / "vilt-base")
+    for name in ("uniter-base", "vilt-base"):
+        AutoTokenizer.from_pretrained(mini).save_pretrained(folder / name)
+    common = {"teacher": "ViT-B-16", "teacher_control": "random_weights", "shots": shots}
+    common |= {"shift": "", "probe_examples": 0}
+    return {
+        "UNITER-base": common
+        | {"student": str(folder / "uniter-base"), "regions": f"npz:{folder / 'regions'}"},
+        "ViLT-base": common | {"student": str(folder / "vilt-base")},
+    }
+
+
+def _full() -> list[tuple[str, str]]:
+    """Steps at the paper's sizes on a GPU: over plain finetuning's, examples per second, memory."""
+    if not torch.cuda.is_available():
+        return [("steps at the paper's sizes", "not measured: no GPU")]
+    rows = [("GPU", torch.cuda.get_device_name())]
+    with tempfile.TemporaryDirectory() as temporary:
+        for kind, parameters in full_size(Path(temporary)).items():
+            for precision in ("fp32", "bf16"):
+                base = RunConfig.from_parameters(**parameters, precision=precision)
+                materials = prepare(base, whole_splits=False)
+                steps, memory = {}, {}
+                for arm in ("finetune", "naive", "clip_td"):
+                    config = apply_arm(base.model_copy(update={"arm": arm}))
+                    steps[arm] = _step(config, materials)
+                    torch.cuda.reset_peak_memory_stats()
+                    held = torch.cuda.memory_allocated()
+                    steps[arm]()
+                    memory[arm] = (torch.cuda.max_memory_allocated() - held) / 2**30
+                steps["clip_td, live teacher"] = _step(config, materials, live_teacher=True)
+                seconds = medians(steps, 9)
+                for name, value in seconds.items():
+                    used = f", {memory[name]:.1f} GiB beyond weights" if name in memory else ""
+                    rows.append((
+                        f"{kind}, {precision}, step of {name} / finetune",
+                        f"{value / seconds['finetune']:.2f} ({value * 1e3:.0f} ms, "
+                        f"{base.batch_size / value:.0f} questions/s{used})",
+                    ))  # fmt: skip
+                share = trainer_share(base, 5, 3)
+                rows.append((f"{kind}, {precision}, examples/s, our trainer / bare loop", f"{share:.2f}"))
+                steps.clear()
+                torch.cuda.empty_cache()
+    return rows
+
+
 def _cache() -> list[tuple[str, str]]:
     materials = prepare(RunConfig.from_parameters(shots=16), whole_splits=False)
     assert materials.builder is not None
@@ -392,6 +472,7 @@ SECTIONS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "arms": _arms,
     "trainer": _trainer,
     "students": _students,
+    "full": _full,
     "cache": _cache,
     "recording": _recording,
     "checkpoints": _checkpoints,

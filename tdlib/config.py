@@ -80,6 +80,12 @@ class RunConfig(BaseModel):
     processes: int = Field(
         1, ge=1, description="that train this run together, one GPU each (without GPUs: on the CPU)"
     )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the student's passes in training; losses are fp32, evaluation too"
+    )
+    loader_workers: int = Field(
+        0, ge=0, description="processes that make the training's batches; 0: none but this one"
+    )
     adversarial_steps: int = Field(0, ge=0, description="VILLA's steps of ascent (3 in the paper); 0: none")
     adversarial_rate: float = Field(0.01, gt=0, description="length of such a step")
     adversarial_weight: float = Field(1.5, ge=0, description="of the divergence from the unmoved output")

@@ -75,14 +75,16 @@ class TargetedDistillation(nn.Module):
         else:
             output, extra = self.student(**self._inputs(batch)), {}
         assert output.logits is not None
-        terms = {"task": self.task_loss(output.logits, batch, examples), **extra}
-        if config.choice_weight > 0:
-            terms["choice"] = choice_distribution_loss(
-                output.logits, batch["teacher_logits"], config.choice_temperature, examples
-            )
-        if self.phi is not None:
-            terms |= self._distill(output, batch, examples)
-        return {"loss": self._total(terms, examples, len(batch["labels"])), "logits": output.logits, **terms}
+        output.logits = logits = output.logits.float()
+        with torch.autocast(logits.device.type, enabled=False):  # whatever the precision of the student
+            terms = {"task": self.task_loss(logits, batch, examples), **extra}
+            if config.choice_weight > 0:
+                terms["choice"] = choice_distribution_loss(
+                    logits, batch["teacher_logits"], config.choice_temperature, examples
+                )
+            if self.phi is not None:
+                terms |= self._distill(output, batch, examples)
+            return {"loss": self._total(terms, examples, len(batch["labels"])), "logits": logits, **terms}
 
     def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         inputs: dict[str, Any] = student_inputs(self.student, batch)
@@ -120,7 +122,7 @@ class TargetedDistillation(nn.Module):
 
     def _distill(self, output: StudentOutput, batch: dict[str, Tensor], examples: int) -> dict[str, Tensor]:
         assert self.phi is not None and output.hidden_states is not None and output.logits is not None
-        hidden = output.hidden_states[self.settings.distill_layer]
+        hidden = output.hidden_states[self.settings.distill_layer].float()
         instance = self.instance_weights(batch, output.logits)
         sequences = examples * hidden.shape[1]
         terms = {"distill": hidden.new_zeros(()), "instance_weight": instance.sum() / examples}

@@ -230,7 +230,7 @@ class CachedRegions:
 
 
 def open_regions(
-    spec: str, *, cache: TeacherCache | None = None, grid: tuple[int, int] = (6, 6), device: str = "cpu"
+    spec: str, *, cache: TeacherCache | None = None, grid: tuple[int, int] = (6, 6), device: str = ""
 ) -> RegionSource:
     """The region source that a spec "KIND:WHERE" names.
 
@@ -243,7 +243,7 @@ def open_regions(
         spec: see above.
         cache: of the teacher, for "clip".
         grid: rows and columns, for "grid".
-        device: where a backbone runs.
+        device: where a backbone runs; "" for this process's GPU, or the processor where there is none.
 
     Raises:
         DataError: the spec is malformed, or what it names is not there or not in its layout.

@@ -53,9 +53,11 @@ def identity(template: bytes, parameters: dict[str, Any], output: str = "") -> d
         template: the notebook file; its code cells count, outputs and prose do not. The library's
             sources count where it uses them.
         parameters: all of them, defaults included.
-        output: name of the parameter that says where results go, which does not count.
+        output: name of the parameter that says where results go, which does not count; neither do
+            ``interactive`` and ``loader_workers``.
     """
-    counted = {name: value for name, value in parameters.items() if name not in (output, "interactive")}
+    apart = (output, "interactive", "loader_workers")
+    counted = {name: value for name, value in parameters.items() if name not in apart}
     cells = ["".join(cell["source"]) for cell in json.loads(template)["cells"] if cell["cell_type"] == "code"]
     parts = {
         "parameters": digest(counted),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdlib.config import resolve
+from tdlib.devices import usual_device
 from tdlib.examples import DataError
 from tdlib.teacher_towers import EXTRAS as EXTRAS
 from tdlib.teacher_towers import Seen, Tower, image_tower, text_tower
@@ -204,7 +205,7 @@ class Teacher:
     Args:
         name: an open_clip model name ("ViT-B-16"), "local-dir:FOLDER" or "hf-hub:ORG/REPO".
         pretrained: an open_clip tag ("openai") or a checkpoint file; "" for folders and hubs.
-        device: where it runs.
+        device: where it runs; "" for this process's GPU, or the processor where there is none.
         random_weights: a seed; the weights are then drawn as open_clip draws them before training,
             the control of a teacher that knows nothing. Architecture, preprocessing and tokenizer stay.
 
@@ -213,10 +214,8 @@ class Teacher:
             towers give no per-token features.
     """
 
-    def __init__(
-        self, name: str, pretrained: str = "", device: str = "cpu", random_weights: int | None = None
-    ):
-        name = resolve(name, prefix="local-dir:")
+    def __init__(self, name: str, pretrained: str = "", device: str = "", random_weights: int | None = None):
+        name, device = resolve(name, prefix="local-dir:"), device or usual_device()
         pretrained = resolve(pretrained)
         if pretrained and ":" in name:
             raise TeacherError(
@@ -247,16 +246,14 @@ class Teacher:
         self.text, self.image = text_tower(model, repr(name)), image_tower(model.visual, repr(name))
         self.tokenize = TextTokenizer(tokenizer, name)
         self.fingerprint = self._fingerprint()
+        # what the model multiplies cosines with before a softmax (or, SigLIP, a sigmoid); a number, as
+        # processes that make batches must not use the GPU
+        self.logit_scale = float(self.model.logit_scale.exp())
 
     @cached_property
     def dim(self) -> int:
         """Width of the joint space."""
         return len(self.encode_texts(["a"])[0].pooled)
-
-    @property
-    def logit_scale(self) -> float:
-        """What the model multiplies cosines with before a softmax (or, SigLIP, a sigmoid)."""
-        return float(self.model.logit_scale.exp())
 
     @property
     def logit_bias(self) -> float:

@@ -207,6 +207,9 @@ class DistillationTrainer(Trainer):
         self.diagnostics: list[dict[str, Any]] = []
         self._last_step = 0
         self._window: list[tuple[Tensor, dict[str, Tensor]]] = []  # rows and terms since the last update
+        # whether the last update's numbers are finite, its window and its number, until someone looks
+        self._unseen: tuple[Tensor, list[tuple[Tensor, dict[str, Tensor]]], int] | None = None
+        self._copied = torch.cuda.Event() if self.args.device.type == "cuda" else None
         self.model_accepts_loss_kwargs = True  # sums are divided by the window's number of examples
 
     @property
@@ -217,9 +220,16 @@ class DistillationTrainer(Trainer):
     def train(self, *args: Any, **options: Any) -> Any:
         gc.freeze()  # the Trainer begins with a full collection: 0.4 s over all that was there before
         try:
-            return super().train(*args, **options)
+            ended = super().train(*args, **options)
+            self.settle()
+            return ended
         finally:
             gc.unfreeze()
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        if self.args.world_size == 1:  # without a look at the device, which would wait for it
+            return sum(len(batch["labels"]) for batch in batch_samples)
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.args.world_size == 1:
@@ -229,7 +239,11 @@ class DistillationTrainer(Trainer):
         order = SeedableRandomSampler(data, data_seed=config.seed)
         batches = _EpochBatches(order, config.batch_size, drop_last=False)
         own = SharedBatches(batches, config.accumulation, self.args.process_index, self.args.world_size)
-        return DataLoader(data, batch_sampler=own, collate_fn=self.data_collator)
+        workers = config.loader_workers
+        return DataLoader(
+            data, batch_sampler=own, collate_fn=self.data_collator, num_workers=workers,
+            persistent_workers=workers > 0,
+        )  # fmt: skip
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         module = self.module
@@ -250,34 +264,54 @@ class DistillationTrainer(Trainer):
     def _clip_grad_norm(self, model):
         """Clips, and ends a run whose loss or gradients are not finite, before the optimizer steps.
 
-        One look per update, as a look waits for the device.
+        A look waits for the device. So on a GPU the optimizer is told not to step, there, where they are
+        not finite, and the look follows at the next update (``settle``).
         """
         norm = super()._clip_grad_norm(model)
-        whole = torch.stack([norm, *(terms["loss"] for _, terms in self._window)]).isfinite().all()
+        numbers = [terms["loss"] for _, terms in self._window]
+        if not self.args.fp16:  # else too large a gradient makes the scaler skip this update
+            numbers.append(norm)
+        whole = torch.stack(numbers).isfinite().all()
         if self.args.world_size > 1:  # all of them end together
             whole = self.accelerator.reduce(whole.float(), "mean") == 1
-        if not bool(whole):
-            self.refuse()
-        self._window.clear()
+        window, self._window = self._window, []
+        self.settle()
+        self._unseen = whole, window, self.state.global_step + 1
+        if self._copied is None or self.args.fp16:  # fp16's scaler has its own sign to the optimizer
+            self.settle()
+        else:
+            self._plain_optimizer.found_inf = (~whole).float()  # type: ignore[attr-defined]
+            self._unseen = whole.to("cpu", non_blocking=True), *self._unseen[1:]
+            self._copied.record()
         return norm
 
-    def refuse(self) -> None:
+    def settle(self) -> None:
+        """Ends the run if the last update's loss or gradients were not finite."""
+        if self._unseen is None:
+            return
+        (whole, window, update), self._unseen = self._unseen, None
+        if self._copied is not None:
+            self._copied.synchronize()
+        if not bool(whole):
+            self.refuse(window, update)
+
+    def refuse(self, window: list[tuple[Tensor, dict[str, Tensor]]], update: int) -> None:
         """Ends the run; names what is not finite, and the examples of these batches or of this update."""
         data = self.train_dataset
         assert isinstance(data, EncodedExamples)
         bad = [
             [rows.tolist(), [n for n, value in terms.items() if n != "loss" and not value.isfinite()]]
-            for rows, terms in self._window
+            for rows, terms in window
             if not terms["loss"].isfinite()
         ]
-        every = [[rows.tolist(), []] for rows, _ in self._window]
+        every = [[rows.tolist(), []] for rows, _ in window]
         if self.args.world_size > 1:
             bad, every = gather_object(bad), gather_object(every)
         names = sorted({name for _, names in bad for name in names}) or (["loss"] if bad else ["gradient"])
         ids = [data.examples[row].id for rows, _ in bad or every for row in rows]
         shown = ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
         raise FloatingPointError(
-            f"update {self.state.global_step + 1}: {', '.join(names)} not finite, examples {shown}; lower "
+            f"update {update}: {', '.join(names)} not finite, examples {shown}; lower "
             "learning_rate, or look at these examples"
         )
 
@@ -288,7 +322,7 @@ class DistillationTrainer(Trainer):
         for name, parameter in self.model.named_parameters():
             is_new = name.startswith(("phi.", "log_variance.", "student.classifier."))
             groups[is_new, parameter.ndim > 1].append(parameter)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = self._plain_optimizer = torch.optim.AdamW(
             [
                 {
                     "params": parameters,
@@ -296,11 +330,13 @@ class DistillationTrainer(Trainer):
                     "weight_decay": config.weight_decay if decays else 0.0,
                 }
                 for (is_new, decays), parameters in groups.items()
-            ]
+            ],
+            fused=self.args.device.type == "cuda" or None,
         )
         return self.optimizer
 
     def log(self, logs, start_time=None):
+        self.settle()
         updates = self.state.global_step - self._last_step  # each term is a mean over an update's examples
         if updates and ("loss" in logs or "train_loss" in logs):  # the latter ends the training
             sums = self._sums
@@ -370,6 +406,7 @@ class CheckpointKeeper(TrainerCallback):
         self._began = time.time()
 
     def on_save(self, args, state, control, **kwargs):
+        self.trainer.settle()
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         self.trainer.save_own(folder)
         self.trainer.accelerator.wait_for_everyone()
@@ -453,7 +490,14 @@ def make_trainer(
     """A trainer for one run; same data order and updates for every arm of the same seed.
 
     ``folder`` is where it saves every ``checkpoint_every`` updates, if that is above 0.
+
+    Raises:
+        ConfigError: half precision without a GPU that can compute in it.
     """
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("precision='fp16' needs a GPU; set 'fp32', or 'bf16'")
+    if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ConfigError("precision='bf16': this GPU cannot compute in it; set 'fp16'")
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size // config.processes,
@@ -461,10 +505,14 @@ def make_trainer(
         lr_scheduler_type="cosine", warmup_steps=config.warmup_fraction, max_grad_norm=1.0,
         logging_steps=log_every, save_strategy="steps" if config.checkpoint_every else "no",
         save_steps=config.checkpoint_every or 500, report_to=[], seed=config.seed,
-        data_seed=config.seed, remove_unused_columns=False, dataloader_pin_memory=False,
+        data_seed=config.seed, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=not show_progress, logging_nan_inf_filter=False, label_names=["labels"],
         use_cpu=not torch.cuda.is_available(),  # several processes would not find each other there else
+        bf16=config.precision == "bf16", fp16=config.precision == "fp16",
+        dataloader_num_workers=config.loader_workers,
+        dataloader_persistent_workers=config.loader_workers > 0,
     )  # fmt: skip
+    arguments._n_gpu = min(1, arguments.n_gpu)  # a process has one; else the Trainer spreads it over all
     trainer = DistillationTrainer(
         config=config, model=module, args=arguments, train_dataset=dataset,
         data_collator=partial(collate, encoder=dataset.encoder),
@@ -499,19 +547,20 @@ def record_targets(
 ) -> list[TargetRecord]:
     """What the method targets in each statement of one example, given the student's probabilities."""
     targets: Targets = item["targets"]
-    batch = collate([item], encoder)
+    device = next(module.parameters()).device
+    batch = {name: value.to(device) for name, value in collate([item], encoder).items()}
     hidden = None
     if module.settings.relevance in STUDENT_RELEVANCE:
         with torch.inference_mode():
             output = module.student(**student_inputs(module.student, batch), output_hidden_states=True)
         hidden = output.hidden_states[module.settings.distill_layer]
-    relevance, scores = (value[0].numpy() for value in module.scores(batch, hidden))
-    selected, weights = module.choose_tokens(batch, hidden)
+    relevance, scores = (value[0].cpu().numpy() for value in module.scores(batch, hidden))
+    selected, weights = (value.cpu() for value in module.choose_tokens(batch, hidden))
     teacher = targets.teacher_logits.softmax(-1)
     label = example.label
     weight = teacher_p = student_p = None
     if label is not None:
-        logits = torch.tensor(probabilities).log()[None]
+        logits = torch.tensor(probabilities, device=device).log()[None]
         weight = float(module.instance_weights(batch, logits)[0])
         teacher_p, student_p = float(teacher[label]), float(probabilities[label])
     records = []
@@ -562,13 +611,14 @@ def environment() -> dict[str, Any]:
         "code": commit, "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "peak_gpu_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
     }  # fmt: skip
 
 
 def run_identity(config: RunConfig, subset: Examples) -> dict[str, Any]:
     """What must be equal for an interrupted run to be continued: all that its results depend on."""
-    settings = config.model_dump(exclude={"checkpoint_every"})
+    settings = config.model_dump(exclude={"checkpoint_every", "loader_workers"})
 
     return {
         **settings, "functions": own_functions(config),

@@ -2,6 +2,10 @@
 
 import os
 
+# Figures of a GPU are not those of the processor, so it is seen by tests/test_gpu.py alone (`make gpu`).
+if "TDLIB_TEST_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # Before torch, transformers or matplotlib are imported, here and in the kernels that tests start.
 os.environ.update(
     OMP_NUM_THREADS="1",  # the same sums with and without xdist, and no fight over cores

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import ViltConfig, get_cosine_schedule_with_warmup
@@ -448,6 +449,43 @@ def test_the_same_settings_give_the_same_run(folders, base, materials, tmp_path)
     for metrics in (found, known):
         assert metrics.pop("seconds") >= metrics.pop("train_seconds") >= 0
     assert found == known
+
+
+def test_loader_processes_change_nothing(folders, base, materials, tmp_path):
+    config = apply_arm(settings_of(base, arm="clip_td", loader_workers=2))
+    train_run(config, materials, tmp_path / "run")
+    assert_same_bits(weights_of(tmp_path / "run"), weights_of(folders[1]))
+
+
+def test_half_precision_is_the_students_alone(base, materials, folders, tmp_path, monkeypatch):
+    """Its layers compute in it; losses and evaluation do not, and weights stay single."""
+    seen, terms = set(), set()
+    loss = training.TargetedDistillation.forward
+
+    def computed(layer, given, output):
+        if isinstance(layer, torch.nn.Linear) and output.ndim == 3:  # of the encoder
+            seen.add((output.dtype, torch.is_grad_enabled()))
+
+    def lost(self, *args, **options):
+        output = loss(self, *args, **options)
+        terms.update(value.dtype for value in output.values() if value.is_floating_point())
+        return output
+
+    monkeypatch.setattr(training.TargetedDistillation, "forward", lost)
+    with register_module_forward_hook(computed):
+        train_run(apply_arm(settings_of(base, arm="clip_td", precision="bf16")), materials, tmp_path / "run")
+    assert seen == {(torch.bfloat16, True), (torch.float32, False)} and terms == {torch.float32}
+    assert {value.dtype for value in weights_of(tmp_path / "run").values()} == {torch.float32}
+    first, known = (
+        json.loads((f / "history.jsonl").read_text().splitlines()[0]) for f in (tmp_path / "run", folders[1])
+    )
+    for name in TERMS:
+        assert first[name] != known[name] and first[name] == pytest.approx(known[name], rel=0.05), name
+
+
+def test_half_precision_needs_hardware(base, materials, tmp_path):
+    with pytest.raises(ConfigError, match="precision='fp16' needs a GPU"):
+        train_run(settings_of(base, arm="finetune", precision="fp16"), materials, tmp_path / "run")
 
 
 @pytest.mark.parametrize("moment", ["predict", "write_jsonl", "save_manifest"])

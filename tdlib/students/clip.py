@@ -207,7 +207,7 @@ def open_teacher_as_student(
     Raises:
         TeacherError: the teacher cannot be loaded.
     """
-    teacher = Teacher(name, pretrained)
+    teacher = Teacher(name, pretrained, device="cpu")
     kind = ClipFusionForClassification if labels else ClipFusionForMultipleChoice
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
