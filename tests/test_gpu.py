@@ -157,10 +157,8 @@ def test_processes_that_make_batches_leave_it_alone(base, materials, relevance):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_an_update_that_is_not_finite_changes_nothing(
-    base, materials, tmp_path, monkeypatch, where, precision
-):
+@pytest.mark.parametrize("where", ["task", "gradient"])
+def test_numbers_that_are_not_finite_change_nothing(base, materials, tmp_path, monkeypatch, where, precision):
     config = settings_of(base, arm="finetune", precision=precision, epochs=1, accumulation=2)
     subset = low_shot(materials.train, config.shots, config.seed)
     dataset = EncodedExamples(subset, materials.encoder)
@@ -190,9 +188,8 @@ def test_an_update_that_is_not_finite_changes_nothing(
         return
     with pytest.raises(FloatingPointError, match=f"update 2: {where} not finite, examples ") as error:
         trainer.train()
-    assert len(str(error.value).split("examples ")[1].split(";")[0].split(", ")) == (
-        4 if where == "loss" else 8
-    )
+    named = str(error.value).split("examples ")[1].split(";")[0].split(", ")
+    assert len(named) == (4 if where == "task" else 8)
     for name, value in module.named_parameters():
         assert torch.equal(value, snapshots[0][name]), name
 
