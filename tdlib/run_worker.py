@@ -77,7 +77,8 @@ class _Run:
                 "was started; start it again: changed runs get new folders",
             }
         write_json(self.folder / "environment.json", environment())
-        import nbformat
+        # jsonschema reads a grammar of IRIs for 0.8 s, if it is there; no notebook's schema speaks of them
+        sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
         import papermill
         from jupyter_client.manager import AsyncKernelManager
         from nbclient.exceptions import DeadKernelError
@@ -96,11 +97,12 @@ class _Run:
         parameters = dict(self.spec["overrides"])
         if self.spec["output"]:
             parameters[self.spec["output"]] = str(self.folder / OUTPUT)
-        notebook = nbformat.reads(template.decode(), as_version=4)
+        checked = Path(self.scratch, Path(self.spec["template"]).name)  # as it was hashed above
+        checked.write_bytes(template)
         try:
             executed = papermill.execute_notebook(
-                notebook, str(partial), parameters=parameters, kernel_name="python3", cwd=self.spec["cwd"],
-                progress_bar=False, start_timeout=300, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                str(checked), str(partial), parameters=parameters, kernel_name="python3",
+                cwd=self.spec["cwd"], progress_bar=False, start_timeout=300, stdout_file=sys.stdout, stderr_file=sys.stderr,
                 config=Config({"KernelManager": self.sockets()}), kernel_manager_class=Kernel,
             )  # fmt: skip
         except papermill.PapermillExecutionError as error:

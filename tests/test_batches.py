@@ -585,6 +585,54 @@ def test_whoever_is_killed_the_run_is_made_once_and_is_the_same(tmp_path, undist
     assert batch.states()[run.id]["attempt"] == 2
 
 
+@pytest.fixture(scope="module")
+def training(world, teacher_folder, student_folder):
+    """Parameters of the template that trains: 40 updates, a checkpoint after each."""
+    return {
+        "data_dir": str(world), "teacher": f"local-dir:{teacher_folder}", "student": str(student_folder),
+        "shots": 0.5, "epochs": 20, "batch_size": 10, "selector": "sample", "shift": "", "submission": False,
+        "probe_examples": 1, "checkpoint_every": 1,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(training, tmp_path_factory, quick):
+    batch = make_batch(tmp_path_factory.mktemp("trained"), template="04_distill", parameters=training)
+    batch.run()
+    return output_of(batch)
+
+
+def output_of(batch: Batch) -> Path:
+    (run,) = batch.plan.runs
+    return batch.folder_of(run) / "output" / "clip_td-seed0"
+
+
+@pytest.mark.parametrize("victim", ["runner", "kernel", "runner and worker and kernel"])
+def test_a_training_that_is_killed_in_a_batch_goes_on_from_its_checkpoint(
+    tmp_path, training, trained, victim
+):
+    batch = make_batch(tmp_path, template="04_distill", parameters=training)
+    (run,) = batch.plan.runs
+    runner = command(batch, "run")
+    wait_for(lambda: list(output_of(batch).parent.glob(".checkpoints/*/step-*")), 120)
+    worker = psutil.Process(run_states.recorded_state(batch.folder_of(run))["pid"])
+    victims = {"runner": [psutil.Process(runner.pid)], "worker": [worker], "kernel": worker.children()}
+    for process in [p for name in victim.split(" and ") for p in victims[name]]:
+        process.kill()
+    runner.communicate()
+    wait_for(lambda: not run_states.processes(batch.folder_of(run)), 15)
+    assert not output_of(batch).exists()
+    assert list(batch.resume()["state"]) == ["done"]
+    around = json.loads((output_of(batch) / "environment.json").read_text())
+    assert 0 < around["resumed_after_updates"][0] < 40
+    for name in ("student/model.safetensors", "history.jsonl", "manifest.json"):
+        assert (output_of(batch) / name).read_bytes() == (trained / name).read_bytes(), name
+    for name in ("predictions.parquet", "selections.parquet"):
+        pd.testing.assert_frame_equal(
+            pd.read_parquet(output_of(batch) / name), pd.read_parquet(trained / name), check_exact=True
+        )
+
+
 def test_a_full_disk_harms_nothing_that_is_written(tmp_path, quick):
     batch = make_batch(tmp_path, include=[{"a": 2}, {"mode": "fill"}, {"a": 4}])
     runner = command(batch, "run", "--cpus", "1")
