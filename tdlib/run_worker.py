@@ -102,8 +102,9 @@ class _Run:
         try:
             executed = papermill.execute_notebook(
                 str(checked), str(partial), parameters=parameters, kernel_name="python3",
-                cwd=self.spec["cwd"], progress_bar=False, start_timeout=300, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                config=Config({"KernelManager": self.sockets()}), kernel_manager_class=Kernel,
+                cwd=self.spec["cwd"], progress_bar=False, start_timeout=300, stdout_file=sys.stdout,
+                stderr_file=sys.stderr, config=Config({"KernelManager": self.sockets()}),
+                kernel_manager_class=Kernel,
             )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             text = _ANSI.sub("", "\n".join(error.traceback))
