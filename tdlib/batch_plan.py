@@ -206,7 +206,7 @@ def plan_batch(description: Mapping[str, Any], name: str, folder: Path = ROOT) -
         problems.append("no runs are left: exclude takes away all")
     defaults = {key: default for key, (_, default) in declared.items()}
     template = plan.template.read_bytes()
-    problems += _setting_problems(rows, defaults, template.decode())
+    problems += _setting_problems(rows, defaults, template.decode(), plan.resources)
     if not problems:
         plan.runs = [
             PlannedRun(row, defaults | row, identity(template, defaults | row, plan.output)) for row in rows
@@ -382,13 +382,16 @@ def matches(row: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     ) and all(name in row for name in entry)
 
 
-def _setting_problems(rows: list[dict[str, Any]], defaults: dict[str, Any], source: str) -> list[str]:
+def _setting_problems(
+    rows: list[dict[str, Any]], defaults: dict[str, Any], source: str, resources: Resources
+) -> list[str]:
     """Files that are not there; where the template builds a ``RunConfig``, bad values and combinations."""
     counts: Counter[str] = Counter()
     for row in rows:
         counts.update(dict.fromkeys(_missing_files(row, defaults), 1))
         if "RunConfig" in source:
             counts.update(dict.fromkeys(_config_problems(defaults | row, source), 1))
+            counts.update(dict.fromkeys(_gpu_problems(defaults | row, resources.gpus), 1))
     return [f"{text} ({number} of {len(rows)} runs)" for text, number in counts.items()]
 
 
@@ -404,6 +407,18 @@ def _missing_files(row: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
             found.append(f"{name}={value!r}: there is no {path}")
         elif path and name == "data_dir" and path.is_file():
             found.append(f"{name}={value!r}: is a file, expected a data set's folder")
+    return found
+
+
+def _gpu_problems(row: Mapping[str, Any], gpus: float) -> list[str]:
+    """Settings that need other GPUs than a run is to have."""
+    found, processes = [], row.get("processes", 1)
+    if 0 < gpus < processes > 1:
+        found.append(
+            f"processes={processes}: each needs a GPU; set resources.gpus to {processes}, or to 0 for the CPU"
+        )
+    if row.get("precision") == "fp16" and not gpus:
+        found.append("precision='fp16' needs a GPU; set resources.gpus")
     return found
 
 

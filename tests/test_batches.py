@@ -201,6 +201,17 @@ def test_settings_of_the_training_template_are_checked_too(tmp_path):
     assert "shift='prior' does not apply to task='vcr_qa'" in "\n".join(plan_batch(description, "b").problems)
 
 
+def test_gpus_that_runs_need_must_be_among_their_resources():
+    def problems(parameters: dict, gpus: float) -> str:
+        description = {"template": "04_distill", "parameters": parameters, "resources": {"gpus": gpus}}
+        return "\n".join(plan_batch(description, "b").problems)
+
+    assert "processes=4: each needs a GPU; set resources.gpus to 4" in problems({"processes": 4}, 2)
+    assert "precision='fp16' needs a GPU" in problems({"precision": "fp16"}, 0)
+    for parameters, gpus in (({"processes": 4}, 4), ({"processes": 4}, 0), ({"precision": "fp16"}, 0.5)):
+        assert not problems(parameters, gpus)
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "notebooks" / "batches").glob("*.yaml")), ids=lambda p: p.stem
 )
