@@ -202,12 +202,13 @@ def plot_evolution(
     heading: str,
     hidden: str = "",
     decisive: Collection[int] = (),
+    truth: str = "",
 ) -> Figure:
     """Draw tokens x steps as a heat map, and below it set size, turnover and pictures.
 
     ``tokens`` is ``run_views.evolution_table`` of one statement, of the tokens to draw; ``steps`` its
     rows of ``turnover_table``; ``shown`` the records whose pictures are drawn; ``hidden`` says which
-    visual tokens are drawn, ``decisive`` are positions to mark as ground truth.
+    visual tokens are drawn, ``decisive`` are positions to mark, as ``truth`` has it (``views.truth_name``).
     """
     labels = [step_name(step) for step in tokens.drop_duplicates("order").sort_values("order")["step"]]
     is_visual = tokens["kind"] == "visual"
@@ -222,7 +223,7 @@ def plot_evolution(
     for axes, part in zip(maps, parts, strict=True):
         _draw_heat(axes, part, labels, decisive)
         axes.set_title("words" if part["kind"].iloc[0] == "text" else hidden, fontsize=TEXT, loc="left")
-    note = "; * decides the answer (ground truth)" if len(decisive) else ""
+    note = f"; * decides the answer ({truth})" if len(decisive) else ""
     maps[-1].set_xlabel(f"training step (updates){note}", fontsize=SMALL)
     sizes, changes = middle.subplots(1, 2)
     draw_steps(sizes, steps, "selected", "selected tokens", labels)

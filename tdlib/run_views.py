@@ -40,6 +40,7 @@ from tdlib.views import (
     percent,
     title,
     token_name,
+    truth_name,
 )
 
 if TYPE_CHECKING:
@@ -385,7 +386,7 @@ def evolution_view(
 
         part = data[data["position"].isin(drawn)]
         decisive = {i for i, known in enumerate(ground_truth(first)) if known}
-        return run_plots.plot_evolution(part, steps, shown, heading, hidden, decisive)
+        return run_plots.plot_evolution(part, steps, shown, heading, hidden, decisive, truth_name([first]))
 
     text = "\n".join([heading, first.text, *_step_lines(steps)])
     alt = f"Heat map of {heading}: weights of tokens at {len(records)} steps."

@@ -366,6 +366,9 @@ def test_the_heat_map_is_the_records(history):
         np.testing.assert_allclose(drawn[chosen, column], 100 * record.weight[1:12][chosen])
     numbers = {text.get_text() for axes in figure.axes for text in axes.texts}
     assert {f"{100 * w:.1f}" for r in own for w in r.weight[1:12][r.selected[1:12]]} <= numbers
+    highlights = [replace(record, truth="e-SNLI highlights") for record in own]
+    below = [axes.get_xlabel() for axes in run_views.evolution_view(highlights).figure().axes]
+    assert "training step (updates); * decides the answer (e-SNLI highlights)" in below
 
 
 def test_turnover_compares_each_step_with_the_one_before(history):
