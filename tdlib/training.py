@@ -114,8 +114,8 @@ class EncodedExamples(Dataset):
 
 def _targets_batch(items: Sequence[dict[str, Any]], length: int, visual: int) -> dict[str, Tensor]:
     """Targets of a batch; each example's text and visual tokens move to where the student has them."""
-    columns = defaultdict(list)
-    for item in items:
+    batch: dict[str, Tensor] = {}
+    for row, item in enumerate(items):
         targets: Targets = item["targets"]
         texts = item["input_ids"].shape[1]
         parts = {
@@ -124,9 +124,10 @@ def _targets_batch(items: Sequence[dict[str, Any]], length: int, visual: int) ->
             "relevance": targets.relevance, "prior": targets.prior,
         }  # fmt: skip
         for name, value in parts.items():
-            pieces = (value[:, :texts], length), (value[:, texts:], visual)
-            columns[name].append(torch.cat([pad_last([piece], size)[0] for piece, size in pieces], dim=1))
-    batch = {name: torch.stack(values) for name, values in columns.items()}
+            if name not in batch:
+                batch[name] = value.new_zeros(len(items), len(value), length + visual, *value.shape[2:])
+            batch[name][row, :, :texts] = value[:, :texts]
+            batch[name][row, :, length : length + value.shape[1] - texts] = value[:, texts:]
     for name in ("teacher_logits", "text_global", "image_global"):
         batch[name] = torch.stack([getattr(item["targets"], name) for item in items])
     return batch
