@@ -747,9 +747,10 @@ def test_without_ray_its_engine_says_what_to_install(tmp_path):
 
 
 @ray
-def test_a_batch_survives_the_loss_of_a_node(tmp_path):
+def test_a_batch_survives_the_loss_of_a_node(tmp_path, monkeypatch):
     from ray.cluster_utils import Cluster
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # its nodes say that they have one
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
     node = cluster.add_node(num_cpus=1, num_gpus=1)
     try:
