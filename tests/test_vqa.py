@@ -225,7 +225,7 @@ BAD_PAIRS: dict[str, tuple[Any, Any, str]] = {
     "annotated twice": (
         QUESTIONS,
         [*ANNOTATIONS, ANNOTATIONS[1]],
-        "'annotations' 4: question_id 458752000 is",
+        "'annotations' 4: question_id 458752000 already",
     ),
     "no questions": ([], [], "the file has no questions"),
     "no object": ([*QUESTIONS, 3], ANNOTATIONS, "'questions' 4: expected a JSON object, found int"),

@@ -10,7 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -225,6 +225,53 @@ def need(record: dict[str, Any], key: str, kind: type, where: str, what: str) ->
             f"is this a {what} file?"
         )
     return value
+
+
+Identifier = TypeVar("Identifier", str, int)
+Checked = TypeVar("Checked")
+
+
+def index_records(
+    records: Sequence[dict[str, Any]],
+    where_of: Callable[[int], str],
+    key: str,
+    kind: type[Identifier],
+    what: str,
+    check: Callable[[dict[str, Any], Identifier, str], Checked],
+    report: Callable[[str], None] | None,
+) -> tuple[dict[Identifier, int], list[Checked]]:
+    """The positions of records by their ids, and what ``check`` returns for each of them.
+
+    Args:
+        records: of one file.
+        where_of: file and line (or entry) of a record.
+        key: of the id, which no two records may share; it is a ``kind``.
+        kind: see ``key``.
+        what: name of the data set, for messages.
+        check: of a record, its id and where it stands; raises DataError for a bad one.
+        report: is told of bad records, which are left out.
+
+    Raises:
+        DataError: a record is bad, and there is no ``report``.
+    """  # fmt: skip
+    positions: dict[Identifier, int] = {}
+    found: list[Checked] = []
+    for number in range(len(records)):
+        try:
+            record, where = records[number], where_of(number)
+            identifier = need(record, key, kind, where, what)
+            if identifier in positions:
+                other = where_of(positions[identifier])
+                raise DataError(f"{where}: {key} {identifier!r} already stands in {other}; remove one")
+            checked = check(record, identifier, where)
+        except DataError as error:
+            if report is None:
+                raise
+            report(str(error))
+            continue
+        positions[identifier] = number
+        found.append(checked)
+    return positions, found
 
 
 def is_number(value: Any) -> bool:

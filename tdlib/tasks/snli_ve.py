@@ -17,7 +17,7 @@ from typing import Any
 
 from tdlib.examples import DataError, Example, Examples, Span
 from tdlib.files import whole_file
-from tdlib.tasks.reading import Reader, Records, SideFile, need, picture_boxes, relevant_part
+from tdlib.tasks.reading import Reader, Records, SideFile, index_records, need, picture_boxes, relevant_part
 
 log = logging.getLogger(__name__)
 
@@ -97,32 +97,19 @@ class SnliVeReader(Reader):
             lines = Records.lines(self.path, self.what)
             records, where_of = lines, lines.where
         hypothesis_key = "hypothesis" if self.explained else "sentence2"
-        seen: dict[str, int] = {}
-        strata: list[str] = []
-        unlabelled: list[int] = []
-        for index in range(len(records)):
-            try:
-                record, where = records[index], where_of(index)
-                pair = need(record, "pairID", str, where, self.what)
-                if pair in seen:
-                    raise DataError(
-                        f"{where}: pairID {pair!r} already stands in {where_of(seen[pair])}; remove one"
-                    )
-                label = record.get("gold_label")
-                if label is not None and label not in LABELS:
-                    raise DataError(
-                        f"{where} ({pair}): gold_label={label!r}, expected one of {', '.join(LABELS)} "
-                        "(SNLI's pairs without a consensus, '-', are not part of SNLI-VE: leave them out)"
-                    )
-            except DataError as error:
-                if report is None:
-                    raise
-                report(str(error))
-                continue
-            seen[pair] = index
-            strata.append(sys.intern(label or "all"))
-            if label is None:
-                unlabelled.append(index)
+
+        def label_of(record: dict[str, Any], pair: str, where: str) -> str | None:
+            label = record.get("gold_label")
+            if label is not None and label not in LABELS:
+                raise DataError(
+                    f"{where} ({pair}): gold_label={label!r}, expected one of {', '.join(LABELS)} "
+                    "(SNLI's pairs without a consensus, '-', are not part of SNLI-VE: leave them out)"
+                )
+            return None if label is None else sys.intern(label)
+
+        seen, labels = index_records(records, where_of, "pairID", str, self.what, label_of, report)
+        strata = [label or "all" for label in labels]
+        unlabelled = [index for index, label in zip(seen.values(), labels, strict=True) if label is None]
         if not seen:
             raise DataError(f"{self.path}: the file has no examples; copy it again")
         if 0 < len(unlabelled) < len(seen):

@@ -18,7 +18,15 @@ from typing import Any
 
 from tdlib.examples import Box, DataError, Example, Examples, Reference, Span, TextPart, join_parts
 from tdlib.files import whole_file
-from tdlib.tasks.reading import Reader, Records, SideFile, is_number, need, normalise_boxes
+from tdlib.tasks.reading import (
+    Reader,
+    Records,
+    SideFile,
+    index_records,
+    is_number,
+    need,
+    normalise_boxes,
+)
 from tdlib.tasks.vcr_shifts import MASKED_TAG
 
 # The gender-neutral names of the authors' baseline (r2c, dataloaders/vcr.py); "Peyton" is there twice.
@@ -225,38 +233,27 @@ class VcrReader(Reader):
         records = Records.lines(self.path, self.what)
         types = self._types()
         label_keys = _LABELS[self.subtask]
-        lines: dict[str, int] = {}
-        unlabelled: list[int] = []
-        for index in range(len(records)):
-            try:
-                record, where = records[index], records.where(index)
-                identifier = need(record, "annot_id", str, where, self.what)
-                if identifier in lines:
-                    raise DataError(
-                        f"{where}: annot_id {identifier!r} already stands in line "
-                        f"{records.where(lines[identifier]).rpartition(':')[2]}; remove one"
-                    )
-                if types and identifier not in types:
-                    raise DataError(
-                        f"{where} ({identifier}): its *.types.jsonl has no line for it; complete that file "
-                        "or remove it"
-                    )
-                lacking = [key for key in label_keys if key not in record]
-                if 0 < len(lacking) < len(label_keys):
-                    raise DataError(
-                        f"{where} ({identifier}): no {lacking[0]}, but the other label is there; expected "
-                        "both (train, val) or none (test)"
-                    )
-            except DataError as error:
-                if report is None:
-                    raise
-                report(str(error))
-                continue
-            lines[identifier] = index
-            if lacking:
-                unlabelled.append(index)
+
+        def labelled(record: dict[str, Any], identifier: str, where: str) -> bool:
+            if types and identifier not in types:
+                raise DataError(
+                    f"{where} ({identifier}): its *.types.jsonl has no line for it; complete that file "
+                    "or remove it"
+                )
+            lacking = [key for key in label_keys if key not in record]
+            if 0 < len(lacking) < len(label_keys):
+                raise DataError(
+                    f"{where} ({identifier}): no {lacking[0]}, but the other label is there; expected "
+                    "both (train, val) or none (test)"
+                )
+            return not lacking
+
+        lines, known = index_records(
+            records, records.where, "annot_id", str, self.what, labelled, report
+        )  # fmt: skip
         if not lines:
             raise DataError(f"{self.path}: the file has no examples; copy it again")
+        unlabelled = [index for index, there in zip(lines.values(), known, strict=True) if not there]
         if 0 < len(unlabelled) < len(lines):
             raise DataError(
                 f"{records.where(unlabelled[0])} ({records[unlabelled[0]]['annot_id']}): no {label_keys[0]}, "

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tdlib.examples import DataError, Example, Examples
-from tdlib.tasks.reading import Reader, Records, SideFile, need, picture_boxes, relevant_part
+from tdlib.tasks.reading import Reader, Records, SideFile, index_records, need, picture_boxes, relevant_part
 from tdlib.tasks.vqa_metric import Vocabulary
 
 _ANSWER_TYPES = ("yes/no", "number", "other")
@@ -115,31 +115,19 @@ class VqaReader(Reader):
         labelled = self.annotations.is_file()
         annotations = _records(self.annotations, "annotations", self.changing_priors) if labelled else None
         answered = self._answered(annotations, report) if annotations is not None else {}
-        seen: dict[int, int] = {}
-        strata: list[str] = []
-        for index in range(len(questions)):
-            try:
-                record, where = questions[index], questions.where(index)
-                identifier = need(record, "question_id", int, where, self.what)
-                if not 0 <= identifier < 2**63:
-                    raise DataError(f"{where}: question_id={identifier}, expected a number of 64 bits")
-                if identifier in seen:
-                    raise DataError(
-                        f"{where}: question_id {identifier} already stands in "
-                        f"{questions.where(seen[identifier])}; remove one"
-                    )
-                if labelled and identifier not in answered:
-                    raise DataError(
-                        f"{where}: question_id {identifier} has no annotation in {self.annotations}; "
-                        "files of different releases?"
-                    )
-            except DataError as error:
-                if report is None:
-                    raise
-                report(str(error))
-                continue
-            seen[identifier] = index
-            strata.append(answered[identifier][1] if labelled else "all")
+
+        def stratum(record: dict[str, Any], identifier: int, where: str) -> str:
+            if not 0 <= identifier < 2**63:
+                raise DataError(f"{where}: question_id={identifier}, expected a number of 64 bits")
+            if labelled and identifier not in answered:
+                raise DataError(
+                    f"{where}: question_id {identifier} has no annotation in {self.annotations}; "
+                    "files of different releases?"
+                )
+            return answered[identifier][1] if labelled else "all"
+
+        where_of, what = questions.where, self.what
+        seen, strata = index_records(questions, where_of, "question_id", int, what, stratum, report)
         if not seen:
             raise DataError(f"{self.path}: the file has no questions; copy it again")
         extra = len(answered) - sum(1 for identifier in seen if identifier in answered)
@@ -154,7 +142,6 @@ class VqaReader(Reader):
         identifiers = np.fromiter(seen, np.int64, len(seen))
         positions = np.fromiter(seen.values(), np.int64, len(seen))
         places = np.array([answered[i][0] for i in seen] if labelled else [], np.int64)
-        del seen, answered
         relevance = SideFile(
             self.folder / f"{self.annotations.stem.removesuffix('_annotations')}.relevance.jsonl",
             "question_id", self.what,
@@ -177,21 +164,14 @@ class VqaReader(Reader):
         self, annotations: Records, report: Callable[[str], None] | None
     ) -> dict[int, tuple[int, str]]:
         """By question id: the position of its annotation, and its question type."""
-        answered: dict[int, tuple[int, str]] = {}
-        for index in range(len(annotations)):
-            try:
-                record, where = annotations[index], annotations.where(index)
-                identifier = need(record, "question_id", int, where, self.what)
-                if identifier in answered:
-                    raise DataError(f"{where}: question_id {identifier} is annotated twice; remove one")
-                kind = need(record, "question_type", str, where, self.what)
-            except DataError as error:
-                if report is None:
-                    raise
-                report(str(error))
-                continue
-            answered[identifier] = (index, sys.intern(kind))
-        return answered
+
+        def kind(record: dict[str, Any], identifier: int, where: str) -> str:
+            return sys.intern(need(record, "question_type", str, where, self.what))
+
+        positions, kinds = index_records(
+            annotations, annotations.where, "question_id", int, self.what, kind, report
+        )
+        return dict(zip(positions, zip(positions.values(), kinds, strict=True), strict=True))
 
     def _example(
         self,
