@@ -157,8 +157,7 @@ def trainer_share(base: RunConfig, epochs: int = 3, repeats: int = 5) -> float:
 
 _OPEN = """
 import sys, time
-from tdlib.config import ROOT, RunConfig
-from tdlib.devices import usual_device
+from tdlib.config import RunConfig
 from tdlib.tasks.catalogue import reader
 
 def anonymous():
@@ -214,6 +213,7 @@ def recording_cost(base: RunConfig, probes: int = 16, every: int = 50) -> list[t
     examples = next(iter(materials.evaluated.values()))[:probes]
     encoded = EncodedExamples(examples, materials.encoder, builder, num_labels=len(materials.labels))
     module = TargetedDistillation(load_student(config, materials), config, cache.teacher.dim)
+    module.to(usual_device())
     recorder = ProbeRecorder(encoded, partial(collate, encoder=materials.encoder), module)
     seconds = medians({"step": step, "record": lambda: recorder.record(0)}, 9)
     recorder.records = []

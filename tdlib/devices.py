@@ -10,4 +10,6 @@ def usual_device() -> str:
 
     Of several processes that train together, each has one of the visible GPUs.
     """
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"

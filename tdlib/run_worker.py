@@ -97,7 +97,7 @@ class _Run:
         parameters = dict(self.spec["overrides"])
         if self.spec["output"]:
             parameters[self.spec["output"]] = str(self.folder / OUTPUT)
-        checked = Path(self.scratch, Path(self.spec["template"]).name)  # as it was hashed above
+        checked = Path(self.scratch, "template.ipynb")  # as it was hashed above
         checked.write_bytes(template)
         try:
             executed = papermill.execute_notebook(

@@ -38,6 +38,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tdlib import checkpoints, run_states
 from tdlib.cards import model_card
 from tdlib.config import ROOT, ConfigError, RunConfig
+from tdlib.devices import usual_device
 from tdlib.distributed import launch, must_launch, place_among_processes
 from tdlib.examples import Example, Examples, TextPart, low_shot, save_manifest
 from tdlib.files import write_folder, write_json, write_jsonl
@@ -60,9 +61,9 @@ log = logging.getLogger(__name__)
 class EncodedExamples(Dataset):
     """Examples as the student's inputs, with targets if a builder is given.
 
-    What was encoded once is kept while it fits into ``memory`` bytes. ``num_labels`` is the size of
-    the label set where examples have no choices. ``modality`` "text" blanks the picture, "image"
-    every word (controls: what can be answered without the other?).
+    What was encoded once is kept while it fits into ``memory`` bytes (of each process that makes
+    batches). ``num_labels`` is the size of the label set where examples have no choices. ``modality``
+    "text" blanks the picture, "image" every word (controls: what can be answered without the other?).
     """
 
     def __init__(
@@ -208,9 +209,6 @@ class DistillationTrainer(Trainer):
         self.diagnostics: list[dict[str, Any]] = []
         self._last_step = 0
         self._window: list[tuple[Tensor, dict[str, Tensor]]] = []  # rows and terms since the last update
-        # whether the last update's numbers are finite, its window and its number, until someone looks
-        self._unseen: tuple[Tensor, list[tuple[Tensor, dict[str, Tensor]]], int] | None = None
-        self._copied = torch.cuda.Event() if self.args.device.type == "cuda" else None
         self.model_accepts_loss_kwargs = True  # sums are divided by the window's number of examples
 
     @property
@@ -221,16 +219,9 @@ class DistillationTrainer(Trainer):
     def train(self, *args: Any, **options: Any) -> Any:
         gc.freeze()  # the Trainer begins with a full collection: 0.4 s over all that was there before
         try:
-            ended = super().train(*args, **options)
-            self.settle()
-            return ended
+            return super().train(*args, **options)
         finally:
             gc.unfreeze()
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        if self.args.world_size == 1:  # without a look at the device, which would wait for it
-            return sum(len(batch["labels"]) for batch in batch_samples)
-        return super()._get_num_items_in_batch(batch_samples, device)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.args.world_size == 1:
@@ -240,10 +231,9 @@ class DistillationTrainer(Trainer):
         order = SeedableRandomSampler(data, data_seed=config.seed)
         batches = _EpochBatches(order, config.batch_size, drop_last=False)
         own = SharedBatches(batches, config.accumulation, self.args.process_index, self.args.world_size)
-        workers = config.loader_workers
         return DataLoader(
-            data, batch_sampler=own, collate_fn=self.data_collator, num_workers=workers,
-            persistent_workers=workers > 0,
+            data, batch_sampler=own, collate_fn=self.data_collator, num_workers=config.loader_workers,
+            pin_memory=self.args.dataloader_pin_memory,
         )  # fmt: skip
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -265,54 +255,38 @@ class DistillationTrainer(Trainer):
     def _clip_grad_norm(self, model):
         """Clips, and ends a run whose loss or gradients are not finite, before the optimizer steps.
 
-        A look waits for the device. So on a GPU the optimizer is told not to step, there, where they are
-        not finite, and the look follows at the next update (``settle``).
+        One look per update, as a look waits for the device. With fp16, too large a gradient makes the
+        scaler skip the update; the run ends when scaling down has not helped.
         """
         norm = super()._clip_grad_norm(model)
         numbers = [terms["loss"] for _, terms in self._window]
-        if not self.args.fp16:  # else too large a gradient makes the scaler skip this update
+        if not self.args.fp16 or self.accelerator.scaler.get_scale() < 1:
             numbers.append(norm)
         whole = torch.stack(numbers).isfinite().all()
         if self.args.world_size > 1:  # all of them end together
             whole = self.accelerator.reduce(whole.float(), "mean") == 1
-        window, self._window = self._window, []
-        self.settle()
-        self._unseen = whole, window, self.state.global_step + 1
-        if self._copied is None or self.args.fp16:  # fp16's scaler has its own sign to the optimizer
-            self.settle()
-        else:
-            self._plain_optimizer.found_inf = (~whole).float()  # type: ignore[attr-defined]
-            self._unseen = whole.to("cpu", non_blocking=True), *self._unseen[1:]
-            self._copied.record()
+        if not bool(whole):
+            self.refuse()
+        self._window.clear()
         return norm
 
-    def settle(self) -> None:
-        """Ends the run if the last update's loss or gradients were not finite."""
-        if self._unseen is None:
-            return
-        (whole, window, update), self._unseen = self._unseen, None
-        if self._copied is not None:
-            self._copied.synchronize()
-        if not bool(whole):
-            self.refuse(window, update)
-
-    def refuse(self, window: list[tuple[Tensor, dict[str, Tensor]]], update: int) -> None:
+    def refuse(self) -> None:
         """Ends the run; names what is not finite, and the examples of these batches or of this update."""
         data = self.train_dataset
         assert isinstance(data, EncodedExamples)
         bad = [
             [rows.tolist(), [n for n, value in terms.items() if n != "loss" and not value.isfinite()]]
-            for rows, terms in window
+            for rows, terms in self._window
             if not terms["loss"].isfinite()
         ]
-        every = [[rows.tolist(), []] for rows, _ in window]
+        every = [[rows.tolist(), []] for rows, _ in self._window]
         if self.args.world_size > 1:
             bad, every = gather_object(bad), gather_object(every)
         names = sorted({name for _, names in bad for name in names}) or (["loss"] if bad else ["gradient"])
         ids = [data.examples[row].id for rows, _ in bad or every for row in rows]
         shown = ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
         raise FloatingPointError(
-            f"update {update}: {', '.join(names)} not finite, examples {shown}; lower "
+            f"update {self.state.global_step + 1}: {', '.join(names)} not finite, examples {shown}; lower "
             "learning_rate, or look at these examples"
         )
 
@@ -323,7 +297,7 @@ class DistillationTrainer(Trainer):
         for name, parameter in self.model.named_parameters():
             is_new = name.startswith(("phi.", "log_variance.", "student.classifier."))
             groups[is_new, parameter.ndim > 1].append(parameter)
-        self.optimizer = self._plain_optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             [
                 {
                     "params": parameters,
@@ -331,13 +305,11 @@ class DistillationTrainer(Trainer):
                     "weight_decay": config.weight_decay if decays else 0.0,
                 }
                 for (is_new, decays), parameters in groups.items()
-            ],
-            fused=self.args.device.type == "cuda" or None,
+            ]
         )
         return self.optimizer
 
     def log(self, logs, start_time=None):
-        self.settle()
         updates = self.state.global_step - self._last_step  # each term is a mean over an update's examples
         if updates and ("loss" in logs or "train_loss" in logs):  # the latter ends the training
             sums = self._sums
@@ -407,7 +379,6 @@ class CheckpointKeeper(TrainerCallback):
         self._began = time.time()
 
     def on_save(self, args, state, control, **kwargs):
-        self.trainer.settle()
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         self.trainer.save_own(folder)
         self.trainer.accelerator.wait_for_everyone()
@@ -493,12 +464,18 @@ def make_trainer(
     ``folder`` is where it saves every ``checkpoint_every`` updates, if that is above 0.
 
     Raises:
-        ConfigError: half precision without a GPU that can compute in it.
+        ConfigError: half precision without a GPU that can compute in it, or where gradients would vanish.
     """
-    if config.precision == "fp16" and not torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    if config.precision == "fp16" and not gpu:
         raise ConfigError("precision='fp16' needs a GPU; set 'fp32', or 'bf16'")
-    if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise ConfigError("precision='bf16': this GPU cannot compute in it; set 'fp16'")
+    if config.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError("precision='bf16': this GPU only emulates it, slowly; set 'fp16'")
+    if config.precision == "fp16" and (config.adversarial_steps or config.diagnostics_every):
+        raise ConfigError(
+            "precision='fp16': small gradients vanish in it but for the optimizer's, which are scaled; set "
+            "adversarial_steps=0 and diagnostics_every=0, or precision='bf16'"
+        )
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size // config.processes,
@@ -510,8 +487,7 @@ def make_trainer(
         disable_tqdm=not show_progress, logging_nan_inf_filter=False, label_names=["labels"],
         use_cpu=not torch.cuda.is_available(),  # several processes would not find each other there else
         bf16=config.precision == "bf16", fp16=config.precision == "fp16",
-        dataloader_num_workers=config.loader_workers,
-        dataloader_persistent_workers=config.loader_workers > 0,
+        dataloader_num_workers=config.loader_workers,  # not persistent: those draw fewer random numbers
     )  # fmt: skip
     arguments._n_gpu = min(1, arguments.n_gpu)  # a process has one; else the Trainer spreads it over all
     trainer = DistillationTrainer(
@@ -626,7 +602,7 @@ def run_identity(config: RunConfig, subset: Examples) -> dict[str, Any]:
         "training subset": run_states.digest(list(subset.ids)),
         "files of data and models": run_states.digest(run_states.data_manifest(settings)),
         "code of tdlib": run_states.code_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": transformers.__version__, "device": torch.device(usual_device()).type,
     }  # fmt: skip
 
 
@@ -674,6 +650,8 @@ def train_run(
     if must_launch(config):
         return launch(config, folder, shared_cache(materials), show_progress)
     rank = place_among_processes()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     if not show_progress:
         transformers.utils.logging.disable_progress_bar()
     subset = low_shot(materials.train, config.shots, config.seed)

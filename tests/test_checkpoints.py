@@ -253,6 +253,13 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(
     assert not home.parent.exists()
 
 
+def test_processes_that_make_batches_change_nothing(base, materials, undisturbed, tmp_path):
+    train_run(settings_of(base, loader_workers=2), materials, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["loader_workers"] == 2
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
 @pytest.fixture
 def interrupted(base, materials, tmp_path, monkeypatch):
     """A run folder's name and settings, of a training that ended in an error after its last update."""

@@ -451,12 +451,6 @@ def test_the_same_settings_give_the_same_run(folders, base, materials, tmp_path)
     assert found == known
 
 
-def test_loader_processes_change_nothing(folders, base, materials, tmp_path):
-    config = apply_arm(settings_of(base, arm="clip_td", loader_workers=2))
-    train_run(config, materials, tmp_path / "run")
-    assert_same_bits(weights_of(tmp_path / "run"), weights_of(folders[1]))
-
-
 def test_half_precision_is_the_students_alone(base, materials, folders, tmp_path, monkeypatch):
     """Its layers compute in it; losses and evaluation do not, and weights stay single."""
     seen, terms = set(), set()

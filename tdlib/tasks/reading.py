@@ -253,7 +253,7 @@ def index_records(
 
     Raises:
         DataError: a record is bad, and there is no ``report``.
-    """  # fmt: skip
+    """
     positions: dict[Identifier, int] = {}
     found: list[Checked] = []
     for number in range(len(records)):

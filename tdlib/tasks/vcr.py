@@ -248,9 +248,7 @@ class VcrReader(Reader):
                 )
             return not lacking
 
-        lines, known = index_records(
-            records, records.where, "annot_id", str, self.what, labelled, report
-        )  # fmt: skip
+        lines, known = index_records(records, records.where, "annot_id", str, self.what, labelled, report)
         if not lines:
             raise DataError(f"{self.path}: the file has no examples; copy it again")
         unlabelled = [index for index, there in zip(lines.values(), known, strict=True) if not there]
