@@ -1,6 +1,6 @@
 """The arms of a comparison: named settings of the same training."""
 
-from tdlib.config import RunConfig
+from tdlib.config import ConfigError, RunConfig
 
 ARMS: dict[str, dict[str, object]] = {
     "finetune": {"distill_weight": 0.0, "choice_weight": 0.0},
@@ -63,3 +63,13 @@ def apply_arm(config: RunConfig) -> RunConfig:
         ConfigError: the arm sets an unknown parameter or a bad value.
     """
     return RunConfig.from_parameters(**{**config.model_dump(), **ARMS[config.arm]})
+
+
+def check_arm(config: RunConfig) -> None:
+    """Raises ConfigError where settings are not those of the arm that they bear the name of."""
+    other = {
+        name: value for name, value in ARMS.get(config.arm, {}).items() if getattr(config, name) != value
+    }
+    if other:
+        wanted = ", ".join(f"{name}={value!r}" for name, value in other.items())
+        raise ConfigError(f"arm={config.arm!r} sets {wanted}, which is not so here: use apply_arm(config)")

@@ -424,7 +424,7 @@ def _gpu_problems(row: Mapping[str, Any], gpus: float) -> list[str]:
 
 def _config_problems(row: Mapping[str, Any], source: str) -> list[str]:
     from tdlib.arms import apply_arm
-    from tdlib.tasks.catalogue import splits_of
+    from tdlib.tasks.catalogue import splits_of, submission_split
 
     settings = {name: value for name, value in row.items() if name in RunConfig.model_fields}
     for name, value in row.items():
@@ -435,13 +435,35 @@ def _config_problems(row: Mapping[str, Any], source: str) -> list[str]:
     if isinstance(shots, float) and shots >= 1:
         settings["shots"] = int(shots)
     try:
-        splits_of(apply_arm(RunConfig.from_parameters(**settings)))
+        config = apply_arm(RunConfig.from_parameters(**settings))
+        train, evaluated = splits_of(config)
+        asked = [train, *evaluated, submission_split(config.task) if row.get("submission") else ""]
+        return _split_problems(config, [split for split in asked if split])
     except ConfigError as error:
         lines = [line.removeprefix("- ") for line in str(error).splitlines()]
         return [line for line in lines if line != "bad parameters:"]
     except OSError as error:
         return [str(error)]
-    return []
+
+
+def _split_problems(config: RunConfig, splits: Iterable[str]) -> list[str]:
+    """Splits that a named data set lacks. Sets that rules make of others are not made here."""
+    from tdlib.examples import DataError
+    from tdlib.tasks.catalogue import data_folder, reader
+    from tdlib.tasks.vcr_shifts import RULES
+
+    if not config.data_dir or not data_folder(config).is_dir():
+        return []
+    found = []
+    for split in dict.fromkeys(splits):
+        source = split
+        for rule in RULES:
+            source = source.removesuffix(f"_{rule}")
+        try:
+            reader(config, source)
+        except DataError as error:
+            found.append(str(error))
+    return found
 
 
 # How long it will take.

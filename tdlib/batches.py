@@ -121,17 +121,23 @@ class Batch:
         source: a YAML file, or its content as a dict (see ``batch_plan``).
         name: of the batch; the file's stem if "".
         reports: folder under which the batch's own lies; ``reports/batches`` if None.
+        resources: of each run, in place of those in the file (they change no result).
 
     Raises:
         ConfigError: the file is missing or not YAML. Mistakes in it are in ``problems``.
     """
 
-    def __init__(self, source: Path | str | Mapping[str, Any], name: str = "", reports: Path | None = None):
+    def __init__(
+        self, source: Path | str | Mapping[str, Any], name: str = "", reports: Path | None = None,
+        resources: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
         if isinstance(source, Mapping):
             self.file, description, home = None, dict(source), Path.cwd()
         else:
             self.file = find_batch(source)
             description, home = read_batch(self.file), self.file.parent
+        if resources:
+            description["resources"] = {**(description.get("resources") or {}), **resources}
         stem = self.file.stem if self.file else "batch"
         self.plan: Plan = plan_batch(description, name or stem, home)
         self.reports = Path(reports) if reports else ROOT / "reports" / "batches"

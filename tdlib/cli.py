@@ -84,7 +84,9 @@ def _batch(options: argparse.Namespace) -> int:
     from tdlib import batch_reports
     from tdlib.batches import Batch
 
-    batch = Batch(options.file, reports=Path(options.folder) if options.folder else None)
+    reports = Path(options.folder) if options.folder else None
+    resources = {key: _literal(value) for key, value in getattr(options, "resources", [])}
+    batch = Batch(options.file, reports=reports, resources=resources)
     if options.action == "plan":
         return _plan(batch)
     if options.action == "open":
@@ -170,6 +172,12 @@ def _add_batch(commands: Any) -> None:
             action.add_argument(
                 "-w", "--where", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                 help="only runs with this value of a parameter, or one of a list: -w shots '[12, 24]'",
+            )  # fmt: skip
+        if name in ("plan", "run", "resume", "retry"):
+            action.add_argument(
+                "-r", "--resource", dest="resources", nargs=2, action="append", default=[],
+                metavar=("NAME", "VALUE"),
+                help="of each run, in place of the file's cpus, gpus, memory or time: -r gpus 0.25",
             )  # fmt: skip
         if name in ("run", "resume", "retry"):
             action.add_argument("--engine", choices=["local", "ray"], default="local")

@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tdlib import checkpoints, run_states
+from tdlib.arms import check_arm
 from tdlib.cards import model_card
 from tdlib.config import ROOT, ConfigError, RunConfig
 from tdlib.devices import usual_device
@@ -635,7 +636,8 @@ def train_run(
     diagnostics.jsonl (if asked for), functions.json (source of the functions that the user added),
     metrics.json, predictions.parquet, selections.parquet, environment.json, the submission file if
     one is asked for, and student/ (loadable with ``from_pretrained``; exactly the baseline's
-    parameters; with a model card). Returns the metrics.
+    parameters; with a model card). It replaces an older one of the same settings; one of others is kept
+    beside it (``set_aside``). Returns the metrics.
 
     With ``checkpoint_every``, a run that was interrupted in training and is called again with the same
     settings and folder continues from its last whole checkpoint, and ends as if it had not been
@@ -647,6 +649,7 @@ def train_run(
         FloatingPointError: a loss or gradient was not finite; names term and examples.
     """
     started = time.time()
+    check_arm(config)
     if must_launch(config):
         return launch(config, folder, shared_cache(materials), show_progress)
     rank = place_among_processes()
@@ -760,6 +763,7 @@ def train_run(
         materials.encoder.save(partial / "student")
         card = model_card(config, metrics, around, type(student).__name__)
         (partial / "student" / "README.md").write_text(card, encoding="utf-8")
+        set_aside(folder, config)
 
     log.info("%s, seed %d: %d examples, %d epochs", config.arm, config.seed, len(subset), config.epochs)
     if rank > 0:  # it helps to train; the first process evaluates and writes
@@ -770,6 +774,22 @@ def train_run(
     if config.checkpoint_every:
         checkpoints.remove(home)
     return metrics
+
+
+def set_aside(folder: Path, config: RunConfig) -> None:
+    """Renames a run of other settings that has this run's name: NAME-DIGEST, beside it."""
+    folder = folder.resolve()
+    unimportant = {"checkpoint_every", "loader_workers"}
+    try:
+        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    now = json.loads(config.model_dump_json(exclude=unimportant))
+    if {name: value for name, value in before.items() if name not in unimportant} != now:
+        other = folder.with_name(f"{folder.name}-{run_states.digest(before)[:8]}")
+        run_states.remove_tree(other)
+        folder.rename(other)
+        log.warning("%s held a run of other settings, which is now %s", folder, other.name)
 
 
 def _agreed(found: Path | None) -> Path | None:

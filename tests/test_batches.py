@@ -212,6 +212,27 @@ def test_gpus_that_runs_need_must_be_among_their_resources():
         assert not problems(parameters, gpus)
 
 
+def test_splits_that_a_data_set_lacks_are_found_before_anything_starts(world):
+    def problems(**parameters) -> str:
+        named = {"data_dir": str(world)} | parameters
+        return "\n".join(plan_batch({"template": "04_distill", "parameters": named}, "b").problems)
+
+    assert not problems() and not problems(eval_splits=["val", "val_rule_singular", "test"])
+    assert not (Path(world) / "val_rule_singular.jsonl").exists(), "nothing is made by looking"
+    assert "val_nowhere.jsonl: no such file" in problems(eval_splits=["val", "val_nowhere"])
+    assert "training.jsonl: no such file" in problems(train_split="training")
+    assert "tdlib data mask" in problems(eval_splits=["val_rmtop1"])
+    assert "snli_ve_train.jsonl: no such file" in problems(task="snli_ve")
+
+
+def test_resources_can_be_others_for_once(tmp_path):
+    file = make_batch(tmp_path, grid={"a": [1]}, resources={"cpus": 1, "memory": "2GB"}).file
+    here, there = Batch(file), Batch(file, resources={"gpus": 0.25, "memory": "8GB"})
+    assert there.plan.resources == Resources(1, 0.25, 2**33) and here.plan.resources == Resources(1, 0, 2**31)
+    assert [run.id for run in here.plan.runs] == [run.id for run in there.plan.runs]
+    assert "resources.gpu: unknown" in "\n".join(Batch(file, resources={"gpu": 1}).problems)
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "notebooks" / "batches").glob("*.yaml")), ids=lambda p: p.stem
 )
@@ -220,7 +241,7 @@ def test_the_batches_that_come_along_are_right(path):
     assert not plan.problems and plan.runs and not plan.repeated
     assert {"finetune", "clip_td"} <= {run.parameters["arm"] for run in plan.runs}
     for run in plan.runs:
-        assert run.parameters["arm"] and set(run.overrides) - {"submission"} <= set(RunConfig.model_fields)
+        assert run.parameters["arm"] and set(run.overrides) <= set(RunConfig.model_fields)
 
 
 def test_a_function_of_the_templates_own_may_be_named(tmp_path):
@@ -601,7 +622,7 @@ def training(world, teacher_folder, student_folder):
     """Parameters of the template that trains: 40 updates, a checkpoint after each."""
     return {
         "data_dir": str(world), "teacher": f"local-dir:{teacher_folder}", "student": str(student_folder),
-        "shots": 0.5, "epochs": 20, "batch_size": 10, "selector": "sample", "shift": "", "submission": False,
+        "shots": 0.5, "epochs": 20, "batch_size": 10, "selector": "sample", "shift": "",
         "probe_examples": 1, "checkpoint_every": 1,
     }  # fmt: skip
 

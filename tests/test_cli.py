@@ -77,7 +77,7 @@ def test_template_writes_one_run(tiny, tmp_path):
 def test_template_runs_every_task_by_one_parameter(tiny, worlds, task, tmp_path):
     parameters = tiny | {
         "task": task, "data_dir": str(worlds[task]), "runs_dir": str(tmp_path / "runs"), "shots": 0.3,
-        "probe_examples": 1,
+        "probe_examples": 1, "submission": True,
     }  # fmt: skip
     done = tdlib("run", "04_distill", "--folder", str(tmp_path / "page"), *arguments_of(parameters))
     assert done.returncode == 0, done.stderr

@@ -479,7 +479,23 @@ def test_half_precision_is_the_students_alone(base, materials, folders, tmp_path
 
 def test_half_precision_needs_hardware(base, materials, tmp_path):
     with pytest.raises(ConfigError, match="precision='fp16' needs a GPU"):
-        train_run(settings_of(base, arm="finetune", precision="fp16"), materials, tmp_path / "run")
+        config = apply_arm(settings_of(base, arm="finetune", precision="fp16"))
+        train_run(config, materials, tmp_path / "run")
+
+
+def test_settings_must_be_those_of_their_arm(base, materials, tmp_path):
+    with pytest.raises(ConfigError, match=r"arm='naive' sets .*selector='all'.*use apply_arm"):
+        train_run(settings_of(base, arm="naive"), materials, tmp_path / "run")
+
+
+def test_a_run_of_other_settings_is_not_lost(base, materials, tmp_path, caplog):
+    config, folder = apply_arm(settings_of(base, arm="finetune")), tmp_path / "run"
+    other = settings_of(config, seed=1)
+    for changed in (config, config, other, settings_of(other, loader_workers=1)):
+        train_run(changed, materials, folder)
+    (kept,) = set(tmp_path.iterdir()) - {folder}
+    found = [json.loads((place / "config.json").read_text())["seed"] for place in (kept, folder)]
+    assert found == [0, 1] and kept.name.startswith("run-") and kept.name in caplog.text
 
 
 @pytest.mark.parametrize("moment", ["predict", "write_jsonl", "save_manifest"])
