@@ -54,7 +54,7 @@ format: $(INSTALLED) ## Format the code, mend what ruff can, strip the notebooks
 
 # Names what it removes under data/: real data sets and the committed models lie there too.
 clean: ## Remove generated data, all reports and caches
-	rm -rf data/miniworld* data/cache build
+	rm -rf data/miniworld* data/cache data/shifts build
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find reports -mindepth 1 -maxdepth 1 ! -name README.md ! -name figures ! -name studies -exec rm -rf {} +
 	find tdlib tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
