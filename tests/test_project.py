@@ -125,7 +125,14 @@ def test_the_lock_holds_all_that_is_needed_and_nothing_else():
 
 FENCES = {
     "open_clip": ["teacher*.py", "pretraining*.py"],
-    "transformers": ["students/*.py", "training.py", "objective.py", "adversarial.py", "pretraining*.py"],
+    "transformers": [
+        "students/*.py",
+        "training.py",
+        "objective.py",
+        "adversarial.py",
+        "pretraining*.py",
+        "bench.py",
+    ],
     "papermill": ["batches.py", "run_worker.py", "cli.py"],
     "ray": ["engines.py", "cli.py"],
     "ipywidgets": ["widgets.py"],
