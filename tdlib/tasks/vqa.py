@@ -114,34 +114,7 @@ class VqaReader(Reader):
         questions = _records(self.path, "questions", self.changing_priors)
         labelled = self.annotations.is_file()
         annotations = _records(self.annotations, "annotations", self.changing_priors) if labelled else None
-        answered = self._answered(annotations, report) if annotations is not None else {}
-
-        def stratum(record: dict[str, Any], identifier: int, where: str) -> str:
-            if not 0 <= identifier < 2**63:
-                raise DataError(f"{where}: question_id={identifier}, expected a number of 64 bits")
-            if labelled and identifier not in answered:
-                raise DataError(
-                    f"{where}: question_id {identifier} has no annotation in {self.annotations}; "
-                    "files of different releases?"
-                )
-            return answered[identifier][1] if labelled else "all"
-
-        where_of, what = questions.where, self.what
-        seen, strata = index_records(questions, where_of, "question_id", int, what, stratum, report)
-        if not seen:
-            raise DataError(f"{self.path}: the file has no questions; copy it again")
-        extra = len(answered) - sum(1 for identifier in seen if identifier in answered)
-        if extra:
-            problem = (
-                f"{self.annotations}: {extra} annotations of questions that are not in {self.path.name}; "
-                "files of different releases?"
-            )
-            if report is None:
-                raise DataError(problem)
-            report(problem)
-        identifiers = np.fromiter(seen, np.int64, len(seen))
-        positions = np.fromiter(seen.values(), np.int64, len(seen))
-        places = np.array([answered[i][0] for i in seen] if labelled else [], np.int64)
+        identifiers, positions, places, strata = self._index(questions, annotations, report)
         relevance = SideFile(
             self.folder / f"{self.annotations.stem.removesuffix('_annotations')}.relevance.jsonl",
             "question_id", self.what,
@@ -159,6 +132,40 @@ class VqaReader(Reader):
             )
 
         return Examples([str(i) for i in identifiers], strata, make, labelled)
+
+    def _index(
+        self, questions: Records, annotations: Records | None, report: Callable[[str], None] | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+        """Of each question: its id, its position, that of its annotation, and its question type."""
+        answered = self._answered(annotations, report) if annotations is not None else {}
+
+        def stratum(record: dict[str, Any], identifier: int, where: str) -> str:
+            if not 0 <= identifier < 2**63:
+                raise DataError(f"{where}: question_id={identifier}, expected a number of 64 bits")
+            if annotations is not None and identifier not in answered:
+                raise DataError(
+                    f"{where}: question_id {identifier} has no annotation in {self.annotations}; "
+                    "files of different releases?"
+                )
+            return answered[identifier][1] if answered else "all"
+
+        where_of, what = questions.where, self.what
+        seen, strata = index_records(questions, where_of, "question_id", int, what, stratum, report)
+        if not seen:
+            raise DataError(f"{self.path}: the file has no questions; copy it again")
+        extra = len(answered) - sum(1 for identifier in seen if identifier in answered)
+        if extra:
+            problem = (
+                f"{self.annotations}: {extra} annotations of questions that are not in {self.path.name}; "
+                "files of different releases?"
+            )
+            if report is None:
+                raise DataError(problem)
+            report(problem)
+        identifiers = np.fromiter(seen, np.int64, len(seen))
+        positions = np.fromiter(seen.values(), np.int64, len(seen))
+        places = np.array([answered[i][0] for i in seen] if answered else [], np.int64)
+        return identifiers, positions, places, strata
 
     def _answered(
         self, annotations: Records, report: Callable[[str], None] | None
