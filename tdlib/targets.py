@@ -98,6 +98,7 @@ class TargetBuilder:
         seen_as: Callable[[Example], Example] = lambda example: example,
     ):
         self.cache, self.idf, self.config, self.class_logits = cache, idf, config, class_logits
+        _ = cache.teacher.logit_scale  # is kept from now on: processes that make batches have no GPU
         self.seen_as = seen_as
 
     def prepare(self, examples: Sequence[Example], part: int = 5_000) -> None:

@@ -246,14 +246,16 @@ class Teacher:
         self.text, self.image = text_tower(model, repr(name)), image_tower(model.visual, repr(name))
         self.tokenize = TextTokenizer(tokenizer, name)
         self.fingerprint = self._fingerprint()
-        # what the model multiplies cosines with before a softmax (or, SigLIP, a sigmoid); a number, as
-        # processes that make batches must not use the GPU
-        self.logit_scale = float(self.model.logit_scale.exp())
 
     @cached_property
     def dim(self) -> int:
         """Width of the joint space."""
         return len(self.encode_texts(["a"])[0].pooled)
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """What the model multiplies cosines with before a softmax (or, SigLIP, a sigmoid)."""
+        return float(self.model.logit_scale.exp())
 
     @property
     def logit_bias(self) -> float:

@@ -141,6 +141,14 @@ def test_each_relevance_trains(base, materials, tmp_path, relevance):
     train_run(settings_of(base, relevance=relevance, epochs=1), materials, tmp_path / "run")
 
 
+def test_processes_that_make_batches_use_answer_statements(worlds, base, tmp_path):
+    config = settings_of(
+        base, task="snli_ve", data_dir=str(worlds["snli_ve"]), eval_splits=["dev"], arm="clip_td_choice",
+        class_probabilities="statements", loader_workers=1, epochs=1,
+    )  # fmt: skip
+    train_run(config, prepare(config, whole_splits=False), tmp_path / "run")
+
+
 @pytest.mark.parametrize("relevance", ["value", "gradient", "rollout"])
 def test_processes_that_make_batches_leave_it_alone(base, materials, relevance):
     config = settings_of(base, arm="clip_td", relevance=relevance)
