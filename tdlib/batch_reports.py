@@ -148,7 +148,7 @@ def _metrics(plan: Plan, table: pd.DataFrame) -> list[str]:
 
 STYLE = """body{font:14px/1.45 system-ui,sans-serif;margin:2em;color:#222}
 table{border-collapse:collapse;margin:1em 0}th,td{padding:4px 9px;text-align:left;border-top:1px solid #ccc}
-th{cursor:pointer;white-space:nowrap;background:#f2f2f2}td.n{text-align:right;font-variant-numeric:tabular-nums}
+th{white-space:nowrap;background:#f2f2f2}td.n{text-align:right;font-variant-numeric:tabular-nums}
 pre{background:#f6f6f6;padding:8px;overflow-x:auto}.failed,.timed_out,.killed,.lost{background:#fbe9e0}
 .running{background:#e7f0fa}"""
 SCRIPT = """document.querySelectorAll('th').forEach(h=>h.onclick=()=>{
@@ -188,7 +188,7 @@ def page_html(
     parts.append("<h2>Runs</h2>" + _html_table(table[[c for c in columns if c in table]], folder))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(plan.name)}</title>'
-        f"<style>{STYLE}</style></head><body>{''.join(parts)}<script>{SCRIPT}</script></body></html>\n"
+        f"<style>{STYLE}th{{cursor:pointer}}</style></head><body>{''.join(parts)}<script>{SCRIPT}</script></body></html>\n"
     )
 
 

@@ -607,4 +607,5 @@ def _html(table: pd.DataFrame) -> str:
         "<tr>" + "".join(f"<td>{escape(str(value))}</td>" for value in row) + "</tr>"
         for row in table.itertuples(index=False, name=None)
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    wide = '<div style="overflow-x:auto"><table style="white-space:nowrap">'
+    return f"{wide}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
