@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import io
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -341,3 +342,47 @@ def test_no_file_names_a_package_index():
     assert ROOT / "pyproject.toml" in paths
     naming = [p for p in paths if INDEX_ADDRESS.search(p.read_text(encoding="utf-8", errors="ignore"))]
     assert naming == []
+
+
+# Pages: what a README points to is there.
+
+PAGES = [ROOT / place / "README.md" for place in (".", "data", "reports", "notebooks/batches")]
+COMMITTED = ("notebooks/", "tdlib/", "tests/", "data/models/", "reports/figures/", "reports/studies/")
+
+
+def dead_ends(text: str, folder: Path) -> list[str]:
+    """Links and paths of committed places that lead nowhere, and names in ``tdlib`` that nothing has."""
+    spans = re.findall(r"`([^`\n]+)`", text)
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    paths = [span for span in spans if span.startswith(COMMITTED) and re.fullmatch(r"[\w./-]+", span)]
+    dead = [link for link in links if not (folder / link).exists()]
+    dead += [path for path in paths if not (ROOT / path).exists()]
+    names = re.findall(r"\b(tdlib(?:\.\w+)+)", " ".join(spans))
+    modules = re.findall(r"-m (tdlib(?:\.\w+)*)", text)
+    return dead + [name for name in names + modules if not is_name(name)]
+
+
+def is_name(dotted: str) -> bool:
+    try:
+        pkgutil.resolve_name(dotted)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_what_a_page_points_to_is_there(page):
+    assert dead_ends(page.read_text(encoding="utf-8"), page.parent) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "![figure](reports/studies/none.png)",
+        "`reports/studies/none/index.html`",
+        "`tdlib.arms.NONE`",
+        "python -m tdlib.none FOLDER",
+    ],
+)
+def test_a_dead_end_is_noticed(text):
+    assert len(dead_ends(text, ROOT)) == 1
