@@ -9,6 +9,7 @@ Executes nothing. A batch file is YAML::
     exclude: [{arm: finetune, task: snli_ve}]     # combinations that are left out
     include: [{arm: naive, shots: 12}]            # runs beside them
     seeds: 6                      # 0 to 5, or a list
+    tuned: tune                   # settings of each arm that `tdlib batch best tune` has chosen
     resources: {cpus: 1, gpus: 0, memory: 4GB, time: 2h}          # of each run
     retries: 0                    # of runs that were killed or lost
     output: runs_dir              # the parameter that says where a run's results go
@@ -30,8 +31,8 @@ from tdlib.engines import Resources
 from tdlib.run_states import identity, named_path
 
 KEYS = (
-    "name", "template", "parameters", "grid", "zip", "include", "exclude", "seeds", "resources", "retries",
-    "output",
+    "name", "template", "parameters", "grid", "zip", "include", "exclude", "seeds", "tuned", "resources",
+    "retries", "output",
 )  # fmt: skip
 
 
@@ -141,6 +142,7 @@ class Plan:
     output: str = ""
     problems: list[str] = field(default_factory=list)
     repeated: int = 0  # runs that were described twice
+    tuned: list[str] = field(default_factory=list)  # parameters whose values were chosen for each arm
 
     @property
     def varied(self) -> list[str]:
@@ -169,13 +171,16 @@ def read_batch(file: Path) -> dict[str, Any]:
     return found
 
 
-def plan_batch(description: Mapping[str, Any], name: str, folder: Path = ROOT) -> Plan:
+def plan_batch(
+    description: Mapping[str, Any], name: str, folder: Path = ROOT, reports: Path | None = None
+) -> Plan:
     """Reads a description; all that is wrong with it is listed in the plan's ``problems``.
 
     Args:
         description: as in a batch file.
         name: of the batch, if the description names none.
         folder: where a relative template is looked for first.
+        reports: folder under which the batches' own lie; ``reports/batches`` if None.
     """
     problems = [f"{key}: unknown key{_did_you_mean(key, KEYS)}" for key in description if key not in KEYS]
     given = {key: description.get(key) for key in KEYS}
@@ -205,6 +210,10 @@ def plan_batch(description: Mapping[str, Any], name: str, folder: Path = ROOT) -
     if not rows:
         problems.append("no runs are left: exclude takes away all")
     defaults = {key: default for key, (_, default) in declared.items()}
+    if given["tuned"] is not None:
+        file = _tuned_file(given["tuned"], folder, reports or ROOT / "reports" / "batches")
+        rows, plan.tuned = _with_tuned(file, rows, defaults, problems)
+        problems += _tuned_problems(plan.tuned, rows, declared, plan.template)
     template = plan.template.read_bytes()
     problems += _setting_problems(rows, defaults, template.decode(), plan.resources)
     if not problems:
@@ -373,6 +382,54 @@ def expand(parts: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
     return list(distinct.values()), len(rows) - len(distinct)
 
 
+def _tuned_file(given: Any, folder: Path, reports: Path) -> Path:
+    """Where a batch has left the settings that were chosen: the batch's name, or a path."""
+    text = str(given)
+    if not text.endswith(".json"):
+        return reports / text / "tuned.json"
+    return next((path for path in (folder / text, ROOT / text) if path.is_file()), folder / text)
+
+
+def _with_tuned(
+    file: Path, rows: list[dict[str, Any]], defaults: dict[str, Any], problems: list[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows with what was chosen for each, and the names of all that was; what does not fit is a problem."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        chosen = [(dict(entry["where"]), dict(entry["settings"])) for entry in known["chosen"]]
+        seeds = set(known["seeds"])
+    except FileNotFoundError:
+        problems.append(f"tuned: there is no {file}; `tdlib batch best NAME` writes it in a finished batch")
+        return rows, []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems.append(
+            f"tuned: {file} is not what `tdlib batch best` writes ({type(error).__name__}: {error})"
+        )
+        return rows, []
+    names = list(dict.fromkeys(name for _, settings in chosen for name in settings))
+    problems += [f"{name}: is set here and by tuned" for name in names if any(name in row for row in rows)]
+    again = sorted({row["seed"] for row in rows if row.get("seed") in seeds})
+    if again:
+        problems.append(f"seeds: {again} were tuned with, so their results are too good; take others")
+    found = []
+    for row in rows:
+        fitting = [settings for where, settings in chosen if matches(defaults | row, where)]
+        if not fitting and chosen:
+            wanted = {name: (defaults | row).get(name) for name in chosen[0][0]}
+            problems.append(f"tuned: nothing was chosen for {wanted}")
+        found.append(row | (fitting[0] if fitting else {}))
+    problems[:] = dict.fromkeys(problems)
+    return found, names
+
+
+def _tuned_problems(
+    names: Iterable[str], rows: Iterable[Mapping[str, Any]], declared: Mapping[str, Any], template: Path
+) -> list[str]:
+    values = [(name, row[name]) for row in rows for name in names if name in row]
+    found = [p for name, value in values for p in _value_problems(name, value, declared, template, "tuned.")]
+    return list(dict.fromkeys(found))
+
+
 def matches(row: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     """Whether parameters have all of an entry's values; a list means any of them."""
     return all(
@@ -449,14 +506,14 @@ def _config_problems(row: Mapping[str, Any], source: str) -> list[str]:
 def _split_problems(config: RunConfig, splits: Iterable[str]) -> list[str]:
     """Splits that a named data set lacks. Sets that rules make of others are not made here."""
     from tdlib.examples import DataError
-    from tdlib.tasks.catalogue import data_folder, reader
+    from tdlib.tasks.catalogue import HELD_OUT, data_folder, reader
     from tdlib.tasks.vcr_shifts import RULES
 
     if not config.data_dir or not data_folder(config).is_dir():
         return []
     found = []
     for split in dict.fromkeys(splits):
-        source = split
+        source = split.removesuffix(HELD_OUT)
         for rule in RULES:
             source = source.removesuffix(f"_{rule}")
         try:

@@ -216,6 +216,19 @@ def _html_cell(name: str, value: Any, folder: Path) -> str:
     return f"<td>{escape(text if len(text) < 160 else text[:160] + '…')}</td>"
 
 
+def batch_record(folder: Path) -> dict[str, Any]:
+    """What ``batch.json`` in a batch's folder says of it.
+
+    Raises:
+        FileNotFoundError: no batch was ever run there.
+    """
+    file = Path(folder) / "batch.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file; no batch was run there") from None
+
+
 def recorded_runs(folder: Path) -> pd.DataFrame:
     """The runs of a batch's folder as they stand now, whether or not its file still describes them.
 
@@ -225,11 +238,7 @@ def recorded_runs(folder: Path) -> pd.DataFrame:
     Raises:
         FileNotFoundError: no batch was ever run there.
     """
-    folder = Path(folder)
-    try:
-        known = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder / 'batch.json'}: no such file; no batch was run there") from None
+    folder, known = Path(folder), batch_record(folder)
     planned: dict[str, Any] = {}
     rows = []
     for run in known["runs"]:
@@ -240,7 +249,7 @@ def recorded_runs(folder: Path) -> pd.DataFrame:
         except (OSError, ValueError, KeyError):  # queued, or what was written is damaged
             if not planned and Path(known["file"]).is_file():
                 file = Path(known["file"])
-                plan = plan_batch(read_batch(file), known["name"], file.parent)
+                plan = plan_batch(read_batch(file), known["name"], file.parent, folder.parent)
                 planned = {entry.id: entry.parameters for entry in plan.runs} | {"": plan.output}
             parameters, output = planned.get(run), planned.get("", "")
         rows.append(

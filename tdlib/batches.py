@@ -139,8 +139,8 @@ class Batch:
         if resources:
             description["resources"] = {**(description.get("resources") or {}), **resources}
         stem = self.file.stem if self.file else "batch"
-        self.plan: Plan = plan_batch(description, name or stem, home)
         self.reports = Path(reports) if reports else ROOT / "reports" / "batches"
+        self.plan: Plan = plan_batch(description, name or stem, home, self.reports)
         self.folder = (self.reports / self.plan.name).resolve()
 
     @property
@@ -229,6 +229,20 @@ class Batch:
         states = tuple(set(run_states.FINAL) - {"done"}) if only else RETRY
         return self._run(states, engine, options, chosen if only else None)
 
+    def best(self, split: str = "", uneven: bool = False) -> pd.DataFrame:
+        """Every setting that each arm has tried, best first; writes the chosen ones to tuned.json.
+
+        Arguments and columns as in ``tuning.rank_settings``.
+
+        Raises:
+            ProtocolError: the batch is not done, or its runs cannot be compared fairly.
+        """
+        from tdlib.tuning import rank_settings, write_tuned
+
+        ranked = rank_settings(self.folder, split, uneven)
+        write_tuned(self.folder, ranked)
+        return ranked
+
     def cancel(self, patience: float = 30.0) -> list[str]:
         """Stops the batch, whoever runs it; returns the runs that did not end within ``patience`` seconds."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -293,6 +307,7 @@ class Batch:
         return {
             "name": self.plan.name, "file": str(self.file or ""), "template": str(self.plan.template),
             "runs": [run.id for run in self.plan.runs], "resources": self.plan.resources.as_dict(),
+            "tuned": self.plan.tuned,
         }  # fmt: skip
 
     def specification(self, run: PlannedRun, attempt: int) -> dict[str, Any]:

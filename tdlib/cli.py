@@ -93,6 +93,8 @@ def _batch(options: argparse.Namespace) -> int:
         print(f"jupyter lab {shlex.quote(str(batch.open(options.run)))}")
         return 0
     batch.check()
+    if options.action == "best":
+        return _best(batch, options)
     if options.action == "cancel":
         left = batch.cancel()
         print(f"still running: {', '.join(left)}" if left else f"{batch.plan.name}: nothing runs any more")
@@ -122,6 +124,24 @@ def _execute(batch: "Batch", options: argparse.Namespace) -> None:
     else:
         where = {key: _literal(value) for key, value in options.where}
         (batch.run if options.action == "run" else batch.resume)(options.engine, where, **engine)
+
+
+def _best(batch: "Batch", options: argparse.Namespace) -> int:
+    from tdlib.protocol import ProtocolError
+    from tdlib.tuning import TUNED
+
+    try:
+        table = batch.best(options.split, options.uneven)
+    except (ProtocolError, FileNotFoundError) as error:
+        print(f"tdlib batch: {error}", file=sys.stderr)
+        return 1
+    print(table.to_string(index=False, na_rep="", float_format="{:.4g}".format))
+    beyond = table[table["edge"] != ""]
+    for row in beyond.to_dict("records"):
+        where = " ".join(str(row[name]) for name in table.columns[: table.columns.get_loc("arm") + 1])
+        print(f"{where}: {row['edge']} lies at the edge of what was tried; try values beyond")
+    print(f"chosen: {batch.folder / TUNED}; a batch file takes it with tuned: {batch.plan.name}")
+    return 0
 
 
 def _plan(batch: "Batch") -> int:
@@ -156,6 +176,7 @@ def _add_batch(commands: Any) -> None:
         "run": "execute what has not begun",
         "resume": "execute what has not begun, was killed or was lost",
         "retry": "execute again what failed or ran out of time",
+        "best": "rank the settings of a finished batch for each arm, and keep the best for other batches",
         "status": "say how every run stands, write the page and results.parquet",
         "cancel": "stop the batch, whoever runs it",
         "open": "write a notebook with one run's parameters, to go through it in JupyterLab",
@@ -168,6 +189,9 @@ def _add_batch(commands: Any) -> None:
         if name == "retry":
             action.add_argument("runs", nargs="*", help="ids of runs, or how they begin")
             action.add_argument("--failed", action="store_true", help="all that failed or ran out of time")
+        if name == "best":
+            action.add_argument("--split", default="", help="evaluated on; default: the pictures held out")
+            action.add_argument("--uneven", action="store_true", help="arms may have tried unequal numbers")
         if name in ("run", "resume"):
             action.add_argument(
                 "-w", "--where", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),

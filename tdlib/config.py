@@ -38,6 +38,13 @@ class RunConfig(BaseModel):
     )
     train_split: str = Field("", description="'' for the task's own")
     eval_splits: list[str] = Field([], description="[] for the task's own and its shift")
+    held_out: float = Field(
+        0.0,
+        ge=0,
+        le=0.9,
+        description="share of the training pictures set aside; above 0 a run is evaluated on these alone: to "
+        "choose settings on",
+    )
     references: Literal["names", "person_tokens", "category"] = Field(
         "names", description="how VCR's object references become text"
     )

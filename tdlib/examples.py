@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 Span = tuple[int, int]
 Box = tuple[float, float, float, float]
 
+MANY_FOLDERS = 50  # pictures in so many folders are set aside folder by folder
 GROUND_TRUTH = "ground truth"  # relevant spans and boxes that the data themselves state
 
 
@@ -137,6 +138,31 @@ class Examples(Sequence[Example]):
             [self.ids[i] for i in positions], [self.strata[i] for i in positions],
             lambda i: self._make(positions[i]), self.labelled,
         )  # fmt: skip
+
+
+def divide_by_picture(examples: Examples, share: float) -> tuple[Examples, Examples]:
+    """What is learned from, and what is set aside: about ``share`` of the pictures with all their examples.
+
+    The same for every seed and on every machine: a hash of a picture's name decides, or of its folder's
+    name where pictures lie in ``MANY_FOLDERS`` or more (VCR's lie in one for each film clip, and a
+    clip's pictures look alike). Makes every example once to know its picture.
+
+    Raises:
+        ValueError: one of the two parts has no example.
+    """
+    pictures = [example.image for example in examples]
+    by_folder = len({picture.parent for picture in pictures}) >= MANY_FOLDERS
+    names = [picture.parent.name if by_folder else picture.name for picture in pictures]
+    aside = {
+        name for name in set(names) if int(hashlib.sha256(name.encode()).hexdigest(), 16) / 2**256 < share
+    }
+    parts = [[i for i, name in enumerate(names) if (name in aside) == side] for side in (False, True)]
+    if not all(parts):
+        raise ValueError(
+            f"held_out={share}: {len(aside)} of {len(set(names))} pictures (or folders of them) are set "
+            "aside, which leaves one part without examples"
+        )
+    return examples.at(parts[0]), examples.at(parts[1])
 
 
 def _rank(seed: int, identifier: str) -> bytes:

@@ -15,7 +15,7 @@ import torch
 from tdlib.arms import ARMS, apply_arm
 from tdlib.cache import TeacherCache
 from tdlib.config import ROOT, ConfigError, RunConfig
-from tdlib.examples import Example, Examples, low_shot
+from tdlib.examples import Example, Examples, divide_by_picture, low_shot
 from tdlib.files import write_jsonl
 from tdlib.priors import Idf
 from tdlib.probe import answer_statements
@@ -26,6 +26,7 @@ from tdlib.students.catalogue import architecture, load_student, open_encoder
 from tdlib.students.clip import ClipFusionEncoder
 from tdlib.targets import TargetBuilder
 from tdlib.tasks.catalogue import (
+    HELD_OUT,
     answer_vocabulary,
     class_labels,
     data_folder,
@@ -47,8 +48,8 @@ CACHE_ROOT = ROOT / "data" / "cache"
 # Parameters that decide which examples are read, encoded and cached: the same in every arm.
 SHARED = (
     "task", "data_dir", "world_seed", "shift", "train_split", "eval_splits", "references", "vocabulary",
-    "vocabulary_minimum", "shots", "teacher", "teacher_pretrained", "max_text_tokens", "class_probabilities",
-    "submission_split", "probe_examples",
+    "vocabulary_minimum", "held_out", "shots", "teacher", "teacher_pretrained", "max_text_tokens",
+    "class_probabilities", "submission_split", "probe_examples",
 )  # fmt: skip
 # Parameters that decide the same, but that arms may change: each combination is prepared by itself.
 PREPARED = ("student", "regions", "teacher_control")
@@ -61,11 +62,27 @@ def _open(folder: Path, key: str, split: str) -> Examples:
 
 
 def read_split(config: RunConfig, split: str) -> Examples:
-    """The examples of a split, made when asked for."""
+    """The examples of a split, made when asked for; of the training split, what is not ``held_out``.
+
+    Raises:
+        DataError: the data set lacks the split.
+        ConfigError: ``held_out`` leaves nothing to learn from, or nothing to evaluate.
+    """
     names = {
         "task", "data_dir", "world_seed", "references", "train_split", "vocabulary", "vocabulary_minimum"
     }  # fmt: skip
-    return _open(data_folder(config), config.model_dump_json(include=names), split)
+    whole = _open(data_folder(config), config.model_dump_json(include=names), split.removesuffix(HELD_OUT))
+    if not config.held_out or split.removesuffix(HELD_OUT) != splits_of(config)[0]:
+        return whole
+    return _divide(whole, config.held_out)[split.endswith(HELD_OUT)]
+
+
+@lru_cache(maxsize=4)
+def _divide(examples: Examples, share: float) -> tuple[Examples, Examples]:
+    try:
+        return divide_by_picture(examples, share)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 @lru_cache(maxsize=4)

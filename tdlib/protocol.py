@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tdlib.batch_reports import STYLE, open_results, recorded_runs
+from tdlib.batch_reports import STYLE, batch_record, open_results, recorded_runs
 from tdlib.experiments import joint_predictions
 from tdlib.files import whole_file, whole_path, write_json
 from tdlib.statistics import (
@@ -37,6 +37,7 @@ from tdlib.tasks.catalogue import TASKS
 CELL = ["batch", "task", "setting", "shots"]
 RUN_COLUMNS = [
     "batch", "run", "state", "reason", "task", "shots", "arm", "seed", "setting", "train_examples", "subset",
+    "tuned",
 ]  # fmt: skip
 SCORE_COLUMNS = ["batch", "run", "split", "id", "image", "score", "chance"]
 USUAL = "usual"  # the test that is not shifted
@@ -66,9 +67,10 @@ class ProtocolError(ValueError):
 def read_runs(folder: Path) -> pd.DataFrame:
     """Every run of a batch, finished or not.
 
-    Columns: batch, run, state, reason, task, shots, arm, seed, setting, train_examples, subset.
-    ``setting`` names the other parameters in which runs of one task differ; ``subset`` is a digest of
-    the ids in manifest.json, empty for runs that are not done. Of a run that never began, and that the
+    Columns: batch, run, state, reason, task, shots, arm, seed, setting, train_examples, subset, tuned.
+    ``setting`` names the other parameters in which runs of one task differ; ``tuned`` those that were
+    chosen for each arm, and so are part of it; ``subset`` is a digest of the ids in manifest.json, empty
+    for runs that are not done. Of a run that never began, and that the
     batch's file no longer describes, only batch, run and state are known.
 
     Raises:
@@ -77,8 +79,9 @@ def read_runs(folder: Path) -> pd.DataFrame:
     """
     folder = Path(folder)
     rows, given = [], {}
+    tuned = batch_record(folder).get("tuned", [])
     for entry in recorded_runs(folder).to_dict("records"):
-        row: dict[str, Any] = {"batch": folder.name, "subset": ""}
+        row: dict[str, Any] = {"batch": folder.name, "subset": "", "tuned": ""}
         row |= {name: entry[name] for name in ("run", "state", "reason")}
         parameters = entry["parameters"]
         if parameters is not None:
@@ -89,7 +92,8 @@ def read_runs(folder: Path) -> pd.DataFrame:
                     "expected a batch of 04_distill or of a notebook with its parameters"
                 )
             row |= {name: parameters[name] for name in ("task", "shots", "arm", "seed")}
-            hidden = ("task", "shots", "arm", "seed", "interactive", entry["output"])
+            row["tuned"] = ", ".join(f"{name}={json.dumps(parameters.get(name))}" for name in tuned)
+            hidden = ("task", "shots", "arm", "seed", "interactive", entry["output"], *tuned)
             given[entry["run"]] = {n: json.dumps(v) for n, v in parameters.items() if n not in hidden}
         if entry["state"] == "done":
             ids = _training_ids(folder / entry["run"])

@@ -40,6 +40,7 @@ SHIFTS = {
     "keeptop5": "the same with five words",
 }
 _PICTURES = ("composition", "style")
+HELD_OUT = "_held_out"  # ends the name of the part of a training split that settings are chosen on
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,21 @@ def task_of(config: RunConfig) -> Task:
 def splits_of(config: RunConfig) -> tuple[str, list[str]]:
     """Training split and evaluated splits of a run: named ones, else the task's own and its shift.
 
+    With ``held_out`` the pictures set aside are all that is evaluated: settings are not chosen on tests.
+
     Raises:
-        ConfigError: the shift is unknown, or does not apply to the task.
+        ConfigError: the shift is unknown, or does not apply to the task; or tests are named beside
+            ``held_out``.
     """
     task, shift = task_of(config), config.shift
+    if config.held_out:
+        if config.eval_splits or shift not in ("auto", "") or config.submission_split:
+            raise ConfigError(
+                f"held_out={config.held_out:g} evaluates the pictures set aside and no test; leave shift, "
+                "eval_splits and submission as they are"
+            )
+        train = config.train_split or task.train
+        return train, [f"{train}{HELD_OUT}"]
     if shift == "auto":
         own = bool(config.data_dir) and not (data_folder(config) / "miniworld.json").is_file()
         shift = task.shift[own]
