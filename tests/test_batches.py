@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from nbclient import NotebookClient
 
 from tdlib import batch_reports, run_states
-from tdlib.batch_plan import RunConfig, check_parameters, expand, plan_batch
+from tdlib.batch_plan import RunConfig, check_parameters, expand, plan_batch, read_batch
 from tdlib.batches import Batch, open_results
 from tdlib.config import ROOT, ConfigError
 from tdlib.engines import GpuLeases, LocalEngine, Resources
@@ -233,11 +233,81 @@ def test_resources_can_be_others_for_once(tmp_path):
     assert "resources.gpu: unknown" in "\n".join(Batch(file, resources={"gpu": 1}).problems)
 
 
+def write_choice(reports: Path, chosen: list[tuple[dict, dict]], seeds=(100,), name: str = "tune") -> Path:
+    entries = [{"where": where, "settings": settings, "mean": 0.5} for where, settings in chosen]
+    folder = reports / name
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"batch": name, "seeds": list(seeds), "chosen": entries})
+    (folder / "tuned.json").write_text(text)
+    return reports
+
+
+TUNING = {"template": "04_distill", "grid": {"arm": ["finetune", "clip_td"]}, "seeds": 2, "tuned": "tune"}
+
+
+@pytest.fixture
+def reports_with_tuned(tmp_path) -> Path:
+    """What `tdlib batch best tune` would have left: for every task and arm the learning rate of its own."""
+    tune = Batch("tune").plan
+    rates = {(run.parameters["task"], run.parameters["arm"]): 2.5e-4 for run in tune.runs}
+    return write_choice(
+        tmp_path,
+        [({"task": task, "arm": arm}, {"learning_rate": rate}) for (task, arm), rate in rates.items()],
+    )
+
+
+def test_a_batch_takes_the_settings_chosen_for_each_arm(tmp_path):
+    reports = write_choice(
+        tmp_path,
+        [
+            ({"arm": "finetune", "task": "vcr_qa"}, {"learning_rate": 1e-3}),
+            ({"arm": "clip_td", "task": "vcr_qa"}, {"learning_rate": 2e-4, "distill_weight": 5.0}),
+        ],
+    )
+    plan = plan_batch(TUNING, "b", reports=reports)
+    assert not plan.problems and plan.tuned == ["learning_rate", "distill_weight"]
+    for run in plan.runs:
+        ours = run.parameters["arm"] == "clip_td"
+        assert run.parameters["learning_rate"] == (2e-4 if ours else 1e-3)
+        assert run.parameters["distill_weight"] == (5.0 if ours else 1.0)
+    before = {run.id for run in plan.runs}
+    write_choice(tmp_path, [({"arm": "finetune"}, {"learning_rate": 1e-3}), ({"arm": "clip_td"}, {})])
+    after = plan_batch(TUNING, "b", reports=reports)
+    assert len(before & {run.id for run in after.runs}) == 2, "another choice makes other runs"
+    by_path = plan_batch(TUNING | {"tuned": "tune/tuned.json"}, "b", tmp_path)
+    assert [run.id for run in by_path.runs] == [run.id for run in after.runs]
+    batch = Batch(TUNING, name="b", reports=reports)
+    assert batch._description()["tuned"] == ["learning_rate"]
+
+
+def test_a_choice_that_does_not_fit_is_found_before_anything_starts(tmp_path):
+    def problems(chosen=None, seeds=(100,), **changes) -> str:
+        reports = write_choice(tmp_path, chosen, seeds) if chosen is not None else tmp_path / "none"
+        return "\n".join(plan_batch(TUNING | changes, "b", tmp_path, reports).problems)
+
+    every = [({"arm": arm}, {"learning_rate": 1e-3}) for arm in ("finetune", "clip_td")]
+    assert not problems(every)
+    assert "`tdlib batch best NAME` writes it" in problems()
+    assert "nothing was chosen for {'arm': 'clip_td'}" in problems(every[:1])
+    assert "seeds: [1] were tuned with" in problems(every, seeds=(1, 100))
+    for place in ("parameters", "grid"):
+        entry = [5e-4] if place == "grid" else 5e-4
+        given = {place: TUNING.get(place, {}) | {"learning_rate": entry}}
+        assert "learning_rate: is set here and by tuned" in problems(every, **given)
+    assert "tuned.learning_rate='much': expected float" in problems([({}, {"learning_rate": "much"})])
+    assert "tuned.learning_rat: unknown parameter" in problems([({}, {"learning_rat": 1e-3})])
+    assert "learning_rate=-1.0" in problems([({}, {"learning_rate": -1.0})])
+    for text in ("{", "[]", '{"chosen": 3, "seeds": []}', '{"chosen": [{"where": {}}], "seeds": []}'):
+        (tmp_path / "tune" / "tuned.json").write_text(text)
+        found = plan_batch(TUNING, "b", tmp_path, tmp_path).problems
+        assert len(found) == 1 and "is not what `tdlib batch best` writes" in found[0], text
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "notebooks" / "batches").glob("*.yaml")), ids=lambda p: p.stem
 )
-def test_the_batches_that_come_along_are_right(path):
-    plan = Batch(path).plan
+def test_the_batches_that_come_along_are_right(path, reports_with_tuned):
+    plan = Batch(path, reports=reports_with_tuned).plan
     assert not plan.problems and plan.runs and not plan.repeated
     assert {"finetune", "clip_td"} <= {run.parameters["arm"] for run in plan.runs}
     for run in plan.runs:
@@ -251,6 +321,16 @@ def test_a_function_of_the_templates_own_may_be_named(tmp_path):
     description = {"template": "own.ipynb", "parameters": {"selector": "mine"}}
     assert not plan_batch(description, "b", tmp_path).problems
     assert plan_batch(description | {"template": "04_distill"}, "b", tmp_path).problems
+
+
+def test_numbers_of_a_file_are_numbers(tmp_path):
+    file = tmp_path / "b.yaml"
+    file.write_text(
+        "parameters: {a: 5e-4, b: 1E+3, c: 2.5e-4, d: -1e2, e: 12, f: 1.5, g: e5, h: 5e, i: '1e3'}"
+    )
+    assert list(read_batch(file)["parameters"].values()) == [
+        5e-4, 1000.0, 2.5e-4, -100.0, 12, 1.5, "e5", "5e", "1e3",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

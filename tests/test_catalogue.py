@@ -176,6 +176,16 @@ def test_a_tasks_own_splits(task, train, of_the_miniworld, of_a_users_data):
     assert splits_of(named) == ("a", ["b", "c"])
 
 
+@pytest.mark.parametrize("task", ["vcr", "e_snli_ve", "vqa_v2"])
+def test_held_out_pictures_are_evaluated_instead_of_tests(task):
+    train, evaluated = splits_of(config(task, held_out=0.2))
+    assert evaluated == [f"{train}_held_out"]
+    assert splits_of(config(task, held_out=0.2, train_split="a")) == ("a", ["a_held_out"])
+    for beside in ({"eval_splits": ["val"]}, {"shift": "shortcut"}, {"submission_split": "test"}):
+        with pytest.raises(ConfigError, match=r"held_out=0\.2 evaluates the pictures set aside and no test"):
+            splits_of(config(task, held_out=0.2, **beside))
+
+
 def test_the_split_that_a_benchmark_takes():
     assert {task: submission_split(task) for task in TASKS} == {
         "vcr_qa": "", "vcr_qar": "", "vcr": "test", "snli_ve": "test", "e_snli_ve": "test",

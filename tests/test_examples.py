@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from tdlib.examples import (
     DataError,
     Example,
+    Examples,
     Reference,
     TextPart,
+    divide_by_picture,
     join_parts,
     load_manifest,
     low_shot,
@@ -37,6 +39,57 @@ def ids(examples) -> list[str]:
 
 def strata(examples) -> Counter:
     return Counter(each.stratum for each in examples)
+
+
+# pictures set aside
+
+
+def of_pictures(pictures: list[str]) -> Examples:
+    return Examples.of(
+        [dataclasses.replace(example(f"train-{i}"), image=Path(name)) for i, name in enumerate(pictures)]
+    )
+
+
+@few
+@given(st.permutations([*range(200), *range(100)]), st.floats(0.1, 0.6), st.floats(0.1, 0.6))
+def test_pictures_set_aside_are_a_share_of_all_and_of_any_larger_share(numbers, one, other):
+    examples = of_pictures([f"images/{number}.jpg" for number in numbers])
+    small, large = sorted((one, other))
+    parts = {share: divide_by_picture(examples, share) for share in (small, large)}
+    for share, (learned, aside) in parts.items():
+        assert sorted(ids(learned) + ids(aside)) == sorted(ids(examples))
+        assert ids(learned) == [name for name in ids(examples) if name in set(ids(learned))]  # in their order
+        pictures = {each.image for each in aside}
+        assert not pictures & {each.image for each in learned}
+        assert abs(len(pictures) / len(set(numbers)) - share) < 0.2
+    assert set(ids(parts[small][1])) <= set(ids(parts[large][1]))
+
+
+def test_new_examples_do_not_change_the_side_of_the_old_ones():
+    names = [f"images/{number}.jpg" for number in range(100)]
+    before = ids(divide_by_picture(of_pictures(names), 0.3)[1])
+    after = ids(divide_by_picture(of_pictures([*names, *(f"images/new-{i}.jpg" for i in range(50))]), 0.3)[1])
+    assert [name for name in after if int(name.removeprefix("train-")) < 100] == before
+    elsewhere = of_pictures([f"/data/other/{name}" for name in names])
+    assert ids(divide_by_picture(elsewhere, 0.3)[1]) == before
+
+
+def test_pictures_of_one_of_many_folders_stay_together():
+    def clips(folders: int) -> tuple[set[Path], set[Path]]:
+        names = [f"clip-{i}/{frame}.jpg" for i in range(folders) for frame in range(6)]
+        one, other = divide_by_picture(of_pictures(names), 0.4)
+        return {each.image.parent for each in one}, {each.image.parent for each in other}
+
+    learned, aside = clips(80)
+    assert not learned & aside and len(aside) > 10
+    learned, aside = clips(3)  # parts of one collection: pictures are divided
+    assert learned & aside
+
+
+@pytest.mark.parametrize("share", [1e-9, 1.0])
+def test_a_part_without_examples_is_refused(share):
+    with pytest.raises(ValueError, match=r"held_out=.* of 20 pictures"):
+        divide_by_picture(of_pictures([f"images/{number}.jpg" for number in range(20)]), share)
 
 
 # low-shot subsets

@@ -33,6 +33,7 @@ from tdlib.protocol import (
 from tdlib.protocol_plots import plot_shifts, plot_shots
 from tdlib.statistics import bootstrap_interval, paired_difference, sign_flip_test
 from tdlib.training import prediction_table
+from tdlib.tuning import rank_settings, write_tuned
 
 CLASSES = ("yes", "no", "maybe")
 DEFAULTS = {"student": "small", "eval_splits": [], "interactive": False, "runs_dir": "somewhere"}
@@ -267,6 +268,93 @@ def test_settings_that_differ_are_told_apart_and_never_paired(tmp_path):
 
 def test_splits_of_different_tasks_are_no_setting(compared):
     assert set(compared["setting"]) == {""}
+
+
+def test_settings_tuned_for_each_arm_are_part_of_it(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / "b", seed=seed, more={"rate": 0.1, "student": "small"})
+        write_run(tmp_path / "b", arm="clip_td", seed=seed, more={"rate": 0.5, "student": "small"})
+    assert compare(tmp_path / "b")["pairs"].max() == 0
+    file = tmp_path / "b" / "batch.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tuned": ["rate"]}))
+    assert set(read_runs(tmp_path / "b")["tuned"]) == {"rate=0.1", "rate=0.5"}
+    assert row_of(compare(tmp_path / "b"), arm="clip_td")["pairs"] == 2
+
+
+# Settings chosen for each arm.
+
+RIGHT = {  # how often the runs are right, by arm and what they tried
+    "finetune": {(0.1, 1.0): 0.3, (0.2, 1.0): 0.6, (0.3, 1.0): 0.4},
+    "clip_td": {(0.1, 1.0): 0.5, (0.1, 5.0): 0.9, (0.2, 5.0): 0.2},
+}
+
+
+def write_tuning(batch: Path, right=RIGHT, seeds=(100, 101), splits=("train_held_out",), **changes) -> Path:
+    for arm, tried in right.items():
+        for (rate, weight), share in tried.items():
+            for seed in seeds:
+                more = {"rate": rate, "distill_weight": weight}
+                write_run(batch, arm=arm, seed=seed, share=share, splits=splits, more=more, **changes)
+    return batch
+
+
+def test_each_arm_gets_the_setting_that_is_best_for_it(tmp_path):
+    batch = write_tuning(tmp_path / "tune")
+    ranked = rank_settings(batch, resamples=100)
+    assert list(ranked.columns[:3]) == ["arm", "rate", "distill_weight"]
+    assert list(ranked.loc[ranked["chosen"], "rate"]) == [0.2, 0.1]
+    for _, own in ranked.groupby("arm", sort=False):
+        assert own["mean"].is_monotonic_decreasing and list(own["chosen"]) == [True, False, False]
+    assert (ranked["low"] <= ranked["mean"]).all() and (ranked["mean"] <= ranked["high"]).all()
+    assert set(ranked["settings"]) == {3} and set(ranked["seeds"]) == {2}
+    assert row_of(ranked, arm="finetune", chosen=True)["edge"] == ""  # 0.2 of 0.1 to 0.3
+    assert row_of(ranked, arm="clip_td", chosen=True)["edge"] == "rate, distill_weight"
+    known = json.loads(write_tuned(batch, ranked).read_text())
+    assert known["batch"] == "tune" and known["seeds"] == [100, 101]
+    assert [(entry["where"], entry["settings"]) for entry in known["chosen"]] == [
+        ({"arm": "finetune"}, {"rate": 0.2}),  # whose own distill_weight is 0
+        ({"arm": "clip_td"}, {"rate": 0.1, "distill_weight": 5.0}),
+    ]
+
+
+def test_settings_are_chosen_apart_for_each_task_and_size(tmp_path):
+    for task, split, (low, high) in (
+        ("vcr_qa", "train_held_out", (0.2, 0.8)),
+        ("snli_ve", "train_held_out", (0.8, 0.2)),
+    ):
+        for rate, share in ((0.1, low), (0.2, high)):
+            write_run(tmp_path / "b", task, share=share, splits=(split,), more={"rate": rate})
+    ranked = rank_settings(tmp_path / "b", resamples=50)
+    assert list(ranked.columns[:3]) == ["task", "rate", "settings"]
+    assert row_of(ranked, task="vcr_qa", chosen=True)["rate"] == 0.2
+    assert row_of(ranked, task="snli_ve", chosen=True)["rate"] == 0.1
+
+
+def test_a_choice_without_equal_effort_or_on_a_test_is_refused(tmp_path):
+    def refused(name: str, expected: str, **options) -> None:
+        with pytest.raises(ProtocolError, match=expected):
+            rank_settings(tmp_path / name, resamples=50, **options)
+
+    write_tuning(tmp_path / "tests", splits=("val",))
+    refused("tests", "evaluated on val; settings are chosen on pictures set aside")
+    refused("tests", "chosen on 'dev'", split="dev")
+    assert rank_settings(tmp_path / "tests", split="val", resamples=50)["chosen"].sum() == 2
+    write_tuning(tmp_path / "both", splits=("train_held_out", "val"))
+    refused("both", "evaluated on train_held_out, val")
+    fewer = RIGHT | {"clip_td": {(0.1, 1.0): 0.5}}
+    write_tuning(tmp_path / "uneven", fewer)
+    refused("uneven", r"different numbers of settings \(finetune 3, clip_td 1\)")
+    assert rank_settings(tmp_path / "uneven", uneven=True, resamples=50)["chosen"].sum() == 2
+    write_tuning(tmp_path / "same", RIGHT | {"finetune": {(0.1, 1.0): 0.3, (0.1, 5.0): 0.3, (0.2, 1.0): 0.3}})
+    refused("same", r"are the same setting with the same seed \(arm 'finetune' may set")
+    write_tuning(tmp_path / "seeds", {"finetune": {(0.1, 1.0): 0.3}}, (100, 101))
+    write_tuning(tmp_path / "seeds", {"finetune": {(0.2, 1.0): 0.3}}, (100,))
+    refused("seeds", r"different seeds: \[100, 101\], \[100\]")
+    write_tuning(tmp_path / "alike", {"finetune": {(0.1, 1.0): 0.3}})
+    refused("alike", "differ in no setting")
+    write_tuning(tmp_path / "undone")
+    write_run(tmp_path / "undone", seed=102, state="failed")
+    refused("undone", "1 of 13 runs are not done; `tdlib batch resume undone`")
 
 
 # What is refused.

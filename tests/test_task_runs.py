@@ -84,6 +84,30 @@ def test_the_teacher_may_speak_by_answer_statements(settings, task, tmp_path):
     assert set(table["arm"]) == {"teacher, zero-shot", "chance"} and table["mean"].between(0, 1).all()
 
 
+@pytest.mark.parametrize("task", ["vcr", "snli_ve", "vqa_v2", "vqa_cp_v2"])
+def test_settings_are_chosen_on_pictures_that_are_not_learned_from(settings, task, tmp_path):
+    config = settings(task, held_out=0.3, submission_split="")
+    materials = prepare(config, [0])
+    ((split, aside),) = materials.evaluated.items()
+    assert split == f"{TASKS[task].train}_held_out"
+    assert not {e.image for e in materials.train} & {e.image for e in aside}
+    whole = experiments.read_split(config.model_copy(update={"held_out": 0.0}), TASKS[task].train)
+    assert sorted([*materials.train.ids, *aside.ids]) == sorted(whole.ids)
+    if task != "snli_ve":
+        return
+    metrics = train_run(config, materials, tmp_path / "run")
+    assert list(metrics["accuracy"]) == [split]
+    learned = json.loads((tmp_path / "run" / "manifest.json").read_text())["ids"]
+    tested = pd.read_parquet(tmp_path / "run" / "predictions.parquet")["id"]
+    assert learned and not set(learned) & set(tested)
+    assert read_records(tmp_path / "run" / "selections.parquet")[0].split == split
+
+
+def test_nothing_held_out_is_refused(settings):
+    with pytest.raises(ConfigError, match="held_out=1e-09: 0 of"):
+        prepare(settings("snli_ve", held_out=1e-9, submission_split=""))
+
+
 def test_reference_scores_of_a_probe_and_of_choices(settings):
     for task, name in (("snli_ve", "teacher, probe"), ("vcr_qar", "teacher, zero-shot")):
         config = settings(task, submission_split="")
