@@ -128,7 +128,7 @@ def _execute(batch: "Batch", options: argparse.Namespace) -> None:
 
 def _best(batch: "Batch", options: argparse.Namespace) -> int:
     from tdlib.protocol import ProtocolError
-    from tdlib.tuning import TUNED
+    from tdlib.tuning import CONTEXT, TUNED
 
     try:
         table = batch.best(options.split, options.uneven)
@@ -138,8 +138,8 @@ def _best(batch: "Batch", options: argparse.Namespace) -> int:
     print(table.to_string(index=False, na_rep="", float_format="{:.4g}".format))
     beyond = table[table["edge"] != ""]
     for row in beyond.to_dict("records"):
-        where = " ".join(str(row[name]) for name in table.columns[: table.columns.get_loc("arm") + 1])
-        print(f"{where}: {row['edge']} lies at the edge of what was tried; try values beyond")
+        where = " ".join(str(row[name]) for name in table if name in CONTEXT)
+        print(f"at the edge of what was tried, so that better may lie beyond: {where} {row['edge']}")
     print(f"chosen: {batch.folder / TUNED}; a batch file takes it with tuned: {batch.plan.name}")
     return 0
 

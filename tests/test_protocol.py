@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from tdlib import run_states
+from tdlib.cli import main
 from tdlib.config import ROOT
 from tdlib.examples import Example, TextPart, save_manifest
 from tdlib.plots import to_png, to_svg
@@ -328,6 +329,20 @@ def test_settings_are_chosen_apart_for_each_task_and_size(tmp_path):
     assert list(ranked.columns[:3]) == ["task", "rate", "settings"]
     assert row_of(ranked, task="vcr_qa", chosen=True)["rate"] == 0.2
     assert row_of(ranked, task="snli_ve", chosen=True)["rate"] == 0.1
+
+
+def test_the_command_keeps_the_choice_and_says_what_lies_at_the_edge(tmp_path, capsys):
+    write_tuning(tmp_path / "tune")
+    (tmp_path / "tune.yaml").write_text("template: 04_distill\ngrid: {learning_rate: [5e-4, 1e-3]}\n")
+    command = ["batch", "best", str(tmp_path / "tune.yaml"), "--folder", str(tmp_path)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "beyond: clip_td rate, distill_weight\n" in out and "beyond: finetune" not in out
+    assert "tuned: tune" in out and len(json.loads((tmp_path / "tune" / "tuned.json").read_text())) == 3
+    (tmp_path / "tune" / "tuned.json").unlink()
+    write_run(tmp_path / "tune", seed=102, state="failed")
+    assert main(command) == 1 and "are not done" in capsys.readouterr().err
+    assert not (tmp_path / "tune" / "tuned.json").exists()
 
 
 def test_a_choice_without_equal_effort_or_on_a_test_is_refused(tmp_path):
