@@ -153,8 +153,18 @@ def _check_tokens(maps: Sequence[Tensor], record: TargetRecord) -> None:
         )
 
 
-def _named(record: TargetRecord, tokens: int, ids: Sequence[int], tokenizer: Any) -> TargetRecord:
-    """The record with names for tokens that have no place, and with [END] where the student has one more."""
+def named_record(
+    record: TargetRecord, batch: Mapping[str, Tensor], tokenizer: Any, tokens: int
+) -> TargetRecord:
+    """The record with names for tokens that have no place, such as [CLS].
+
+    Args:
+        record: of the example in the batch.
+        batch: as in ``student_attention``, likewise ``tokenizer``.
+        tokenizer: the student's; None names all of them "[special]".
+        tokens: that the student has; [END] is added where it has one more than the record.
+    """
+    ids = batch["input_ids"][0, record.choice].tolist()
     words = tokenizer.convert_ids_to_tokens(list(ids)) if tokenizer is not None else ["[special]"] * len(ids)
     names = [
         name if text else "" if visual else words[place] if place < len(ids) else "[IMG]"
@@ -205,7 +215,7 @@ def student_attention(
         student(**inputs)
     _check_tokens(maps, record)
     found = torch.stack([part[record.choice] for part in maps]).float().cpu().numpy()
-    named = _named(record, found.shape[-1], batch["input_ids"][0, record.choice].tolist(), tokenizer)
+    named = named_record(record, batch, tokenizer, found.shape[-1])
     return Attention(found, chosen, named, readout_position(student, batch, record.choice), name)
 
 

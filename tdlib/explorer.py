@@ -415,13 +415,15 @@ def student_rollout(look: Look) -> View:
 
 def student_gradient(look: Look) -> View:
     """What brings about the trained student's logit of the statement, or of the label."""
-    from tdlib.attention_views import attention_modules, gradient_relevance, relevance_view
+    from tdlib.attention_views import attention_modules, gradient_relevance, named_record, relevance_view
 
-    student, batch, record, _ = _student_input(look)
+    student, batch, record, tokenizer = _student_input(look)
     values = gradient_relevance(student, batch, record)
     last = len(attention_modules(student)) - 1
-    goal = f"label {look.run.labels[record.label or 0]}" if look.run.labels else f"choice {record.choice}"
-    return relevance_view(record, values, f"{look.run.name}: gradient relevance, layers 0 to {last}, {goal}")
+    answer = (record.prediction or 0) if record.label is None else record.label
+    goal = f"label {look.run.labels[answer]}" if look.run.labels else f"choice {record.choice}"
+    named = named_record(record, batch, tokenizer, len(values))
+    return relevance_view(named, values, f"{look.run.name}: gradient relevance, layers 0 to {last}, {goal}")
 
 
 def teacher_attention(look: Look) -> View:

@@ -245,9 +245,15 @@ def _runs_through(frame: Box, x: float, y: float, more: float = 0.0) -> bool:
 
 def _free(places: list[tuple[float, float]], taken: list[tuple[float, float]]) -> tuple[float, float]:
     """Take the first place where a number hides no earlier one, or the first of all."""
-    free = [(x, y) for x, y in places if all(abs(x - u) > 0.085 or abs(y - v) > 0.055 for u, v in taken)]
-    taken.append((free or places)[0])
+    taken.append((_not_taken(places, taken) or places)[0])
     return taken[-1]
+
+
+def _not_taken(
+    places: list[tuple[float, float]], taken: list[tuple[float, float]], wide: float = 0.085
+) -> list[tuple[float, float]]:
+    """The places where a number of this width hides no earlier one."""
+    return [(x, y) for x, y in places if all(abs(x - u) > wide or abs(y - v) > 0.055 for u, v in taken)]
 
 
 def _rectangle(box: Sequence[float] | np.ndarray, **style: Any) -> Rectangle:

@@ -32,6 +32,7 @@ from tdlib.plots import (
     TEXT,
     Figure,
     _frame,
+    _not_taken,
     _open,
     _outline,
     _places,
@@ -161,7 +162,8 @@ def draw_boxes(
     """The picture with its visual tokens coloured by ``values`` (tokens,), in %; nan is left open.
 
     The scale runs from 0, or from ``-extent``, to ``extent``. ``most`` outlines and numbers only so
-    many boxes, and lets the picture show through the lighter others. Returns what a colour bar needs.
+    many boxes, and lets the picture show through the lighter others. A number that would hide another
+    is left out. Returns what a colour bar needs.
     """
     picture = _open(record)
     axes.imshow(picture, extent=(0, 1, 1, 0), aspect=picture.height / picture.width)
@@ -176,17 +178,22 @@ def draw_boxes(
     overlay.set(edgecolor="white", linewidth=0.3)
     marked = visual[np.isfinite(shown)]
     if most is not None:
-        overlay.set_alpha(0.1 + 0.7 * np.clip(np.nan_to_num(shown) / (100 * extent), 0, 1))
+        above = np.nan_to_num(shown - np.nanmin(shown)) / (float(np.ptp(shown[np.isfinite(shown)])) or 1)
+        overlay.set_alpha(0.1 + 0.5 * above)
         marked = marked[np.argsort(-values[marked], kind="stable")][:most]
     axes.add_collection(overlay, autolim=False)
     for box in record.relevant_boxes:
         _frame(axes, box, picture.width / picture.height)
-    for i in marked:
-        left, top, right, bottom = record.boxes[i]
+    taken: list[tuple[float, float]] = []
+    sides = record.boxes[:, 2:] - record.boxes[:, :2]
+    for i in sorted(marked, key=lambda i: float(sides[i].prod())):  # a large box has more room for its number
         _outline(axes, record.boxes[i], edgecolor="black", linewidth=0.7)
-        if right - left > 0.1 and bottom - top > 0.05:
+        wide, high = map(float, sides[i])
+        free = _not_taken(_places(record.boxes[i], record.relevant_boxes), taken, 0.14)
+        if free and wide > 0.1 and high > 0.05:
             number = signed(float(values[i])) if diverging else percent(float(values[i]))
-            x, y = _places(record.boxes[i], record.relevant_boxes)[0]
+            x, y = free[0]
+            taken.append((x, y))
             crossed = any(_runs_through(frame, x, y, 0.04) for frame in record.relevant_boxes)
             axes.text(x, y, number, path_effects=HALO, bbox=GROUND if crossed else None, **CENTRED)
     return ScalarMappable(norm, colours)

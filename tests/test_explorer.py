@@ -271,6 +271,14 @@ def test_every_view_of_a_trained_run(look, name):
     assert view.figure().get_size_inches().min() > 1
 
 
+@pytest.mark.parametrize("view", ["student: attention", "student: gradient"])
+def test_tokens_without_a_place_have_their_names(look, view):
+    tokens = list(show(look, view).table()["token"])
+    assert (
+        tokens[0] == "[CLS]" and "[SEP]" in tokens and not any(name.startswith("token ") for name in tokens)
+    )
+
+
 @pytest.mark.parametrize(("modality", "picture", "words"), [("text", False, True), ("visual", True, False)])
 def test_a_modality_alone(look, modality, picture, words):
     html = show(replace(look, modality=modality), "statement and picture").to_html()

@@ -371,6 +371,20 @@ def test_the_heat_map_is_the_records(history):
     assert "training step (updates); * decides the answer (e-SNLI highlights)" in below
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_numbers_on_overlapping_boxes_do_not_hide_each_other(image, seed):
+    corners = np.random.default_rng(seed).random((9, 2, 2))
+    boxes = np.concatenate([np.zeros((12, 4)), np.concatenate([corners.min(1), corners.max(1)], axis=1)])
+    boxes[12] = (0, 0, 1, 1)
+    left, right = (make_record(image, seed=s, boxes=boxes) for s in (seed, seed + 10))
+    panels = run_views.difference_view(left, right).figure().axes[:3]
+    assert sum(len(panel.texts) for panel in panels) > 3
+    for panel in panels:
+        places = [text.get_position() for text in panel.texts]
+        for i, (x, y) in enumerate(places):
+            assert all(abs(x - u) > 0.14 or abs(y - v) > 0.055 for u, v in places[:i])
+
+
 def test_turnover_compares_each_step_with_the_one_before(history):
     data = run_views.turnover_table(history).set_index(["example_id", "step"])
     for example in ("val-3", "val-4"):
