@@ -34,7 +34,7 @@ def rank_settings(
     (missing where the arm sets them itself), settings (that the arm has tried), seeds, mean, low, high
     (on the examples set aside, over seeds and pictures), chosen (the highest mean; of equals the one that
     the batch names first), and edge: tuned parameters of which the chosen value is the smallest or
-    largest tried, so that a better one may lie beyond.
+    largest of three or more, so that a better one may lie beyond.
 
     Args:
         folder: of the batch.
@@ -186,6 +186,6 @@ def _edge(best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]], tuned: Se
     at = []
     for name in tuned:
         values = {row[name] for row in tried if name in row and isinstance(row[name], int | float)}
-        if len(values) > 1 and best[name] in (min(values), max(values)):
+        if len(values) > 2 and best[name] in (min(values), max(values)):
             at.append(name)
     return ", ".join(at)
