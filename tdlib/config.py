@@ -105,6 +105,9 @@ class RunConfig(BaseModel):
     )
     choice_weight: float = Field(1.0, ge=0, description="of the teacher's distribution over choices")
     choice_temperature: float = Field(1.0, gt=0)
+    choice_instance_weight: str = Field(
+        "uniform", description="of each example in that term: a key of tdlib.weighting.INSTANCE_WEIGHTS"
+    )
     class_probabilities: Literal["probe", "statements"] = Field(
         "probe", description="the teacher's, where there are no choices: cross-fitted probe, or zero-shot"
     )
@@ -159,7 +162,7 @@ class RunConfig(BaseModel):
 
     @field_validator(
         "arm", "relevance", "prior", "selector", "token_weight", "instance_weight", "distance",
-        "distill_schedule",
+        "distill_schedule", "choice_instance_weight",
     )  # fmt: skip
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:

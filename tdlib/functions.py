@@ -23,7 +23,7 @@ def tables() -> dict[str, dict[str, Callable[..., Any]]]:
     return {
         "relevance": RELEVANCE | STUDENT_RELEVANCE, "prior": PRIORS, "selector": SELECTORS,
         "token_weight": TOKEN_WEIGHTS, "instance_weight": INSTANCE_WEIGHTS, "distance": DISTANCES,
-        "distill_schedule": SCHEDULES,
+        "distill_schedule": SCHEDULES, "choice_instance_weight": INSTANCE_WEIGHTS,
     }  # fmt: skip
 
 

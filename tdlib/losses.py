@@ -109,18 +109,23 @@ def choice_distribution_loss(
     teacher_logits: Float[Tensor, "*batch choices"],
     temperature: float = 1.0,
     num_examples: int | None = None,
+    instance_weights: Float[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Match the teacher's distribution over the choices: ``T^2 * mean_b KL(teacher || student)``, in nats.
+    """Match the teacher's distribution over the choices: ``T^2 * mean_b c[b] KL(teacher || student)``.
 
-    Both are ``softmax(logits / T)``; the factor keeps the size of the gradients (Hinton et al. 2015,
-    section 2). ``num_examples``: divide by this number, that of a whole accumulation window,
-    instead of the number given here. Raises ValueError for a bad temperature or a number below 1.
+    In nats. Both are ``softmax(logits / T)``; the factor keeps the size of the gradients (Hinton et al.
+    2015, section 2). ``instance_weights`` are c, 1 if None; with ``weighting.wsld_weight`` these are the
+    weighted soft labels of Zhou et al. 2021. ``num_examples``: divide by this number, that of a whole
+    accumulation window, instead of the number given here. Raises ValueError for a bad temperature or a
+    number below 1.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"choice temperature is {temperature}; expected a finite number above 0")
     teacher = (_at_least_float32(teacher_logits.detach()) / temperature).softmax(dim=-1)
     student = (_at_least_float32(student_logits) / temperature).log_softmax(dim=-1)
     divergence = F.kl_div(student, teacher, reduction="none").sum(dim=-1)
+    if instance_weights is not None:
+        divergence = instance_weights.detach().expand(divergence.shape) * divergence
     return temperature**2 * divergence.sum() / _count("num_examples", num_examples, divergence.numel())
 
 

@@ -79,8 +79,10 @@ class TargetedDistillation(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):  # whatever the precision of the student
             terms = {"task": self.task_loss(logits, batch, examples), **extra}
             if config.choice_weight > 0:
+                weighing = config.choice_instance_weight  # "uniform" needs no right answer
+                weights = None if weighing == "uniform" else self.instance_weights(batch, logits, weighing)
                 terms["choice"] = choice_distribution_loss(
-                    logits, batch["teacher_logits"], config.choice_temperature, examples
+                    logits, batch["teacher_logits"], config.choice_temperature, examples, weights
                 )
             if self.phi is not None:
                 terms |= self._distill(output, batch, examples)
@@ -190,12 +192,13 @@ class TargetedDistillation(nn.Module):
         )
         return selected, TOKEN_WEIGHTS[self.settings.token_weight](scores, selected)
 
-    def instance_weights(self, batch: dict[str, Tensor], logits: Tensor) -> Tensor:
+    def instance_weights(self, batch: dict[str, Tensor], logits: Tensor, name: str = "") -> Tensor:
         """c (batch,), from the probabilities of teacher and student; carries no gradient.
 
-        0 for an example whose right answer is not in the label set: there is no p_T.
+        0 for an example whose right answer is not in the label set: there is no p_T. ``name`` is that of
+        a function in ``INSTANCE_WEIGHTS``; "" takes the run's.
         """
-        weight = INSTANCE_WEIGHTS[self.settings.instance_weight]
+        weight = INSTANCE_WEIGHTS[name or self.settings.instance_weight]
         known = batch["labels"] >= 0
         teacher, student = batch["teacher_logits"].softmax(-1), logits.detach().softmax(-1)
         return weight(teacher, student, batch["labels"].clamp_min(0)) * known

@@ -265,6 +265,18 @@ def test_choice_loss_micro_batches_add_up_to_the_window():
     assert_close(sum(parts), choice_distribution_loss(student, teacher))
 
 
+def test_each_examples_divergence_counts_as_its_weight_says():
+    student, teacher = random_logits(3)
+    weights = torch.linspace(0, 1, len(student))
+    single = torch.stack([choice_distribution_loss(student[[i]], teacher[[i]]) for i in range(len(student))])
+    found = choice_distribution_loss(student, teacher, instance_weights=weights)
+    assert_close(found, (weights * single).mean())
+    assert_close(
+        choice_distribution_loss(student, teacher, instance_weights=torch.ones(len(student))),
+        choice_distribution_loss(student, teacher),
+    )
+
+
 def test_choice_loss_sends_its_gradient_to_the_student_alone():
     student, teacher = (logits.requires_grad_() for logits in random_logits(0))
     choice_distribution_loss(student, teacher).backward()

@@ -309,7 +309,9 @@ def test_each_arm_gets_the_setting_that_is_best_for_it(tmp_path):
     assert (ranked["low"] <= ranked["mean"]).all() and (ranked["mean"] <= ranked["high"]).all()
     assert set(ranked["settings"]) == {3} and set(ranked["seeds"]) == {2}
     assert row_of(ranked, arm="finetune", chosen=True)["edge"] == ""  # 0.2 of 0.1 to 0.3
-    assert row_of(ranked, arm="clip_td", chosen=True)["edge"] == "rate"  # of two weights one is always at an edge
+    assert (
+        row_of(ranked, arm="clip_td", chosen=True)["edge"] == "rate"
+    )  # of two weights one is always at an edge
     known = json.loads(write_tuned(batch, ranked).read_text())
     assert known["batch"] == "tune" and known["seeds"] == [100, 101]
     assert [(entry["where"], entry["settings"]) for entry in known["chosen"]] == [

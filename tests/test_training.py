@@ -246,6 +246,23 @@ def test_the_loss_is_its_weighted_terms(base, materials, mixed):
     assert_close(terms["loss"], terms["task"] + 0.3 * terms["choice"] + 0.7 * terms["distill"])
 
 
+def test_the_teachers_distribution_can_count_where_the_teacher_is_right(base, materials, mixed):
+    batch = collate(mixed, materials.encoder)
+    with torch.no_grad():
+        found = {
+            name: float(
+                module_of(materials, settings_of(base, choice_instance_weight=name)).eval()(batch)["choice"]
+            )
+            for name in ("uniform", "correct", "ratio")
+        }
+        right = batch["teacher_logits"].argmax(-1) == batch["labels"]
+        assert right.any() and not right.all(), "the test needs both"
+        batch["teacher_logits"][~right] = 0  # no opinion, so another divergence
+        again = module_of(materials, settings_of(base, choice_instance_weight="correct")).eval()(batch)
+    assert float(again["choice"]) == pytest.approx(found["correct"])
+    assert found["correct"] < found["uniform"] and found["ratio"] < found["uniform"]
+
+
 def test_distillation_follows_the_formula(base, materials, mixed):
     """mean over examples and choices of c * sum of w * (1 - cos(phi(h), u)), token by token."""
     module = module_of(materials, base).eval()
