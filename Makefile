@@ -47,7 +47,7 @@ types: $(INSTALLED) ## Check types with mypy
 	$(BIN)/mypy
 
 bench: $(INSTALLED) ## Measure speed on this machine
-	$(BIN)/python -m tdlib.bench $(ARGS)
+	$(BIN)/python tests/bench.py $(ARGS)
 
 format: $(INSTALLED) ## Format the code, mend what ruff can, strip the notebooks
 	@$(if $(NOTEBOOKS),$(STRIP) $(NOTEBOOKS);) $(BIN)/ruff check --fix-only .; $(BIN)/ruff format .

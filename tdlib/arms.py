@@ -1,7 +1,5 @@
 """The arms of a comparison: named settings of the same training."""
 
-from tdlib.config import ConfigError, RunConfig
-
 ARMS: dict[str, dict[str, object]] = {
     "finetune": {"distill_weight": 0.0, "choice_weight": 0.0},
     "naive": {
@@ -33,43 +31,3 @@ ARMS: dict[str, dict[str, object]] = {
     "clip_input": {"distill_weight": 0.0, "choice_weight": 0.0, "regions": "clip"},
     "clip_finetune": {"distill_weight": 0.0, "choice_weight": 0.0, "student": "teacher"},
 }
-
-ARM_SETS: dict[str, list[str]] = {
-    "paper": ["finetune", "naive", "clip_td", "clip_finetune"],
-    "ablation": [
-        "finetune", "clip_td", "clip_td_features", "clip_td_choice", "clip_td_selection", "clip_td_weighting",
-        "clip_td_no_prior",
-    ],
-    "controls": [
-        "finetune", "clip_td", "clip_td_random", "clip_td_first", "clip_td_inverse", "shuffled_teacher",
-        "random_teacher", "label_smoothing",
-    ],
-}  # fmt: skip
-
-
-def apply_arm(config: RunConfig) -> RunConfig:
-    """The configuration with its arm's settings in force.
-
-    ``finetune`` uses no teacher; ``naive`` distils every token with equal weight and c = 1
-    (our reading of "naive distillation"), ``naive_global`` CLIP's global embeddings to [CLS];
-    ``clip_td`` is the method. Ablations: without the teacher's choice distribution
-    (``clip_td_features``), with it alone (``clip_td_choice``), selection without weights, weights
-    without selection, without the prior. Controls: other selections of the same size, a teacher that
-    sees another example's picture or has random weights, and smoothed labels without a teacher.
-    ``clip_input``: CLIP's patch tokens in place of the student's regions; their projection is new
-    (after CLIP-ViL, Shen et al. 2021). ``clip_finetune``: CLIP's two towers with a fusion head.
-
-    Raises:
-        ConfigError: the arm sets an unknown parameter or a bad value.
-    """
-    return RunConfig.from_parameters(**{**config.model_dump(), **ARMS[config.arm]})
-
-
-def check_arm(config: RunConfig) -> None:
-    """Raises ConfigError where settings are not those of the arm that they bear the name of."""
-    other = {
-        name: value for name, value in ARMS.get(config.arm, {}).items() if getattr(config, name) != value
-    }
-    if other:
-        wanted = ", ".join(f"{name}={value!r}" for name, value in other.items())
-        raise ConfigError(f"arm={config.arm!r} sets {wanted}, which is not so here: use apply_arm(config)")

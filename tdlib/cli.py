@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdlib.config import ROOT, ConfigError
-from tdlib.examples import DataError
+from tdlib.core.paths import ROOT, ConfigError
+from tdlib.data.examples import DataError
 
 if TYPE_CHECKING:
-    from tdlib.batches import Batch
+    from tdlib.runs.batch import Batch
 
 
 def _literal(text: str) -> Any:
@@ -23,7 +23,7 @@ def _literal(text: str) -> Any:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tdlib.batches import NotebookFailed, notebook_parameters, run_notebook
+    from tdlib.runs.batch import NotebookFailed, notebook_parameters, run_notebook
 
     name = options.notebook
     path = Path(name) if name.endswith(".ipynb") else ROOT / "notebooks" / f"{name}.ipynb"
@@ -60,7 +60,7 @@ def _world(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from tdlib.tasks.catalogue import check_folder
+    from tdlib.data.tasks import check_folder
 
     bad = 0
     for task, split, number, problems in check_folder(Path(options.folder), options.decode):
@@ -73,7 +73,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _mask(options: argparse.Namespace) -> int:
-    from tdlib.experiments import write_masked
+    from tdlib.training.prepare import write_masked
 
     print(write_masked(Path(options.folder), options.shift))
     return 0
@@ -81,8 +81,8 @@ def _mask(options: argparse.Namespace) -> int:
 
 def _batch(options: argparse.Namespace) -> int:
     """Every command of ``tdlib batch``; 0 where nothing failed."""
-    from tdlib import batch_reports
-    from tdlib.batches import Batch
+    from tdlib.runs import report as batch_reports
+    from tdlib.runs.batch import Batch
 
     reports = Path(options.folder) if options.folder else None
     resources = {key: _literal(value) for key, value in getattr(options, "resources", [])}
@@ -127,8 +127,8 @@ def _execute(batch: "Batch", options: argparse.Namespace) -> None:
 
 
 def _best(batch: "Batch", options: argparse.Namespace) -> int:
-    from tdlib.protocol import ProtocolError
-    from tdlib.tuning import CONTEXT, TUNED
+    from tdlib.analysis.protocol import ProtocolError
+    from tdlib.analysis.tuning import CONTEXT, TUNED
 
     try:
         table = batch.best(options.split, options.uneven)
@@ -145,7 +145,7 @@ def _best(batch: "Batch", options: argparse.Namespace) -> int:
 
 
 def _plan(batch: "Batch") -> int:
-    from tdlib.engines import LocalEngine
+    from tdlib.runs.engines import LocalEngine
 
     if batch.problems:
         print(f"{batch.file}: {len(batch.problems)} problems", file=sys.stderr)

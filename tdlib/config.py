@@ -1,25 +1,12 @@
-"""The parameters of a run, validated before any work, and where the project's files lie."""
+"""The parameters of a run, validated before any work."""
 
 import difflib
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def resolve(name: str, prefix: str = "") -> str:
-    """A path relative to the project as an absolute one; other names (hub ids, tags) as they are."""
-    if name.startswith(prefix):
-        path = ROOT / name[len(prefix) :]
-        if name[len(prefix) :] and path.exists():
-            return f"{prefix}{path}"
-    return name
-
-
-class ConfigError(ValueError):
-    """A bad parameter: names it, the value found and what was expected."""
+from tdlib.arms import ARMS
+from tdlib.core.paths import ConfigError
 
 
 class RunConfig(BaseModel):
@@ -68,7 +55,7 @@ class RunConfig(BaseModel):
     )
     regions: str = Field(
         "boxes+grid:data/models/mini-detector",
-        description="region features, KIND:WHERE as in tdlib.regions.open_regions (students that read them)",
+        description="region features, KIND:WHERE (tdlib.regions.computed.open_regions), where students read them",
     )
     max_text_tokens: int = Field(40, ge=8, le=512)
 
@@ -106,7 +93,8 @@ class RunConfig(BaseModel):
     choice_weight: float = Field(1.0, ge=0, description="of the teacher's distribution over choices")
     choice_temperature: float = Field(1.0, gt=0)
     choice_instance_weight: str = Field(
-        "uniform", description="of each example in that term: a key of tdlib.weighting.INSTANCE_WEIGHTS"
+        "uniform",
+        description="of each example in that term: a key of tdlib.method.weighting.INSTANCE_WEIGHTS",
     )
     class_probabilities: Literal["probe", "statements"] = Field(
         "probe", description="the teacher's, where there are no choices: cross-fitted probe, or zero-shot"
@@ -166,8 +154,7 @@ class RunConfig(BaseModel):
     )  # fmt: skip
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
-        from tdlib.arms import ARMS
-        from tdlib.functions import tables
+        from tdlib.method.registry import tables
 
         table: dict[str, Any] = ({"arm": ARMS} | tables())[str(info.field_name)]
         if value not in table:
@@ -197,3 +184,31 @@ def _explain(error: Any, fields: list[str]) -> str:
         return f"{name}: unknown parameter" + (f"; did you mean {close[0]!r}?" if close else "")
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{name}={error['input']!r}: {message}" if name else message
+
+
+def apply_arm(config: RunConfig) -> RunConfig:
+    """The configuration with its arm's settings in force.
+
+    ``finetune`` uses no teacher; ``naive`` distils every token with equal weight and c = 1
+    (our reading of "naive distillation"), ``naive_global`` CLIP's global embeddings to [CLS];
+    ``clip_td`` is the method. Ablations: without the teacher's choice distribution
+    (``clip_td_features``), with it alone (``clip_td_choice``), selection without weights, weights
+    without selection, without the prior. Controls: other selections of the same size, a teacher that
+    sees another example's picture or has random weights, and smoothed labels without a teacher.
+    ``clip_input``: CLIP's patch tokens in place of the student's regions; their projection is new
+    (after CLIP-ViL, Shen et al. 2021). ``clip_finetune``: CLIP's two towers with a fusion head.
+
+    Raises:
+        ConfigError: the arm sets an unknown parameter or a bad value.
+    """
+    return RunConfig.from_parameters(**{**config.model_dump(), **ARMS[config.arm]})
+
+
+def check_arm(config: RunConfig) -> None:
+    """Raises ConfigError where settings are not those of the arm that they bear the name of."""
+    other = {
+        name: value for name, value in ARMS.get(config.arm, {}).items() if getattr(config, name) != value
+    }
+    if other:
+        wanted = ", ".join(f"{name}={value!r}" for name, value in other.items())
+        raise ConfigError(f"arm={config.arm!r} sets {wanted}, which is not so here: use apply_arm(config)")

@@ -23,10 +23,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-METHOD_MODULES = ["alignment", "relevance", "selection", "weighting", "losses", "priors", "tokens"]
-
 # Must precede the first import of tdlib: a module imported earlier stays unchecked.
-install_import_hook([f"tdlib.{name}" for name in METHOD_MODULES], "beartype.beartype")
+install_import_hook("tdlib.method", "beartype.beartype")
 
 
 def _make_world(folder):
@@ -66,7 +64,7 @@ def teacher_folder(tmp_path_factory, captions_texts) -> Path:
     import open_clip
     from safetensors.torch import save_file
 
-    from tdlib.pretraining import train_clip_tokenizer
+    from tdlib.make.pretraining import train_clip_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "clip"
     tokenizer = train_clip_tokenizer(captions_texts, 300)
@@ -86,7 +84,7 @@ def teacher_folder(tmp_path_factory, captions_texts) -> Path:
 
 @pytest.fixture(scope="session")
 def teacher(teacher_folder):
-    from tdlib.teacher import Teacher
+    from tdlib.teacher.model import Teacher
 
     return Teacher(f"local-dir:{teacher_folder}")
 
@@ -96,7 +94,7 @@ def student_folder(tmp_path_factory, captions_texts) -> Path:
     """A transformers model folder: a ViLT of two layers with random weights."""
     from transformers import ViltConfig, ViltImageProcessor
 
-    from tdlib.pretraining import train_wordpiece_tokenizer
+    from tdlib.make.pretraining import train_wordpiece_tokenizer
     from tdlib.students.vilt import ViltForMultipleChoice
 
     folder = tmp_path_factory.mktemp("models") / "vilt"
@@ -119,7 +117,7 @@ def student_folder(tmp_path_factory, captions_texts) -> Path:
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory) -> Iterator[Path]:
     """The folder of the teachers' caches: a temporary one, for as long as the tests of a file run."""
-    from tdlib import experiments
+    from tdlib.training import prepare as experiments
 
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:

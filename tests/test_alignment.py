@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tdlib.alignment import align, aligned_targets, text_overlap, visual_overlap
-from tdlib.tokens import Tokens
+from tdlib.method.alignment import align, aligned_targets, text_overlap, visual_overlap
+from tdlib.method.tokens import Tokens
 
 few = settings(deadline=None, max_examples=30)
 seeds = st.integers(0, 2**31 - 1)

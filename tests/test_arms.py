@@ -8,23 +8,25 @@ import pandas as pd
 import pytest
 import torch
 
-from tdlib import experiments, training
-from tdlib.adversarial import moved_words, symmetric_divergence
-from tdlib.arms import ARM_SETS, ARMS, apply_arm
-from tdlib.backbones import MiniDetector, save_detector
-from tdlib.config import ConfigError, RunConfig
-from tdlib.examples import low_shot
-from tdlib.experiments import compare, prepare
-from tdlib.objective import TargetedDistillation
-from tdlib.pretraining import train_wordpiece_tokenizer
-from tdlib.selection import SELECTORS
+from tdlib.arms import ARMS
+from tdlib.config import RunConfig, apply_arm
+from tdlib.core.paths import ConfigError
+from tdlib.data.examples import low_shot
+from tdlib.data.tasks import TASKS
+from tdlib.make.pretraining import train_wordpiece_tokenizer
+from tdlib.method.selection import SELECTORS
+from tdlib.regions.backbones import MiniDetector, save_detector
 from tdlib.students.base import student_inputs
-from tdlib.students.catalogue import architecture, load_student
+from tdlib.students.registry import architecture, load_student
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
 from tdlib.students.visual_bert import VisualBertForMultipleChoice
 from tdlib.students.vlbert import VlBertConfig, VlBertForMultipleChoice
-from tdlib.tasks.catalogue import TASKS
-from tdlib.training import EncodedExamples, collate, make_trainer, predict, train_run
+from tdlib.training import prepare as experiments
+from tdlib.training import run as training
+from tdlib.training.adversarial import moved_words, symmetric_divergence
+from tdlib.training.objective import TargetedDistillation
+from tdlib.training.prepare import compare, prepare
+from tdlib.training.run import EncodedExamples, collate, make_trainer, predict, train_run
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -151,10 +153,6 @@ def test_clip_finetune_trains_both_towers_and_loads_again(settings, tmp_path, ta
 def test_clip_input_needs_a_student_that_reads_regions(settings, tmp_path):
     with pytest.raises(ConfigError, match="regions"):
         compare(settings("vilt"), ["clip_input"], [0], tmp_path)
-
-
-def test_arm_sets_name_arms_and_begin_with_the_baseline():
-    assert all(set(arms) <= set(ARMS) and arms[0] == "finetune" for arms in ARM_SETS.values())
 
 
 @pytest.mark.parametrize("student", STUDENTS)
@@ -285,7 +283,7 @@ def test_numbers_that_are_not_finite_stop_the_run_before_the_update(settings, tm
     before = {name: value.clone() for name, value in module.student.state_dict().items()}
     if where == "loss":
         monkeypatch.setattr(
-            "tdlib.objective.choice_distribution_loss", lambda *args: torch.tensor(float("inf"))
+            "tdlib.training.objective.choice_distribution_loss", lambda *args: torch.tensor(float("inf"))
         )
         message = "choice not finite"
     else:

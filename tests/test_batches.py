@@ -25,11 +25,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbclient import NotebookClient
 
-from tdlib import batch_reports, run_states
-from tdlib.batch_plan import RunConfig, check_parameters, expand, plan_batch, read_batch
-from tdlib.batches import Batch, open_results
-from tdlib.config import ROOT, ConfigError
-from tdlib.engines import GpuLeases, LocalEngine, Resources
+from tdlib.core.paths import ROOT, ConfigError
+from tdlib.core.provenance import code_version
+from tdlib.runs import report as batch_reports
+from tdlib.runs import states as run_states
+from tdlib.runs.batch import Batch, open_results
+from tdlib.runs.engines import GpuLeases, LocalEngine, Resources
+from tdlib.runs.plan import RunConfig, check_parameters, expand, plan_batch, read_batch
+from tdlib.training.provenance import data_manifest
 
 PARAMETERS = """\
 a: int = 1  # of the result
@@ -437,10 +440,10 @@ def test_an_id_changes_with_what_a_result_depends_on_and_with_nothing_else(tmp_p
         before = name()
         change()
         assert name() != before
-    assert run_states.data_manifest({"data_dir": "", "world_seed": 3})[0][::2] == ["miniworld", 3]
+    assert data_manifest({"data_dir": "", "world_seed": 3})[0][::2] == ["miniworld", 3]
     training = (ROOT / "notebooks" / "04_distill.ipynb").read_bytes()
     code = run_states.identity(training, {})["code"]
-    assert code == run_states.code_version() and not run_states.identity(template.read_bytes(), {})["code"]
+    assert code == code_version() and not run_states.identity(template.read_bytes(), {})["code"]
 
 
 def test_a_claim_is_exclusive_and_ends_with_its_owner(tmp_path):
@@ -823,9 +826,7 @@ def test_a_batch_without_a_file(tmp_path):
 
 def test_in_a_notebook_the_table_is_alive(tmp_path):
     batch = make_batch(tmp_path, grid={"a": [1, 2]})
-    source = (
-        f"from tdlib.batches import Batch\nBatch({str(batch.file)!r}, reports={str(batch.reports)!r}).run();"
-    )
+    source = f"from tdlib.runs.batch import Batch\nBatch({str(batch.file)!r}, reports={str(batch.reports)!r}).run();"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     (table,) = [out for out in notebook.cells[0].outputs if out.output_type == "display_data"]

@@ -21,11 +21,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tdlib import experiments, explorer
-from tdlib.batches import export_html, run_notebook
-from tdlib.config import ROOT, RunConfig
-from tdlib.records import END, read_records, write_records
-from tdlib.views import percent
+from tdlib.config import RunConfig
+from tdlib.core.paths import ROOT
+from tdlib.core.records import END, read_records, write_records
+from tdlib.runs.batch import export_html, run_notebook
+from tdlib.training import prepare as experiments
+from tdlib.views import explorer
+from tdlib.views.view import percent
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no browser tests: playwright is missing")
 CHROMIUM = os.environ.get("TDLIB_CHROMIUM") or next(
@@ -88,7 +90,7 @@ def copied(runs: Path, cache: Path, target: Path, **parameters) -> Path:
             rf"^({name}: \w+ = ).*?(  #)", lambda m, v=value: f"{m[1]}{v!r}{m[2]}", cell.source, flags=re.M
         )
         assert count == 1, name
-    source = "from pathlib import Path\n\nfrom tdlib import experiments\n\n"
+    source = "from pathlib import Path\n\nfrom tdlib.training import prepare as experiments\n\n"
     source += f"experiments.CACHE_ROOT = Path({str(cache)!r})"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(source))
     nbformat.write(notebook, target)

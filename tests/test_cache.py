@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import tdlib.cache
-from tdlib.cache import CacheError, TeacherCache
-from tdlib.examples import DataError
-from tdlib.files import file_digest
-from tdlib.teacher import EXTRAS, Teacher, TeacherError, open_picture
+import tdlib.teacher.cache
+from tdlib.core.files import file_digest
+from tdlib.data.examples import DataError
+from tdlib.teacher.cache import CacheError, TeacherCache
+from tdlib.teacher.model import EXTRAS, Teacher, TeacherError, open_picture
 
 TEXTS = [
     "a red umbrella",
@@ -381,7 +381,7 @@ def test_an_exception_while_writing_leaves_the_cache_as_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"tdlib.cache.{moment}", stop)
+        patch.setattr(f"tdlib.teacher.cache.{moment}", stop)
         with pytest.raises(KeyboardInterrupt):
             filled.add(["one more"])
     assert (filled.folder / "manifest.json").read_bytes() == before
@@ -405,7 +405,7 @@ def test_a_second_writer_damages_nothing(tmp_path, teacher):
 
 def kill_writer(cache: TeacherCache, texts: list[str], moment: str, call: int, after: bool) -> None:
     """A child process adds texts and is killed around one call of a function of the cache's."""
-    owner, name = (os, "replace") if moment == "replace" else (tdlib.cache, moment)
+    owner, name = (os, "replace") if moment == "replace" else (tdlib.teacher.cache, moment)
     real, calls = getattr(owner, name), []
 
     def kill(*args, **options):

@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tdlib.config import ConfigError, RunConfig
-from tdlib.examples import DataError, Example, Examples, TextPart
-from tdlib.tasks import catalogue
-from tdlib.tasks.catalogue import (
+from tdlib.config import RunConfig
+from tdlib.core.paths import ConfigError
+from tdlib.data import tasks as catalogue
+from tdlib.data.examples import DataError, Example, Examples, TextPart
+from tdlib.data.snli_ve import LABELS
+from tdlib.data.tasks import (
     SHIFTS,
     TASKS,
     answer_vocabulary,
@@ -30,9 +32,8 @@ from tdlib.tasks.catalogue import (
     submission_split,
     write_submission,
 )
-from tdlib.tasks.snli_ve import LABELS
-from tdlib.tasks.vcr import SUBMISSION_COLUMNS, check_submission
-from tdlib.tasks.vqa_metric import Vocabulary
+from tdlib.data.vcr import SUBMISSION_COLUMNS, check_submission
+from tdlib.data.vqa_metric import Vocabulary
 
 
 def config(task: str, folder: Path | str = "", **changes: Any) -> RunConfig:

@@ -14,11 +14,14 @@ import pytest
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
-from tdlib import experiments, run_states, training
-from tdlib.checkpoints import checkpoints_of, damaged, newest, remove, seal, staging
-from tdlib.config import ROOT, ConfigError, RunConfig
-from tdlib.experiments import prepare
-from tdlib.training import train_run
+from tdlib.config import RunConfig
+from tdlib.core.paths import ROOT, ConfigError
+from tdlib.runs import states as run_states
+from tdlib.training import prepare as experiments
+from tdlib.training import run as training
+from tdlib.training.checkpoints import checkpoints_of, damaged, newest, remove, seal, staging
+from tdlib.training.prepare import prepare
+from tdlib.training.run import train_run
 
 # As folders
 
@@ -190,7 +193,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 KILLED = """
 import importlib, json, os, signal, sys
 from pathlib import Path
-from tdlib import experiments
+from tdlib.training import prepare as experiments
 from tdlib.config import RunConfig
 
 cache, folder, module, name, number, config = sys.argv[1:]
@@ -210,7 +213,7 @@ experiments.CACHE_ROOT = Path(cache)
 config = RunConfig.from_parameters(**json.loads(config))
 materials = experiments.prepare(config, whole_splits=False)
 setattr(where, name, killing)
-from tdlib.training import train_run
+from tdlib.training.run import train_run
 train_run(config, materials, Path(folder))
 """
 
@@ -236,9 +239,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(
     config, folder = settings_of(base, checkpoint_every=3), tmp_path / "run"
     home, total = checkpoints_of(folder), json.loads((undisturbed / "metrics.json").read_text())["updates"]
     assert total == 12 and base.epochs == 3  # after updates 3 and 6 an epoch is not over
-    killed_at(config, folder, "tdlib.checkpoints", "write_json", 4)  # the second one's manifest
+    killed_at(config, folder, "tdlib.training.checkpoints", "write_json", 4)  # the second one's manifest
     assert steps_at(home) == [3] and any((home / ".partial").iterdir())
-    killed_at(config, folder, "tdlib.objective", "TargetedDistillation.forward", 10)
+    killed_at(config, folder, "tdlib.training.objective", "TargetedDistillation.forward", 10)
     assert steps_at(home) == [3, 6]
     assert not folder.exists()
     with monkeypatch.context() as patch:
@@ -297,7 +300,7 @@ def test_checkpoints_of_other_settings_or_code_are_refused(interrupted, material
         with pytest.raises(ConfigError, match=named):
             train_run(settings_of(config, **changes), materials, folder)
     with monkeypatch.context() as patch:
-        patch.setattr(run_states, "code_version", lambda: "other")
+        patch.setattr("tdlib.training.run.code_version", lambda: "other")
         with pytest.raises(ConfigError, match=r"code of tdlib was '.*' and is 'other'"):
             train_run(config, materials, folder)
     assert steps_at(checkpoints_of(folder)) == kept and not folder.exists()

@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 import nbformat
 import pytest
 
-from tdlib.batches import check_parameters, notebook_parameters, run_notebook
-from tdlib.config import ROOT, ConfigError, RunConfig
+from tdlib.config import RunConfig
+from tdlib.core.paths import ROOT, ConfigError
+from tdlib.runs.batch import check_parameters, notebook_parameters, run_notebook
 
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -158,7 +159,7 @@ def test_template_defaults_are_the_library_defaults():
 
 
 def test_world_command_writes_readable_data(tmp_path):
-    from tdlib.tasks.vcr import VcrReader
+    from tdlib.data.vcr import VcrReader
 
     done = tdlib("world", "vcr", str(tmp_path / "vcr"), "--seed", "3", "--pictures", "40")
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoConfig
 
-from tdlib.examples import Reference, TextPart
+from tdlib.data.examples import Reference, TextPart
+from tdlib.data.vcr import PERSON_TOKENS, VcrReader
 from tdlib.students.base import StudentError, load_checkpoint
 from tdlib.students.clip import (
     ClipFusionConfig,
@@ -29,9 +30,8 @@ from tdlib.students.clip import (
     open_teacher_as_student,
 )
 from tdlib.students.vilt import load_vilt
-from tdlib.tasks.vcr import PERSON_TOKENS, VcrReader
-from tdlib.teacher import Teacher, TeacherError, open_picture
-from tdlib.training import EncodedExamples, collate
+from tdlib.teacher.model import Teacher, TeacherError, open_picture
+from tdlib.training.run import EncodedExamples, collate
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 LABELS = ("no", "yes", "maybe")
@@ -149,7 +149,7 @@ def test_an_untrained_student_is_the_zero_shot_teacher(spec, own, examples):
 def test_an_activation_that_the_weights_force_is_kept(mini, examples, monkeypatch):
     """OpenAI's tags force QuickGELU on architectures whose configuration does not name it."""
     plain = zero_shot(Teacher(mini), examples)
-    monkeypatch.setattr("tdlib.teacher._activation", lambda *_: {"force_quick_gelu": True})
+    monkeypatch.setattr("tdlib.teacher.model._activation", lambda *_: {"force_quick_gelu": True})
     expected = zero_shot(Teacher(mini), examples)
     assert (expected - plain).abs().max() > 1e-4
     batch = batch_of(ClipFusionEncoder(Teacher(mini), max_text_tokens=500), examples)

@@ -6,14 +6,15 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from tdlib.arms import ARMS, apply_arm
-from tdlib.config import ROOT, ConfigError, RunConfig, resolve
-from tdlib.functions import tables
-from tdlib.losses import DISTANCES
-from tdlib.priors import PRIORS
-from tdlib.relevance import RELEVANCE
-from tdlib.selection import SELECTORS
-from tdlib.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS
+from tdlib.arms import ARMS
+from tdlib.config import RunConfig, apply_arm
+from tdlib.core.paths import ROOT, ConfigError, resolve
+from tdlib.method.losses import DISTANCES
+from tdlib.method.priors import PRIORS
+from tdlib.method.registry import tables
+from tdlib.method.relevance import RELEVANCE
+from tdlib.method.selection import SELECTORS
+from tdlib.method.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS
 
 TABLES = {
     "arm": ARMS, "relevance": RELEVANCE, "prior": PRIORS, "selector": SELECTORS,

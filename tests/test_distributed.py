@@ -18,14 +18,15 @@ from accelerate.data_loader import SeedableRandomSampler
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tdlib import distributed, experiments
-from tdlib.arms import apply_arm
-from tdlib.checkpoints import checkpoints_of
-from tdlib.config import ROOT, ConfigError, RunConfig
-from tdlib.distributed import must_launch
-from tdlib.experiments import prepare
-from tdlib.selection import SELECTORS
-from tdlib.training import SharedBatches, _EpochBatches, train_run
+from tdlib.config import RunConfig, apply_arm
+from tdlib.core.paths import ROOT, ConfigError
+from tdlib.method.selection import SELECTORS
+from tdlib.training import distributed
+from tdlib.training import prepare as experiments
+from tdlib.training.checkpoints import checkpoints_of
+from tdlib.training.distributed import must_launch
+from tdlib.training.prepare import prepare
+from tdlib.training.run import SharedBatches, _EpochBatches, train_run
 
 # The loader
 
@@ -206,7 +207,7 @@ def test_the_processes_end_with_the_one_that_started_them(base, tmp_path):
     (tmp_path / "config.json").write_text(settings_of(base, processes=2, epochs=10_000).model_dump_json())
     code = (
         "import sys; from pathlib import Path; from tdlib.config import RunConfig; import json\n"
-        "from tdlib.distributed import launch\n"
+        "from tdlib.training.distributed import launch\n"
         "config = RunConfig.from_parameters(**json.loads(Path(sys.argv[1]).read_text()))\n"
         "launch(config, Path(sys.argv[2]), Path(sys.argv[3]))"
     )

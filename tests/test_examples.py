@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdlib.examples import (
+from tdlib.data.examples import (
     DataError,
     Example,
     Examples,

@@ -15,11 +15,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_views_runs import make_record, problems
 
-from tdlib import experiments, explorer
 from tdlib.config import RunConfig
-from tdlib.examples import DataError
-from tdlib.explorer import VIEWS, ExplorerError, Filter, Look, Run, companion, find_runs, short_names, show
-from tdlib.records import END, read_records, records_table, write_records
+from tdlib.core.records import END, read_records, records_table, write_records
+from tdlib.data.examples import DataError
+from tdlib.training import prepare as experiments
+from tdlib.views import explorer
+from tdlib.views.explorer import (
+    VIEWS,
+    ExplorerError,
+    Filter,
+    Look,
+    Run,
+    companion,
+    find_runs,
+    short_names,
+    show,
+)
 
 MANY = 20_000
 EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>'

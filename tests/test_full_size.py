@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from tdlib import experiments
 from tdlib.config import RunConfig
-from tdlib.experiments import prepare
-from tdlib.pretraining import train_wordpiece_tokenizer
+from tdlib.make.pretraining import train_wordpiece_tokenizer
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
-from tdlib.training import train_run
+from tdlib.training import prepare as experiments
+from tdlib.training.prepare import prepare
+from tdlib.training.run import train_run
 
 
 @pytest.fixture

@@ -15,18 +15,19 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from tdlib import training
-from tdlib.arms import ARMS, apply_arm
-from tdlib.batches import Batch
-from tdlib.cache import TeacherCache
-from tdlib.config import ROOT, RunConfig
-from tdlib.engines import visible_gpus
-from tdlib.examples import low_shot
-from tdlib.experiments import prepare
-from tdlib.regions import open_regions
-from tdlib.targets import TargetBuilder
-from tdlib.teacher import EXTRAS, Teacher, open_picture
-from tdlib.training import (
+from tdlib.arms import ARMS
+from tdlib.config import RunConfig, apply_arm
+from tdlib.core.paths import ROOT
+from tdlib.data.examples import low_shot
+from tdlib.regions.computed import open_regions
+from tdlib.runs.batch import Batch
+from tdlib.runs.engines import visible_gpus
+from tdlib.teacher.cache import TeacherCache
+from tdlib.teacher.model import EXTRAS, Teacher, open_picture
+from tdlib.training import run as training
+from tdlib.training.pipeline import TargetBuilder
+from tdlib.training.prepare import prepare
+from tdlib.training.run import (
     EncodedExamples,
     TargetedDistillation,
     collate,
@@ -65,8 +66,8 @@ def on_the_processor(base, own_cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "processor"
     script = (
         "import sys; from pathlib import Path\n"
-        "from tdlib import experiments; from tdlib.config import RunConfig\n"
-        "from tdlib.training import train_run\n"
+        "from tdlib.training import prepare as experiments; from tdlib.config import RunConfig\n"
+        "from tdlib.training.run import train_run\n"
         "experiments.CACHE_ROOT = Path(sys.argv[1]); config = RunConfig.model_validate_json(sys.argv[2])\n"
         "train_run(config, experiments.prepare(config, whole_splits=False), Path(sys.argv[3]))"
     )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tdlib.losses import DISTANCES, choice_distribution_loss, targeted_distillation_loss
+from tdlib.method.losses import DISTANCES, choice_distribution_loss, targeted_distillation_loss
 
 few = settings(deadline=None, max_examples=30)
 seeds = st.integers(0, 2**31 - 1)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tdlib import files
-from tdlib.examples import DataError
-from tdlib.files import write_folder, write_json
+from tdlib.core import files
+from tdlib.core.files import write_folder, write_json
+from tdlib.data.examples import DataError
 from tdlib.miniworld.drawing import SIZE, draw
 from tdlib.miniworld.language import TYPES, answer, causes, mark, questions, rationale, true_values
 from tdlib.miniworld.scenes import (
@@ -34,8 +34,8 @@ from tdlib.miniworld.scenes import (
     reserved,
     reserved_people,
 )
-from tdlib.miniworld.snli_ve import LABELS, claims
-from tdlib.miniworld.vqa import QUESTION_TYPES, asks, prior
+from tdlib.miniworld.write_snli_ve import LABELS, claims
+from tdlib.miniworld.write_vqa import QUESTION_TYPES, asks, prior
 from tdlib.miniworld.writers import (
     TRAIN_STYLES,
     SnliVeSize,
@@ -601,7 +601,7 @@ def test_a_failed_last_step_brings_the_old_folder_back(old, monkeypatch):
 
 def test_a_killed_writer_leaves_the_old_folder(old):
     code = (
-        "import os, sys, pathlib; from tdlib.files import write_folder\n"
+        "import os, sys, pathlib; from tdlib.core.files import write_folder\n"
         "def fill(folder):\n"
         "    (folder / 'fresh').write_text('new')\n"
         "    os.kill(os.getpid(), 9)\n"

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from tdlib.config import ROOT
-from tdlib.files import file_digest
+from tdlib.core.files import file_digest
+from tdlib.core.paths import ROOT
+from tdlib.data.vcr import VcrReader
+from tdlib.make.regions import KINDS, evaluate_region_student
 from tdlib.miniworld.writers import VcrSize, write_vcr
-from tdlib.pretraining_regions import KINDS, evaluate_region_student
-from tdlib.tasks.vcr import VcrReader
-from tdlib.teacher import Teacher, open_picture
+from tdlib.teacher.model import Teacher, open_picture
 
 MODELS = sorted(path.parent for path in (ROOT / "data" / "models").glob("*/provenance.json"))
 

@@ -11,13 +11,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tdlib.backbones import load_detector
-from tdlib.examples import Example, Reference, TextPart
-from tdlib.miniworld.drawing import SIZE, draw
-from tdlib.miniworld.writers import captioned_scene, false_caption, scene_at
-from tdlib.pretraining import note_figures, train_wordpiece_tokenizer
-from tdlib.pretraining_detector import train_mini_detector
-from tdlib.pretraining_regions import (
+from tdlib.data.examples import Example, Reference, TextPart
+from tdlib.make.detector import train_mini_detector
+from tdlib.make.pretraining import note_figures, train_wordpiece_tokenizer
+from tdlib.make.regions import (
     KINDS,
     CaptionHeads,
     caption_losses,
@@ -30,7 +27,10 @@ from tdlib.pretraining_regions import (
     see_scenes,
     text_inputs,
 )
-from tdlib.regions import open_regions
+from tdlib.miniworld.drawing import SIZE, draw
+from tdlib.miniworld.writers import captioned_scene, false_caption, scene_at
+from tdlib.regions.backbones import load_detector
+from tdlib.regions.computed import open_regions
 from tdlib.students.base import StudentOutput
 from tdlib.students.uniter import UniterConfig, UniterEncoder
 from tdlib.students.visual_bert import VisualBertEncoder

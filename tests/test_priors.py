@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tdlib.priors import PRIORS, Idf, referred_prior, yake_prior
+from tdlib.method.priors import PRIORS, Idf, referred_prior, yake_prior
 
 few = settings(deadline=None, max_examples=50)
 DOCUMENTS = ["The cat sat.", "the cat, the dog", "A dog!"]

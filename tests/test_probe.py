@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from tdlib import probe
-from tdlib.cache import TeacherCache
-from tdlib.examples import Example, TextPart
-from tdlib.probe import (
+from tdlib.data.examples import Example, TextPart
+from tdlib.teacher import probe
+from tdlib.teacher.cache import TeacherCache
+from tdlib.teacher.probe import (
     ClassProbe,
     answer_statements,
     fit_logistic,

@@ -9,12 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tdlib import run_states
-from tdlib.cli import main
-from tdlib.config import ROOT
-from tdlib.examples import Example, TextPart, save_manifest
-from tdlib.plots import to_png, to_svg
-from tdlib.protocol import (
+from tdlib.analysis.protocol import (
     CLAIMS,
     COLUMNS,
     ProtocolError,
@@ -31,10 +26,15 @@ from tdlib.protocol import (
     unfinished,
     write_study,
 )
-from tdlib.protocol_plots import plot_shifts, plot_shots
-from tdlib.statistics import bootstrap_interval, paired_difference, sign_flip_test
-from tdlib.training import prediction_table
-from tdlib.tuning import rank_settings, write_tuned
+from tdlib.analysis.statistics import bootstrap_interval, paired_difference, sign_flip_test
+from tdlib.analysis.tuning import rank_settings, write_tuned
+from tdlib.cli import main
+from tdlib.core.paths import ROOT
+from tdlib.data.examples import Example, TextPart, save_manifest
+from tdlib.runs import states as run_states
+from tdlib.training.run import prediction_table
+from tdlib.views.figures.protocol import plot_shifts, plot_shots
+from tdlib.views.figures.targets import to_png, to_svg
 
 CLASSES = ("yes", "no", "maybe")
 DEFAULTS = {"student": "small", "eval_splits": [], "interactive": False, "runs_dir": "somewhere"}
@@ -237,7 +237,7 @@ def test_an_unfinished_batch_shows_what_it_has_and_lists_the_rest(tmp_path):
 
 
 def test_a_run_that_never_began_is_described_by_the_batchs_file(tmp_path):
-    from tdlib.batches import Batch
+    from tdlib.runs.batch import Batch
 
     file = tmp_path / "b.yaml"
     file.write_text("template: 04_distill\ngrid: {arm: [finetune, clip_td]}\nseeds: 1\n")

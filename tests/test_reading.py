@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tdlib.examples import DataError, Example, Examples, TextPart
-from tdlib.tasks import reading
-from tdlib.tasks.reading import Reader, Records, SideFile, need, normalise_boxes, picture_boxes, relevant_part
+from tdlib.data import reading
+from tdlib.data.examples import DataError, Example, Examples, TextPart
+from tdlib.data.reading import Reader, Records, SideFile, need, normalise_boxes, picture_boxes, relevant_part
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
     ['"', "\\", '{"a": [', "]}", "日本", "\U0001f600", "\n", "\\u", "\u2028"]

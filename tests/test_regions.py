@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from tdlib.backbones import (
+from tdlib.data.examples import DataError, Example, TextPart
+from tdlib.regions.backbones import (
     DetectorBackbone,
     MiniDetector,
     TorchvisionBackbone,
@@ -28,10 +29,9 @@ from tdlib.backbones import (
     pool_regions,
     save_detector,
 )
-from tdlib.cache import CacheError, TeacherCache
-from tdlib.examples import DataError, Example, TextPart
-from tdlib.region_files import index_file, picture_keys
-from tdlib.regions import BackboneRegions, CachedRegions, ClipGridRegions, grid_boxes, open_regions
+from tdlib.regions.computed import BackboneRegions, CachedRegions, ClipGridRegions, grid_boxes, open_regions
+from tdlib.regions.files import index_file, picture_keys
+from tdlib.teacher.cache import CacheError, TeacherCache
 
 DIM, WIDTH, HEIGHT = 8, 640, 480
 NAMES = {  # file name of the picture -> COCO's number
@@ -343,7 +343,7 @@ def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch, 
     def refuse(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("tdlib.region_files.write_json", refuse)
+    monkeypatch.setattr("tdlib.regions.files.write_json", refuse)
     assert opened("tsv", tmp_path).dim == DIM
     assert "cannot be written" in caplog.text
 
@@ -584,7 +584,7 @@ def test_grid_boxes_tile_the_picture():
 
 @pytest.fixture(scope="module")
 def example(world) -> Example:
-    from tdlib.tasks.vcr import VcrReader
+    from tdlib.data.vcr import VcrReader
 
     return next(e for e in VcrReader(world, "train").read() if len(e.boxes) >= 3)
 
@@ -713,7 +713,7 @@ def test_a_detector_is_saved_and_loaded(detector_folder, tmp_path):
 
 
 def test_a_detector_learns_what_stands_in_its_boxes(tmp_path):
-    from tdlib.pretraining_detector import ATTRIBUTES, evaluate_detector, train_mini_detector
+    from tdlib.make.detector import ATTRIBUTES, evaluate_detector, train_mini_detector
 
     losses = train_mini_detector(tmp_path, scenes=64, steps=20, batch=16, size=48)
     assert np.mean(losses[-3:]) < 0.75 * np.mean(losses[:3])
@@ -725,9 +725,9 @@ def test_a_detector_learns_what_stands_in_its_boxes(tmp_path):
 
 def test_labels_are_true_of_their_boxes():
     """The picture inside a person's box has the colour of the shirt that the label names; things likewise."""
+    from tdlib.make.detector import ATTRIBUTES, labelled_boxes
     from tdlib.miniworld.drawing import COLOURS, draw
     from tdlib.miniworld.writers import scene_at
-    from tdlib.pretraining_detector import ATTRIBUTES, labelled_boxes
 
     for index in range(40):
         scene = scene_at(3, "curated", index)
@@ -773,7 +773,7 @@ class Counting:
         self.asked = 0
 
     def __call__(self, example):
-        from tdlib.regions import Regions
+        from tdlib.regions.computed import Regions
 
         self.asked += 1
         boxes = torch.tensor(example.boxes).reshape(-1, 4)

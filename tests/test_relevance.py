@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tdlib.relevance import RELEVANCE, STUDENT_RELEVANCE, relevance_disagreement, relevance_entropy
-from tdlib.tokens import TeacherTokens, Tokens
+from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE, relevance_disagreement, relevance_entropy
+from tdlib.method.tokens import TeacherTokens, Tokens
 
 few = settings(deadline=None, max_examples=30)
 seeds = st.integers(0, 2**31 - 1)

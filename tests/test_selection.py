@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tdlib.selection import SELECTORS, SelectionOptions, nucleus, select, token_scores
-from tdlib.tokens import Tokens
+from tdlib.method.selection import SELECTORS, SelectionOptions, nucleus, select, token_scores
+from tdlib.method.tokens import Tokens
 
 few = settings(deadline=None, max_examples=30)
 seeds = st.integers(0, 2**31 - 1)

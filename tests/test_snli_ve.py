@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tdlib.examples import DataError, Example
-from tdlib.tasks.snli_ve import IMAGE_FOLDERS, LABELS, SnliVeReader, image_id, write_submission
+from tdlib.data.examples import DataError, Example
+from tdlib.data.snli_ve import IMAGE_FOLDERS, LABELS, SnliVeReader, image_id, write_submission
 
 RECORD: dict[str, Any] = {  # a line of snli_ve_dev.jsonl with all its fields
     "annotator_labels": ["entailment", "entailment", "neutral", "entailment", "entailment"],

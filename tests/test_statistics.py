@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdlib.statistics import (
+from tdlib.analysis.statistics import (
     TooFewPairs,
     adjusted_together,
     bootstrap_interval,
@@ -202,7 +202,7 @@ def test_draws_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
     """Large splits are resampled in parts: about the same interval, and no more memory."""
     correct = hits(3, 50)
     whole = bootstrap_interval(correct, np.arange(50))
-    monkeypatch.setattr("tdlib.statistics.DRAWN_AT_ONCE", 60)
+    monkeypatch.setattr("tdlib.analysis.statistics.DRAWN_AT_ONCE", 60)
     assert bootstrap_interval(correct, np.arange(50)) == pytest.approx(whole, abs=0.02)
 
 

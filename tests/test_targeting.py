@@ -12,17 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdlib import targeting
-from tdlib.examples import TextPart
-from tdlib.priors import Idf
-from tdlib.records import TargetRecord, read_records, write_records
-from tdlib.run_views import quality_view
-from tdlib.statistics import bootstrap_interval
+from tdlib.analysis import targeting
+from tdlib.analysis.statistics import bootstrap_interval
+from tdlib.core.records import TargetRecord, read_records, write_records
+from tdlib.data.examples import TextPart
+from tdlib.data.vcr import VcrReader
+from tdlib.method.priors import Idf
 from tdlib.students.uniter import UniterConfig, UniterForClassification
 from tdlib.students.vilt import ViltEncoder, load_vilt
-from tdlib.tasks.vcr import VcrReader
-from tdlib.training import EncodedExamples, collate, predict
-from tdlib.views import ground_truth
+from tdlib.training.run import EncodedExamples, collate, predict
+from tdlib.views.runs import quality_view
+from tdlib.views.view import ground_truth
 
 TEXT = "Why is Casey extraordinarily angry?"
 SPANS = [(0, 3), (4, 6), (7, 12), (13, 28), (29, 34), (34, 35)]

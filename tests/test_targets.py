@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tdlib.cache import CacheError, TeacherCache
 from tdlib.config import RunConfig
-from tdlib.experiments import read_split
-from tdlib.priors import Idf
-from tdlib.relevance import RELEVANCE, STUDENT_RELEVANCE
-from tdlib.targets import TargetBuilder, Targets, teacher_tokens
-from tdlib.teacher import EXTRAS, open_picture
+from tdlib.method.priors import Idf
+from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
+from tdlib.teacher.cache import CacheError, TeacherCache
+from tdlib.teacher.model import EXTRAS, open_picture
+from tdlib.training.pipeline import TargetBuilder, Targets, teacher_tokens
+from tdlib.training.prepare import read_split
 
 HALF = {"rtol": 0, "atol": 3e-3}
 

@@ -8,17 +8,18 @@ import pandas as pd
 import pytest
 import torch
 
-from tdlib import experiments
-from tdlib.arms import apply_arm
-from tdlib.config import ConfigError, RunConfig
-from tdlib.examples import DataError
-from tdlib.experiments import prepare, reference_scores, summarise, write_masked
-from tdlib.gallery import gallery, text_html
-from tdlib.records import read_records
+from tdlib.config import RunConfig, apply_arm
+from tdlib.core.paths import ConfigError
+from tdlib.core.records import read_records
+from tdlib.data import snli_ve, vcr, vqa_metric
+from tdlib.data import tasks as catalogue
+from tdlib.data.examples import DataError
+from tdlib.data.tasks import TASKS, submission_split
 from tdlib.students.vilt import ViltEncoder, ViltForClassification, load_vilt
-from tdlib.tasks import catalogue, snli_ve, vcr, vqa_metric
-from tdlib.tasks.catalogue import TASKS, submission_split
-from tdlib.training import EncodedExamples, predict, train_run
+from tdlib.training import prepare as experiments
+from tdlib.training.prepare import prepare, reference_scores, summarise, write_masked
+from tdlib.training.run import EncodedExamples, predict, train_run
+from tdlib.views.gallery import gallery, text_html
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_controls_see_one_modality_only(settings, modality):
 def test_an_answer_outside_the_vocabulary_weighs_nothing(settings):
     config = settings("vqa_v2", vocabulary_minimum=10, submission_split="")
     materials = prepare(config, [0])
-    from tdlib.training import DataLoader, TargetedDistillation, class_logits, collate, load_student
+    from tdlib.training.run import DataLoader, TargetedDistillation, class_logits, collate, load_student
 
     subset = experiments.low_shot(materials.train, config.shots, 0)
     unknown = [i for i, example in enumerate(subset) if example.label is None]

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tdlib.examples import DataError
-from tdlib.teacher import (
+from tdlib.data.examples import DataError
+from tdlib.teacher.model import (
     Teacher,
     TeacherError,
     TextTokenizer,

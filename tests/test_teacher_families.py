@@ -15,9 +15,9 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tdlib.pretraining import train_wordpiece_tokenizer
-from tdlib.teacher import EXTRAS, Teacher, TeacherError, choice_logits, patch_boxes
-from tdlib.teacher_towers import Tower, attention_weights, take_apart, text_tower
+from tdlib.make.pretraining import train_wordpiece_tokenizer
+from tdlib.teacher.model import EXTRAS, Teacher, TeacherError, choice_logits, patch_boxes
+from tdlib.teacher.towers import Tower, attention_weights, take_apart, text_tower
 
 TEXTS = ["a red cup", "two dogs and a bench in the rain", ""]
 TOLERANCE = {"rtol": 0, "atol": 2e-6}
@@ -621,7 +621,7 @@ def test_a_checkpoint_file_of_unknown_activation_is_warned_of(tmp_path, monkeypa
     torch.save(open_clip.CLIP(**FAMILIES["vit"]).state_dict(), tmp_path / "tiny.pt")
     records = {}
     for name in configs:
-        with caplog.at_level(logging.WARNING, logger="tdlib.teacher"):
+        with caplog.at_level(logging.WARNING, logger="tdlib.teacher.model"):
             caplog.clear()
             records[name] = Teacher(name, str(tmp_path / "tiny.pt")).encode_texts(TEXTS)[0]
         assert ("need the name tiny-quickgelu, not tiny" in caplog.text) == (name == "tiny")

@@ -18,16 +18,18 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import ViltConfig, get_cosine_schedule_with_warmup
 
-from tdlib import experiments, training
-from tdlib.arms import ARMS, apply_arm
-from tdlib.config import ConfigError, RunConfig
-from tdlib.examples import low_shot
-from tdlib.experiments import compare, prepare, read_predictions, read_split, summarise, zero_shot
-from tdlib.records import read_records, records_table
-from tdlib.statistics import bootstrap_interval
+from tdlib.analysis.statistics import bootstrap_interval
+from tdlib.arms import ARMS
+from tdlib.config import RunConfig, apply_arm
+from tdlib.core.paths import ConfigError
+from tdlib.core.records import read_records, records_table
+from tdlib.data.examples import low_shot
 from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, load_vilt
-from tdlib.targets import TargetBuilder
-from tdlib.training import (
+from tdlib.training import prepare as experiments
+from tdlib.training import run as training
+from tdlib.training.pipeline import TargetBuilder
+from tdlib.training.prepare import compare, prepare, read_predictions, read_split, summarise, zero_shot
+from tdlib.training.run import (
     DistillationTrainer,
     EncodedExamples,
     TargetedDistillation,

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tdlib.config import ConfigError, RunConfig
-from tdlib.examples import GROUND_TRUTH, DataError
-from tdlib.experiments import read_split
-from tdlib.tasks.snli_ve import SnliVeReader, highlighted, with_highlights
-from tdlib.tasks.truth import with_truth
-from tdlib.tasks.vcr import VcrReader
+from tdlib.config import RunConfig
+from tdlib.core.paths import ConfigError
+from tdlib.data.examples import GROUND_TRUTH, DataError
+from tdlib.data.snli_ve import SnliVeReader, highlighted, with_highlights
+from tdlib.data.truth import with_truth
+from tdlib.data.vcr import VcrReader
+from tdlib.training.prepare import read_split
 
 # e-SNLI's columns: train has one annotator, dev and test have three.
 SIDES = ("Sentence1_marked", "Sentence2_marked", "Sentence1_Highlighted", "Sentence2_Highlighted")

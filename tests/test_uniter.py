@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoConfig
 
-from tdlib.examples import Example, TextPart
-from tdlib.pretraining import train_wordpiece_tokenizer
-from tdlib.regions import Regions
+from tdlib.data.examples import Example, TextPart
+from tdlib.data.vcr import PERSON_TOKENS, VcrReader
+from tdlib.make.pretraining import train_wordpiece_tokenizer
+from tdlib.regions.computed import Regions
 from tdlib.students.base import StudentError
 from tdlib.students.convert import convert_uniter, uniter_weights
 from tdlib.students.convert import main as convert_command
@@ -28,7 +29,6 @@ from tdlib.students.uniter import (
     UniterModel,
     load_uniter,
 )
-from tdlib.tasks.vcr import PERSON_TOKENS, VcrReader
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 TEXT = ("input_ids", "attention_mask", "token_type_ids")

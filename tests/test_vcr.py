@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdlib.examples import DataError, Example, Examples, Reference, low_shot
-from tdlib.tasks.vcr import (
+from tdlib.data.examples import DataError, Example, Examples, Reference, low_shot
+from tdlib.data.vcr import (
     NEUTRAL_NAMES,
     PERSON_TOKENS,
     SUBMISSION_COLUMNS,

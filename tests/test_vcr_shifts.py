@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdlib.examples import DataError
-from tdlib.tasks.reading import Records
-from tdlib.tasks.vcr import VcrReader
-from tdlib.tasks.vcr_shifts import (
+from tdlib.data.examples import DataError
+from tdlib.data.reading import Records
+from tdlib.data.vcr import VcrReader
+from tdlib.data.vcr_shifts import (
     MASK,
     MASKED_TAG,
     MASKINGS,
@@ -482,7 +482,7 @@ def test_write_shifted_says_what_it_lacks(split):
     target, scores = split.parent / "out.jsonl", split.parent / "scores.jsonl"
     for name, source, file, reason in (
         ("keeptop2", split, None, "name='keeptop2': expected one of rule_singular, rule_plural, rmtop1,"),
-        ("keeptop3", split, None, "needs scores=..., made by tdlib.tasks.vcr_shifts.shortcut_scores"),
+        ("keeptop3", split, None, "needs scores=..., made by tdlib.data.vcr_shifts.shortcut_scores"),
         ("rule_plural", split.with_name("test.jsonl"), None, "test.jsonl: no such file"),
         ("rmtop1", split, split.with_name("none.jsonl"), "none.jsonl: no such file"),
     ):
@@ -509,7 +509,7 @@ def test_write_shifted_streams(split, monkeypatch):
             events.append(("read", f"val-{index}"))
             return super().__getitem__(index)
 
-    monkeypatch.setattr("tdlib.tasks.vcr_shifts.Records", Watched)
+    monkeypatch.setattr("tdlib.data.vcr_shifts.Records", Watched)
     assert write_shifted(split, split.with_name("own.jsonl"), "own") == 3  # and a rule of one's own works
     assert events == [(what, f"val-{i}") for i in range(3) for what in ("read", "shift")]
 

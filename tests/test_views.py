@@ -18,9 +18,10 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from tdlib import plots, views
-from tdlib.examples import DataError, Reference
-from tdlib.records import TargetRecord
+from tdlib.core.records import TargetRecord
+from tdlib.data.examples import DataError, Reference
+from tdlib.views import view as views
+from tdlib.views.figures import targets as plots
 
 EVIL = '<script>alert("1")</script>'
 TEXT = "Why is Casey angry? The heat is unbearable."
@@ -540,7 +541,7 @@ def test_figures_show_themselves_without_pyplot_and_are_reproducible(record):
 
 
 def test_views_load_matplotlib_only_for_pictures():
-    code = "import sys, tdlib.views; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, tdlib.views.view; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -19,19 +19,17 @@ from PIL import Image
 from test_views import EVIL, Page
 from transformers import TrainerCallback, VisualBertConfig
 
-from tdlib import attention_views, run_plots, run_views
-from tdlib.attention_views import AttentionError
+from tdlib.analysis.targeting import Curves
 from tdlib.config import RunConfig
-from tdlib.examples import low_shot
-from tdlib.experiments import prepare
-from tdlib.records import END, ProbeRecorder, TargetRecord, read_records, records_table, write_records
+from tdlib.core.records import END, ProbeRecorder, TargetRecord, read_records, records_table, write_records
+from tdlib.data.examples import low_shot
 from tdlib.students.clip import open_teacher_as_student
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
 from tdlib.students.vilt import load_vilt
 from tdlib.students.visual_bert import VisualBertForClassification
 from tdlib.students.vlbert import VlBertConfig, VlBertForClassification, VlBertForMultipleChoice
-from tdlib.targeting import Curves
-from tdlib.training import (
+from tdlib.training.prepare import prepare
+from tdlib.training.run import (
     EncodedExamples,
     TargetBuilder,
     TargetedDistillation,
@@ -40,6 +38,10 @@ from tdlib.training import (
     predict,
     record_targets,
 )
+from tdlib.views import attention as attention_views
+from tdlib.views import runs as run_views
+from tdlib.views.attention import AttentionError
+from tdlib.views.figures import runs as run_plots
 
 TEXT = "Why is Casey angry? The heat is unbearable."
 SPANS = [
@@ -137,7 +139,7 @@ def test_steps_survive_the_file_and_can_be_chosen(history, tmp_path):
 
 def test_one_example_is_read_without_decoding_the_others(image, tmp_path, monkeypatch):
     """Small row groups, and of these only those that hold the example; the same records either way."""
-    monkeypatch.setattr("tdlib.records.EXAMPLES_PER_GROUP", 4)
+    monkeypatch.setattr("tdlib.core.records.EXAMPLES_PER_GROUP", 4)
     many = [
         make_record(image, seed=seed, example_id=f"val-{seed}", step=step, choice=choice, split=split)
         for step in (0, END)

@@ -15,10 +15,10 @@ from PIL import Image
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel, ViltConfig, ViltForMaskedLM, ViltModel
 
-from tdlib.examples import TextPart
+from tdlib.data.examples import TextPart
+from tdlib.data.vcr import VcrReader
 from tdlib.students.base import StudentError, pad_last
 from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, embed_patches, load_vilt, pad_pictures
-from tdlib.tasks.vcr import VcrReader
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 SIZES = {  # height and width in pixels of each picture of a batch

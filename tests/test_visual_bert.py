@@ -18,9 +18,10 @@ from transformers import (
 )
 from transformers import VisualBertForMultipleChoice as StockForMultipleChoice
 
-from tdlib.examples import Example, Reference, TextPart
-from tdlib.pretraining import train_wordpiece_tokenizer
-from tdlib.regions import Regions
+from tdlib.data.examples import Example, Reference, TextPart
+from tdlib.data.vcr import VcrReader
+from tdlib.make.pretraining import train_wordpiece_tokenizer
+from tdlib.regions.computed import Regions
 from tdlib.students.base import StudentError
 from tdlib.students.visual_bert import (
     VisualBertEncoder,
@@ -29,7 +30,6 @@ from tdlib.students.visual_bert import (
     convert_visual_bert,
     load_visual_bert,
 )
-from tdlib.tasks.vcr import VcrReader
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 TEXT = ("input_ids", "attention_mask", "token_type_ids", "objects")

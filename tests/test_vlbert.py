@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoConfig
 
-from tdlib.examples import Example, Reference, TextPart
-from tdlib.pretraining import train_wordpiece_tokenizer
-from tdlib.regions import Regions
+from tdlib.data.examples import Example, Reference, TextPart
+from tdlib.data.vcr import VcrReader
+from tdlib.make.pretraining import train_wordpiece_tokenizer
+from tdlib.regions.computed import Regions
 from tdlib.students.base import StudentError
 from tdlib.students.vlbert import (
     VlBertConfig,
@@ -27,7 +28,6 @@ from tdlib.students.vlbert import (
     load_vlbert,
     vlbert_weights,
 )
-from tdlib.tasks.vcr import VcrReader
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 TEXT = ("input_ids", "attention_mask", "token_type_ids", "objects")

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tdlib.examples import DataError, Example
-from tdlib.tasks.vqa import VqaReader, build_vocabulary, image_file
-from tdlib.tasks.vqa_metric import Vocabulary
+from tdlib.data.examples import DataError, Example
+from tdlib.data.vqa import VqaReader, build_vocabulary, image_file
+from tdlib.data.vqa_metric import Vocabulary
 
 VOCABULARY = Vocabulary(("yes", "no", "2", "ladder"))
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdlib.examples import DataError
-from tdlib.tasks.vqa_metric import (
+from tdlib.data.examples import DataError
+from tdlib.data.vqa_metric import (
     Vocabulary,
     check_submission,
     evaluate,

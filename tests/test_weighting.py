@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tdlib.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS, focal_weight
+from tdlib.method.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS, focal_weight
 
 few = settings(deadline=None, max_examples=30)
 seeds = st.integers(0, 2**31 - 1)

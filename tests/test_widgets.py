@@ -10,10 +10,10 @@ from PIL import Image
 from test_explorer import EVIL, fake_run
 from test_views_runs import make_record, problems
 
-from tdlib import explorer, widgets
-from tdlib.explorer import Filter, find_runs
-from tdlib.records import END
-from tdlib.widgets import PAGE, Explorer, OwnExample, row_text
+from tdlib.core.records import END
+from tdlib.views import explorer, widgets
+from tdlib.views.explorer import Filter, find_runs
+from tdlib.views.widgets import PAGE, Explorer, OwnExample, row_text
 
 COUNT = 34
 

@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from tdlib.examples import DataError
-from tdlib.files import write_folder
+from tdlib.core.files import write_folder
+from tdlib.data.examples import DataError
 from tdlib.miniworld.drawing import SIZE, Picture, draw
 from tdlib.miniworld.scenes import Scene, reserved, sample_scene
 

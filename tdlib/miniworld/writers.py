@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tdlib.files import write_folder, write_jsonl
+from tdlib.core.files import write_folder, write_jsonl
+from tdlib.data.vcr import NEUTRAL_NAMES
 from tdlib.miniworld.drawing import Picture, draw
 from tdlib.miniworld.language import curated_captions, web_caption
 from tdlib.miniworld.scenes import Scene, sample_scene
-from tdlib.miniworld.snli_ve import SnliVeSize, ensure_snli_ve, write_snli_ve
-from tdlib.miniworld.vcr import ECHO, VcrSize, ensure_vcr, write_vcr
-from tdlib.miniworld.vqa import VqaSize, ensure_vqa, ensure_vqa_cp, write_vqa, write_vqa_cp
 from tdlib.miniworld.worlds import STREAMS, TRAIN_STYLES, VERSION, refuse_foreign, save_picture, scene_at
-from tdlib.tasks.vcr import NEUTRAL_NAMES
+from tdlib.miniworld.write_snli_ve import SnliVeSize, ensure_snli_ve, write_snli_ve
+from tdlib.miniworld.write_vcr import ECHO, VcrSize, ensure_vcr, write_vcr
+from tdlib.miniworld.write_vqa import VqaSize, ensure_vqa, ensure_vqa_cp, write_vqa, write_vqa_cp
 
 __all__ = [
     "ECHO", "TRAIN_STYLES", "VERSION", "SnliVeSize", "VcrSize", "VqaSize", "captioned_scene", "captions",

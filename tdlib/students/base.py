@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import ModelOutput
 
-from tdlib.config import resolve
-from tdlib.examples import Example, TextPart
-from tdlib.tokens import Tokens
+from tdlib.core.paths import resolve
+from tdlib.data.examples import Example, TextPart
+from tdlib.method.tokens import Tokens
 
 
 class StudentError(ValueError):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from tdlib.config import resolve
-from tdlib.examples import Example
-from tdlib.files import write_json
+from tdlib.core.files import write_json
+from tdlib.core.paths import resolve
+from tdlib.data.examples import Example
 from tdlib.students.base import (
     EncodedText,
     StudentEncoder,
@@ -27,7 +27,7 @@ from tdlib.students.base import (
     pad_last,
     referred_objects,
 )
-from tdlib.teacher import (
+from tdlib.teacher.model import (
     Preprocess,
     Teacher,
     TextTokenizer,
@@ -36,7 +36,7 @@ from tdlib.teacher import (
     open_picture,
     patch_boxes,
 )
-from tdlib.teacher_towers import image_tower, text_tower
+from tdlib.teacher.towers import image_tower, text_tower
 
 
 class ClipFusionConfig(PreTrainedConfig):

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from tdlib.config import resolve
-from tdlib.files import write_folder
+from tdlib.core.files import write_folder
+from tdlib.core.paths import resolve
+from tdlib.data.vcr import PERSON_TOKENS
 from tdlib.students.base import StudentError, mismatches, read_checkpoint
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
-from tdlib.tasks.vcr import PERSON_TOKENS
 
 # Beginnings of names that only pretraining uses: its heads, and the embedding of masked regions.
 UNITER_PRETRAINING = (

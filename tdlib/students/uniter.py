@@ -20,9 +20,9 @@ from transformers.models.bert.modeling_bert import (
     BertPreTrainedModel,
 )
 
-from tdlib.examples import Example
+from tdlib.data.examples import Example
 from tdlib.students.base import EncodedText, StudentError, StudentOutput, drawn_linear, load_checkpoint
-from tdlib.students.region_encoder import RegionEncoder, region_output, sequence_mask
+from tdlib.students.region_student import RegionEncoder, region_output, sequence_mask
 
 IMAGE_TYPE = 1  # the token type of regions
 

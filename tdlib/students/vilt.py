@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, ViltConfig, ViltModel, ViltPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tdlib.examples import Example
+from tdlib.data.examples import Example
 from tdlib.students.base import (
     EncodedText,
     StudentEncoder,
@@ -26,7 +26,7 @@ from tdlib.students.base import (
     pair_spans,
     referred_objects,
 )
-from tdlib.teacher import open_picture
+from tdlib.teacher.model import open_picture
 
 
 def embed_patches(vilt: ViltModel, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

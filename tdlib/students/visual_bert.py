@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import VisualBertConfig, VisualBertModel, VisualBertPreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
-from tdlib.files import write_folder
+from tdlib.core.files import write_folder
 from tdlib.students.base import StudentError, StudentOutput, drawn_linear, load_checkpoint
-from tdlib.students.region_encoder import region_output, sequence_mask
+from tdlib.students.region_student import region_output, sequence_mask
 from tdlib.students.vlbert import (
     BertPairEncoder,
     answer_slot,

@@ -26,10 +26,10 @@ from transformers.models.bert.modeling_bert import (
     BertPreTrainedModel,
 )
 
-from tdlib.config import resolve
-from tdlib.examples import Example
-from tdlib.files import write_folder
-from tdlib.regions import RegionSource
+from tdlib.core.files import write_folder
+from tdlib.core.paths import resolve
+from tdlib.data.examples import Example
+from tdlib.regions.computed import RegionSource
 from tdlib.students.base import (
     EncodedText,
     StudentError,
@@ -39,7 +39,7 @@ from tdlib.students.base import (
     mismatches,
     read_checkpoint,
 )
-from tdlib.students.region_encoder import RegionEncoder, region_output, sequence_mask
+from tdlib.students.region_student import RegionEncoder, region_output, sequence_mask
 
 REGION_TYPE = 2  # the token type of regions and of [END]
 FREQUENCIES = 256

@@ -1,0 +1,631 @@
+"""Does the targeting fall on the tokens that decide?
+
+Measured against the ground truth where the data know it (``targeting_scores``), and by what masking
+tokens does to a student's answer where they do not (``faithfulness_scores``); each beside baselines
+that look at one modality alone. Does not own the records (``records``) nor any figure.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tdlib.analysis.statistics import bootstrap_interval
+from tdlib.core.records import TargetRecord
+from tdlib.method.priors import WORD, Idf
+
+HALF = 0.5 - 1e-6  # of a patch inside a box, and less than what rounding of boxes moves
+
+
+def relevant_tokens(record: TargetRecord) -> np.ndarray:
+    """Which of the student's tokens decide the statement (tokens,), with a teacher target or without.
+
+    The one definition that views and measures share. Words: those that share a character with a
+    relevant span. Visual tokens (our reading): those at least half of which lie in one relevant box; where
+    no token lies half inside a box, as with objects smaller than half a patch, the one that fits it
+    best by intersection over union (among patches of one size: the one that holds its largest share),
+    ties together. All False where the record knows no span or box: see ``views.ground_truth``.
+    """
+    words = np.zeros(len(record.spans), dtype=bool)
+    for start, end in record.relevant_spans:
+        words |= (record.spans[:, 0] < end) & (record.spans[:, 1] > start)
+    visual, boxes = record.is_visual & ~record.is_text, record.boxes
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    patches = np.zeros(len(boxes), dtype=bool)
+    for left, top, right, bottom in record.relevant_boxes:
+        width = np.clip(np.minimum(boxes[:, 2], right) - np.maximum(boxes[:, 0], left), 0, None)
+        height = np.clip(np.minimum(boxes[:, 3], bottom) - np.maximum(boxes[:, 1], top), 0, None)
+        both = width * height * visual
+        inside = visual & (both > 0) & (both >= HALF * area)
+        if not inside.any() and both.any():
+            fit = np.divide(both, area + (right - left) * (bottom - top) - both, where=visual,
+                            out=np.zeros_like(both))  # fmt: skip
+            inside = fit >= fit.max() * (1 - 1e-4)
+        patches |= inside
+    return (words & record.is_text) | patches
+
+
+def decisive_tokens(record: TargetRecord) -> np.ndarray:
+    """The ``relevant_tokens`` that have a teacher target, and so can be targeted (tokens,)."""
+    return record.distilled & relevant_tokens(record)
+
+
+def targeting_lift(records: Sequence[TargetRecord]) -> dict[str, float]:
+    """Weight on decisive tokens over their share of all distilled tokens, per modality, averaged.
+
+    1 is what equal weights on all tokens reach; 0 means that no decisive token was selected.
+    Records without decisive tokens of a modality are left out of it; ``*_n`` counts the others.
+    """
+    lifts: dict[str, list[float]] = {"text": [], "visual": []}
+    for record in records:
+        decisive = decisive_tokens(record)
+        for name, modality in (("text", record.is_text), ("visual", record.is_visual)):
+            present = modality & record.distilled
+            weight = record.weight[present].sum()
+            if decisive[present].any() and weight > 0:
+                share = record.weight[present & decisive].sum() / weight
+                lifts[name].append(float(share / decisive[present].mean()))
+    found = {
+        f"{name}_lift": float(np.mean(values)) if values else float("nan") for name, values in lifts.items()
+    }
+    return found | {f"{name}_n": float(len(values)) for name, values in lifts.items()}
+
+
+# Ranking and overlap.
+
+
+def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a decisive token scores above another, ties counting half (Mann and Whitney 1947).
+
+    ``scores`` and boolean ``positive`` are (tokens,). In [0, 1]; nan where one of the two kinds is missing.
+    """
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
+    m, n = int(positive.sum()), len(positive)
+    if m in (0, n):
+        return float("nan")
+    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]  # mean rank of tied scores, from 1
+    return float((ranks[positive].sum() - m * (m + 1) / 2) / (m * (n - m)))
+
+
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    """``sum_n (R_n - R_(n-1)) P_n`` over the distinct scores, highest first; tied tokens enter together.
+
+    Arguments as in ``roc_auc``. In [0, 1]; nan without a decisive token.
+    """
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
+    if not positive.any():
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    hits = np.cumsum(positive[order])[last]
+    gained = np.diff(hits, prepend=0) / positive.sum()
+    return float((gained * hits / (last + 1)).sum())
+
+
+def expected_average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Mean of ``average_precision`` over all orders of tied tokens, where each stands by itself.
+
+    So that a score that says nothing gets what a random order gets, not the share of decisive tokens.
+    Arguments as in ``roc_auc``. In [0, 1]; nan without a decisive token.
+    """
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
+    if not positive.any():
+        return float("nan")
+    total, before, hits = 0.0, 0, 0
+    for value in np.unique(scores)[::-1]:
+        tied = positive[scores == value]
+        size, good = len(tied), int(tied.sum())
+        k = np.arange(1, size + 1)  # a decisive token at place k has on average so many before it
+        earlier = (k - 1) * (good - 1) / max(1, size - 1)
+        total += float((good / size * (hits + 1 + earlier) / (before + k)).sum())
+        before, hits = before + size, hits + good
+    return total / hits
+
+
+def pointing(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Whether the highest token is decisive (the pointing game, Zhang et al. 2018): 0 or 1.
+
+    Where several tie, the share of them that are: what drawing one gives on average. nan without tokens.
+    """
+    highest = np.asarray(positive, dtype=bool)[scores == np.max(scores, initial=-np.inf)]
+    return float(highest.mean()) if len(highest) else float("nan")
+
+
+def area_iou(boxes: np.ndarray, others: np.ndarray) -> float:
+    """Intersection over union of the areas that two sets of boxes cover, each set's overlaps once.
+
+    Both (boxes, 4) xyxy in one unit. In [0, 1]; nan where neither covers anything.
+    """
+    both = [np.asarray(part, dtype=float).reshape(-1, 4) for part in (boxes, others)]
+    edges = [np.unique(np.concatenate([part[:, axis::2].ravel() for part in both])) for axis in (0, 1)]
+    widths, heights = (np.diff(edge) for edge in edges)
+    if not len(widths) or not len(heights):
+        return float("nan")
+    x, y = (edge[:-1] for edge in edges)  # cells between neighbouring edges are inside or outside as a whole
+    covered = []
+    for part in both:
+        across = (part[:, None, 0] <= x) & (x < part[:, None, 2])
+        down = (part[:, None, 1] <= y) & (y < part[:, None, 3])
+        covered.append((down[:, :, None] & across[:, None, :]).any(0))
+    area = heights[:, None] * widths
+    union = area[covered[0] | covered[1]].sum()
+    return float(area[covered[0] & covered[1]].sum() / union) if union > 0 else float("nan")
+
+
+def precision_recall(scores: np.ndarray, positive: np.ndarray, size: int) -> tuple[float, float]:
+    """Precision and recall of the ``size`` highest tokens, on average over the order of ties.
+
+    A set without tokens has precision 0; recall is nan without a decisive token.
+    """
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
+    if not size:
+        return 0.0, 0.0 if positive.any() else float("nan")
+    limit = np.sort(scores)[::-1][size - 1]
+    above, tied = scores > limit, scores == limit
+    hits = positive[above].sum() + (size - above.sum()) * positive[tied].mean()
+    return float(hits / size), float(hits / positive.sum()) if positive.any() else float("nan")
+
+
+# Baselines: what a token's score could be without looking at the other modality.
+
+
+PLACES = 5  # what rounding of boxes leaves different is a tie
+
+
+def _nothing(record: TargetRecord, idf: Idf | None) -> np.ndarray:
+    """All alike: a random order."""
+    return np.zeros(len(record.tokens))
+
+
+def _size(record: TargetRecord, idf: Idf | None) -> np.ndarray:
+    """Letters of the word that a text token is part of; area of a visual token."""
+    words = [match.span() for match in WORD.finditer(record.text)]
+    letters = np.zeros(len(record.tokens))
+    for i in np.flatnonzero(record.is_text):
+        start, end = record.spans[i]
+        letters[i] = max((b - a for a, b in words if a < end and b > start), default=0)
+    sides = record.boxes[:, 2:] - record.boxes[:, :2]
+    return np.where(record.is_text, letters, sides.prod(1).round(PLACES))
+
+
+def _frequency(record: TargetRecord, idf: Idf | None) -> np.ndarray:
+    """Rareness of a text token's word (idf; the record's own prior if none is given); 0 elsewhere."""
+    prior = record.prior if idf is None else idf.prior(record.text, torch.as_tensor(record.spans)).numpy()
+    return np.where(record.is_text, prior, 0)
+
+
+def _centre(record: TargetRecord, idf: Idf | None) -> np.ndarray:
+    """Nearness of a visual token to the picture's centre; 0 elsewhere."""
+    middle = (record.boxes[:, :2] + record.boxes[:, 2:]) / 2
+    return np.where(record.is_text, 0, -np.linalg.norm(middle - 0.5, axis=1).round(PLACES))
+
+
+Baseline = Callable[[TargetRecord, Idf | None], np.ndarray]
+BASELINES: dict[str, dict[str, Baseline]] = {
+    "text": {"random": _nothing, "longest words": _size, "frequency": _frequency},
+    "visual": {"random": _nothing, "largest": _size, "centre": _centre},
+}
+
+
+# Against the ground truth.
+
+
+def targeting_scores(
+    records: Sequence[TargetRecord], idf: Idf | None = None, draws: int = 32, seed: int = 0
+) -> pd.DataFrame:
+    """How well each record's targeting finds the decisive tokens, beside baselines.
+
+    One row per record, modality, ``metric`` and ``source`` ("targeting", or a baseline), with its
+    ``value``; ``example_id``, ``choice`` and ``image`` name the record, ``truth`` what its decisive
+    tokens come from. Tokens are those with a
+    teacher target; decisive ones as in ``decisive_tokens``. Metrics: "auc", "ap" and "pointing" rank
+    tokens by weight (0 where not selected) and, as source "score", by what the selector saw;
+    "precision" and "recall" are of the selected set; "iou" is that of the areas of the selected
+    visual tokens and of the relevant boxes. Baselines choose as many tokens as the record does.
+    Tied tokens count as in a random order, on average ("random" is nothing but ties): exactly, but
+    for the baselines' "iou", a mean over ``draws`` orders from ``seed``. A modality without a decisive
+    token, or with no other, is left out.
+    """
+    rng = np.random.default_rng(seed)
+    rows = []
+    for record in records:
+        decisive = decisive_tokens(record)
+        for modality, tokens in _modalities(record).items():
+            truth = decisive[tokens]
+            if truth.all() or not truth.any():  # also without any token
+                continue
+            size = int(record.selected[tokens].sum())
+            found = {"targeting": _ranking(record.weight[tokens], truth)}
+            precision, recall = precision_recall(record.selected[tokens], truth, size)
+            found["targeting"] |= {"precision": precision, "recall": recall}
+            found["score"] = _ranking(record.score[tokens], truth)
+            for name, baseline in BASELINES[modality].items():
+                scores = baseline(record, idf)[tokens]
+                found[name] = _ranking(scores, truth)
+                found[name] |= zip(
+                    ("precision", "recall"), precision_recall(scores, truth, size), strict=True
+                )
+            if modality == "visual":
+                boxes, relevant = record.boxes[tokens], np.array(record.relevant_boxes)
+                found["targeting"]["iou"] = area_iou(boxes[record.selected[tokens]], relevant)
+                for name, baseline in BASELINES[modality].items():
+                    chosen = [
+                        boxes[np.lexsort((rng.random(len(tokens)), -baseline(record, idf)[tokens]))[:size]]
+                        for _ in range(draws)
+                    ]
+                    found[name]["iou"] = float(np.mean([area_iou(part, relevant) for part in chosen]))
+            rows += _rows(record, modality, found, record.truth)
+    return pd.DataFrame(rows, columns=SCORE_COLUMNS)
+
+
+def _modalities(record: TargetRecord) -> dict[str, np.ndarray]:
+    """Positions of the tokens that can be targeted."""
+    visual = record.is_visual & ~record.is_text
+    return {
+        "text": np.flatnonzero(record.is_text & record.distilled),
+        "visual": np.flatnonzero(visual & record.distilled),
+    }
+
+
+def _ranking(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    return {
+        "auc": roc_auc(scores, truth),
+        "ap": expected_average_precision(scores, truth),
+        "pointing": pointing(scores, truth),
+    }
+
+
+SCORE_COLUMNS = ["example_id", "choice", "image", "truth", "modality", "metric", "source", "value"]
+
+
+def _rows(
+    record: TargetRecord, modality: str, found: dict[str, dict[str, float]], truth: str = ""
+) -> list[tuple]:
+    name = record.example_id, record.choice, str(record.image), truth, modality
+    return [(*name, metric, source, v) for source, own in found.items() for metric, v in own.items()]
+
+
+def targeting_quality(scores: pd.DataFrame, level: float = 0.95, resamples: int = 2000) -> pd.DataFrame:
+    """Means over records with bootstrap intervals over pictures, and the gain over each baseline.
+
+    Args:
+        scores: rows of ``targeting_scores`` or ``faithfulness_scores``.
+        level: of the intervals.
+        resamples: of pictures, with replacement.
+
+    Returns:
+        A row per modality, metric and source: ``truth`` (what decisive tokens come from; "" where the
+        measure needs none), ``value``, ``low``, ``high``, ``n`` (records) and
+        ``pictures``; beside a baseline also ``gain`` (targeting minus baseline, paired by record) with
+        ``gain_low`` and ``gain_high``. For "sufficiency" and "deletion" less is better, so that a
+        gain below 0 speaks for the targeting.
+
+    Raises:
+        ValueError: there are no rows, as no record knows its decisive tokens; or they are measured
+            against several kinds of truth.
+    """
+    if scores.empty:
+        raise ValueError("no scores: none of the records knows its decisive tokens (ground truth)")
+    truths = scores["truth"].unique()
+    if len(truths) > 1:
+        raise ValueError(
+            f"scores against {' and '.join(truths)}: expected one kind of truth, as their mean says nothing; "
+            "measure the records of each by themselves"
+        )
+    rows = []
+    for (modality, metric), part in scores.groupby(["modality", "metric"], sort=False):
+        wide = part.pivot(index=["image", "example_id", "choice"], columns="source", values="value")
+        pictures = wide.index.get_level_values("image").to_numpy()
+        own = wide["targeting"]
+        for source in part["source"].unique():
+            row = {"truth": truths[0], "modality": modality, "metric": metric, "source": source}
+            row |= dict(zip(("value", "low", "high"), _interval(wide[source], pictures, level, resamples),
+                            strict=True))  # fmt: skip
+            row |= {"n": len(wide), "pictures": len(np.unique(pictures))}
+            if source != "targeting":
+                gain = _interval(own - wide[source], pictures, level, resamples)
+                row |= dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+LESS_IS_BETTER = ("sufficiency", "deletion")
+FEWEST = 6  # pictures; below, no interval is taken as evidence
+
+
+def _advantage(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Interval of a gain with the sign that makes more better."""
+    low, high = row["gain_low"], row["gain_high"]
+    return (-high, -low) if row["metric"] in LESS_IS_BETTER else (low, high)
+
+
+def figures(quality: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Values with intervals as text, for a table to read: a row per ``by``, a column per metric.
+
+    "0.62 [0.55, 0.70] *": the star says that the targeting is better than a random choice of as many
+    tokens, by the interval of their paired difference. Baselines have rows if ``by`` names "source".
+
+    Args:
+        quality: rows of ``targeting_quality``, of several settings if columns of ``by`` tell them apart.
+        by: columns, in the table's order.
+    """
+    keys = [*(name for name in by if name != "source"), "metric"]
+    chance = {
+        tuple(row[name] for name in keys): row
+        for row in quality[quality["source"] == "random"].to_dict("records")
+    }
+    rows = quality if "source" in by else quality[quality["source"] == "targeting"]
+    texts = []
+    for row in rows.to_dict("records"):
+        random = chance.get(tuple(row[name] for name in keys))
+        star = row["source"] == "targeting" and random and _advantage(random)[0] > 0
+        texts.append(f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" + (" *" if star else ""))
+    table = rows.assign(figure=texts).set_index([*by, "metric"])["figure"].unstack("metric", sort=False)
+    return table[list(rows["metric"].unique())].fillna("")
+
+
+def verdicts(quality: pd.DataFrame, by: Sequence[str] = ("truth", "modality")) -> pd.DataFrame:
+    """The targeting beside the strongest of its baselines: a row per ``by`` and metric.
+
+    ``verdict`` is "better" or "worse" where the interval of the paired gain lies on one side of 0,
+    "undecided" where it does not, and "too few pictures" below ``FEWEST`` of them. The strongest
+    baseline is chosen by the same figures, which favours it: a "better" is earned.
+    """
+    rows = []
+    for key, part in quality.groupby([*by, "metric"], sort=False):
+        own = part[part["source"] == "targeting"].iloc[0]
+        less = own["metric"] in LESS_IS_BETTER
+        best = part[part["source"] != "targeting"].sort_values("value", ascending=less, kind="stable").iloc[0]
+        low, high = _advantage(best)
+        verdict = "better" if low > 0 else "worse" if high < 0 else "undecided"
+        rows.append(
+            dict(zip([*by, "metric"], key, strict=True))
+            | {"targeting": f"{own['value']:.3f} [{own['low']:.3f}, {own['high']:.3f}]"}
+            | {"strongest baseline": f"{best['source']} {best['value']:.3f}"}
+            | {"gain": f"{best['gain']:+.3f} [{best['gain_low']:+.3f}, {best['gain_high']:+.3f}]"}
+            | {"pictures": int(own["pictures"])}
+            | {"verdict": verdict if own["pictures"] >= FEWEST else "too few pictures"}
+        )
+    return pd.DataFrame(rows)
+
+
+def _interval(
+    values: pd.Series, pictures: np.ndarray, level: float, resamples: int
+) -> tuple[float, float, float]:
+    numbers = values.to_numpy(dtype=float)
+    return float(numbers.mean()), *bootstrap_interval(numbers[None], pictures, level, resamples)
+
+
+# Without ground truth: what the student makes of statements and pictures with tokens masked.
+
+Scorer = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A score while tokens go (``deletion``) and while they come (``insertion``), highest first.
+
+    All (points,): ``fraction`` of the tokens that are gone, or there, from 0 to 1; both curves have
+    their two ends in common: ``deletion[0] = insertion[-1]`` is the score of all tokens.
+    """
+
+    fraction: np.ndarray
+    deletion: np.ndarray
+    insertion: np.ndarray
+
+    @property
+    def deletion_area(self) -> float:
+        """Mean height of the curve; low where the first tokens matter."""
+        return float(np.trapezoid(self.deletion, self.fraction))
+
+    @property
+    def insertion_area(self) -> float:
+        """Mean height of the curve; high where the first tokens suffice."""
+        return float(np.trapezoid(self.insertion, self.fraction))
+
+
+def perturbation_curves(
+    scorer: Scorer, order: Sequence[int] | np.ndarray, tokens: int, points: int = 11
+) -> Curves:
+    """Deletion and insertion (Petsiuk et al. 2018) of tokens in an order.
+
+    Args:
+        scorer: scores of masks (variants, tokens), True on tokens that are kept: (variants,).
+        order: positions of the tokens that go or come, first to last; all others are always kept.
+        tokens: how many tokens a mask has.
+        points: of the curves, both ends included; fewer where there are fewer tokens.
+    """
+    order = np.asarray(order, dtype=int)
+    counts = np.unique(np.linspace(0, len(order), points).round().astype(int))
+    keep = np.ones((2, len(counts), tokens), dtype=bool)
+    for row, count in enumerate(counts):
+        keep[0, row, order[:count]] = False
+        keep[1, row, order[count:]] = False
+    scores = np.asarray(scorer(keep.reshape(-1, tokens)), dtype=float).reshape(2, -1)
+    return Curves(counts / max(1, len(order)), *scores)
+
+
+def faithfulness(scorer: Scorer, chosen: np.ndarray, candidates: np.ndarray) -> tuple[float, float]:
+    """Comprehensiveness and sufficiency of chosen tokens (DeYoung et al. 2020, ERASER, section 4.2).
+
+    ``p(all) - p(all but chosen)``, high where they are needed, and ``p(all) - p(chosen alone)``, low
+    where they are enough.
+
+    Args:
+        scorer: as in ``perturbation_curves``.
+        chosen: (tokens,) boolean.
+        candidates: (tokens,) boolean, the tokens that may be masked at all.
+    """
+    whole = np.ones_like(chosen, dtype=bool)
+    everything, without, alone = scorer(
+        np.stack([whole, ~(chosen & candidates), ~candidates | (chosen & candidates)])
+    )
+    return float(everything - without), float(everything - alone)
+
+
+def faithfulness_scores(
+    records: Sequence[TargetRecord],
+    scorer_of: Callable[[TargetRecord], Scorer],
+    modalities: Sequence[str] = ("text", "visual"),
+    points: int = 11,
+    idf: Idf | None = None,
+    draws: int = 4,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What masking the targeted tokens does to a student's answer, beside baselines.
+
+    Rows as ``targeting_scores`` gives them, for ``targeting_quality``. Metrics, all in units of
+    the scorer: "comprehensiveness" and "sufficiency" of the selected tokens (see ``faithfulness``),
+    "deletion" and "insertion", the mean heights of the curves (see ``perturbation_curves``) in the
+    order of the targeting: selected tokens by weight, then the others by score.
+    A modality at a time is masked, of the tokens with a teacher target. Baselines mask as many tokens;
+    ties are broken at random, and values averaged over ``draws`` orders from ``seed``. Records
+    without a selected token of a modality are left out of it.
+
+    Args:
+        records: what was targeted.
+        scorer_of: the scorer of a record, such as ``masked_scorer``.
+        modalities: some of "text" and "visual".
+        points: of each curve.
+        idf: word statistics of the training split; without them the record's prior.
+        draws: orders per baseline.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    rows = []
+    for record in records:
+        scorer, parts = scorer_of(record), _modalities(record)
+        for modality in modalities:
+            size = int(record.selected[parts[modality]].sum())
+            if not size:
+                continue
+            found = {}
+            for name, orders in _orders(record, modality, idf, draws, rng).items():
+                measured = [_masked(scorer, record, order, size, points) for order in orders]
+                found[name] = pd.DataFrame(measured).mean().to_dict()
+            rows += _rows(record, modality, found)
+    return pd.DataFrame(rows, columns=SCORE_COLUMNS)
+
+
+def _orders(
+    record: TargetRecord, modality: str, idf: Idf | None, draws: int, rng: np.random.Generator
+) -> dict[str, list[np.ndarray]]:
+    """Positions of a modality's tokens, first to last to be masked; ``draws`` orders of each baseline."""
+    tokens = _modalities(record)[modality]
+    own = (record.score, record.weight, record.selected.astype(float))
+    orders = {"targeting": [tokens[np.lexsort([-values[tokens] for values in own])]]}
+    for name, baseline in BASELINES[modality].items():
+        scores = baseline(record, idf)[tokens]
+        orders[name] = [tokens[np.lexsort((rng.random(len(tokens)), -scores))] for _ in range(draws)]
+    return orders
+
+
+def record_curves(
+    record: TargetRecord,
+    scorer: Scorer,
+    modality: str,
+    points: int = 11,
+    idf: Idf | None = None,
+    draws: int = 4,
+    seed: int = 0,
+) -> dict[str, Curves]:
+    """Deletion and insertion of one record's tokens in the order of the targeting and of each baseline.
+
+    Arguments as in ``faithfulness_scores``; a baseline's curves are means over its orders.
+
+    Raises:
+        ValueError: the record has no token of this modality with a teacher target.
+    """
+    rng = np.random.default_rng(seed)
+    found = {}
+    for name, orders in _orders(record, modality, idf, draws, rng).items():
+        if not len(orders[0]):
+            raise ValueError(f"{record.example_id}: no {modality} token has a teacher target")
+        every = [perturbation_curves(scorer, order, len(record.tokens), points) for order in orders]
+        means = [np.mean([getattr(c, part) for c in every], axis=0) for part in ("deletion", "insertion")]
+        found[name] = Curves(every[0].fraction, *means)
+    return found
+
+
+def _masked(
+    scorer: Scorer, record: TargetRecord, order: np.ndarray, size: int, points: int
+) -> dict[str, float]:
+    chosen, candidates = np.zeros((2, len(record.tokens)), dtype=bool)
+    chosen[order[:size]], candidates[order] = True, True
+    comprehensiveness, sufficiency = faithfulness(scorer, chosen, candidates)
+    curves = perturbation_curves(scorer, order, len(record.tokens), points)
+    return {
+        "comprehensiveness": comprehensiveness,
+        "sufficiency": sufficiency,
+        "deletion": curves.deletion_area,
+        "insertion": curves.insertion_area,
+    }
+
+
+def masked_scorer(
+    student: Any,
+    batch: Mapping[str, Tensor],
+    record: TargetRecord,
+    mask_token_id: int,
+    batch_size: int = 32,
+) -> Scorer:
+    """A student's probability of a record's answer, with tokens masked.
+
+    Text tokens become the tokenizer's mask, in the record's statement alone (so [CLS], [SEP] and
+    the order stay); visual tokens become the mean colour of the student's normalisation (pixel value
+    0) within their box, or a region without features. The probability is that of the record's choice,
+    or of its label (else its prediction) where the task has a label set.
+
+    Args:
+        student: any student; it is used in evaluation mode.
+        batch: one example as the student's inputs, from ``training.collate``.
+        record: says which choice and where visual tokens lie; of the same example and student.
+        mask_token_id: ``encoder.tokenizer.mask_token_id``.
+        batch_size: variants per forward.
+
+    Raises:
+        ValueError: the batch holds several examples, or other tokens than the record.
+    """
+    texts = batch["input_ids"].shape[2]
+    if len(batch["input_ids"]) != 1:
+        raise ValueError(f"a batch of {len(batch['input_ids'])} examples; expected one, that of the record")
+    if not np.array_equal(batch["spans"][0, record.choice].numpy(), record.spans[:texts]):
+        raise ValueError(
+            f"{record.example_id}: the batch has {texts} text tokens, the record others; make the batch of "
+            "the record's example with the record's encoder"
+        )
+    has_choices = batch["input_ids"].shape[1] > 1
+    target = record.choice if has_choices else record.label if record.label is not None else record.prediction
+    device = next(student.parameters()).device
+    inputs = {name: batch[name].to(device) for name in student.inputs}
+
+    def variants(keep: np.ndarray) -> dict[str, Tensor]:
+        gone = torch.as_tensor(~keep, device=device)
+        own = {name: value.expand(len(keep), *value.shape[1:]).clone() for name, value in inputs.items()}
+        own["input_ids"][:, record.choice][gone[:, :texts]] = mask_token_id
+        if "region_features" in own:
+            own["region_features"][gone[:, texts:]] = 0
+        else:
+            shown = batch["pixel_mask"][0] if "pixel_mask" in batch else batch["pixel_values"][0, 0] * 0 + 1
+            height, width = int(shown.amax(1).sum()), int(shown.amax(0).sum())
+            places = (record.boxes * [width, height, width, height]).round().astype(int)
+            for row, token in zip(*np.nonzero(~keep[:, texts:]), strict=True):
+                left, top, right, bottom = places[texts + token]
+                own["pixel_values"][row, :, top:bottom, left:right] = 0
+        return own
+
+    @torch.inference_mode()
+    def scorer(keep: np.ndarray) -> np.ndarray:
+        student.eval()
+        parts = [
+            student(**variants(keep[start : start + batch_size])).logits.float().softmax(-1)[:, target]
+            for start in range(0, len(keep), batch_size)
+        ]
+        return torch.cat(parts).cpu().numpy()
+
+    return scorer

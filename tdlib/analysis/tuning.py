@@ -1,0 +1,191 @@
+"""Settings for each arm, chosen with equal effort and without a test.
+
+Reads a finished batch whose runs were evaluated on pictures set aside (``held_out``), ranks the settings
+that each arm has tried, and writes what was chosen to ``tuned.json`` in the batch's folder; a batch with
+``tuned: NAME`` trains with it. Trains nothing and plans nothing (``batch_plan``).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tdlib.analysis.protocol import ProtocolError, read_runs, read_scores
+from tdlib.analysis.statistics import bootstrap_interval
+from tdlib.arms import ARMS
+from tdlib.core.files import write_json
+from tdlib.data.tasks import HELD_OUT
+from tdlib.runs.report import recorded_runs
+from tdlib.training.prepare import PREPARED, SHARED
+
+TUNED = "tuned.json"
+# What settings are chosen for, not among: data, models and examples, which all arms share, and the arm.
+CONTEXT = (*SHARED, *PREPARED, "arm")
+
+
+def rank_settings(
+    folder: Path, split: str = "", uneven: bool = False, level: float = 0.95, resamples: int = 2000
+) -> pd.DataFrame:
+    """Every setting that a finished batch has tried, best first within its arm.
+
+    Columns: the parameters of ``CONTEXT`` in which runs differ (task, arm, ...), those that were tuned
+    (missing where the arm sets them itself), settings (that the arm has tried), seeds, mean, low, high
+    (on the examples set aside, over seeds and pictures), chosen (the highest mean; of equals the one that
+    the batch names first), and edge: tuned parameters of which the chosen value is the smallest or
+    largest of three or more, so that a better one may lie beyond.
+
+    Args:
+        folder: of the batch.
+        split: evaluated on, where it is no part of the training split: the MiniWorld has worlds of other
+            seeds to tune on. Never a test that is reported.
+        uneven: allow arms that have tried different numbers of settings.
+        level: of the intervals.
+        resamples: of their bootstrap.
+
+    Raises:
+        ProtocolError: runs are not done, were evaluated on something else, differ in no setting, or arms
+            or settings had unequal effort.
+        FileNotFoundError: no batch was ever run in the folder.
+    """
+    folder = Path(folder)
+    runs = read_runs(folder)
+    left = int((runs["state"] != "done").sum())
+    if left:
+        raise ProtocolError(
+            f"{folder}: {left} of {len(runs)} runs are not done; `tdlib batch resume {folder.name}` goes on"
+        )
+    entries = recorded_runs(folder).set_index("run")
+    output = str(entries["output"].iloc[0])
+    parameters = {run: dict(known) for run, known in entries["parameters"].items()}
+    names = [name for name in next(iter(parameters.values())) if name not in ("seed", output)]
+    varied = [n for n in names if len({json.dumps(known.get(n)) for known in parameters.values()}) > 1]
+    context = [name for name in varied if name in CONTEXT]
+    tuned = [name for name in varied if name not in CONTEXT]
+    if not tuned:
+        raise ProtocolError(f"{folder}: its runs differ in no setting that could be chosen")
+    scores = _held_out_scores(folder, runs, split)
+    settings = {run: _setting(known, tuned) for run, known in parameters.items()}
+    groups: dict[str, dict[str, list[str]]] = {}
+    for run, known in parameters.items():
+        where = json.dumps([known[name] for name in context])
+        groups.setdefault(where, {}).setdefault(settings[run], []).append(run)
+    _check_effort(folder, context, groups, parameters, uneven)
+    rows = []
+    for where, tried in groups.items():
+        found = []
+        for setting, own in tried.items():
+            wide = scores[scores["run"].isin(own)].pivot(index="run", columns="id", values="score")
+            if wide.isna().any(axis=None):
+                raise ProtocolError(f"{folder}: runs {', '.join(own)} were evaluated on different examples")
+            pictures = scores[scores["run"] == own[0]].set_index("id")["image"][wide.columns].to_numpy()
+            values = wide.to_numpy(dtype=float)
+            low, high = bootstrap_interval(values, pictures, level, resamples)
+            row = dict(zip(context, json.loads(where), strict=True)) | json.loads(setting)
+            row |= {
+                "settings": len(tried),
+                "seeds": len(own),
+                "mean": values.mean(),
+                "low": low,
+                "high": high,
+            }
+            found.append(row)
+        found.sort(key=lambda row: -row["mean"])
+        for number, row in enumerate(found):
+            rows.append(row | {"chosen": number == 0, "edge": "" if number else _edge(row, found, tuned)})
+    order = [*context, *tuned, "settings", "seeds", "mean", "low", "high", "chosen", "edge"]
+    return pd.DataFrame(rows).reindex(columns=order)
+
+
+def write_tuned(folder: Path, ranked: pd.DataFrame) -> Path:
+    """Writes the chosen settings to ``tuned.json`` in a batch's folder; returns the file.
+
+    It holds the batch's name, the seeds that were tuned with, and ``chosen``: for what (``where``) which
+    ``settings``, with their mean.
+
+    Args:
+        folder: of the batch.
+        ranked: as ``rank_settings`` gives it.
+    """
+    columns = list(ranked.columns)
+    context = [name for name in columns[: columns.index("settings")] if name in CONTEXT]
+    tuned = [name for name in columns[: columns.index("settings")] if name not in CONTEXT]
+    entries = recorded_runs(folder)
+    chosen = [
+        {
+            "where": {name: row[name] for name in context},
+            "settings": {name: row[name] for name in tuned if not _is_missing(row[name])},
+            "mean": row["mean"],
+        }
+        for row in ranked[ranked["chosen"]].astype(object).to_dict("records")
+    ]
+    seeds = sorted({known["seed"] for known in entries["parameters"]})
+    target = Path(folder) / TUNED
+    write_json(target, {"batch": Path(folder).name, "seeds": seeds, "chosen": chosen})
+    return target
+
+
+def _is_missing(value: Any) -> bool:
+    return isinstance(value, float) and value != value
+
+
+def _setting(parameters: Mapping[str, Any], tuned: Sequence[str]) -> str:
+    """The tuned parameters of a run, without those that its arm sets itself."""
+    fixed = ARMS.get(parameters["arm"], {})
+    return json.dumps({name: parameters[name] for name in tuned if name not in fixed})
+
+
+def _held_out_scores(folder: Path, runs: pd.DataFrame, split: str) -> pd.DataFrame:
+    scores = read_scores(folder, runs)
+    splits = sorted(scores["split"].unique())
+    wanted = [name for name in splits if name == split or (not split and name.endswith(HELD_OUT))]
+    if not wanted or (not split and wanted != splits):
+        raise ProtocolError(
+            f"{folder}: its runs were evaluated on {', '.join(splits) or 'nothing'}; settings are chosen on "
+            + (f"{split!r}" if split else "pictures set aside from the training: set held_out, to 0.2 say")
+        )
+    return scores[scores["split"].isin(wanted)]
+
+
+def _check_effort(
+    folder: Path, context: Sequence[str], groups: Mapping[str, Mapping[str, Sequence[str]]],
+    parameters: Mapping[str, Mapping[str, Any]], uneven: bool,
+) -> None:  # fmt: skip
+    """Every setting has the same seeds, each once; every arm has tried the same number of settings."""
+    seeds = {
+        str(sorted(parameters[run]["seed"] for run in own)) for g in groups.values() for own in g.values()
+    }
+    twice = next((own for g in groups.values() for own in g.values() if _same_seed(own, parameters)), None)
+    if twice:
+        raise ProtocolError(
+            f"{folder}: runs {', '.join(twice)} are the same setting with the same seed (arm "
+            f"{parameters[twice[0]]['arm']!r} may set by itself what differs); exclude all but one"
+        )
+    if len(seeds) > 1:
+        raise ProtocolError(f"{folder}: settings were tried with different seeds: {', '.join(sorted(seeds))}")
+    efforts: dict[str, dict[str, int]] = {}
+    for where, tried in groups.items():
+        known = dict(zip(context, json.loads(where), strict=True))
+        arm = known.pop("arm", "")
+        efforts.setdefault(json.dumps(known), {})[arm] = len(tried)
+    for where, numbers in efforts.items():
+        if len(set(numbers.values())) > 1 and not uneven:
+            listed = ", ".join(f"{arm} {number}" for arm, number in numbers.items())
+            raise ProtocolError(
+                f"{folder}: {where}: arms have tried different numbers of settings ({listed}), which favours "
+                "those with more; give all the same number, or say uneven"
+            )
+
+
+def _same_seed(own: Sequence[str], parameters: Mapping[str, Mapping[str, Any]]) -> bool:
+    return len({parameters[run]["seed"] for run in own}) < len(own)
+
+
+def _edge(best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]], tuned: Sequence[str]) -> str:
+    at = []
+    for name in tuned:
+        values = {row[name] for row in tried if name in row and isinstance(row[name], int | float)}
+        if len(values) > 2 and best[name] in (min(values), max(values)):
+            at.append(name)
+    return ", ".join(at)

@@ -1,0 +1,18 @@
+"""Where the project's files lie, and the error that a bad parameter raises."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class ConfigError(ValueError):
+    """A bad parameter: names it, the value found and what was expected."""
+
+
+def resolve(name: str, prefix: str = "") -> str:
+    """A path relative to the project as an absolute one; other names (hub ids, tags) as they are."""
+    if name.startswith(prefix):
+        path = ROOT / name[len(prefix) :]
+        if name[len(prefix) :] and path.exists():
+            return f"{prefix}{path}"
+    return name

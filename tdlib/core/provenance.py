@@ -1,0 +1,29 @@
+"""Hashes of what a result depends on: the library's code, and values. (``training.provenance``: data.)"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+# A run's id depends on these packages alone: a change of how runs are started, compared or drawn must
+# not make finished runs unfindable. `miniworld` is here because it writes the data.
+RESULT_PACKAGES = ("core", "method", "data", "miniworld", "teacher", "regions", "students", "training")
+
+
+def digest(value: Any) -> str:
+    """Sixteen hex digits that tell one JSON value from another."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_version() -> str:
+    """Hash of the library's sources that can change a run's result: whole packages, and no views."""
+    home = Path(__file__).resolve().parents[1]
+    sources = [home / "config.py", home / "arms.py"]
+    for package in RESULT_PACKAGES:
+        sources += sorted((home / package).rglob("*.py"))
+    return digest(
+        [
+            [path.relative_to(home).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()]
+            for path in sources
+        ]
+    )

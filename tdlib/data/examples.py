@@ -1,0 +1,236 @@
+"""The one example type of all tasks, and low-shot subsets of examples.
+
+Knows no file format (``tasks`` does) and no model (``students`` and ``teacher`` do).
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import overload
+
+from tdlib.core.files import write_json
+
+log = logging.getLogger(__name__)
+
+Span = tuple[int, int]
+Box = tuple[float, float, float, float]
+
+MANY_FOLDERS = 50  # pictures in so many folders are set aside folder by folder
+GROUND_TRUTH = "ground truth"  # relevant spans and boxes that the data themselves state
+
+
+class DataError(ValueError):
+    """Bad input data: says where, what was expected, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A stretch of text, characters [start, end), that names objects of the picture by their indices."""
+
+    start: int
+    end: int
+    objects: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A raw string with its references; ``relevant`` are the spans that decide the answer, if known."""
+
+    text: str
+    references: tuple[Reference, ...] = ()
+    relevant: tuple[Span, ...] = ()
+
+
+def join_parts(first: TextPart, second: TextPart) -> TextPart:
+    """Two parts as one string with a space between, spans shifted along."""
+    shift = len(first.text) + 1
+    return TextPart(
+        f"{first.text} {second.text}",
+        (
+            *first.references,
+            *(Reference(r.start + shift, r.end + shift, r.objects) for r in second.references),
+        ),
+        (*first.relevant, *((start + shift, end + shift) for start, end in second.relevant)),
+    )
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one picture.
+
+    ``boxes`` are xyxy normalised to the picture ([0, 1]), one per object, with class ``names``.
+    ``choices`` are the candidate answers (empty where the task has a fixed label set). ``label`` is
+    an index into them or into the label set; None in test files without labels, and where the
+    right answer is not in the vocabulary. ``stratum`` is what low-shot subsets balance.
+    ``annotators`` are the answers that people gave (VQA), ``answer_type`` their kind, and
+    ``soft_label`` what each of the vocabulary's answers is worth, as (index, score in [0, 1]).
+    ``given`` is where in the prompt the given answer starts (VCR's QA->R), 0 where none is given.
+    ``truth`` says what the relevant spans and boxes are: ground truth, or what stands in for it
+    (``tasks.truth``).
+    """
+
+    id: str
+    image: Path
+    boxes: tuple[Box, ...]
+    names: tuple[str, ...]
+    prompt: TextPart
+    choices: tuple[TextPart, ...]
+    label: int | None
+    stratum: str
+    relevant_boxes: tuple[Box, ...] = field(default=())
+    annotators: tuple[str, ...] = ()
+    answer_type: str = ""
+    soft_label: tuple[tuple[int, float], ...] = ()
+    given: int = 0
+    truth: str = GROUND_TRUTH
+
+    def statements(self) -> tuple[TextPart, ...]:
+        """What is read about the picture: the prompt with each choice, or the prompt alone."""
+        return tuple(join_parts(self.prompt, choice) for choice in self.choices) or (self.prompt,)
+
+
+class Examples(Sequence[Example]):
+    """Examples that are made when asked for; ids and strata are known at once.
+
+    Args:
+        ids: one per example.
+        strata: likewise.
+        make: gives the example at a position.
+        labelled: whether the examples have labels (a test split has none).
+    """
+
+    def __init__(
+        self, ids: Sequence[str], strata: Sequence[str], make: Callable[[int], Example], labelled: bool = True
+    ):
+        self.ids, self.strata, self._make, self.labelled = ids, strata, make, labelled
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "Examples":
+        """Examples that are there already."""
+        if isinstance(examples, Examples):
+            return examples
+        ids, strata = [e.id for e in examples], [e.stratum for e in examples]
+        return cls(ids, strata, examples.__getitem__, any(e.label is not None for e in examples))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Examples": ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.at(range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return self._make(index % len(self))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self._make(index) for index in range(len(self)))
+
+    def at(self, positions: Sequence[int]) -> "Examples":
+        """The examples at these positions, in this order."""
+        return Examples(
+            [self.ids[i] for i in positions], [self.strata[i] for i in positions],
+            lambda i: self._make(positions[i]), self.labelled,
+        )  # fmt: skip
+
+
+def divide_by_picture(examples: Examples, share: float) -> tuple[Examples, Examples]:
+    """What is learned from, and what is set aside: about ``share`` of the pictures with all their examples.
+
+    The same for every seed and on every machine: a hash of a picture's name decides, or of its folder's
+    name where pictures lie in ``MANY_FOLDERS`` or more (VCR's lie in one for each film clip, and a
+    clip's pictures look alike). Makes every example once to know its picture.
+
+    Raises:
+        ValueError: one of the two parts has no example.
+    """
+    pictures = [example.image for example in examples]
+    by_folder = len({picture.parent for picture in pictures}) >= MANY_FOLDERS
+    names = [picture.parent.name if by_folder else picture.name for picture in pictures]
+    aside = {
+        name for name in set(names) if int(hashlib.sha256(name.encode()).hexdigest(), 16) / 2**256 < share
+    }
+    parts = [[i for i, name in enumerate(names) if (name in aside) == side] for side in (False, True)]
+    if not all(parts):
+        raise ValueError(
+            f"held_out={share}: {len(aside)} of {len(set(names))} pictures (or folders of them) are set "
+            "aside, which leaves one part without examples"
+        )
+    return examples.at(parts[0]), examples.at(parts[1])
+
+
+def _rank(seed: int, identifier: str) -> bytes:
+    """Where an example stands in a seed's order; the parts of one question ("val-0:r") stand together."""
+    return hashlib.sha256(f"{seed}:{identifier.partition(':')[0]}".encode()).digest()
+
+
+def low_shot(examples: Sequence[Example], shots: int | float, seed: int) -> Examples:
+    """A seeded subset: ``shots`` per stratum (int), a fraction of each stratum (float), or all (0).
+
+    A stratum with fewer examples gives all that it has, with a warning: VQA's rare question types
+    must not decide how many of the others are learned from.
+
+    Subsets of one seed are nested: a larger one contains every smaller one, and adding examples
+    to the data set never reorders the others (each is ranked by a hash of seed and id). No example
+    is made to choose them.
+
+    Raises:
+        ValueError: ``shots`` is out of range.
+    """
+    examples = Examples.of(examples)
+    if shots == 0:
+        return examples
+    fraction = isinstance(shots, float)
+    if (fraction and not 0 < shots <= 1) or (not fraction and shots < 1):
+        raise ValueError(
+            f"shots={shots!r}: expected an integer >= 1 (per stratum), a fraction in (0, 1], or 0 for all"
+        )
+    strata: dict[str, list[int]] = {}
+    for position, stratum in enumerate(examples.strata):
+        strata.setdefault(stratum, []).append(position)
+    chosen: list[int] = []
+    short: list[str] = []
+    for stratum, members in strata.items():
+        count = max(1, round(shots * len(members))) if fraction else int(shots)
+        if count > len(members):
+            short.append(f"{stratum!r} ({len(members)})")
+        chosen += sorted(members, key=lambda i: _rank(seed, examples.ids[i]))[:count]
+    if short:
+        log.warning("shots=%s: all there are of %s, which have fewer", shots, ", ".join(short))
+    return examples.at(sorted(chosen))
+
+
+def save_manifest(path: Path, examples: Sequence[Example], shots: int | float, seed: int) -> None:
+    """Writes which examples a run used, so that another run can use the same."""
+    write_json(path, {"shots": shots, "seed": seed, "ids": list(Examples.of(examples).ids)})
+
+
+def load_manifest(path: Path, examples: Sequence[Example]) -> Examples:
+    """The examples that a manifest names, in its order.
+
+    Raises:
+        DataError: the manifest is missing or malformed, or names an id that the data set does not have.
+    """
+    examples = Examples.of(examples)
+    known = {identifier: position for position, identifier in enumerate(examples.ids)}
+    try:
+        ids = json.loads(Path(path).read_text(encoding="utf-8"))["ids"]
+        if not isinstance(ids, list) or not all(isinstance(identifier, str) for identifier in ids):
+            raise TypeError("ids is not a list of strings")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such manifest; expected the manifest.json of a run's folder") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: not a manifest ({error!r}); expected the manifest.json of a run") from None
+    missing = [identifier for identifier in ids if identifier not in known]
+    if missing:
+        raise DataError(
+            f"{path}: {len(missing)} of {len(ids)} ids are not in the data set (first: {missing[0]!r}); "
+            "the manifest belongs to another data set or split"
+        )
+    return examples.at([known[identifier] for identifier in ids])

@@ -1,0 +1,254 @@
+"""Visual entailment from its official files (SNLI-VE, Xie et al. 2019; e-SNLI-VE, Kayser et al. 2021).
+
+The hypothesis (``sentence2``) is read about the Flickr30k picture; the premise caption
+(``sentence1``) is no input, as in the task's definition.
+"""
+
+import csv
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tdlib.data.examples import DataError, Example, Examples, Span
+from tdlib.core.files import whole_file
+from tdlib.data.reading import Reader, Records, SideFile, index_records, need, picture_boxes, relevant_part
+
+log = logging.getLogger(__name__)
+
+# The order of UNITER's label map (its pretrained heads and ours agree on it); others differ:
+# LAVIS (contradiction, neutral, entailment), MMF (entailment, neutral, contradiction).
+LABELS = ("contradiction", "entailment", "neutral")
+IMAGE_FOLDERS = ("flickr30k_images", "flickr30k-images", "images")
+IMAGE_KEYS = ("Flikr30kID", "Flickr30K_ID", "Flickr30kID")  # released, by the generator, of e-SNLI-VE
+
+
+def image_id(record: dict[str, Any], where: str) -> str:
+    """The Flickr30k id of a record's picture, by whichever key it has, else from its pairID.
+
+    Raises:
+        DataError: there is neither.
+    """
+    for key in IMAGE_KEYS:
+        if record.get(key) not in (None, ""):
+            name = str(record[key]).strip().removesuffix(".jpg")
+            break
+    else:
+        pair = need(record, "pairID", str, where, "SNLI-VE")
+        if ".jpg" not in pair:
+            raise DataError(
+                f"{where}: no picture: none of {', '.join(IMAGE_KEYS)}, and pairID={pair!r} has no '.jpg'"
+            )
+        name = pair[: pair.rfind(".jpg")]
+    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+        raise DataError(f"{where}: picture id {name!r}, expected the number of a Flickr30k picture")
+    return name
+
+
+class SnliVeReader(Reader):
+    """Reads one split: ``snli_ve_{split}.jsonl``, or ``esnlive_{split}.csv`` of e-SNLI-VE.
+
+    Args:
+        folder: holds the files and the pictures, in one of ``IMAGE_FOLDERS``.
+        split: "train", "dev" or "test", or a shifted set beside them ("dev_shortcut").
+        explained: read e-SNLI-VE's CSV (columns pairID, Flickr30kID, hypothesis, gold_label, ...)
+            in place of the JSONL.
+
+    Raises:
+        DataError: the folder lacks the split or its pictures.
+    """
+
+    what = "SNLI-VE"
+
+    def __init__(self, folder: Path | str, split: str, explained: bool = False):
+        self.folder, self.split, self.explained = Path(folder), split, explained
+        self.path = self.folder / (f"esnlive_{split}.csv" if explained else f"snli_ve_{split}.jsonl")
+        if not self.path.is_file():
+            pattern = "esnlive_*.csv" if explained else "snli_ve_*.jsonl"
+            there = sorted(path.name for path in self.folder.glob(pattern)) if self.folder.is_dir() else []
+            raise DataError(
+                f"{self.path}: no such file; expected {pattern} for train, dev and test (found here: "
+                f"{', '.join(there) or 'nothing'}); check data_dir and the split's name"
+            )
+        folders = [self.folder / name for name in IMAGE_FOLDERS if (self.folder / name).is_dir()]
+        if not folders:
+            raise DataError(
+                f"{self.folder}: none of the folders {', '.join(IMAGE_FOLDERS)}; unpack Flickr30k's pictures "
+                "into one of them (or link it)"
+            )
+        self.images = folders[0]
+
+    def open(self, report: Callable[[str], None] | None = None) -> Examples:
+        records: Sequence[dict[str, Any]]
+        if self.explained:
+            rows = list(_csv_rows(self.path))
+            records = [row for _, row in rows]
+            numbers = [number for number, _ in rows]
+
+            def where_of(index: int) -> str:
+                return f"{self.path}:{numbers[index]}"
+
+        else:
+            lines = Records.lines(self.path, self.what)
+            records, where_of = lines, lines.where
+        hypothesis_key = "hypothesis" if self.explained else "sentence2"
+
+        def label_of(record: dict[str, Any], pair: str, where: str) -> str | None:
+            label = record.get("gold_label")
+            if label is not None and label not in LABELS:
+                raise DataError(
+                    f"{where} ({pair}): gold_label={label!r}, expected one of {', '.join(LABELS)} "
+                    "(SNLI's pairs without a consensus, '-', are not part of SNLI-VE: leave them out)"
+                )
+            return None if label is None else sys.intern(label)
+
+        seen, labels = index_records(records, where_of, "pairID", str, self.what, label_of, report)
+        strata = [label or "all" for label in labels]
+        unlabelled = [index for index, label in zip(seen.values(), labels, strict=True) if label is None]
+        if not seen:
+            raise DataError(f"{self.path}: the file has no examples; copy it again")
+        if 0 < len(unlabelled) < len(seen):
+            raise DataError(
+                f"{where_of(unlabelled[0])}: no gold_label, as {len(unlabelled)} of {len(seen)} lines; "
+                "expected all to have one, or none"
+            )
+        positions = list(seen.values())
+        relevance = SideFile(self.folder / f"snli_ve_{self.split}.relevance.jsonl", "pairID", self.what)
+
+        def make(index: int) -> Example:
+            position = positions[index]
+            record, where = records[position], where_of(position)
+            pair = record["pairID"]
+            text = need(record, hypothesis_key, str, f"{where} ({pair})", self.what)
+            if not text.strip():
+                raise DataError(f"{where} ({pair}): {hypothesis_key} is empty")
+            image = self.images / f"{image_id(record, where)}.jpg"
+            if not os.path.isfile(image):
+                raise DataError(f"{where} ({pair}): {image}: no such picture; unpack Flickr30k again")
+            marks = relevance.find(pair, position)
+            label = record.get("gold_label")
+            return Example(
+                id=pair, image=image, boxes=(), names=(),
+                prompt=relevant_part(text, marks),
+                choices=(), label=None if label is None else LABELS.index(label), stratum=strata[index],
+                relevant_boxes=picture_boxes(marks, image),
+            )  # fmt: skip
+
+        return Examples(list(seen), strata, make, labelled=not unlabelled)
+
+
+def _csv_rows(
+    path: Path, columns: Sequence[str] = ("pairID", "hypothesis"),
+    of: str = "e-ViL's columns pairID, Flickr30kID, hypothesis, gold_label, explanation",
+) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
+    """Rows of a CSV that needs these columns, with the line each ends in."""
+    csv.field_size_limit(2**24)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file, strict=True)
+            lacking = set(columns) - set(rows.fieldnames or [])
+            if lacking:
+                raise DataError(f"{path}:1: no column {', '.join(sorted(lacking))}; expected {of}")
+            for row in rows:
+                if None in row or None in row.values():
+                    raise DataError(f"{path}:{rows.line_num}: more or fewer columns than the header")
+                yield (
+                    rows.line_num,
+                    {key: value for key, value in row.items() if (key, value) != ("gold_label", "")},
+                )
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not readable as CSV in UTF-8 ({error}); copy it again") from None
+
+
+# Words that people marked (e-SNLI, Camburu et al. 2018), as relevant spans of the hypothesis.
+
+HIGHLIGHTS = "highlights"
+_MARKED = [f"Sentence2_marked_{annotator}" for annotator in (1, 2, 3)]  # train has one, dev and test three
+
+
+def with_highlights(examples: Sequence[Example], folder: Path) -> list[Example]:
+    """The words of e-SNLI's annotators in place of relevant spans and boxes, named in ``truth``.
+
+    Read from every ``esnli_*.csv`` in the folder by pairID (SNLI-VE splits SNLI's pairs anew, so that
+    a split's highlights lie in several of them). Words between stars in ``Sentence2_marked_*`` are
+    highlighted; the files' ``Sentence2_Highlighted_*`` are ignored, as their authors ask. A word
+    counts if at least half of the annotators of the pair marked it, without the punctuation that was
+    highlighted along with it (our reading). A pair that no file has, whose hypothesis has no such
+    word, or whose text differs has no relevant span; how many differ is logged.
+
+    Raises:
+        DataError: there is no such file, or one lacks its columns or is no CSV.
+    """
+    paths = sorted(folder.glob("esnli_*.csv"))
+    if not paths:
+        raise DataError(
+            f"{folder}: no esnli_*.csv; the highlights are in e-SNLI's esnli_train_1.csv, esnli_train_2.csv, "
+            "esnli_dev.csv and esnli_test.csv: put them beside SNLI-VE's files"
+        )
+    wanted = {example.id for example in examples}
+    marked: dict[str, list[str]] = {}
+    for path in paths:
+        for _, row in _csv_rows(path, ("pairID", _MARKED[0]), "e-SNLI's columns pairID, Sentence2_marked_1"):
+            if row["pairID"] in wanted:
+                marked[row["pairID"]] = [row[name] for name in _MARKED if row.get(name, "").strip()]
+    found, different = [], []
+    for example in examples:
+        spans = highlighted(example.prompt.text, marked.get(example.id, []))
+        if spans is None:
+            different.append(example.id)
+        prompt = replace(example.prompt, relevant=spans or ())
+        found.append(replace(example, prompt=prompt, relevant_boxes=(), truth=HIGHLIGHTS))
+    if different:
+        log.warning(
+            "%s: %d of %d pairs have another text than their highlights, which are not used (first: %s)",
+            folder, len(different), len(examples), different[0],
+        )  # fmt: skip
+    return found
+
+
+def highlighted(text: str, marked: Sequence[str]) -> tuple[Span, ...] | None:
+    """Spans of the words that at least half of the annotators put between stars; None if a text differs.
+
+    Args:
+        text: the hypothesis.
+        marked: the same text by each annotator, words in stars ("A *man* sleeps.").
+    """
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    votes = [0] * len(words)
+    for own in marked:
+        theirs = own.split()
+        plain = [word[1:-1] if _starred(word) else word for word in theirs]
+        if plain != [text[start:end] for start, end in words]:
+            return None
+        for i, word in enumerate(theirs):
+            votes[i] += _starred(word)
+    chosen = [span for span, count in zip(words, votes, strict=True) if count and 2 * count >= len(marked)]
+    return tuple(_without_punctuation(text, span) for span in chosen)
+
+
+def _starred(word: str) -> bool:
+    return len(word) > 2 and word[0] == word[-1] == "*"
+
+
+def _without_punctuation(text: str, span: Span) -> Span:
+    letters = [i for i in range(*span) if text[i].isalnum()]
+    return (letters[0], letters[-1] + 1) if letters else span
+
+
+def write_submission(path: Path, labels: dict[str, int]) -> int:
+    """Writes one line per pair, {"pairID", "label"}; SNLI-VE has no server, this is ours.
+
+    Raises:
+        DataError: there is nothing to write.
+    """
+    if not labels:
+        raise DataError(f"{path}: no predictions to write")
+    with whole_file(path) as file:
+        for pair, label in labels.items():
+            file.write(json.dumps({"pairID": pair, "label": LABELS[label]}) + "\n")
+    return len(labels)

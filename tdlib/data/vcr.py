@@ -1,0 +1,514 @@
+"""Visual Commonsense Reasoning from its official files (Zellers et al. 2019).
+
+Reads ``{split}.jsonl`` and ``vcr1images/`` (pictures and metadata JSON); renders references as
+text; scores and writes the leaderboard's CSV. Also reads the MiniWorld's side files where they lie
+beside a split: ``*.relevance.jsonl`` (token indices and boxes that decide) and ``*.types.jsonl``
+(question types).
+"""
+
+import csv
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tdlib.data.examples import Box, DataError, Example, Examples, Reference, Span, TextPart, join_parts
+from tdlib.core.files import whole_file
+from tdlib.data.reading import (
+    Reader,
+    Records,
+    SideFile,
+    index_records,
+    is_number,
+    need,
+    normalise_boxes,
+)
+from tdlib.data.vcr_shifts import MASKED_TAG
+
+# The gender-neutral names of the authors' baseline (r2c, dataloaders/vcr.py); "Peyton" is there twice.
+NEUTRAL_NAMES = [
+    "Casey", "Riley", "Jessie", "Jackie", "Avery", "Jaime", "Peyton", "Kerry", "Jody", "Kendall",
+    "Peyton", "Skyler", "Frankie", "Pat", "Quinn",
+]  # fmt: skip
+PERSON_TOKENS = [f"person_{i}" for i in range(81)]  # UNITER's, ids 28,996 onwards in its vocabulary
+
+
+def neutral_name(index: int, name: str) -> str:
+    """r2c: people get a neutral name by their index, other objects their class name."""
+    return NEUTRAL_NAMES[index % len(NEUTRAL_NAMES)] if name == "person" else name
+
+
+def person_token(index: int, name: str) -> str:
+    """UNITER: people are special tokens by their index (the last one for all beyond 80)."""
+    return PERSON_TOKENS[min(index, len(PERSON_TOKENS) - 1)] if name == "person" else name
+
+
+# How an object is named, and what stands between the objects of one reference.
+REFERENCE_SCHEMES: dict[str, tuple[Callable[[int, str], str], str]] = {
+    "names": (neutral_name, " and "),
+    "person_tokens": (person_token, " "),
+    "category": (lambda _index, name: name, " and "),
+}
+
+_NO_SPACE_BEFORE = {".", ",", "?", "!", ":", ";", "'s", "n't", "'re", "'m", "'ll", "'ve", "'d"}
+
+
+def render(
+    tokens: Sequence[str | list[int]],
+    names: Sequence[str],
+    scheme: str = "names",
+    decisive: Sequence[int] = (),
+) -> TextPart:
+    """A mixed token list as one string, with the characters of every reference and decisive token.
+
+    Several objects in one reference are joined as the scheme says. A masked object (10,000 + its
+    index, as in Ye and Kovashka's sets) becomes "[MASK]" and refers to nothing. Raises
+    ``IndexError`` for an object or a decisive token that does not exist and ``TypeError`` for a
+    token that is neither.
+    """
+    name_of, between = REFERENCE_SCHEMES[scheme]
+    text = ""
+    spans: list[Span] = []
+    references: list[Reference] = []
+    for token in tokens:
+        if isinstance(token, list):
+            if not token or not all(type(i) is int for i in token):
+                raise TypeError(f"a reference is a non-empty list of integers, found {token!r}")
+            for i in token:
+                if not 0 <= i % MASKED_TAG < len(names) or not 0 <= i < 2 * MASKED_TAG:
+                    raise IndexError(f"reference to object {i}, but the picture has {len(names)} objects")
+            word = between.join("[MASK]" if i >= MASKED_TAG else name_of(i, names[i]) for i in token)
+        elif isinstance(token, str):
+            word = token
+        else:
+            raise TypeError(f"a token is a string or a list of object indices, found {token!r}")
+        if text and word not in _NO_SPACE_BEFORE:
+            text += " "
+        spans.append((len(text), len(text) + len(word)))
+        if isinstance(token, list) and min(token) < MASKED_TAG:
+            references.append(Reference(*spans[-1], tuple(i for i in token if i < MASKED_TAG)))
+        text += word
+    for i in decisive:
+        if not 0 <= i < len(spans):
+            raise IndexError(f"token {i} is marked as decisive, but there are {len(spans)} tokens")
+    return TextPart(text, tuple(references), tuple(_merge([spans[i] for i in sorted(decisive)], text)))
+
+
+def _merge(spans: Sequence[Span], text: str) -> list[Span]:
+    """Neighbouring spans (with only white space between) as one."""
+    merged: list[Span] = []
+    for start, end in spans:
+        if merged and not text[merged[-1][1] : start].strip():
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((start, end))
+    return merged
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """One picture's metadata file: objects (boxes normalised) and its size in pixels."""
+
+    boxes: tuple[Box, ...]
+    names: tuple[str, ...]
+    width: float
+    height: float
+
+    @classmethod
+    def read(cls, path: Path, where: str) -> "_Metadata":
+        where = f"{path} (used by {where})"
+        try:
+            metadata = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not readable as JSON ({error}); unpack vcr1images.zip again") from None
+        if not isinstance(metadata, dict):
+            raise DataError(f"{where}: found {type(metadata).__name__}, expected a VCR metadata object")
+        width: Any = metadata.get("width")
+        height: Any = metadata.get("height")
+        if not (is_number(width) and is_number(height) and min(width, height) > 0):
+            raise DataError(
+                f"{where}: width={width!r}, height={height!r}, expected positive numbers of pixels"
+            )
+        names = metadata.get("names")
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise DataError(f"{where}: names={names!r}, expected a list of class names")
+        boxes = normalise_boxes(metadata.get("boxes"), width, height, where)
+        if len(names) != len(boxes):
+            raise DataError(f"{where}: {len(names)} names but {len(boxes)} boxes; expected one name per box")
+        return cls(boxes, tuple(names), width, height)
+
+
+@dataclass(frozen=True)
+class _Relevance:
+    """One line of a relevance file: indices of the decisive tokens of each text, and boxes in pixels."""
+
+    question: list[int]
+    answer_choices: list[list[int]]
+    rationale_choices: list[list[int]]
+    boxes: list[Any]
+
+    @classmethod
+    def parse(cls, record: dict[str, Any], where: str) -> "_Relevance":
+        def indices(name: str, value: Any) -> list[int]:
+            if not (isinstance(value, list) and all(type(i) is int for i in value)):
+                raise DataError(f"{where}: {name} is {value!r}, expected a list of token indices")
+            return value
+
+        def four(name: str) -> list[list[int]]:
+            value = record.get(name, [[]] * 4)
+            if not (isinstance(value, list) and len(value) == 4):
+                raise DataError(f"{where}: {name} is {value!r}, expected 4 lists of token indices")
+            return [indices(f"{name}[{i}]", marks) for i, marks in enumerate(value)]
+
+        question = indices("question", record.get("question", []))
+        boxes = record.get("boxes", [])
+        if not isinstance(boxes, list):
+            raise DataError(f"{where}: boxes is {boxes!r}, expected a list of [x1, y1, x2, y2]")
+        return cls(question, four("answer_choices"), four("rationale_choices"), boxes)
+
+
+_UNMARKED = _Relevance([], [[]] * 4, [[]] * 4, [])
+
+_LABELS = {
+    "qa": ("answer_label",), "qar": ("rationale_label",), "both": ("answer_label", "rationale_label")
+}  # fmt: skip
+
+
+class VcrReader(Reader):
+    """Reads one split of a VCR folder for one of its subtasks.
+
+    Args:
+        folder: holds ``{split}.jsonl`` and ``vcr1images/``.
+        split: "train", "val", "test", or the stem of any other file of the same schema
+            (for instance "val_shortcut").
+        subtask: "qa" (choose the answer), "qar" (choose the rationale given the right answer), or
+            "both" (examples of both kinds beside each other, for one model, as in UNITER). Where
+            labels are missing (test), rationales are asked for given each of the four answers, as
+            the leaderboard wants them.
+        references: how object references become text, a key of ``REFERENCE_SCHEMES``.
+        file: another file to read the questions from, in place of ``{split}.jsonl``.
+
+    Ids: ``annot_id``; where a question gives several examples, ``annot_id:r`` is its rationale and
+    ``annot_id:r0`` to ``:r3`` are its rationales given each answer.
+
+    Raises:
+        DataError: the folder lacks the split or its pictures, or an argument is unknown.
+    """
+
+    SUBTASKS = ("qa", "qar", "both")
+    what = "VCR"
+
+    def __init__(
+        self,
+        folder: Path | str,
+        split: str,
+        subtask: str = "qa",
+        references: str = "names",
+        file: Path | None = None,
+    ):
+        self.folder = Path(folder)
+        self.path = file or self.folder / f"{split}.jsonl"
+        self.split = split
+        self.images = self.folder / "vcr1images"
+        if subtask not in self.SUBTASKS:
+            raise DataError(f"subtask={subtask!r}: expected one of {', '.join(self.SUBTASKS)}")
+        if references not in REFERENCE_SCHEMES:
+            raise DataError(f"references={references!r}: expected one of {', '.join(REFERENCE_SCHEMES)}")
+        if not self.path.is_file():
+            there = sorted(path.name for path in self.folder.glob("*.jsonl")) if self.folder.is_dir() else []
+            raise DataError(
+                f"{self.path}: no such file; a VCR folder holds {{train,val,test}}.jsonl and vcr1images "
+                f"(found here: {', '.join(there) or 'nothing'}); check data_dir and the split's name"
+            )
+        if not self.images.is_dir():
+            raise DataError(f"{self.images}: no such folder; unpack vcr1images.zip there")
+        self.subtask, self.references = subtask, references
+        self._metadata: dict[Path, _Metadata] = {}  # several questions share a picture
+
+    def open(self, report: Callable[[str], None] | None = None) -> Examples:
+        records = Records.lines(self.path, self.what)
+        types = self._types()
+        label_keys = _LABELS[self.subtask]
+
+        def labelled(record: dict[str, Any], identifier: str, where: str) -> bool:
+            if types and identifier not in types:
+                raise DataError(
+                    f"{where} ({identifier}): its *.types.jsonl has no line for it; complete that file "
+                    "or remove it"
+                )
+            lacking = [key for key in label_keys if key not in record]
+            if 0 < len(lacking) < len(label_keys):
+                raise DataError(
+                    f"{where} ({identifier}): no {lacking[0]}, but the other label is there; expected "
+                    "both (train, val) or none (test)"
+                )
+            return not lacking
+
+        lines, known = index_records(records, records.where, "annot_id", str, self.what, labelled, report)
+        if not lines:
+            raise DataError(f"{self.path}: the file has no examples; copy it again")
+        unlabelled = [index for index, there in zip(lines.values(), known, strict=True) if not there]
+        if 0 < len(unlabelled) < len(lines):
+            raise DataError(
+                f"{records.where(unlabelled[0])} ({records[unlabelled[0]]['annot_id']}): no {label_keys[0]}, "
+                f"as {len(unlabelled)} of {len(lines)} lines; expected all (train, val) or none (test) to "
+                "have one"
+            )
+        parts = _parts(self.subtask, labelled=not unlabelled)
+        relevance = SideFile(self.folder / f"{self.path.stem}.relevance.jsonl", "annot_id", self.what)
+        positions = list(lines.values())
+        ids, strata = [], []
+        several = len(parts) > 1
+        for identifier in lines:
+            stratum = types.get(identifier, "all")
+            ids += [identifier + (part if several else "") for part in parts]
+            strata += [sys.intern(stratum + (" rationale" if part and several else "")) for part in parts]
+
+        def make(index: int) -> Example:
+            position = positions[index // len(parts)]
+            record, where = records[position], records.where(position)
+            found = relevance.find(record["annot_id"], position)
+            marks = _Relevance.parse(*found) if found else _UNMARKED
+            return self._example(record, where, marks, ids[index], strata[index], parts[index % len(parts)])
+
+        return Examples(ids, strata, make, labelled=not unlabelled)
+
+    def _types(self) -> dict[str, str]:
+        """Question types by annot_id; a reworded split (val_shortcut) shares those of its source (val)."""
+        for stem in (self.path.stem, self.path.stem.split("_")[0]):
+            path = self.folder / f"{stem}.types.jsonl"
+            if path.is_file():
+                records = Records.lines(path, self.what)
+                types = {}
+                for index in range(len(records)):
+                    record, where = records[index], records.where(index)
+                    identifier = need(record, "annot_id", str, where, self.what)
+                    types[identifier] = sys.intern(need(record, "type", str, where, self.what))
+                if types:
+                    return types
+        return {}
+
+    def _file(self, record: dict[str, Any], key: str, where: str) -> Path:
+        """A file of ``vcr1images/`` that a record names."""
+        name = need(record, key, str, where, self.what)
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise DataError(f"{where}: {key}={name!r} leads out of {self.images}; expected a path inside it")
+        path = self.images / name
+        if "\0" in name or not os.path.isfile(path):
+            raise DataError(
+                f"{where}: {key}={name!r}: no such file in {self.images}; unpack vcr1images.zip again"
+            )
+        return path
+
+    def _picture(self, record: dict[str, Any], where: str) -> _Metadata:
+        """The metadata of a record's picture, checked against the record's objects."""
+        path = self._file(record, "metadata_fn", where)
+        if path not in self._metadata:
+            if len(self._metadata) >= 4096:
+                self._metadata.clear()
+            self._metadata[path] = _Metadata.read(path, where)
+        picture = self._metadata[path]
+        if list(picture.names) != need(record, "objects", list, where, self.what):
+            raise DataError(
+                f"{where}: 'objects' differs from the names in {path}; files of different releases?"
+            )
+        return picture
+
+    def _example(
+        self, record: dict[str, Any], where: str, marks: _Relevance, name: str, stratum: str, part: str
+    ) -> Example:
+        where = f"{where} ({record['annot_id']})"
+        picture = self._picture(record, where)
+
+        def text(name: str, tokens: Any, decisive: list[int]) -> TextPart:
+            if not isinstance(tokens, list):
+                raise DataError(
+                    f"{where}: {name} is {tokens!r}, expected a list of tokens; is this a VCR file?"
+                )
+            try:
+                return render(tokens, picture.names, self.references, decisive)
+            except (IndexError, TypeError) as error:
+                raise DataError(f"{where}: {name}: {error}; files of different releases?") from None
+
+        def choices_of(key: str, decisive: list[list[int]]) -> tuple[TextPart, ...]:
+            choices = need(record, key, list, where, self.what)
+            if len(choices) != 4:
+                raise DataError(f"{where}: {key} has {len(choices)} entries, expected 4; is this a VCR file?")
+            return tuple(text(f"{key}[{i}]", choices[i], decisive[i]) for i in range(4))
+
+        def label_of(key: str) -> int | None:
+            if key not in record:
+                return None
+            label = need(record, key, int, where, self.what)
+            if not 0 <= label < 4:
+                raise DataError(f"{where}: {key}={label}, expected 0 to 3; is this a VCR file?")
+            return label
+
+        prompt = text("question", need(record, "question", list, where, self.what), marks.question)
+        choices = choices_of("answer_choices", marks.answer_choices)
+        label = label_of("answer_label")
+        start = 0
+        if part:
+            start = len(prompt.text) + 1
+            given = int(part[2:]) if part[2:] else label
+            if given is None:
+                raise DataError(
+                    f"{where}: QA->R is conditioned on the right answer, but there is no answer_label"
+                )
+            prompt, label = join_parts(prompt, choices[given]), label_of("rationale_label")
+            choices = choices_of("rationale_choices", marks.rationale_choices)
+        return Example(
+            id=name,
+            image=self._file(record, "img_fn", where),
+            boxes=picture.boxes,
+            names=picture.names,
+            prompt=prompt,
+            choices=choices,
+            label=label,
+            stratum=stratum,
+            given=start,
+            relevant_boxes=normalise_boxes(
+                marks.boxes, picture.width, picture.height, f"relevance of {where}"
+            ),
+        )
+
+
+def _parts(subtask: str, labelled: bool) -> tuple[str, ...]:
+    """The examples that one question gives: "" its answers, ":r" its rationales, ":rK" given answer K."""
+    rationales = (":r",) if labelled else (":r0", ":r1", ":r2", ":r3")
+    return {"qa": ("",), "qar": rationales, "both": ("", *rationales)}[subtask]
+
+
+REFERRED_OBJECTS = "referred objects"
+
+
+def with_referred_objects(example: Example) -> Example:
+    """The boxes of the objects that the right statement refers to, in place of relevant spans and boxes.
+
+    A proxy for what decides (our reading), named in ``truth``: VCR's annotators tagged the objects that
+    question and right answer are about, which real VCR says of every question; what in them decides, and
+    which words do, nobody has marked. Without a label, or without references, nothing is relevant.
+    """
+    objects: set[int] = set()
+    if example.label is not None:
+        references = example.statements()[example.label].references
+        objects = {i for reference in references for i in reference.objects}
+    return replace(
+        example,
+        prompt=replace(example.prompt, relevant=()),
+        choices=tuple(replace(choice, relevant=()) for choice in example.choices),
+        relevant_boxes=tuple(example.boxes[i] for i in sorted(objects)),
+        truth=REFERRED_OBJECTS,
+    )
+
+
+def joint_hits(hits: Mapping[str, bool]) -> dict[str, bool]:
+    """Q->AR: per question, whether answer and rationale are both right (r2c, eval_q2ar.py).
+
+    Args:
+        hits: by example id, as of ``VcrReader(subtask="both")``.
+
+    Raises:
+        ValueError: a question lacks one of the two.
+    """
+    joint = {}
+    for identifier, hit in hits.items():
+        if not identifier.endswith(":r"):
+            if f"{identifier}:r" not in hits:
+                raise ValueError(f"{identifier}: Q->AR needs answers and rationales of the same questions")
+            joint[identifier] = bool(hit and hits[f"{identifier}:r"])
+    if 2 * len(joint) != len(hits):
+        raise ValueError("Q->AR needs answers and rationales of the same questions")
+    return joint
+
+
+SUBMISSION_COLUMNS = (
+    "annot_id",
+    *(f"answer_{i}" for i in range(4)),
+    *(f"rationale_conditioned_on_a{answer}_{i}" for answer in range(4) for i in range(4)),
+)
+
+
+def write_submission(path: Path, probabilities: Mapping[str, Sequence[float]]) -> int:
+    """Writes the leaderboard's CSV (annot_id and 20 columns); returns the number of questions.
+
+    Args:
+        path: the file, written under a temporary name first.
+        probabilities: four numbers by example id, as of ``VcrReader(subtask="both")`` on a test split.
+
+    Raises:
+        DataError: a question lacks its answers or its rationales given one of the answers.
+    """
+    rows = []
+    for identifier in probabilities:
+        if ":r" in identifier:
+            continue
+        parts = [identifier, *(f"{identifier}:r{k}" for k in range(4))]
+        missing = [part for part in parts if part not in probabilities]
+        if missing:
+            raise DataError(
+                f"{path}: no predictions for {missing[0]!r}; the leaderboard wants answers, and rationales "
+                "given each answer: predict the test split with task='vcr'"
+            )
+        for part in parts:
+            if len(probabilities[part]) != 4:
+                raise DataError(f"{path}: {part!r} has {len(probabilities[part])} predictions, expected 4")
+            if not all(math.isfinite(p) for p in probabilities[part]):
+                raise DataError(f"{path}: {part!r} has predictions that are not finite; was it trained?")
+        rows.append([identifier, *(f"{float(p):.6g}" for part in parts for p in probabilities[part])])
+    if 5 * len(rows) != len(probabilities) or not rows:
+        raise DataError(f"{path}: expected predictions for one or more questions, five for each")
+    with whole_file(path) as file:
+        csv.writer(file, lineterminator="\n").writerows([SUBMISSION_COLUMNS, *rows])
+    return len(rows)
+
+
+def check_submission(path: Path, identifiers: Iterable[str]) -> list[str]:
+    """All problems of a leaderboard CSV, given the ids of the test questions."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return [f"{path}: not readable as CSV ({error})"]
+    if not rows or tuple(rows[0]) != SUBMISSION_COLUMNS:
+        return [f"{path}:1: expected the header {','.join(SUBMISSION_COLUMNS)}"]
+    problems, seen = [], set()
+    wanted = set(identifiers)
+    for number, row in enumerate(rows[1:], start=2):
+        where = f"{path}:{number}"
+        if len(row) != len(SUBMISSION_COLUMNS):
+            problems.append(f"{where}: {len(row)} columns, expected {len(SUBMISSION_COLUMNS)}")
+            continue
+        if not all(_is_finite(value) for value in row[1:]):
+            problems.append(f"{where} ({row[0]}): expected 20 finite numbers")
+        if row[0] in seen:
+            problems.append(f"{where}: {row[0]!r} stands there twice")
+        elif row[0] not in wanted:
+            problems.append(f"{where}: {row[0]!r} is no question of the set")
+        seen.add(row[0])
+    missing = sorted(wanted - seen)
+    if missing:
+        problems.append(
+            f"{path}: {len(missing)} of {len(wanted)} questions are missing (first: {missing[0]!r})"
+        )
+    return problems
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """Share of right choices in [0, 1] (the VCR leaderboard's Q->A or QA->R)."""
+    if len(predictions) != len(labels) or len(labels) == 0:
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(labels)} labels: expected equal, non-zero numbers"
+        )
+    return sum(int(p == y) for p, y in zip(predictions, labels, strict=True)) / len(labels)

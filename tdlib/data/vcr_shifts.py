@@ -1,0 +1,418 @@
+"""VCR's shifted validation sets of Ye and Kovashka (AAAI 2021), from raw VCR lines.
+
+"A Case Study of the Shortcut Effects in Visual Commonsense Reasoning" rewords the choices so that
+what a model can learn without the picture stops paying: by rule (no model needed), or by masking
+the tokens that a trained model leans on. Follows github.com/yekeren/VCR-shortcut-effects-study at
+4d0151d in every quirk: no cases ("near he waves"), no agreement of verbs. Works on lines as
+``json`` gives them and touches nothing but the choices. Does not read pictures or run models.
+"""
+
+import json
+import math
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tdlib.data.examples import DataError
+from tdlib.core.files import whole_file
+from tdlib.data.reading import Records, is_number, need
+
+Record = dict[str, Any]
+Token = str | list[int]  # a word, or a reference to objects of the picture
+Score = Callable[[Sequence[Token], list[list[Token]]], Sequence[float]]
+
+MASK = "[MASK]"
+MASKED_TAG = 10_000  # a masked reference to object t is MASKED_TAG + t (their MASKING_OFFSET)
+
+_PARTS = ("answer", "rationale")
+_HE = ("he", "his", "him", "He", "His", "Him")
+_SHE = ("she", "her", "hers", "She", "Her", "Hers")
+
+
+def _check(record: Record, labels: bool = True, masked: bool = False) -> None:
+    """Raises ``ValueError`` where a line is not as VCR publishes it; ``masked`` allows masked tags."""
+    objects = record.get("objects")
+    if not (isinstance(objects, list) and all(isinstance(name, str) for name in objects)):
+        raise ValueError(f"objects is {objects!r}, expected a list of class names; is this a VCR file?")
+    lists = {"question": record.get("question")}
+    for part in _PARTS:
+        choices = record.get(f"{part}_choices")
+        if not (isinstance(choices, list) and len(choices) == 4):
+            raise ValueError(f"{part}_choices is {choices!r}, expected 4 token lists; is this a VCR file?")
+        lists |= {f"{part}_choices[{index}]": choice for index, choice in enumerate(choices)}
+        label = record.get(f"{part}_label")
+        if labels and not (type(label) is int and 0 <= label < 4):
+            raise ValueError(
+                f"{part}_label is {label!r}, but the set needs answer_label and rationale_label, each "
+                "0 to 3; take a split that has them (train or val)"
+            )
+    for name, tokens in lists.items():
+        if not isinstance(tokens, list):
+            raise ValueError(f"{name} is {tokens!r}, expected a list of tokens; is this a VCR file?")
+        for token in tokens:
+            if isinstance(token, str):
+                continue
+            if not (isinstance(token, list) and token and all(type(tag) is int for tag in token)):
+                raise ValueError(f"{name}: {token!r} is neither a word nor a list of object indices")
+            for tag in token:
+                if not 0 <= (tag - MASKED_TAG if masked and tag >= MASKED_TAG else tag) < len(objects):
+                    raise ValueError(
+                        f"{name}: reference to object {tag}, but the picture has {len(objects)} objects; "
+                        f"from {MASKED_TAG} on it is masked: take the file that has no masks"
+                    )
+
+
+def _with_choices(record: Record, change: Callable[[str, int, list[Token]], list[Token]]) -> Record:
+    """A copy in which ``change(part, index, choice)`` takes each choice's place."""
+    changed = {}
+    for part in _PARTS:
+        choices = [change(part, index, choice) for index, choice in enumerate(record[f"{part}_choices"])]
+        changed[f"{part}_choices"] = [[t if isinstance(t, str) else [*t] for t in c] for c in choices]
+    return record | changed
+
+
+# The rule-based sets
+
+
+def _to_tag(
+    choice: Sequence[Token], tag: list[int] | None, pronouns: Collection[str], new: list[int]
+) -> list[Token]:
+    return [new if token == tag or token in pronouns else token for token in choice]
+
+
+def _to_pronoun(choice: Sequence[Token], tag: list[int] | None, pronoun: str) -> list[Token]:
+    """The pronoun is capitalised where it comes first."""
+    return [
+        token if token != tag else pronoun if index else pronoun.capitalize()
+        for index, token in enumerate(choice)
+    ]
+
+
+def _people(tokens: Sequence[Token], objects: Sequence[str]) -> list[int]:
+    """The persons referred to, each once."""
+    return sorted({tag for tag in _tags(tokens) if objects[tag] == "person"})
+
+
+def _pronoun(choice: Sequence[Token], question: Sequence[Token]) -> str:
+    """The choice's prevalent gender, on a tie with the question counted in, on another tie "he"."""
+    balance = 0
+    for tokens in (choice, question):
+        balance += sum((token in _HE) - (token in _SHE) for token in tokens)
+        if balance:
+            break
+    return "she" if balance < 0 else "he"
+
+
+def rule_singular(record: Record) -> Record | None:
+    """Rule-Singular: None unless the question refers to exactly one person (other objects do not count).
+
+    Changes choices with one person or one pronoun out of he and she, not more: in wrong ones it
+    becomes the question's person, in the right one the person becomes a pronoun. A reference to a
+    person together with an object stays. tools/rephrase_choice_singular.py.
+
+    Raises:
+        ValueError: no labels, or not a VCR line.
+    """
+    _check(record)
+    objects, question = record["objects"], record["question"]
+    asked = _people(question, objects)
+    if len(asked) != 1:
+        return None
+
+    def reword(part: str, index: int, choice: list[Token]) -> list[Token]:
+        people = _people(choice, objects)
+        pronouns = {token.lower() for token in choice if isinstance(token, str)} & {"he", "she"}
+        if len(people) + len(pronouns) != 1:
+            return choice
+        if index == record[f"{part}_label"]:
+            return _to_pronoun(choice, people, _pronoun(choice, question))
+        return _to_tag(choice, people, ("he", "she", "He", "She"), asked)
+
+    return _with_choices(record, reword)
+
+
+def _group(tokens: Sequence[Token], objects: Sequence[str]) -> list[int] | None:
+    """The only reference, sorted, if it is to several objects and all are persons."""
+    references = [token for token in tokens if isinstance(token, list)]
+    if len(references) != 1 or len(references[0]) < 2:
+        return None
+    return sorted(references[0]) if all(objects[tag] == "person" for tag in references[0]) else None
+
+
+def rule_plural(record: Record) -> Record | None:
+    """Rule-Plural: None unless the question's only reference is to several persons.
+
+    Changes choices of which the same is true, or that say "they": in wrong ones both become the
+    question's group, in the right one the group becomes "they". A group whose numbers are not in
+    order stays, as it is compared with its sorted self. tools/rephrase_choice_plural.py.
+
+    Raises:
+        ValueError: no labels, or not a VCR line.
+    """
+    _check(record)
+    asked = _group(record["question"], record["objects"])
+    if asked is None:
+        return None
+
+    def reword(part: str, index: int, choice: list[Token]) -> list[Token]:
+        group = _group(choice, record["objects"])
+        if index == record[f"{part}_label"]:
+            return _to_pronoun(choice, group, "they")
+        return _to_tag(choice, group, ("they", "They"), asked)
+
+    return _with_choices(record, reword)
+
+
+# The adversarially masked sets
+
+
+def expand(tokens: Sequence[Token]) -> list[str | int]:
+    """Words and single tags: a reference to several objects becomes one tag each."""
+    return [part for token in tokens for part in ([token] if isinstance(token, str) else token)]
+
+
+def mask_tokens(tokens: Sequence[Token], masked: Collection[int]) -> list[Token]:
+    """Masks positions of the expanded tokens: a word becomes ``MASK``, a tag t ``MASKED_TAG + t``.
+
+    Keeps the references' structure: ``[0, 3]`` with its second tag masked is ``[0, 10003]``.
+    """
+    result: list[Token] = []
+    position = 0
+    for token in tokens:
+        if isinstance(token, str):
+            result.append(MASK if position in masked else token)
+            position += 1
+        else:
+            hidden = [position + i in masked for i in range(len(token))]
+            result.append([tag + MASKED_TAG * hide for tag, hide in zip(token, hidden, strict=True)])
+            position += len(token)
+    return result
+
+
+def _mask_by(
+    record: Record, scores: Record, count: int, chosen: Callable[[Sequence[float]], list[int]]
+) -> Record:
+    _check(record, labels=False)
+    if count < 1:
+        raise ValueError(f"count={count}: expected a number of tokens, at least 1")
+    for part in _PARTS:
+        label = record.get(f"{part}_label")
+        if label is not None and label != scores[f"{part}_label"]:
+            raise ValueError(
+                f"{part}_label is {label} here and {scores[f'{part}_label']} in the shortcut scores; "
+                "they were made for another file, make them for this one"
+            )
+
+    def mask(part: str, index: int, choice: list[Token]) -> list[Token]:
+        losses, tokens = scores[f"{part}_losses"][index], len(expand(choice))
+        if len(losses) != tokens:
+            raise ValueError(
+                f"{part}_choices[{index}] has {tokens} tokens, but {len(losses)} shortcut scores; "
+                "they were made for another file, make them for this one"
+            )
+        return mask_tokens(choice, set(chosen(losses)))
+
+    return _with_choices(record, mask)
+
+
+def rm_top(record: Record, scores: Record, count: int = 1) -> Record:
+    """AdvTop: masks the ``count`` tokens of largest loss in every choice, the first ones on ties.
+
+    ``scores`` is the example's line of a shortcut-scores file. tools/merge_adversarial_annotations.py.
+
+    Raises:
+        ValueError: the scores are not this example's, or it is not a VCR line.
+    """
+    return _mask_by(
+        record, scores, count, lambda losses: sorted(range(len(losses)), key=lambda i: -losses[i])[:count]
+    )
+
+
+def keep_top(record: Record, scores: Record, count: int) -> Record:
+    """KeepTop: masks all but the ``count`` tokens of largest loss in every choice.
+
+    Keeps the last ones on ties, as numpy's stable argsort; the original's default one leaves ties to
+    numpy's version and the processor. Otherwise like ``rm_top``.
+    """
+    return _mask_by(
+        record, scores, count, lambda losses: sorted(range(len(losses)), key=losses.__getitem__)[:-count]
+    )
+
+
+def shortcut_scores(record: Record, score: Score) -> Record:
+    """One line of a shortcut-scores file: how much a scorer misses each token of each choice.
+
+    ``score(prompt, variants)`` gives a logit per variant, a choice with one token masked (as
+    ``mask_tokens`` does); it is called once for the answers and once for the rationales, whose
+    prompt is the question and the right answer. Token i's loss is ``log(1 + exp(-z_i))`` for the
+    right choice and ``log(1 + exp(z_i))`` for a wrong one, z_i the logit without the token.
+    ``*_tokens`` are for people to read (the study has a name there for each person, not
+    "person_0"). modeling/shortcut_main.py.
+
+    Raises:
+        ValueError: no labels, not a VCR line, or a score that is not one finite number per variant.
+    """
+    _check(record)
+    if not isinstance(record.get("annot_id"), str):
+        raise ValueError(f"annot_id is {record.get('annot_id')!r}, expected a string; is this a VCR file?")
+    question, objects = record["question"], record["objects"]
+    prompts = (question, [*question, *record["answer_choices"][record["answer_label"]]])
+    line: Record = {"annot_id": record["annot_id"]}
+    for part, prompt in zip(_PARTS, prompts, strict=True):
+        label, choices = record[f"{part}_label"], [expand(choice) for choice in record[f"{part}_choices"]]
+        variants = [
+            mask_tokens(choice, {position})
+            for choice, tokens in zip(record[f"{part}_choices"], choices, strict=True)
+            for position in range(len(tokens))
+        ]
+        logits = [float(logit) for logit in score(prompt, variants)]
+        if len(logits) != len(variants) or not all(math.isfinite(logit) for logit in logits):
+            raise ValueError(
+                f"{record['annot_id']}: score gave {len(logits)} logits for {len(variants)} variants, "
+                "expected one finite number each; correct the scorer"
+            )
+        line[f"{part}_label"] = label
+        line[f"{part}_tokens"] = [
+            [t if isinstance(t, str) else f"{objects[t]}_{t}" for t in tokens] for tokens in choices
+        ]
+        rest = iter(logits)
+        line[f"{part}_losses"] = [
+            [round(_sigmoid_cross_entropy(next(rest), index == label), 4) for _ in tokens]
+            for index, tokens in enumerate(choices)
+        ]
+    return line
+
+
+def _sigmoid_cross_entropy(logit: float, right: bool) -> float:
+    return max(logit, 0.0) - logit * right + math.log1p(math.exp(-abs(logit)))
+
+
+def read_scores(path: Path | str) -> dict[str, Record]:
+    """The lines of a shortcut-scores file by annot_id.
+
+    Raises:
+        DataError: the file is missing, damaged or no shortcut-scores file; says which line.
+    """
+    scores: dict[str, Record] = {}
+    lines = Records.lines(Path(path), "shortcut-scores")
+    for index in range(len(lines)):
+        line, where = lines[index], lines.where(index)
+        identifier = need(line, "annot_id", str, where, "shortcut-scores")
+        if identifier in scores:
+            raise DataError(f"{where}: annot_id {identifier!r} stands in an earlier line too; remove one")
+        for part in _PARTS:
+            values: list[Any] = [line.get(f"{part}_{field}") for field in ("label", "tokens", "losses")]
+            label, tokens, losses = values
+            if not (type(label) is int and 0 <= label < 4):
+                raise DataError(f"{where}: {part}_label is {label!r}, expected 0 to 3; make the scores again")
+            if not (
+                _four_lists(tokens, lambda token: isinstance(token, str))
+                and _four_lists(losses, lambda loss: is_number(loss) and loss >= 0)
+                and [len(each) for each in tokens] == [len(each) for each in losses]
+            ):
+                raise DataError(
+                    f"{where}: expected {part}_tokens and {part}_losses with 4 lists of equal lengths, one "
+                    "word and one finite loss (at least 0) per token; make the scores again"
+                )
+        scores[identifier] = line
+    return scores
+
+
+def _four_lists(value: Any, of: Callable[[Any], bool]) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(isinstance(inner, list) and all(of(item) for item in inner) for inner in value)
+    )
+
+
+# A diagnostic
+
+
+def _tags(tokens: Sequence[Token]) -> set[int]:
+    return {tag for token in tokens if isinstance(token, list) for tag in token}
+
+
+def tag_overlap(record: Record, task: str) -> int:
+    """The choice that shares most tags with the question, the first on ties: what no picture is needed for.
+
+    ``task`` is "qa" or "qar"; a rationale may share the right answer's tags too. Right for 29 % of
+    the answers of VCR's val split, by chance 25 %. tools/cheat.py.
+
+    Raises:
+        ValueError: an unknown task, no label where it is needed, or not a VCR line.
+    """
+    if task not in ("qa", "qar"):
+        raise ValueError(f"task={task!r}: expected qa or qar")
+    _check(record, labels=task == "qar", masked=True)
+    tags, choices = _tags(record["question"]), record["answer_choices"]
+    if task == "qar":
+        tags, choices = tags | _tags(choices[record["answer_label"]]), record["rationale_choices"]
+    shared = [len(tags & _tags(choice)) for choice in choices]
+    return shared.index(max(shared))
+
+
+# Files
+
+RULES: dict[str, Callable[[Record], Record | None]] = {
+    "rule_singular": rule_singular,
+    "rule_plural": rule_plural,
+}
+MASKINGS: dict[str, Callable[[Record, Record], Record]] = {
+    "rmtop1": rm_top,
+    "keeptop1": partial(keep_top, count=1),
+    "keeptop3": partial(keep_top, count=3),
+    "keeptop5": partial(keep_top, count=5),
+}
+SHIFTS = (*RULES, *MASKINGS)
+
+
+def write_shifted(source: Path | str, target: Path | str, name: str, scores: Path | str | None = None) -> int:
+    """Writes a split's shifted set as a file of the same schema; returns how many examples it holds.
+
+    Args:
+        source: a VCR split with labels, read line by line.
+        target: appears when it is complete; an older file is replaced only then. Rules may leave none
+            of the examples: then it is empty.
+        name: one of ``SHIFTS``.
+        scores: a file of ``shortcut_scores`` lines; the masked sets need it, the others ignore it.
+
+    Raises:
+        DataError: an unknown name, missing scores, or a bad line; says which file and line.
+    """
+    source, target = Path(source), Path(target)
+    if name not in RULES and name not in MASKINGS:
+        raise DataError(f"name={name!r}: expected one of {', '.join((*RULES, *MASKINGS))}")
+    if name in MASKINGS and scores is None:
+        raise DataError(
+            f"name={name!r}: needs scores=..., made by tdlib.data.vcr_shifts.shortcut_scores for each line "
+            f"of {source}, or the authors' data/adversarial_based/shortcut_scores.jsonl"
+        )
+    if target.resolve() in {Path(path).resolve() for path in (source, scores) if path is not None}:
+        raise DataError(f"{target}: is also what is read; choose another file to write")
+    scores_of = read_scores(scores) if name in MASKINGS and scores is not None else {}
+
+    records = Records.lines(source, "VCR")
+
+    def shift(record: Record, where: str) -> Record | None:
+        identifier = need(record, "annot_id", str, where, "VCR")
+        if name in MASKINGS and identifier not in scores_of:
+            raise DataError(
+                f"{where} ({identifier}): no line for it in {scores}; expected scores of every example, "
+                "make them for this file"
+            )
+        try:
+            return RULES[name](record) if name in RULES else MASKINGS[name](record, scores_of[identifier])
+        except ValueError as error:
+            raise DataError(f"{where} ({identifier}): {error}") from None
+
+    count = 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(target) as file:
+        for index in range(len(records)):
+            shifted = shift(records[index], records.where(index))
+            if shifted is not None:
+                file.write(json.dumps(shifted, ensure_ascii=False) + "\n")
+                count += 1
+    return count

@@ -1,0 +1,233 @@
+"""VQA from its official files: VQA v2 (Goyal et al. 2017), VQA-CP v2 (Agrawal et al. 2018).
+
+A question's label is an index into an answer vocabulary; evaluation compares answer strings with
+those of the annotators, whether or not they are in the vocabulary.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tdlib.data.examples import DataError, Example, Examples
+from tdlib.data.reading import Reader, Records, SideFile, index_records, need, picture_boxes, relevant_part
+from tdlib.data.vqa_metric import Vocabulary
+
+_ANSWER_TYPES = ("yes/no", "number", "other")
+
+
+def files(folder: Path, split: str, changing_priors: bool = False) -> tuple[Path, Path]:
+    """Where a split's questions and annotations lie.
+
+    Args:
+        folder: the data set.
+        split: for VQA v2 "train2014", "val2014", "test2015", "test-dev2015", or a shifted set beside
+            them ("val2014_prior"); for VQA-CP "train" or "test".
+        changing_priors: VQA-CP in place of VQA.
+    """
+    if changing_priors:
+        stem = f"vqacp_v2_{split}"
+        return folder / f"{stem}_questions.json", folder / f"{stem}_annotations.json"
+    return (
+        folder / f"v2_OpenEnded_mscoco_{split}_questions.json",
+        folder / f"v2_mscoco_{split}_annotations.json",
+    )
+
+
+def image_file(folder: Path, subtype: str, image_id: int) -> Path:
+    """A COCO picture: test-dev2015 uses those of test2015, a shifted set those of its source."""
+    subtype = subtype.partition("_")[0].replace("test-dev", "test")
+    return folder / subtype / f"COCO_{subtype}_{image_id:012d}.jpg"
+
+
+def _records(path: Path, key: str, changing_priors: bool) -> Records:
+    return Records.entries(path, None if changing_priors else key, "VQA-CP" if changing_priors else "VQA")
+
+
+def build_vocabulary(
+    folder: Path, splits: Sequence[str], minimum: int = 9, changing_priors: bool = False
+) -> Vocabulary:
+    """The answers that occur often enough as ``multiple_choice_answer`` of these splits' annotations.
+
+    3,129 for VQA v2's train2014 and val2014 with 9 occurrences or more (Teney et al. 2018).
+
+    Raises:
+        DataError: a file is missing or malformed, or no answer is frequent enough.
+    """
+
+    def answers() -> Iterator[str]:
+        for split in splits:
+            path = files(folder, split, changing_priors)[1]
+            records = _records(path, "annotations", changing_priors)
+            for index, record in enumerate(records):
+                yield need(record, "multiple_choice_answer", str, records.where(index), records.what)
+
+    try:
+        return Vocabulary.build(answers(), minimum)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{folder}: {error}; lower the minimum or use more data") from None
+
+
+class VqaReader(Reader):
+    """Reads one split of VQA v2 or VQA-CP v2.
+
+    Args:
+        folder: holds the JSON files and the picture folders (train2014/, val2014/, test2015/).
+        split: see ``files``.
+        vocabulary: the answers that models choose from; without it no example has a label.
+        changing_priors: VQA-CP, whose files are plain lists and name each picture's folder.
+
+    Raises:
+        DataError: the folder lacks the split's questions, or a labelled split its annotations.
+    """
+
+    what = "VQA"
+
+    def __init__(
+        self,
+        folder: Path | str,
+        split: str,
+        vocabulary: Vocabulary | None = None,
+        changing_priors: bool = False,
+    ):
+        self.folder, self.split, self.vocabulary = Path(folder), split, vocabulary
+        self.changing_priors = changing_priors
+        self.path, self.annotations = files(self.folder, split, changing_priors)
+        self.what = "VQA-CP" if changing_priors else "VQA"
+        if not self.path.is_file():
+            there = sorted(p.name for p in self.folder.glob("*.json")) if self.folder.is_dir() else []
+            raise DataError(
+                f"{self.path}: no such file; expected {self.what}'s questions and annotations as published "
+                f"(found here: {', '.join(there) or 'nothing'}); check data_dir and the split's name"
+            )
+        if not self.annotations.is_file() and not split.startswith("test-") and split != "test2015":
+            raise DataError(
+                f"{self.annotations}: no such file; only test2015 and test-dev2015 come without annotations"
+            )
+
+    def open(self, report: Callable[[str], None] | None = None) -> Examples:
+        questions = _records(self.path, "questions", self.changing_priors)
+        labelled = self.annotations.is_file()
+        annotations = _records(self.annotations, "annotations", self.changing_priors) if labelled else None
+        identifiers, positions, places, strata = self._index(questions, annotations, report)
+        relevance = SideFile(
+            self.folder / f"{self.annotations.stem.removesuffix('_annotations')}.relevance.jsonl",
+            "question_id", self.what,
+        )  # fmt: skip
+
+        def make(index: int) -> Example:
+            position = int(positions[index])
+            annotation = None
+            if annotations is not None:
+                place = int(places[index])
+                annotation = annotations[place], annotations.where(place)
+            marks = relevance.find(int(identifiers[index]), position)
+            return self._example(
+                questions[position], questions.where(position), annotation, marks, strata[index]
+            )
+
+        return Examples([str(i) for i in identifiers], strata, make, labelled)
+
+    def _index(
+        self, questions: Records, annotations: Records | None, report: Callable[[str], None] | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+        """Of each question: its id, its position, that of its annotation, and its question type."""
+        answered = self._answered(annotations, report) if annotations is not None else {}
+
+        def stratum(record: dict[str, Any], identifier: int, where: str) -> str:
+            if not 0 <= identifier < 2**63:
+                raise DataError(f"{where}: question_id={identifier}, expected a number of 64 bits")
+            if annotations is not None and identifier not in answered:
+                raise DataError(
+                    f"{where}: question_id {identifier} has no annotation in {self.annotations}; "
+                    "files of different releases?"
+                )
+            return answered[identifier][1] if answered else "all"
+
+        where_of, what = questions.where, self.what
+        seen, strata = index_records(questions, where_of, "question_id", int, what, stratum, report)
+        if not seen:
+            raise DataError(f"{self.path}: the file has no questions; copy it again")
+        extra = len(answered) - sum(1 for identifier in seen if identifier in answered)
+        if extra:
+            problem = (
+                f"{self.annotations}: {extra} annotations of questions that are not in {self.path.name}; "
+                "files of different releases?"
+            )
+            if report is None:
+                raise DataError(problem)
+            report(problem)
+        identifiers = np.fromiter(seen, np.int64, len(seen))
+        positions = np.fromiter(seen.values(), np.int64, len(seen))
+        places = np.array([answered[i][0] for i in seen] if answered else [], np.int64)
+        return identifiers, positions, places, strata
+
+    def _answered(
+        self, annotations: Records, report: Callable[[str], None] | None
+    ) -> dict[int, tuple[int, str]]:
+        """By question id: the position of its annotation, and its question type."""
+
+        def kind(record: dict[str, Any], identifier: int, where: str) -> str:
+            return sys.intern(need(record, "question_type", str, where, self.what))
+
+        positions, kinds = index_records(
+            annotations, annotations.where, "question_id", int, self.what, kind, report
+        )
+        return dict(zip(positions, zip(positions.values(), kinds, strict=True), strict=True))
+
+    def _example(
+        self,
+        question: dict[str, Any],
+        where: str,
+        annotation: tuple[dict[str, Any], str] | None,
+        marks: tuple[dict[str, Any], str] | None,
+        stratum: str,
+    ) -> Example:
+        where = f"{where} ({question['question_id']})"
+        text = need(question, "question", str, where, self.what)
+        if not text.strip():
+            raise DataError(f"{where}: the question is empty")
+        image_id = need(question, "image_id", int, where, self.what)
+        subtype = self.split
+        if self.changing_priors:
+            subtype = need(question, "coco_split", str, where, self.what)
+            if subtype not in ("train2014", "val2014"):
+                raise DataError(f"{where}: coco_split={subtype!r}, expected train2014 or val2014")
+        if not 0 <= image_id < 10**12:
+            raise DataError(f"{where}: image_id={image_id}, expected the number of a COCO picture")
+        image = image_file(self.folder, subtype, image_id)
+        if not os.path.isfile(image):
+            raise DataError(f"{where}: {image}: no such picture; unpack COCO's {image.parent.name} there")
+        answers: tuple[str, ...] = ()
+        kind, soft = "", {}
+        if annotation is not None:
+            answers, kind = self._answers(*annotation, image_id)
+            soft = self.vocabulary.soft_targets(answers) if self.vocabulary else {}
+        best = max(soft.values(), default=0.0)
+        right = [index for index, value in sorted(soft.items()) if value == best]
+        return Example(
+            id=str(question["question_id"]), image=image, boxes=(), names=(),
+            prompt=relevant_part(text, marks), choices=(), label=right[0] if right else None,
+            stratum=stratum, relevant_boxes=picture_boxes(marks, image), annotators=answers,
+            answer_type=kind, soft_label=tuple(sorted(soft.items())),
+        )  # fmt: skip
+
+    def _answers(self, record: dict[str, Any], where: str, image_id: int) -> tuple[tuple[str, ...], str]:
+        """The annotators' answers and the answer type of one annotation."""
+        if need(record, "image_id", int, where, self.what) != image_id:
+            raise DataError(
+                f"{where}: image_id={record['image_id']}, but its question is about {image_id}; "
+                "files of different releases?"
+            )
+        answers = need(record, "answers", list, where, self.what)
+        if not answers or not all(isinstance(a, dict) and isinstance(a.get("answer"), str) for a in answers):
+            raise DataError(f"{where}: answers is {str(answers)[:80]}, expected ten objects with an 'answer'")
+        kind = need(record, "answer_type", str, where, self.what)
+        if kind not in _ANSWER_TYPES:
+            raise DataError(f"{where}: answer_type={kind!r}, expected one of {', '.join(_ANSWER_TYPES)}")
+        return tuple(answer["answer"] for answer in answers), kind

@@ -1,0 +1,1 @@
+"""What made the mini models under data/models. Nothing imports it but tests and the benchmark."""

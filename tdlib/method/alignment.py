@@ -1,0 +1,83 @@
+"""Which teacher tokens a student token stands for, and the target they make together.
+
+Owns the overlap of characters and of area, the row-stochastic alignment built on it, and the
+targets. Does not own the positions themselves (``tokens``) nor which rows are used (``selection``).
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from tdlib.method.tokens import Tokens
+
+# A student token of which the teacher sees less than this share is not distilled: a region that
+# merely touches the edge of the teacher's crop shares a sliver of rounding error with it.
+MINIMUM_COVERAGE = 1e-3
+
+
+def text_overlap(
+    student_spans: Int[Tensor, "*batch student_tokens 2"],
+    teacher_spans: Int[Tensor, "*batch teacher_tokens 2"],
+) -> Float[Tensor, "*batch student_tokens teacher_tokens"]:
+    """Count the characters that each student token shares with each teacher token.
+
+    ``max(0, min(end_i, end_j) - max(start_i, start_j))`` (our reading of CLIP-TD). Spans are
+    [start, end) offsets into the same raw string; the empty span (0, 0) shares nothing.
+    """
+    student, teacher = student_spans.unsqueeze(-2), teacher_spans.unsqueeze(-3)
+    start = torch.maximum(student[..., 0], teacher[..., 0])
+    end = torch.minimum(student[..., 1], teacher[..., 1])
+    return (end - start).clamp_min(0).float()
+
+
+def visual_overlap(
+    student_boxes: Float[Tensor, "*batch student_tokens 4"],
+    teacher_boxes: Float[Tensor, "*batch teacher_tokens 4"],
+) -> Float[Tensor, "*batch student_tokens teacher_tokens"]:
+    """Measure the area that each student box shares with each teacher box.
+
+    ``width * height`` of the intersection (our reading of CLIP-TD), in [0, 1]: a share of the
+    original picture, as the boxes are xyxy normalised to it. A box without area shares nothing.
+    """
+    student, teacher = student_boxes.unsqueeze(-2), teacher_boxes.unsqueeze(-3)
+    top_left = torch.maximum(student[..., :2], teacher[..., :2])
+    bottom_right = torch.minimum(student[..., 2:], teacher[..., 2:])
+    return (bottom_right - top_left).clamp_min(0).prod(dim=-1)
+
+
+def align(student: Tokens, teacher: Tokens) -> Float[Tensor, "*batch student_tokens teacher_tokens"]:
+    """Spread each student token over the teacher tokens that lie where it lies.
+
+    ``A[i, j] = overlap(i, j) / sum_j overlap(i, j)`` (our reading of CLIP-TD): characters between
+    text tokens, area between visual tokens, never across. Entries are in [0, 1], a row sums to 1.
+    A row of zeros means "not distilled": special tokens, padding, and tokens of which the teacher
+    sees less than ``MINIMUM_COVERAGE``. A token that has both a span and a box counts as text.
+    """
+    characters = text_overlap(student.spans, teacher.spans)
+    area = visual_overlap(student.boxes, teacher.boxes)
+    area = area * ~teacher.is_text.unsqueeze(-2)
+    overlap = torch.where(student.is_text.unsqueeze(-1), characters, area)
+    covered = overlap.sum(dim=-1, keepdim=True)
+    is_seen = covered > MINIMUM_COVERAGE * _extent(student).unsqueeze(-1)
+    return torch.where(is_seen, overlap / covered, 0.0)
+
+
+def aligned_targets(
+    alignment: Float[Tensor, "*batch student_tokens teacher_tokens"],
+    teacher_tokens: Float[Tensor, "*batch teacher_tokens teacher_dim"],
+) -> Float[Tensor, "*batch student_tokens teacher_dim"]:
+    """Make the target of each student token: the mean direction of the teacher tokens it covers.
+
+    ``u = normalise(A t)`` (our reading of CLIP-TD). Unit vectors in CLIP's joint space, exactly
+    zero where the row of ``alignment`` is zero. Carries no gradient.
+    """
+    mixed = alignment.detach() @ teacher_tokens.detach().to(alignment.dtype)
+    return F.normalize(mixed, dim=-1)
+
+
+def _extent(tokens: Tokens) -> Float[Tensor, "*batch tokens"]:
+    """Size of each token in the unit of its overlaps: characters of a text token, area of a visual one."""
+    characters = tokens.spans[..., 1] - tokens.spans[..., 0]
+    area = (tokens.boxes[..., 2:] - tokens.boxes[..., :2]).clamp_min(0).prod(dim=-1)
+    return torch.where(tokens.is_text, characters.to(area.dtype), area)

@@ -1,0 +1,147 @@
+"""How much each student token, seen by the teacher, has to do with the other modality.
+
+Owns the relevance variants: those that read the teacher's cached tokens, and those that compare the
+student with its targets while it trains. Does not own the alignment that carries the teacher's
+tokens to the student's, nor the prior and the score made of relevance (``selection``).
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from tdlib.method.tokens import TeacherTokens, Tokens
+
+
+def relevance_projected(
+    alignment: Float[Tensor, "*batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
+) -> Float[Tensor, "*batch student_tokens"]:
+    """Compare the aligned teacher token with CLIP's global embedding of the other modality.
+
+    ``r[i] = cos(A t, g_image)`` for a text token, ``cos(A t, g_text)`` for a visual one (our
+    reading of CLIP-TD), with ``t`` the tower's projected tokens. In [-1, 1]; 0 where the row of
+    ``alignment`` is zero. Known trap: raw patch tokens of CLIP are noisy and often point at the
+    background, which is what ``relevance_value`` is for.
+    """
+    return _cosine_with_other_modality(alignment, teacher.projected, student, teacher)
+
+
+def relevance_value(
+    alignment: Float[Tensor, "*batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
+) -> Float[Tensor, "*batch student_tokens"]:
+    """Compare as ``relevance_projected`` does, with the tokens of the value path of the last attention.
+
+    Same formula, range and zeros; ``t`` are the tokens with the last attention block replaced by
+    its value path (the idea of MaskCLIP, Zhou et al. 2022), which keeps each token's own content.
+    """
+    return _cosine_with_other_modality(alignment, teacher.value, student, teacher)
+
+
+def relevance_vv(
+    alignment: Float[Tensor, "*batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
+) -> Float[Tensor, "*batch student_tokens"]:
+    """Compare as ``relevance_projected`` does, with the tokens of value-value attention.
+
+    Same formula, range and zeros; ``t`` are the tokens of CLIP Surgery's second path (Li et al. 2023),
+    on which a token reads others by the likeness of their values.
+
+    Raises:
+        ValueError: ``teacher`` has no ``vv``.
+    """
+    if teacher.vv is None:
+        raise ValueError("the teacher's tokens have no 'vv'; encode them with extras=('vv',)")
+    return _cosine_with_other_modality(alignment, teacher.vv, student, teacher)
+
+
+def relevance_saliency(
+    alignment: Float[Tensor, "*batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
+) -> Float[Tensor, "*batch student_tokens"]:
+    """The teacher's scalars of the tokens that a student token is aligned with, mixed as its target is.
+
+    ``r[i] = sum_j A[i, j] a[j]``, in [0, 1]; 0 where the row of ``alignment`` is zero. What ``a`` is,
+    decides the variant: "attention" of the pooled position in the last layer, "rollout" of attention
+    through the layers (Abnar & Zuidema 2020), or "gradient", the relevancy for the cosine of this text
+    with this picture (Chefer et al. 2021). Only the last depends on the other modality.
+
+    Raises:
+        ValueError: ``teacher`` has no ``saliency``.
+    """
+    if teacher.saliency is None:
+        raise ValueError("the teacher's tokens have no 'saliency'; fill it with the variant's scalars")
+    scalars = teacher.saliency.detach().to(alignment.dtype)
+    return (alignment.detach() @ scalars.unsqueeze(-1)).squeeze(-1)
+
+
+def relevance_entropy(
+    projected: Float[Tensor, "*batch tokens teacher_dim"],
+    targets: Float[Tensor, "*batch tokens teacher_dim"],
+    student: Tokens,
+    valid: Bool[Tensor, "*batch tokens"],
+    temperature: float = 0.1,
+) -> Float[Tensor, "*batch tokens"]:
+    """How unsure the student is which of the targets a token stands for (our reading).
+
+    ``r[i] = H(softmax_j cos(phi(h[i]), u[j]) / temperature) / log n``, over the n valid targets j of
+    the token's modality. In [0, 1]; 1 for a token that is equally near to all of them, 0 for one that
+    has found one, for tokens that are not valid, and where n < 2. No gradient.
+
+    Args:
+        projected: the student's tokens in the joint space, ``phi(h)``, of any length.
+        targets: their targets u.
+        student: says which tokens are text and which are visual.
+        valid: which tokens have a target.
+        temperature: of the softmax over cosines, above 0.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"entropy temperature is {temperature}; expected a finite number above 0")
+    cosine = F.normalize(projected.detach(), dim=-1) @ F.normalize(targets.detach(), dim=-1).transpose(-1, -2)
+    same = student.is_text.unsqueeze(-1) == student.is_text.unsqueeze(-2)
+    candidates = same & valid.unsqueeze(-1) & valid.unsqueeze(-2)
+    logits = (cosine / temperature).masked_fill(~candidates, -torch.inf)
+    logits = logits.masked_fill(~valid.unsqueeze(-1), 0)  # no softmax over nothing
+    log_p = logits.log_softmax(dim=-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(~candidates, 0)).sum(dim=-1)
+    several = candidates.sum(dim=-1)
+    return torch.where(several > 1, entropy / several.clamp(min=2).log(), 0).clamp(0, 1)
+
+
+def relevance_disagreement(
+    projected: Float[Tensor, "*batch tokens teacher_dim"],
+    targets: Float[Tensor, "*batch tokens teacher_dim"],
+    student: Tokens,
+    valid: Bool[Tensor, "*batch tokens"],
+) -> Float[Tensor, "*batch tokens"]:
+    """How far the student still is from a token's target: ``r[i] = 1 - cos(phi(h[i]), u[i])``.
+
+    In [0, 2]; 0 for tokens that are not valid. No gradient. Arguments as in ``relevance_entropy``.
+    """
+    cosine = F.cosine_similarity(projected.detach(), targets.detach(), dim=-1)
+    return torch.where(valid, 1 - cosine, 0).clamp(0, 2)
+
+
+def _cosine_with_other_modality(
+    alignment: Float[Tensor, "*batch student_tokens teacher_tokens"],
+    teacher_vectors: Float[Tensor, "*batch teacher_tokens teacher_dim"],
+    student: Tokens,
+    teacher: TeacherTokens,
+) -> Float[Tensor, "*batch student_tokens"]:
+    # cosine_similarity needs no normalised input and gives 0 for a zero vector, so for a zero row.
+    mixed = alignment.detach() @ teacher_vectors.detach().to(alignment.dtype)
+    to_image = F.cosine_similarity(mixed, teacher.image_global.detach().unsqueeze(-2), dim=-1)
+    to_text = F.cosine_similarity(mixed, teacher.text_global.detach().unsqueeze(-2), dim=-1)
+    return torch.where(student.is_text, to_image, to_text)
+
+
+RELEVANCE = {
+    "projected": relevance_projected,
+    "value": relevance_value,
+    "vv": relevance_vv,
+    "attention": relevance_saliency,
+    "rollout": relevance_saliency,
+    "gradient": relevance_saliency,
+}
+
+# Computed anew at each step, from the student's tokens and their targets.
+STUDENT_RELEVANCE = {"entropy": relevance_entropy, "disagreement": relevance_disagreement}

@@ -1,0 +1,1 @@
+"""Region features of pictures: computed by a backbone and cached, or read from published files."""

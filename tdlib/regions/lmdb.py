@@ -1,0 +1,185 @@
+"""UNITER's LMDBs of region features, for COCO, Flickr30k and VCR (annotated boxes and detected ones)."""
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdlib.data.examples import DataError, Example
+from tdlib.regions.computed import Regions
+from tdlib.regions.files import UNREADABLE, FileRegions, Record, checked, library
+
+
+@dataclass(frozen=True)
+class _Database:
+    """One LMDB of UNITER's: how its keys start, and how many regions count."""
+
+    path: Path
+    prefix: str
+    limit: int
+    whole: bool  # it holds all regions: those with enough confidence count
+
+    @property
+    def ground_truth(self) -> bool:
+        return self.prefix.startswith("vcr_gt_")
+
+    def key(self, image: Path) -> str | None:
+        """A picture's key, None where it cannot be in this database."""
+        stem = image.stem
+        if self.prefix.startswith("coco_"):
+            return f"{stem.lower()}.npz" if stem.lower().startswith(f"{self.prefix}_") else None
+        if self.prefix == "flickr30k":
+            return f"flickr30k_{stem.zfill(12)}.npz" if stem.isdigit() else None
+        return f"{self.prefix}_{stem}.npz"
+
+
+class LmdbRegions(FileRegions):
+    """The LMDBs that UNITER and VILLA read (Chen et al. 2020), compressed or not.
+
+    A folder per split (``coco_train2014``, ``flickr30k``, ``vcr_train``, ``vcr_gt_train``, ...) holds
+    ``feat_th0.2_max100_min10``, ``feat_numbb36`` or ``all``; keys are ``coco_train2014_000000000009.npz``,
+    ``flickr30k_000123456789.npz``, ``vcr_gt_train_<stem>.npz``. Of ``all``, as many regions count as
+    have a confidence above 0.2, but at least 10 and at most 100; the others were cut when written.
+    Regions of ``vcr_gt_*`` come first and are the example's objects; where both kinds are given, an
+    example needs both.
+
+    Args:
+        paths: folders of splits, or the databases themselves.
+    """
+
+    what = "an LMDB folder of UNITER's region features"
+
+    def __init__(self, *paths: Path | str):
+        super().__init__(*paths)
+        self._databases = [_open_database(path) for path in self.paths]
+        first = self._databases[0]
+        key, value = next(_records(first.path))
+        self.dim = _decode(f"{first.path}: {key!r}", value, first).features.shape[-1]
+
+    def names(self, image: Path) -> list[str]:
+        return [key for database in self._databases if (key := database.key(image))]
+
+    def find(self, image: Path) -> Record | None:
+        return self._find(image, ground_truth=False)
+
+    def _find(self, image: Path, ground_truth: bool) -> Record | None:
+        for database in self._databases:
+            key = database.key(image)
+            if database.ground_truth == ground_truth and key:
+                where = f"{database.path}: {key!r}"
+                try:
+                    with environment(str(database.path)).begin() as transaction:
+                        value = transaction.get(key.encode())
+                except library("lmdb", self.what).Error as error:
+                    raise DataError(f"{where}: cannot be read ({error}); copy the database again") from None
+                if value is not None:
+                    return _decode(where, value, database)
+        return None
+
+    def __call__(self, example: Example) -> Regions:
+        parts = []
+        for ground_truth in (True, False):
+            if any(database.ground_truth == ground_truth for database in self._databases):
+                record = self._find(example.image, ground_truth)
+                if record is None:
+                    raise self._missing(example)
+                features, boxes = checked(record, self.dim)
+                if ground_truth:
+                    _check_objects(record.where, boxes, example)
+                objects = torch.arange(len(boxes)) if ground_truth else torch.full((len(boxes),), -1)
+                parts.append((features, boxes, objects))
+        return Regions(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _check_objects(where: str, boxes: Tensor, example: Example) -> None:
+    """The annotated boxes have to be the example's, in its order: tags refer to them."""
+    own = torch.tensor(example.boxes).reshape(-1, 4)[: len(boxes)]
+    enough = len(boxes) >= min(len(example.boxes), 100)
+    if not enough or len(boxes) > len(own) or (own - boxes).abs().max() > 0.05:
+        raise DataError(
+            f"{where}: {len(boxes)} annotated boxes, which are not the {len(example.boxes)} objects of "
+            f"example {example.id} in order; use features made from the same VCR, or leave vcr_gt out"
+        )
+
+
+@cache
+def environment(path: str) -> Any:
+    """The open LMDB: one per path, as the library wants it; without locks it also serves forked workers."""
+    return library("lmdb", "UNITER's LMDB").open(
+        path, readonly=True, lock=False, create=False, readahead=False
+    )
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values, without the list of keys."""
+    with environment(str(path)).begin() as transaction:
+        yield from (item for item in transaction.cursor() if item[0] != b"__keys__")
+
+
+_PREFIX = re.compile(rb"((?:coco|vcr_gt|vcr)_(?:train|val|test)(?:2014|2015)?|flickr30k)_.+\.npz")
+
+
+def _open_database(folder: Path) -> _Database:
+    found = (
+        [folder] if (folder / "data.mdb").is_file() else sorted(p.parent for p in folder.glob("*/data.mdb"))
+    )
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "no LMDB (data.mdb)"
+        raise DataError(
+            f"{folder}: holds {names}; expected one LMDB such as feat_th0.2_max100_min10. Name the one to "
+            "read, or unpack it again"
+        )
+    path = found[0].resolve()  # the library opens each database once
+    error_type = library("lmdb", "UNITER's LMDB").Error
+    try:
+        key = next((key for key, _ in _records(path)), b"")
+    except error_type as error:
+        raise DataError(f"{path}: not a readable LMDB ({error}); unpack it again") from None
+    prefix = _PREFIX.fullmatch(key)
+    if not prefix:
+        raise DataError(
+            f"{path}: its first key is {key[:60]!r}; expected coco_train2014_*.npz, flickr30k_*.npz, "
+            "vcr_train_*.npz, vcr_gt_train_*.npz or another split of these; give an image LMDB of UNITER's"
+        )
+    limit = re.search(r"_(?:numbb|max)(\d+)", path.name)
+    return _Database(path, prefix[1].decode(), int(limit[1]) if limit else 100, path.name.startswith("all"))
+
+
+def _decode(where: str, value: bytes, database: _Database) -> Record:
+    """A record of an LMDB: NPZ bytes, or a dictionary as msgpack_numpy writes it."""
+    try:
+        if value[:2] == b"PK":
+            with np.load(io.BytesIO(value), allow_pickle=False) as arrays:
+                names = ("features", "norm_bb", *(["conf"] if database.whole else []))
+                fields = {name: arrays[name] for name in names}
+        else:
+            msgpack = library("msgpack", "UNITER's LMDB")
+            fields = msgpack.loads(value, raw=False, object_hook=_array, strict_map_key=False)
+        features, boxes = fields["features"], fields["norm_bb"]
+        count = database.limit
+        if database.whole:
+            count = min(max(int((fields["conf"] > 0.2).sum()), 10), database.limit)
+        return Record(where, features[:count], boxes[:count, :4])
+    except (*UNREADABLE, TypeError, IndexError) as error:
+        raise DataError(
+            f"{where}: not a record of region features ({error!r}); expected an NPZ or a msgpack dictionary "
+            "with features, norm_bb and conf; copy the database again"
+        ) from None
+
+
+def _array(value: dict) -> Any:
+    """msgpack_numpy's dictionaries as arrays; its pickled objects are refused."""
+    found = {key.decode() if isinstance(key, bytes) else key: item for key, item in value.items()}
+    if found.get("nd") is not True:
+        return value
+    kind = np.dtype(found["type"])
+    if kind.hasobject:
+        raise ValueError("an array of Python objects, which is not unpickled")
+    return np.frombuffer(found["data"], kind).reshape(found["shape"])

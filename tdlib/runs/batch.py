@@ -1,0 +1,366 @@
+"""Executing notebooks as experiments, one or a batch of them: papermill with its silences made loud.
+
+A batch's runs are folders under ``reports/batches/NAME/``. ``batch_plan`` says what is to run,
+``batch_runner`` has an engine (``engines``) start a worker process for each (``run_worker``),
+``run_states`` knows how each stands, ``batch_reports`` makes tables and pages.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import papermill
+from nbclient.exceptions import DeadKernelError
+from nbconvert import HTMLExporter
+
+from tdlib.core.files import whole_file, write_folder, write_json
+from tdlib.core.paths import ROOT, ConfigError
+from tdlib.runs import report as batch_reports
+from tdlib.runs import states as run_states
+from tdlib.runs.engines import ENGINES, Engine
+from tdlib.runs.plan import (
+    Plan,
+    PlannedRun,
+    check_parameters,
+    estimate,
+    matches,
+    notebook_parameters,
+    plan_batch,
+    read_batch,
+)
+from tdlib.runs.report import open_results
+from tdlib.runs.runner import POLL, Runner
+
+__all__ = [
+    "Batch", "NotebookFailed", "check_parameters", "export_html", "notebook_parameters", "open_results",
+    "run_notebook",
+]  # fmt: skip
+
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+class NotebookFailed(RuntimeError):
+    """A cell raised or the kernel died: says which notebook, where the partial copy is, and the error."""
+
+
+def export_html(notebook: Path, page: Path) -> None:
+    """The executed notebook as one page that loads nothing from the network.
+
+    Controls and progress bars are left out: they do nothing on a page, and drawing them would need the
+    network.
+    """
+    content = nbformat.read(notebook, as_version=4)
+    content.metadata.pop("widgets", None)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    exporter = HTMLExporter(
+        template_name="lab", mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url=""
+    )
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    exporter.embed_images = True
+    body, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.stem}})
+    with whole_file(page) as file:
+        file.write(body)
+
+
+def run_notebook(path: Path, folder: Path, parameters: dict[str, Any], progress: bool = True) -> Path:
+    """Executes a notebook into ``folder`` as executed .ipynb and .html; returns the page.
+
+    The folder appears (or replaces its predecessor) only after success.
+
+    Raises:
+        ConfigError: bad parameters, before anything runs.
+        NotebookFailed: a cell raised, or the kernel was killed.
+    """
+    check_parameters(path, parameters)
+
+    def fill(partial: Path) -> None:
+        executed = partial / path.name
+        failed = folder.with_name(f"{folder.name}-failed.ipynb")
+        try:
+            papermill.execute_notebook(
+                str(path), str(executed), parameters=parameters, cwd=str(ROOT / "notebooks"),
+                kernel_name="python3",
+                progress_bar=progress, log_output=False, request_save_on_cell_execute=True,
+            )  # fmt: skip
+        except papermill.PapermillExecutionError as error:
+            os.replace(executed, failed)
+            raise NotebookFailed(
+                f"{path.name}: {error.ename}: {error.evalue}\nExecuted so far: {failed}"
+            ) from None
+        except DeadKernelError as error:
+            os.replace(executed, failed)
+            raise NotebookFailed(
+                f"{path.name}: the kernel was killed ({error}); out of memory? {failed}"
+            ) from None
+        failed.unlink(missing_ok=True)
+        export_html(executed, partial / f"{path.stem}.html")
+
+    return write_folder(folder, fill) / f"{path.stem}.html"
+
+
+# Batches.
+
+BEGIN = ("queued",)
+RESUME = ("queued", "killed", "lost")
+RETRY = ("failed", "timed_out")
+
+
+class Batch:
+    """A batch of experiments: plan it, run it, look at it. The same as ``tdlib batch`` on the command line.
+
+    Args:
+        source: a YAML file, or its content as a dict (see ``batch_plan``).
+        name: of the batch; the file's stem if "".
+        reports: folder under which the batch's own lies; ``reports/batches`` if None.
+        resources: of each run, in place of those in the file (they change no result).
+
+    Raises:
+        ConfigError: the file is missing or not YAML. Mistakes in it are in ``problems``.
+    """
+
+    def __init__(
+        self, source: Path | str | Mapping[str, Any], name: str = "", reports: Path | None = None,
+        resources: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
+        if isinstance(source, Mapping):
+            self.file, description, home = None, dict(source), Path.cwd()
+        else:
+            self.file = find_batch(source)
+            description, home = read_batch(self.file), self.file.parent
+        if resources:
+            description["resources"] = {**(description.get("resources") or {}), **resources}
+        stem = self.file.stem if self.file else "batch"
+        self.reports = Path(reports) if reports else ROOT / "reports" / "batches"
+        self.plan: Plan = plan_batch(description, name or stem, home, self.reports)
+        self.folder = (self.reports / self.plan.name).resolve()
+
+    @property
+    def problems(self) -> list[str]:
+        """Every mistake in the description."""
+        return self.plan.problems
+
+    def check(self, engine: Engine | None = None) -> None:
+        """Raises ConfigError with every mistake, also resources that the engine cannot give."""
+        problems = self.problems + (engine.check(self.plan.resources) if engine else [])
+        if problems:
+            name = self.file or self.plan.name
+            raise ConfigError(f"{name}: nothing was started:\n" + "\n".join(f"- {p}" for p in problems))
+
+    def folder_of(self, run: PlannedRun) -> Path:
+        return self.folder / run.id
+
+    def states(self) -> dict[str, dict[str, Any]]:
+        """How every run stands now, by its id, in the plan's order."""
+        return {run.id: run_states.current_state(self.folder_of(run)) for run in self.plan.runs}
+
+    def estimates(self) -> dict[str, float]:
+        """Expected seconds of each run, from finished runs of the same template in any batch."""
+        earlier = []
+        for file in self.reports.glob("*/*/parameters.json"):
+            state = run_states.recorded_state(file.parent)
+            with suppress(OSError, ValueError, KeyError):
+                known = json.loads(file.read_text(encoding="utf-8"))
+                if state["state"] == "done" and Path(known["template"]).name == self.plan.template.name:
+                    earlier.append((known["parameters"], state["seconds"]))
+        return estimate(self.plan, earlier)
+
+    def planned(self) -> pd.DataFrame:
+        """One row per run: id, state, the parameters in which runs differ, expected seconds."""
+        seconds, states = self.estimates(), self.states()
+        rows = [
+            {"run": run.id, "state": states[run.id]["state"]}
+            | {name: run.parameters[name] for name in self.plan.varied}
+            | {"expected_seconds": seconds.get(run.id)}
+            for run in self.plan.runs
+        ]
+        return pd.DataFrame(rows)
+
+    def table(self) -> pd.DataFrame:
+        """One row per run, failures first; columns as in ``batch_reports.results_table``."""
+        return batch_reports.results_table(self.plan, self.states())
+
+    def write_reports(self) -> Path:
+        """Writes results.parquet and index.html; returns the page."""
+        return batch_reports.write_reports(self.folder, self.plan, self.states(), self.file)
+
+    def run(
+        self, engine: str | Engine = "local", where: Mapping[str, Any] | None = None, **options: Any
+    ) -> pd.DataFrame:
+        """Executes what has not begun; returns the table.
+
+        Args:
+            engine: "local", "ray" or an engine.
+            where: only the runs with these values of parameters; a list means any of them.
+            options: of the engine (cpus, gpus; address).
+
+        Raises:
+            ConfigError: mistakes in the batch, or no run is like ``where``, before anything starts.
+        """
+        return self._run(BEGIN, engine, options, self._like(where))
+
+    def resume(
+        self, engine: str | Engine = "local", where: Mapping[str, Any] | None = None, **options: Any
+    ) -> pd.DataFrame:
+        """Executes what has not begun, was killed or was lost, of those like ``where``; returns the table."""
+        return self._run(RESUME, engine, options, self._like(where))
+
+    def _like(self, where: Mapping[str, Any] | None) -> list[PlannedRun] | None:
+        self.check()
+        chosen = [run for run in self.plan.runs if matches(run.parameters, where or {})]
+        if where and not chosen:
+            raise ConfigError(f"{dict(where)}: no run of {self.plan.name} is like that")
+        return chosen if where else None
+
+    def retry(self, only: Sequence[str] = (), engine: str | Engine = "local", **options: Any) -> pd.DataFrame:
+        """Executes what failed or ran out of time again (or the runs with these ids); returns the table."""
+        chosen = [run for run in self.plan.runs if any(run.id.startswith(start) for start in only)]
+        lacking = [start for start in only if not any(run.id.startswith(start) for run in self.plan.runs)]
+        if lacking:
+            raise ConfigError(f"{', '.join(lacking)}: no such run in {self.plan.name}")
+        states = tuple(set(run_states.FINAL) - {"done"}) if only else RETRY
+        return self._run(states, engine, options, chosen if only else None)
+
+    def best(self, split: str = "", uneven: bool = False) -> pd.DataFrame:
+        """Every setting that each arm has tried, best first; writes the chosen ones to tuned.json.
+
+        Arguments and columns as in ``tuning.rank_settings``.
+
+        Raises:
+            ProtocolError: the batch is not done, or its runs cannot be compared fairly.
+        """
+        from tdlib.analysis.tuning import rank_settings, write_tuned
+
+        ranked = rank_settings(self.folder, split, uneven)
+        write_tuned(self.folder, ranked)
+        return ranked
+
+    def cancel(self, patience: float = 30.0) -> list[str]:
+        """Stops the batch, whoever runs it; returns the runs that did not end within ``patience`` seconds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "cancel.json", {"time": time.time()})
+        until = time.monotonic() + patience
+        while True:
+            running = [name for name, state in self.states().items() if state["state"] == "running"]
+            for name in running:
+                (self.folder / name / "stop").touch()
+            if not running or time.monotonic() > until:
+                return running
+            time.sleep(POLL)
+
+    def open(self, start: str) -> Path:
+        """A notebook with a run's parameters, to go through it in JupyterLab; its results go beside it.
+
+        Raises:
+            ConfigError: no run's id, or more than one's, begins like that.
+        """
+        self.check()
+        found = [run for run in self.plan.runs if start and run.id.startswith(start)]
+        if len(found) != 1:
+            known = ", ".join(run.id for run in self.plan.runs)
+            raise ConfigError(f"{start!r}: {len(found)} runs begin like that; expected one of {known}")
+        folder = self.folder_of(found[0]) / "interactive"
+        folder.mkdir(parents=True, exist_ok=True)
+        parameters = dict(found[0].overrides)
+        if self.plan.output:
+            parameters[self.plan.output] = str(folder)
+        if "interactive" in found[0].parameters:
+            parameters["interactive"] = True
+        target = folder / self.plan.template.name
+        papermill.execute_notebook(
+            str(self.plan.template), str(target), parameters=parameters, prepare_only=True, progress_bar=False
+        )
+        return target
+
+    def _run(
+        self, states: Sequence[str], engine: str | Engine, options: dict[str, Any],
+        chosen: list[PlannedRun] | None = None,
+    ) -> pd.DataFrame:  # fmt: skip
+        self.check()
+        if isinstance(engine, str) and engine not in ENGINES:
+            raise ConfigError(f"engine={engine!r}: expected one of {', '.join(ENGINES)}")
+        where: Engine = ENGINES[engine](**options) if isinstance(engine, str) else engine
+        try:
+            self.check(where)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "batch.json", self._description())
+            make_worlds(self.plan)
+            Runner(self, where, states, chosen or self.plan.runs, _live_table(self)).run()
+        finally:
+            if isinstance(engine, str):
+                where.close()
+        try:
+            self.write_reports()
+        except OSError as error:  # a full disk; what the runs have written counts
+            print(f"{self.folder}: no page was written: {error}", file=sys.stderr)
+        return self.table()
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "name": self.plan.name, "file": str(self.file or ""), "template": str(self.plan.template),
+            "runs": [run.id for run in self.plan.runs], "resources": self.plan.resources.as_dict(),
+            "tuned": self.plan.tuned,
+        }  # fmt: skip
+
+    def specification(self, run: PlannedRun, attempt: int) -> dict[str, Any]:
+        """What a worker needs to know: ``parameters.json``."""
+        return {
+            "template": str(self.plan.template), "parameters": run.parameters, "overrides": run.overrides,
+            "output": self.plan.output, "identity": run.identity, "attempt": attempt,
+            "cwd": str(ROOT / "notebooks"), "resources": self.plan.resources.as_dict(),
+        }  # fmt: skip
+
+
+def _live_table(batch: Batch) -> Callable[[], None]:
+    """In a notebook shows how every run stands and returns what brings that up to date; elsewhere nothing."""
+    from IPython import get_ipython
+
+    if not hasattr(get_ipython(), "kernel"):
+        return lambda: None
+    from IPython.display import display
+
+    def table() -> pd.DataFrame:
+        whole = batch.table()
+        return whole[["run", "state", *batch.plan.varied, "seconds", "reason"]].dropna(axis=1, how="all")
+
+    handle = display(table(), display_id=True)
+    return lambda: handle.update(table())
+
+
+def find_batch(name: Path | str) -> Path:
+    """A batch file by its path, or by its name in notebooks/batches/."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path.resolve()
+    return ROOT / "notebooks" / "batches" / f"{path.name}.yaml"
+
+
+def make_worlds(plan: Plan) -> None:
+    """Writes the MiniWorlds that the runs will read, before they run side by side."""
+    if "RunConfig" not in plan.template.read_text(encoding="utf-8"):
+        return
+    from tdlib.config import RunConfig
+    from tdlib.data.tasks import data_folder
+
+    wanted = {
+        (run.parameters["task"], run.parameters.get("world_seed", 0))
+        for run in plan.runs
+        if "task" in run.parameters and not run.parameters.get("data_dir")
+    }
+    home = ROOT / "data" / "miniworld"
+    for task, seed in sorted(wanted):
+        while True:
+            with run_states.claimed(home) as free:
+                if free:
+                    data_folder(RunConfig.from_parameters(task=task, world_seed=seed))
+                    break
+            time.sleep(POLL)

@@ -1,0 +1,364 @@
+"""Where runs execute: on this machine, or on a Ray cluster. Leases processors, memory and GPUs.
+
+An engine starts a worker process for a run folder and can stop it; how the run went is in its state,
+not here. GPUs are told to a run by CUDA_VISIBLE_DEVICES, which is empty for runs without one.
+"""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from tdlib.core.paths import ROOT, ConfigError
+from tdlib.runs import states as run_states
+
+BUSY = 75  # a worker's exit status: another one has the run
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one run may use: processors, GPUs (or a part of one), bytes of memory, seconds (0: no limit)."""
+
+    cpus: float = 1
+    gpus: float = 0
+    memory: int = 0
+    seconds: float = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Started(Protocol):
+    """A run that was handed to an engine."""
+
+    def ended(self) -> bool: ...
+
+    def elsewhere(self) -> bool:
+        """Whether it ended because another worker has the run."""
+
+    def stop(self) -> None:
+        """Asks it to end and to say so in its state."""
+
+    def kill(self) -> None:
+        """Ends it and everything below it at once."""
+
+
+class Engine(Protocol):
+    """Starts workers."""
+
+    claims: bool  # whether the worker inherits the runner's claim (else it claims for itself)
+
+    def check(self, wanted: Resources) -> list[str]:
+        """What it could never give to a run."""
+
+    def at_once(self, wanted: Resources) -> int:
+        """How many such runs it executes at the same time."""
+
+    def has_room(self, wanted: Resources) -> bool: ...
+
+    def start(self, folder: Path, wanted: Resources, lock: int | None) -> Started: ...
+
+    def close(self) -> None: ...
+
+
+def run_environment(folder: Path, wanted: Resources, gpus: str) -> dict[str, str]:
+    """The environment of a worker; numerical libraries use as many threads as the run has processors."""
+    threads = str(max(1, int(wanted.cpus)))
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("JPY_")}
+    return inherited | {
+        run_states.MARK: str(folder.resolve()), run_states.RUNNER: str(os.getpid()),
+        "CUDA_VISIBLE_DEVICES": gpus, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", "")))),
+    }  # fmt: skip
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    with suppress(OSError, subprocess.SubprocessError):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=20)
+        return [str(n) for n, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+    return []
+
+
+class GpuLeases:
+    """Shares of GPUs among the runs of one runner; a GPU in use is locked against other runners here."""
+
+    def __init__(self, gpus: Sequence[str], folder: Path | None = None):
+        self.free = dict.fromkeys(gpus, 1.0)
+        self.folder = folder or Path(tempfile.gettempdir()) / f"tdlib-gpus-{os.getuid()}"
+        self._locks: dict[str, int] = {}
+
+    def take(self, share: float) -> list[str] | None:
+        """Names of the leased GPUs: [] for no share, one for a fraction; None where too few are free."""
+        if share <= 0:
+            return []
+        count, part = (1, share) if share < 1 else (round(share), 1.0)
+        fitting = [gpu for gpu, free in self.free.items() if free + 1e-9 >= part]
+        fitting.sort(key=lambda gpu: self.free[gpu])  # those in use first
+        taken: list[str] = []
+        for gpu in fitting:
+            if len(taken) < count and self._lock(gpu):
+                taken.append(gpu)
+                self.free[gpu] -= part
+        if len(taken) < count:
+            self.give_back(taken, share)
+            return None
+        return taken
+
+    def give_back(self, gpus: Sequence[str], share: float) -> None:
+        for gpu in gpus:
+            self.free[gpu] = min(1.0, self.free[gpu] + min(share, 1.0))
+            if self.free[gpu] > 1 - 1e-6:
+                self.free[gpu] = 1.0
+                os.close(self._locks.pop(gpu))
+
+    def _lock(self, gpu: str) -> bool:
+        if gpu in self._locks:
+            return True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.folder / f"{gpu.replace('/', '-')}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            return False
+        self._locks[gpu] = lock
+        return True
+
+
+class LocalEngine:
+    """Worker processes on this machine, as many at once as their resources allow.
+
+    Args:
+        cpus: processors to use; all that this process may use if None.
+        gpus: GPUs to use, as CUDA_VISIBLE_DEVICES names them; all that are visible if None.
+    """
+
+    claims = True
+
+    def __init__(self, cpus: float | None = None, gpus: Sequence[str] | None = None):
+        self.cpus = processors() if cpus is None else cpus
+        self.memory = psutil.virtual_memory().total
+        self.gpus = list(visible_gpus() if gpus is None else gpus)
+        self.leases = GpuLeases(self.gpus)
+        self.free_cpus, self.free_memory = self.cpus, self.memory
+        self.command = [sys.executable, "-m", "tdlib.runs.worker"]
+
+    def check(self, wanted: Resources) -> list[str]:
+        problems = []
+        if wanted.cpus > self.cpus:
+            problems.append(f"resources.cpus={wanted.cpus:g}: this machine has {self.cpus:g} to give")
+        if wanted.gpus > len(self.gpus):
+            problems.append(f"resources.gpus={wanted.gpus:g}: this machine has {len(self.gpus)} to give")
+        if wanted.memory > self.memory:
+            size, there = wanted.memory / 2**30, self.memory / 2**30
+            problems.append(f"resources.memory={size:.1f} GiB: this machine has {there:.1f} GiB")
+        return problems
+
+    def at_once(self, wanted: Resources) -> int:
+        rooms = [self.cpus / wanted.cpus]
+        if wanted.memory:
+            rooms.append(self.memory / wanted.memory)
+        if wanted.gpus:
+            rooms.append(len(self.gpus) / wanted.gpus)
+        return max(1, int(min(rooms) + 1e-9))
+
+    def has_room(self, wanted: Resources) -> bool:
+        return self.free_cpus + 1e-9 >= wanted.cpus and self.free_memory >= wanted.memory
+
+    def start(self, folder: Path, wanted: Resources, lock: int | None) -> "LocalRun":
+        """Starts a worker, which inherits the claim.
+
+        Raises:
+            BlockingIOError: no GPU is free now.
+        """
+        gpus = self.leases.take(wanted.gpus)
+        if gpus is None:
+            raise BlockingIOError("no GPU is free")
+        try:
+            with (folder / run_states.LOG).open("ab") as log:
+                process = subprocess.Popen(
+                    [*self.command, str(folder), *([] if lock is None else [str(lock)])],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                    env=run_environment(folder, wanted, ",".join(gpus)), start_new_session=True,
+                    pass_fds=[] if lock is None else [lock],
+                )  # fmt: skip
+        except BaseException:
+            self.leases.give_back(gpus, wanted.gpus)
+            raise
+        self.free_cpus -= wanted.cpus
+        self.free_memory -= wanted.memory
+        return LocalRun(self, folder, wanted, process, gpus)
+
+    def close(self) -> None:
+        pass
+
+
+class LocalRun:
+    """A worker on this machine."""
+
+    def __init__(
+        self, engine: LocalEngine, folder: Path, wanted: Resources, process: subprocess.Popen, gpus: list[str]
+    ):
+        self.engine, self.folder, self.wanted, self.process, self.gpus = engine, folder, wanted, process, gpus
+        self.deadline = time.monotonic() + wanted.seconds + 60 if wanted.seconds else None
+        self._held = True
+
+    def ended(self) -> bool:
+        if self.deadline and time.monotonic() > self.deadline and self.process.poll() is None:
+            self.kill()  # the worker itself hangs
+        if self.process.poll() is None:
+            return False
+        if self._held:
+            self._held = False
+            run_states.end_processes(self.folder)  # what a killed worker has left behind
+            self.engine.leases.give_back(self.gpus, self.wanted.gpus)
+            self.engine.free_cpus += self.wanted.cpus
+            self.engine.free_memory += self.wanted.memory
+        return True
+
+    def elsewhere(self) -> bool:
+        return self.process.poll() == BUSY
+
+    def stop(self) -> None:
+        with suppress(OSError):
+            self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        with suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        run_states.end_processes(self.folder)
+        self.process.wait()
+
+
+def _on_node(folder: str, wanted: dict[str, Any]) -> int:
+    """The task of a Ray cluster: one worker process. Ends with the task's process if a node goes."""
+    import ray
+
+    resources = Resources(**wanted)
+    gpus = ",".join(str(gpu) for gpu in ray.get_gpu_ids()) if resources.gpus else ""
+    with (Path(folder) / run_states.LOG).open("ab") as log:
+        return subprocess.run(
+            [sys.executable, "-m", "tdlib.runs.worker", folder],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env=run_environment(Path(folder), resources, gpus),
+        ).returncode  # fmt: skip
+
+
+class RayEngine:
+    """Workers on the nodes of a Ray cluster that share the project's folder and its environment.
+
+    Ray itself repeats nothing (a run that ran out of memory would do so three times): a batch's
+    ``retries`` say what is repeated.
+
+    Args:
+        address: of the cluster, as ``ray.init`` takes it; "" starts one on this machine.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no cluster at the address.
+    """
+
+    claims = False
+
+    def __init__(self, address: str = "", **options: Any):
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError(
+                "engine 'ray' needs the extra 'ray': pip install 'clip-td-workbench[ray]'"
+            ) from None
+        self.ray, self._own = ray, not ray.is_initialized()
+        if self._own:
+            try:
+                ray.init(
+                    address=address or None, log_to_driver=False, include_dashboard=False,
+                    configure_logging=False, **options,
+                )  # fmt: skip
+            except (ConnectionError, ValueError) as error:
+                raise ConfigError(f"--address {address}: no Ray cluster answers ({error})") from None
+        self.active = 0
+
+    def check(self, wanted: Resources) -> list[str]:
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        needs = self._needs(wanted)
+        if any(all(node.get(name, 0) >= need for name, need in needs.items()) for node in nodes):
+            return []
+        return [f"resources: no node of the Ray cluster has {needs}"]
+
+    @staticmethod
+    def _needs(wanted: Resources) -> dict[str, float]:
+        needs = {"CPU": wanted.cpus, "GPU": wanted.gpus, "memory": wanted.memory}
+        return {name: need for name, need in needs.items() if need}
+
+    def at_once(self, wanted: Resources) -> int:
+        total = self.ray.cluster_resources()
+        rooms = [total.get(name, 0) / need for name, need in self._needs(wanted).items()]
+        return max(1, int(min(rooms) + 1e-9))
+
+    def has_room(self, wanted: Resources) -> bool:
+        return self.active < self.at_once(wanted)
+
+    def start(self, folder: Path, wanted: Resources, lock: int | None) -> "RayRun":
+        options: dict[str, Any] = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "max_retries": 0}
+        if wanted.memory:
+            options["memory"] = wanted.memory
+        task = self.ray.remote(_on_node).options(**options)
+        self.active += 1
+        return RayRun(self, folder, task.remote(str(folder), wanted.as_dict()))
+
+    def close(self) -> None:
+        if self._own:
+            self.ray.shutdown()
+
+
+class RayRun:
+    """A worker somewhere in a cluster. It is asked to stop by a file, which every node sees."""
+
+    def __init__(self, engine: RayEngine, folder: Path, task: Any):
+        self.engine, self.folder, self.task, self._held = engine, folder, task, True
+
+    def ended(self) -> bool:
+        ready, _ = self.engine.ray.wait([self.task], timeout=0)
+        if ready and self._held:
+            self._held = False
+            self.engine.active -= 1
+        return bool(ready)
+
+    def elsewhere(self) -> bool:
+        try:
+            return self.engine.ray.get(self.task) == BUSY
+        except Exception:  # the task died
+            return False
+
+    def stop(self) -> None:
+        (self.folder / "stop").touch()
+        with suppress(Exception):  # queued in Ray: it never starts
+            self.engine.ray.cancel(self.task, force=False)
+
+    def kill(self) -> None:
+        (self.folder / "stop").touch()
+        with suppress(Exception):
+            self.engine.ray.cancel(self.task, force=True)
+
+
+ENGINES = {"local": LocalEngine, "ray": RayEngine}

@@ -1,0 +1,211 @@
+"""The loop that hands a batch's runs to an engine, collects how they ended, and obeys to Ctrl-C and cancel.
+
+Several may work on one batch at a time: each run belongs to whoever has claimed it.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tdlib.core.files import write_json
+from tdlib.runs import states as run_states
+from tdlib.runs.engines import Engine, Started
+from tdlib.runs.plan import PlannedRun
+
+if TYPE_CHECKING:
+    from tdlib.runs.batch import Batch
+
+POLL = 0.2  # seconds between looks at the runs
+
+
+@dataclass
+class _Active:
+    """A run that this runner has started."""
+
+    run: PlannedRun
+    started: Started
+    tries: int
+
+
+class Runner:
+    """Hands a batch's runs to an engine until none is left that it may start.
+
+    ``refresh`` is called after every line that it says: when runs start and end.
+    """
+
+    def __init__(
+        self, batch: "Batch", engine: Engine, states: Sequence[str], runs: Sequence[PlannedRun],
+        refresh: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        self.batch, self.engine, self.states, self.refresh = batch, engine, states, refresh
+        self.waiting = {run.id: run for run in runs}
+        self.active: dict[str, _Active] = {}
+        self.tries: Counter[str] = Counter()
+        self.began = time.time()
+        self.stopping = ""  # why nothing more is started
+        self.interrupts = 0
+
+    def run(self) -> None:
+        total = len(self.waiting)
+        self.say(
+            f"{self.batch.plan.name}: {total} runs, at most {self.engine.at_once(self.batch.plan.resources)} "
+            f"at once; {self.batch.folder}"
+        )
+        with self._interruptible():
+            try:
+                while (self.waiting and not self.stopping) or self.active:
+                    progressed = self._start_some() if not self.stopping else False
+                    self._collect()
+                    self._obey()
+                    if not self.active and self.waiting and not progressed:
+                        if self._all_elsewhere():
+                            break
+                    if self.active or self.waiting:
+                        time.sleep(POLL)
+            finally:
+                for active in self.active.values():  # only after an error of the runner itself
+                    active.started.kill()
+        if self.stopping:
+            self.say(f"stopped: {self.stopping}; `tdlib batch resume` goes on")
+
+    def _start_some(self) -> bool:
+        """Starts what there is room for; whether anything changed."""
+        changed = False
+        for run in list(self.waiting.values()):
+            if not self.engine.has_room(self.batch.plan.resources):
+                break
+            try:
+                changed |= self._start(run)
+            except BlockingIOError:
+                break
+            except OSError as error:  # a full disk
+                self.stopping = f"{run.id} could not be started: {error}"
+                break
+        return changed
+
+    def _start(self, run: PlannedRun) -> bool:
+        folder = self.batch.folder_of(run)
+        recorded = run_states.recorded_state(folder)["state"]
+        if recorded not in (*self.states, "running", "done") and not self.tries[run.id]:
+            del self.waiting[run.id]  # not asked for
+            return True
+        lock = run_states.claim(folder)
+        if lock is None:
+            return False
+        try:
+            state = run_states.recorded_state(folder)
+            if state["state"] == "running":  # we have its lock
+                if not run_states.silent(state):
+                    return False
+                state = {"state": "lost"}
+            elif state["state"] == "done" and run_states.damaged(folder, state):
+                state = {"state": "lost"}
+            if state["state"] not in self.states and not self.tries[run.id]:
+                del self.waiting[run.id]
+                return True
+            if state["state"] == "queued" and (other := run_states.adopt(folder)):
+                del self.waiting[run.id]
+                self.say(f"{run.id} done: the same run as in batch {other.parent.name}")
+                return True
+            if self.engine.claims:
+                attempt = run_states.clear_for_attempt(folder)
+            else:
+                attempt = run_states.next_attempt(folder)
+                (folder / "stop").unlink(missing_ok=True)
+            write_json(folder / "parameters.json", self.batch.specification(run, attempt))
+            if not self.engine.claims:
+                os.close(lock)
+                lock = None
+            started = self.engine.start(folder, self.batch.plan.resources, lock)
+        finally:
+            if lock is not None:
+                os.close(lock)  # the worker has its own
+        del self.waiting[run.id]
+        self.tries[run.id] += 1
+        self.active[run.id] = _Active(run, started, self.tries[run.id])
+        self.say(f"{run.id} started: {self._words(run)}")
+        return True
+
+    def _words(self, run: PlannedRun) -> str:
+        return ", ".join(f"{name}={run.parameters[name]}" for name in self.batch.plan.varied) or "one run"
+
+    def _collect(self) -> None:
+        for name, active in list(self.active.items()):
+            if not active.started.ended():
+                continue
+            folder = self.batch.folder_of(active.run)
+            with run_states.claimed(folder) as free:
+                state = run_states.recorded_state(folder)
+                unsaid = state["state"] == "running" or (state["state"] == "queued" and not self.stopping)
+                if unsaid and not free and not active.started.elsewhere():
+                    continue  # its worker is about to say it
+                if unsaid and free:
+                    state |= {"state": "killed" if self.engine.claims else "lost", "ended": time.time()}
+                    state["reason"] = self.stopping or "its worker died without a word"
+                    with suppress(OSError):  # else it counts as lost, its lock being free
+                        run_states.write_state(folder, state)
+            del self.active[name]
+            self.say(f"{name} {state['state']}{': ' + state['reason'] if state.get('reason') else ''}")
+            again = state["state"] in ("killed", "lost") and active.tries <= self.batch.plan.retries
+            if again and not self.stopping:
+                self.waiting[name] = active.run
+
+    def _obey(self) -> None:
+        """Reacts to Ctrl-C and to ``tdlib batch cancel``."""
+        if not self.stopping:
+            with suppress(OSError, ValueError, KeyError):
+                asked = json.loads((self.batch.folder / "cancel.json").read_text(encoding="utf-8"))["time"]
+                if asked >= self.began:
+                    self.stopping = "cancelled"
+            if self.interrupts:
+                self.stopping = "interrupted"
+            if self.stopping in ("cancelled", "interrupted") and self.active:
+                self.say(f"{self.stopping}: {len(self.active)} runs are told to end; Ctrl-C kills them")
+                for active in self.active.values():
+                    active.started.stop()
+        if self.interrupts > 1:
+            for active in self.active.values():
+                active.started.kill()
+
+    def _all_elsewhere(self) -> bool:
+        """Whether what is left is in other hands (then there is nothing to wait for here)."""
+        time.sleep(POLL)  # a look at the lock holds it for a moment
+        folders = [self.batch.folder_of(run) for run in self.waiting.values()]
+        elsewhere = sum(run_states.current_state(folder)["state"] == "running" for folder in folders)
+        if elsewhere == len(folders):
+            self.say(f"{elsewhere} runs are in the hands of another runner")
+            return True
+        return False
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Signals to end are counted, not raised, so that each state is written whole."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def count(number: int, frame: Any) -> None:
+            self.interrupts += 1
+
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, count) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def say(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # a closed terminal ends nothing
+            print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True, file=sys.stdout)
+        self.refresh()

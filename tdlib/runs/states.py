@@ -1,0 +1,241 @@
+"""One run of a batch as a folder: what it is (identity), who has it (claim) and how it stands (state).
+
+Knows nothing of notebooks' execution, engines or tables. ``state.json`` is the truth about a run,
+whatever the notebook says; it is written last. Needs POSIX (flock).
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tdlib.core.files import remove_tree, whole_file
+from tdlib.core.provenance import code_version, digest
+from tdlib.training.checkpoints import HOME as CHECKPOINTS
+from tdlib.training.provenance import data_manifest
+
+# queued: not begun. running: a worker has it. done. failed: a cell raised, or what it wrote is no
+# result. killed: stopped from outside (signal, out of memory, disk full, cancelled). timed_out: past
+# its time limit. lost: its worker is gone without a word, or its files are damaged.
+STATES = ("queued", "running", "done", "failed", "killed", "timed_out", "lost")
+FINAL = ("done", "failed", "killed", "timed_out", "lost")
+
+HEARTBEAT = 5.0  # seconds between heartbeats of a running run
+STALE = 60.0  # seconds without one after which a worker on another machine counts as dead
+MARK = "TDLIB_RUN"  # environment variable by which every process of a run is known
+RUNNER = "TDLIB_RUNNER"  # process id of who started a worker and outlives it
+NOTEBOOK, LOG, OUTPUT = "notebook.ipynb", "log.txt", "output"
+
+# Identity: what a result depends on.
+
+
+def identity(template: bytes, parameters: dict[str, Any], output: str = "") -> dict[str, str]:
+    """What a run's results depend on, as hashes: "parameters", "template", "data", "code" and "id" of all.
+
+    Args:
+        template: the notebook file; its code cells count, outputs and prose do not. The library's
+            sources count where it uses them.
+        parameters: all of them, defaults included.
+        output: name of the parameter that says where results go, which does not count; neither do
+            ``interactive`` and ``loader_workers``.
+    """
+    apart = (output, "interactive", "loader_workers")
+    counted = {name: value for name, value in parameters.items() if name not in apart}
+    cells = ["".join(cell["source"]) for cell in json.loads(template)["cells"] if cell["cell_type"] == "code"]
+    parts = {
+        "parameters": digest(counted),
+        "template": digest(cells),
+        "data": digest(data_manifest(counted)),
+        "code": code_version() if any("tdlib" in cell for cell in cells) else "",
+    }
+    return {"id": digest(parts)[:12], **parts}
+
+
+# Claim: whoever holds the lock has the run; the owner's death frees it.
+
+
+def claim(folder: Path) -> int | None:
+    """Takes a run; returns the lock's file descriptor, or None if someone else has it.
+
+    The lock lives as long as any process has the descriptor: a worker inherits it from its runner.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether the run could be taken for the time of a ``with`` block."""
+    lock = claim(folder)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+# State.
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes ``state.json`` whole and on the disk, or leaves the older one as it was."""
+    with whole_file(folder / "state.json") as file:
+        file.write(json.dumps(state, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def recorded_state(folder: Path) -> dict[str, Any]:
+    """The state as it was last written: "queued" where none was, "lost" where it cannot be read."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"state": "queued"}
+    except (OSError, ValueError) as error:
+        return {"state": "lost", "reason": f"state.json cannot be read: {error}"}
+    if not isinstance(state, dict) or state.get("state") not in STATES:
+        return {"state": "lost", "reason": "state.json holds no state"}
+    return state
+
+
+def current_state(folder: Path) -> dict[str, Any]:
+    """The state as it is: also "lost" where the worker is dead or a finished run's files are damaged."""
+    state = recorded_state(folder)
+    if state["state"] == "running":
+        with claimed(folder) as free:
+            if not free:
+                return state
+            state = recorded_state(folder)  # it may have ended in between
+            if state["state"] == "running" and not silent(state):
+                return state
+        if state["state"] == "running":
+            return state | {"state": "lost", "reason": "its worker is gone"}
+    if state["state"] == "done" and (damage := damaged(folder, state)):
+        return state | {"state": "lost", "reason": damage}
+    return state
+
+
+def silent(state: dict[str, Any]) -> bool:
+    """Whether the worker of a run whose lock is free is dead (locks may not reach other machines)."""
+    if state.get("host") == socket.gethostname():
+        return True
+    return time.time() - state.get("heartbeat", 0) > STALE
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Sizes in bytes of what a run has written: its notebook and everything in ``output``."""
+    files = [folder / NOTEBOOK, *sorted((folder / OUTPUT).rglob("*"))]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files if path.is_file()}
+
+
+def damaged(folder: Path, state: dict[str, Any]) -> str:
+    """What is wrong with a finished run's files; "" if they have the sizes that they had at its end."""
+    for name, size in state.get("files", {}).items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes, expected {size}"
+    return ""
+
+
+def clear_for_attempt(folder: Path) -> int:
+    """Makes room for an attempt and returns its number, from 1. The caller has claimed the run.
+
+    State, log and notebook of an earlier attempt move to ``attempt-N``; its partial output goes, but
+    for checkpoints of its trainings, and so does every process that it has left behind.
+    """
+    end_processes(folder)
+    scratch = recorded_state(folder).get("scratch", "")
+    if Path(scratch).name.startswith("tdlib-"):
+        shutil.rmtree(scratch, ignore_errors=True)  # sockets of a kernel that was killed
+    number = next_attempt(folder)
+    if (folder / "state.json").exists():
+        kept = folder / f"attempt-{number - 1}"
+        kept.mkdir(exist_ok=True)
+        for name in (NOTEBOOK, LOG, "state.json"):  # the state last, here too
+            with suppress(FileNotFoundError):
+                os.replace(folder / name, kept / name)
+    for name in ("stop", f".{NOTEBOOK}"):
+        (folder / name).unlink(missing_ok=True)
+    _clear_output(folder / OUTPUT)
+    return number
+
+
+def _clear_output(folder: Path) -> None:
+    """Removes what an attempt has written, except checkpoints: the next one continues from them."""
+    if not folder.is_dir() or folder.is_symlink():
+        return remove_tree(folder)
+    for path in folder.iterdir():
+        if path.name == CHECKPOINTS and not path.is_symlink():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            if any(path.rglob(CHECKPOINTS)):
+                _clear_output(path)
+            else:
+                remove_tree(path)
+        else:
+            path.unlink()
+
+
+def next_attempt(folder: Path) -> int:
+    """The number that a new attempt has, from 1."""
+    earlier = [int(p.name.partition("-")[2]) for p in folder.glob("attempt-*") if (p / "state.json").exists()]
+    return max(earlier, default=0) + 1 + (folder / "state.json").exists()
+
+
+def adopt(folder: Path) -> Path | None:
+    """Copies the same run from another batch where it is done and whole; says where it came from.
+
+    A run's name says all that its results depend on, so the other batch's are these. The caller has
+    claimed ``folder``, which holds nothing of an attempt yet. The state is written last.
+    """
+    for other in sorted(folder.parent.parent.glob(f"*/{folder.name}")):
+        state = recorded_state(other)
+        if other == folder or state["state"] != "done" or damaged(other, state):
+            continue
+        left = shutil.ignore_patterns(".lock", "state.json", "stop", "attempt-*", "interactive")
+        shutil.copytree(other, folder, ignore=left, dirs_exist_ok=True)
+        write_state(folder, state | {"adopted_from": str(other)})
+        return other
+    return None
+
+
+# Processes.
+
+
+def processes(folder: Path) -> list[psutil.Process]:
+    """Every process of a run on this machine, whoever its parent is now."""
+    mark, found = str(folder.resolve()), []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
+
+
+def end_processes(folder: Path) -> None:
+    """Kills every process of a run on this machine and waits until they are gone."""
+    for _ in range(5):  # again for what was born meanwhile
+        found = processes(folder)
+        if not found:
+            return
+        for process in found:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(found, timeout=5)

@@ -1,0 +1,343 @@
+"""The process that executes one run: ``python -m tdlib.runs.worker RUN_FOLDER [LOCK]``.
+
+Its main thread watches (heartbeat, limits, requests to stop, the runner's life), another executes the
+notebook by papermill. It ends when its runner does, and takes the kernel with it.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import psutil
+
+from tdlib.core.files import write_json
+from tdlib.core.paths import ROOT
+from tdlib.runs import states as run_states
+from tdlib.runs.engines import BUSY
+from tdlib.runs.states import LOG, NOTEBOOK, OUTPUT
+
+TICK = 0.25  # seconds between looks at the run
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class _Run:
+    """One attempt: what the two threads share."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.spec = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))
+        self.limits = self.spec["resources"]
+        self.process: subprocess.Popen | None = None  # the kernel
+        self.parent = int(os.environ.get(run_states.RUNNER) or os.getppid())
+        self.began = time.monotonic()
+        self.peak = 0
+        self.scratch = tempfile.mkdtemp(prefix="tdlib-")  # short: paths of sockets may have 107 characters
+        self.verdict: tuple[str, str] | None = None  # state and reason, from the watching side
+        self.outcome: dict[str, Any] | None = None  # from the executing side
+        self.cell = 0
+        self._beat = 0.0
+        self.state: dict[str, Any] = {
+            "state": "running", "run": self.spec["identity"]["id"], "attempt": self.spec["attempt"],
+            "host": socket.gethostname(), "pid": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "started": time.time(), "scratch": self.scratch,
+        }  # fmt: skip
+
+    # The executing thread.
+
+    def execute(self) -> None:
+        try:
+            self.outcome = self._execute()
+        except BaseException as error:
+            self.outcome = self._explained(error)
+
+    def _execute(self) -> dict[str, Any]:
+        template = Path(self.spec["template"]).read_bytes()
+        now = run_states.identity(template, self.spec["parameters"], self.spec["output"])
+        changed = [name for name, value in self.spec["identity"].items() if now[name] != value]
+        if changed:
+            return {
+                "state": "failed",
+                "reason": f"{', '.join(name for name in changed if name != 'id')} changed since the batch "
+                "was started; start it again: changed runs get new folders",
+            }
+        write_json(self.folder / "environment.json", environment())
+        # jsonschema reads a grammar of IRIs for 0.8 s, if it is there; no notebook's schema speaks of them
+        sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+        import papermill
+        from jupyter_client.manager import AsyncKernelManager
+        from nbclient.exceptions import DeadKernelError
+        from traitlets.config import Config
+
+        run = self
+
+        class Kernel(AsyncKernelManager):
+            async def _async_launch_kernel(self, kernel_cmd: list[str], **options: Any) -> None:
+                await super()._async_launch_kernel(kernel_cmd, **options)
+                run.process = getattr(self.provisioner, "process", None)
+
+            _launch_kernel = _async_launch_kernel
+
+        partial = self.folder / f".{NOTEBOOK}"
+        parameters = dict(self.spec["overrides"])
+        if self.spec["output"]:
+            parameters[self.spec["output"]] = str(self.folder / OUTPUT)
+        checked = Path(self.scratch, "template.ipynb")  # as it was hashed above
+        checked.write_bytes(template)
+        try:
+            executed = papermill.execute_notebook(
+                str(checked), str(partial), parameters=parameters, kernel_name="python3",
+                cwd=self.spec["cwd"], progress_bar=False, start_timeout=300, stdout_file=sys.stdout,
+                stderr_file=sys.stderr, config=Config({"KernelManager": self.sockets()}),
+                kernel_manager_class=Kernel,
+            )  # fmt: skip
+        except papermill.PapermillExecutionError as error:
+            text = _ANSI.sub("", "\n".join(error.traceback))
+            full = _DISK_FULL.search(str(error.evalue))
+            return {
+                "state": "killed" if full else "failed",
+                "reason": "the disk is full" if full else f"{error.ename}: {error.evalue}",
+                "error": {
+                    "name": error.ename, "value": _ANSI.sub("", str(error.evalue)), "traceback": text[-8000:],
+                    "cell": error.cell_index, "source": error.source,
+                },
+            }  # fmt: skip
+        except (DeadKernelError, RuntimeError) as error:
+            return self._dead_kernel(error)
+        left = [
+            index
+            for index, cell in enumerate(executed.cells)
+            if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None
+        ]
+        if left:
+            return {"state": "failed", "reason": f"the notebook left off before cell {left[0]}"}
+        return {"state": "done"}
+
+    def _dead_kernel(self, error: Exception) -> dict[str, Any]:
+        """Killed if by a signal that comes from outside; failed if the kernel crashed or left by itself."""
+        code = None
+        if self.process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                code = self.process.wait(5)
+        if code is None or (code == 0 and "died" not in str(error)):
+            return self._explained(error)
+        name = signal.Signals(-code).name if code < 0 else f"status {code}"
+        outside = code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+        hint = "; out of memory?" if code == -signal.SIGKILL else ""
+        return {
+            "state": "killed" if outside else "failed",
+            "reason": f"the kernel ended with {name}{self._place()}{hint}",
+        }
+
+    def _place(self) -> str:
+        """The cell that was begun last, as far as the notebook says."""
+        with suppress(OSError, ValueError, KeyError):
+            cells = json.loads((self.folder / f".{NOTEBOOK}").read_text(encoding="utf-8"))["cells"]
+            begun = [i for i, c in enumerate(cells) if c["metadata"].get("papermill", {}).get("start_time")]
+            return f" in cell {begun[-1]}" if begun else " before the first cell"
+        return ""
+
+    def _explained(self, error: BaseException) -> dict[str, Any]:
+        full = _DISK_FULL.search(str(error))
+        return {
+            "state": "killed" if full else "failed",
+            "reason": f"{type(error).__name__}: {error}",
+            "error": {
+                "name": type(error).__name__, "value": str(error), "cell": None, "source": "",
+                "traceback": "".join(traceback.format_exception(error))[-8000:],
+            },
+        }  # fmt: skip
+
+    def sockets(self) -> dict[str, str]:
+        """Files of this run's own, in place of ports (which others may take) and of "kernel-ipc-1" in the
+        working directory (jupyter's default, at which all runs would meet)."""
+        return {
+            "transport": "ipc",
+            "ip": f"{self.scratch}/kernel",
+            "connection_file": f"{self.scratch}/kernel.json",
+        }
+
+    # The watching thread.
+
+    def watch(self) -> None:
+        """One look: asks for the end if there is a reason, measures memory, gives a sign of life."""
+        used = self._memory()
+        self.peak = max(self.peak, used)
+        if self.verdict is None:
+            limit, memory = self.limits["seconds"], self.limits["memory"]
+            if os.getppid() != self.parent:
+                self.verdict = "killed", "its runner ended"
+            elif (self.folder / "stop").exists():
+                self.verdict = "killed", "cancelled"
+            elif limit and time.monotonic() - self.began > limit:
+                self.verdict = "timed_out", f"its time limit of {limit:g} s passed"
+            elif memory and used > memory:
+                self.verdict = "killed", f"it used {used / 2**30:.2f} GiB of memory, more than its limit"
+        if self.verdict is not None:
+            self.end_kernel()
+        elif time.monotonic() - self._beat > run_states.HEARTBEAT:
+            self._beat = time.monotonic()
+            with suppress(OSError):  # a full disk must not end a run that writes nothing
+                self.write({"heartbeat": time.time(), "peak_memory": self.peak})
+
+    def _memory(self) -> int:
+        """Resident bytes of this process and all below it (pages that they share count twice)."""
+        total = 0
+        with suppress(psutil.Error):
+            own = psutil.Process()
+            for process in [own, *own.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    total += process.memory_info().rss
+        return total
+
+    def end_kernel(self) -> None:
+        """Kills the kernel, its process group and all below this process."""
+        with suppress(psutil.Error):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    process.kill()
+        if self.process is not None:
+            with suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # a kernel leads a group of its own
+
+    def write(self, more: dict[str, Any]) -> None:
+        self.state |= more
+        run_states.write_state(self.folder, self.state)
+
+    def conclude(self) -> str:
+        """Puts everything in its place, the state last; returns the final state."""
+        final: dict[str, Any] = self.outcome or {"state": "killed", "reason": "its kernel did not answer"}
+        if self.verdict is not None and final["state"] != "done":
+            final = {"state": self.verdict[0], "reason": self.verdict[1]}
+        partial = self.folder / f".{NOTEBOOK}"
+        try:
+            if partial.exists():
+                os.replace(partial, self.folder / NOTEBOOK)
+            if final["state"] == "done":
+                final["metrics"] = read_metrics(self.folder / OUTPUT)
+        except OSError as error:
+            final = self._explained(error)
+        except ValueError as error:
+            final = {"state": "failed", "reason": str(error)}
+        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        self.peak = max(self.peak, largest * (1 if sys.platform == "darwin" else 1024))
+        self.write(
+            {"ended": time.time(), "heartbeat": time.time(), "peak_memory": self.peak,
+             "seconds": round(time.monotonic() - self.began, 2),
+             "files": run_states.file_sizes(self.folder), **final}
+        )  # fmt: skip
+        return final["state"]
+
+
+def read_metrics(output: Path) -> dict[str, Any]:
+    """All numbers and words of the ``metrics.json`` files in a run's output, nested names joined by dots.
+
+    Where there are several, the names of their folders come first.
+
+    Raises:
+        ValueError: a file is not whole, or holds no object.
+    """
+    found: dict[str, Any] = {}
+    hidden = [p for p in sorted(output.rglob("metrics.json")) if not _is_hidden(p.relative_to(output))]
+    for path in hidden:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: is not whole JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected an object with metrics, found {type(values).__name__}")
+        _flatten(values, f"{path.parent.name}." if len(hidden) > 1 else "", found)
+    return found
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _flatten(values: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _flatten(value, f"{prefix}{name}.", into)
+        elif value is None or isinstance(value, bool | int | float | str):
+            into[f"{prefix}{name}"] = value
+
+
+def environment() -> dict[str, Any]:
+    """Machine and installed packages."""
+    commit = None
+    with suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT, capture_output=True, text=True, check=True, timeout=30,
+        ).stdout.strip()  # fmt: skip
+    packages = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
+    return {
+        "host": socket.gethostname(), "python": platform.python_version(), "platform": platform.platform(),
+        "commit": commit, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "threads": os.environ.get("OMP_NUM_THREADS"), "packages": dict(sorted(packages.items())),
+    }  # fmt: skip
+
+
+def work(folder: Path) -> str:
+    """Executes the run of a claimed folder; returns its final state."""
+    run = _Run(folder)
+
+    def stop(number: int, frame: Any) -> None:
+        run.verdict = run.verdict or ("killed", f"stopped ({signal.Signals(number).name})")
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    (folder / OUTPUT).mkdir(exist_ok=True)
+    run.write({"heartbeat": time.time()})
+    thread = Thread(target=run.execute, daemon=True)
+    thread.start()
+    patience = 20.0
+    while thread.is_alive() and patience > 0:
+        thread.join(TICK)
+        run.watch()
+        patience -= TICK if run.verdict else 0
+    run.end_kernel()
+    shutil.rmtree(run.scratch, ignore_errors=True)
+    return run.conclude()
+
+
+def main(arguments: list[str]) -> int:
+    folder = Path(arguments[0])
+    if len(arguments) > 1:
+        os.set_inheritable(int(arguments[1]), False)  # the lock is this process's, not its kernel's
+    else:
+        if run_states.claim(folder) is None:
+            return BUSY
+        spec = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))
+        if spec["attempt"] != run_states.next_attempt(folder):
+            return BUSY  # it was, and has ended
+        run_states.clear_for_attempt(folder)
+    state = work(folder)
+    print(f"{LOG}: {state}", flush=True)
+    return 0 if state == "done" else 1
+
+
+if __name__ == "__main__":
+    try:
+        status = main(sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # a stuck thread must not keep the lock

@@ -1,0 +1,167 @@
+"""Inputs and output of students that read region features beside text: UNITER, VL-BERT, VisualBERT."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tdlib.data.examples import Example
+from tdlib.regions.computed import CachedRegions, RegionSource
+from tdlib.students.base import (
+    EncodedText,
+    StudentEncoder,
+    StudentError,
+    StudentOutput,
+    pad_last,
+    referred_objects,
+)
+
+
+def sequence_mask(attention_mask: Tensor, region_mask: Tensor) -> Tensor:
+    """(batch, choices, text_tokens + regions) of (batch, choices, text_tokens) and (batch, regions)."""
+    regions = region_mask[:, None].expand(-1, attention_mask.shape[1], -1)
+    return torch.cat([attention_mask, regions.to(attention_mask)], dim=-1)
+
+
+def region_output(
+    logits: Tensor,
+    states: Sequence[Tensor],
+    attention_mask: Tensor,
+    region_mask: Tensor,
+    region_boxes: Tensor,
+    spans: Tensor | None,
+) -> StudentOutput:
+    """Output over text, then regions, of ``states`` (batch * choices, at least those tokens, width)."""
+    mask = sequence_mask(attention_mask, region_mask)
+    batch, choices, tokens = mask.shape
+    length, regions = attention_mask.shape[2], region_mask.shape[1]
+    if spans is None:
+        spans = attention_mask.new_zeros(batch, choices, length, 2)
+    boxes = region_boxes[:, None].expand(-1, choices, -1, -1)
+    return StudentOutput(
+        logits=logits,
+        hidden_states=tuple(state[:, :tokens].unflatten(0, (batch, choices)) for state in states),
+        attention_mask=mask,
+        spans=torch.cat([spans, spans.new_zeros(batch, choices, regions, 2)], dim=2),
+        boxes=torch.cat([boxes.new_zeros(batch, choices, length, 4), boxes], dim=2),
+    )
+
+
+class RegionEncoder(StudentEncoder):
+    """Turns examples into text tokens and regions.
+
+    A statement becomes [CLS] part [SEP] part [SEP] ..., where the parts are the question (or
+    hypothesis), a given answer (VCR's QA->R) and the choice; each has its own token type.
+
+    Args:
+        name: folder or hub id of the student.
+        max_text_tokens: longer statements are cut, the longest part first.
+        regions: where region features come from.
+
+    Raises:
+        StudentError: the student is of another architecture, or region features are not of its width.
+    """
+
+    token_types: ClassVar[dict[str, int]] = {"question": 0, "answer": 1, "rationale": 1}
+    config_kind: ClassVar[Any]
+    region_width: ClassVar[str] = "visual_embedding_dim"  # what the configuration calls it
+
+    def __init__(self, name: str, max_text_tokens: int, regions: RegionSource):
+        super().__init__(name, max_text_tokens)
+        self.regions = regions
+        if not isinstance(self.config, self.config_kind):
+            raise StudentError(
+                f"student {name!r} is a {self.config.model_type}; expected a folder or hub id of a "
+                f"{self.kind}"
+            )
+        width = getattr(self.config, self.region_width)
+        if regions.dim != width and not self.foreign:
+            raise StudentError(
+                f"student {name!r} reads region features of width {width}, but these have {regions.dim}; "
+                "choose features of the detector that it was pretrained with"
+            )
+
+    @property
+    def foreign(self) -> bool:
+        """Whether no student was pretrained with features of this kind."""
+        return getattr(self.regions, "foreign", False)
+
+    def _parts(self, example: Example) -> list[list[tuple[str, int, int]]]:
+        """Per statement its parts: text, where it starts in the statement, and its token type."""
+        prompt, given, types = example.prompt.text, example.given, self.token_types
+        asked = [(prompt, 0, types["question"])]
+        if given:
+            asked = [
+                (prompt[:given].rstrip(), 0, types["question"]),
+                (prompt[given:], given, types["answer"]),
+            ]
+        last = types["rationale" if given else "answer"]
+        return [[*asked, (choice.text, len(prompt) + 1, last)] for choice in example.choices] or [asked]
+
+    def text(self, example: Example) -> EncodedText:
+        rows = [self._row(parts) for parts in self._parts(example)]
+        length = max(len(ids) for ids, _, _ in rows)
+        ids = [torch.tensor([row[0]]) for row in rows]
+        spans = pad_last([torch.tensor([row[2]]) for row in rows], length)[:, 0]
+        return EncodedText(
+            pad_last(ids, length, value=self.tokenizer.pad_token_id)[:, 0],
+            pad_last([torch.ones_like(row) for row in ids], length)[:, 0],
+            pad_last([torch.tensor([row[1]]) for row in rows], length)[:, 0],
+            spans,
+            referred_objects(example.statements(), spans),
+        )
+
+    def _row(
+        self, parts: Sequence[tuple[str, int, int]]
+    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Ids, token types and spans of one statement."""
+        pieces = []
+        for text, start, _ in parts:
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            spans = [(begin + start, end + start) for begin, end in encoded["offset_mapping"]]
+            pieces.append(list(zip(encoded["input_ids"], spans, strict=True)))
+        room = self.max_text_tokens - 1 - len(parts)
+        while sum(map(len, pieces)) > room:
+            max(pieces, key=len).pop()
+        ids, types, spans = [self.tokenizer.cls_token_id], [parts[0][2]], [(0, 0)]
+        for piece, (_, _, kind) in zip(pieces, parts, strict=True):
+            ids += [*(token for token, _ in piece), self.tokenizer.sep_token_id]
+            types += [kind] * (len(piece) + 1)
+            spans += [*(span for _, span in piece), (0, 0)]
+        return ids, types, spans
+
+    def prepare(self, examples: Sequence[Example], part: int = 5_000) -> None:
+        """Computes and stores the regions of the examples, ``part`` at a time, if they are computed here."""
+        if isinstance(self.regions, CachedRegions):
+            for start in range(0, len(examples), part):
+                self.regions.add(examples[start : start + part])
+
+    def visual(self, example: Example) -> dict[str, Tensor]:
+        regions = self.regions(example)
+        return {
+            "region_features": regions.features, "region_boxes": regions.boxes,
+            "region_objects": regions.objects,
+        }  # fmt: skip
+
+    def visual_boxes(self, visual: dict[str, Tensor]) -> Tensor:
+        return visual["region_boxes"]
+
+    def blank(self, visual: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One region without content: that something is there tells something too."""
+        return {
+            "region_features": torch.zeros_like(visual["region_features"][:1]),
+            "region_boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
+            "region_objects": torch.tensor([-1]),
+        }
+
+    def pad_visual(self, visuals: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """``region_features`` (batch, regions, dim); their boxes, objects and mask are padded alike."""
+        longest = max(len(visual["region_boxes"]) for visual in visuals)
+        mask = [torch.ones(len(visual["region_boxes"]), dtype=torch.long) for visual in visuals]
+        return {
+            "region_features": pad_last([v["region_features"] for v in visuals], longest, 0),
+            "region_boxes": pad_last([v["region_boxes"] for v in visuals], longest, 0),
+            "region_objects": pad_last([v["region_objects"] for v in visuals], longest, 0, -1),
+            "region_mask": pad_last(mask, longest, 0),
+        }

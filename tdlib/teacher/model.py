@@ -1,0 +1,487 @@
+"""The frozen teacher: per-token features of any open_clip model, in its joint space.
+
+Loading, tokens with character offsets and patches with boxes stand here; how the towers of each
+family give tokens, in ``teacher_towers``. Storing features is ``cache``'s business.
+"""
+
+import copy
+import difflib
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+import open_clip
+import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import QuickGELU
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tdlib.core.devices import usual_device
+from tdlib.core.paths import resolve
+from tdlib.data.examples import DataError
+from tdlib.teacher.towers import EXTRAS as EXTRAS
+from tdlib.teacher.towers import Seen, Tower, image_tower, text_tower
+from tdlib.teacher.towers import TeacherError as TeacherError
+from tdlib.teacher.towers import encode_text_tokens as encode_text_tokens
+
+log = logging.getLogger(__name__)
+
+Preprocess = Callable[[Image.Image], Tensor]  # a picture as pixels (3, height, width)
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """The tokens of one text or one picture in the joint space, L2-normalised, without special tokens.
+
+    ``positions`` are character spans (tokens, 2) of the raw string, or boxes (tokens, 4) normalised
+    to the original picture. ``pooled`` is CLIP's global embedding. The last three (``EXTRAS``) are
+    there only if asked for; scalars are divided by the record's largest, so they lie in [0, 1].
+    """
+
+    projected: Tensor  # (tokens, teacher_dim)
+    value: Tensor  # (tokens, teacher_dim), last attention block replaced by its value path
+    positions: Tensor
+    pooled: Tensor  # (teacher_dim,)
+    vv: Tensor | None = None  # (tokens, teacher_dim), value-value attention
+    attention: Tensor | None = None  # (tokens,), the pooled position's attention in the last layer
+    rollout: Tensor | None = None  # (tokens,), the same through all layers
+
+
+def open_picture(path: Path) -> Image.Image:
+    """An RGB picture.
+
+    Raises:
+        DataError: the file is missing or does not decode.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"{path}: picture is missing; unpack the data set's pictures again") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: picture does not decode ({error}); copy the file again") from None
+
+
+def patch_boxes(
+    size: tuple[int, int],
+    input_size: tuple[int, int],
+    grid: tuple[int, int],
+    resize_mode: str,
+    patch: tuple[int, int] | None = None,
+) -> Tensor:
+    """Where the teacher's patches lie in the original picture, (rows * columns, 4) normalised xyxy.
+
+    Args:
+        size: width and height of the original picture, pixels.
+        input_size: height and width of the model's input.
+        grid: rows and columns of patches.
+        resize_mode: open_clip's "shortest" (resize the shorter side, crop the centre), "squash"
+            (stretch), or "longest" (resize the longer side, pad the centre).
+        patch: height and width of a patch, pixels, where patches may leave a margin of the input out.
+    """
+    input_height, input_width = input_size
+    width, height = _resized(size, (input_width, input_height), resize_mode)
+    left, top = _crop_start(width, input_width), _crop_start(height, input_height)
+    rows, columns = grid
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    step_y, step_x = patch or (input_height / rows, input_width / columns)
+    box = torch.stack([x * step_x, y * step_y, (x + 1) * step_x, (y + 1) * step_y], dim=-1).reshape(-1, 4)
+    offset = torch.tensor([left, top, left, top])
+    return ((box + offset) / torch.tensor([width, height, width, height])).clamp(0, 1).float()
+
+
+def _resized(size: tuple[int, int], input_size: tuple[int, int], resize_mode: str) -> tuple[int, int]:
+    """Width and height after open_clip's resizing, before crop or padding; rounds as its transforms do."""
+    if resize_mode == "squash":
+        return input_size
+    (width, height), (input_width, input_height) = size, input_size
+    if resize_mode == "shortest" and input_width == input_height:  # torchvision's Resize cuts fractions off
+        return int(input_width * width / min(size)), int(input_height * height / min(size))
+    pick = min if resize_mode == "shortest" else max
+    ratio = pick(width / input_width, height / input_height)
+    return round(width / ratio), round(height / ratio)
+
+
+def _crop_start(resized: int, wanted: int) -> int:
+    """Where a centre crop starts in the resized picture, pixels; negative where it pads."""
+    return round((resized - wanted) / 2) if resized >= wanted else -((wanted - resized) // 2)
+
+
+def spans_in_raw(raw: str, cleaned: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Character spans of a cleaned-up text as spans of the raw text it came from.
+
+    Tokenizers lower-case, collapse white space and repair characters first; the two strings are
+    matched character by character, and a token of an unmatched stretch takes the stretch around it.
+    """
+    if len(raw) == len(cleaned) and raw.casefold() == cleaned.casefold():
+        return list(spans)
+    start_of = [0] * len(cleaned)
+    end_of = [0] * len(cleaned)
+    matcher = difflib.SequenceMatcher(None, raw.lower(), cleaned.lower(), autojunk=False)
+    if len(raw.lower()) != len(raw) or len(cleaned.lower()) != len(cleaned):
+        matcher = difflib.SequenceMatcher(None, raw, cleaned, autojunk=False)
+    for _, raw_from, raw_to, clean_from, clean_to in matcher.get_opcodes():
+        equal = raw_to - raw_from == clean_to - clean_from
+        for position in range(clean_from, clean_to):
+            shift = position - clean_from
+            start_of[position] = raw_from + shift if equal else raw_from
+            end_of[position] = raw_from + shift + 1 if equal else raw_to
+    return [(start_of[start], end_of[end - 1]) if end > start else (0, 0) for start, end in spans]
+
+
+class TextTokenizer:
+    """Ids of an open_clip tokenizer together with the characters that each id stands for."""
+
+    def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, name: str):
+        if not isinstance(tokenizer, SimpleTokenizer | HFTokenizer):
+            raise TeacherError(f"{name}: tokenizer {type(tokenizer).__name__} has no character offsets here")
+        if getattr(tokenizer, "tokenizer_mode", ""):
+            raise TeacherError(
+                f"{name}: tokenizer_mode {tokenizer.tokenizer_mode!r} has no character offsets here"
+            )
+        self.tokenizer = tokenizer
+        self.padding = 0 if isinstance(tokenizer, SimpleTokenizer) else tokenizer.tokenizer.pad_token_id or 0
+
+    def __call__(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids with start and end token, and their spans in ``text`` ((0, 0) for special tokens)."""
+        clean = " ".join(self.tokenizer.clean_fn(text).split())
+        pieces = self._simple(clean) if isinstance(self.tokenizer, SimpleTokenizer) else self._fast(clean)
+        ids, spans = pieces
+        return ids, spans_in_raw(text, clean, spans)
+
+    def _simple(self, clean: str) -> tuple[list[int], list[tuple[int, int]]]:
+        tokenizer = self.tokenizer
+        ids, spans = [tokenizer.sot_token_id], [(0, 0)]
+        for match in tokenizer.pat.finditer(clean):
+            word = match.group()
+            mapped = "".join(tokenizer.byte_encoder[byte] for byte in word.encode("utf-8"))
+            ends, total = [], 0  # byte position after each character of the word
+            for character in word:
+                total += len(character.encode("utf-8"))
+                ends.append(total)
+            start_byte = 0
+            for piece in tokenizer.bpe(mapped).split(" "):
+                end_byte = start_byte + len(piece.removesuffix("</w>"))
+                first = next(i for i, end in enumerate(ends) if end > start_byte)
+                last = next(i for i, end in enumerate(ends) if end >= end_byte)
+                ids.append(tokenizer.encoder[piece])
+                spans.append((match.start() + first, match.start() + last + 1))
+                start_byte = end_byte
+        limit = tokenizer.context_length - 1
+        return [*ids[:limit], tokenizer.eot_token_id], [*spans[:limit], (0, 0)]
+
+    def _fast(self, clean: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self.tokenizer.tokenizer(
+            clean, truncation=True, max_length=self.tokenizer.context_length, return_offsets_mapping=True
+        )
+        ids = list(encoded["input_ids"])
+        if self.tokenizer.strip_sep_token:
+            ids = [0 if token == self.tokenizer.tokenizer.sep_token_id else token for token in ids]
+        return ids, [_without_space(clean, start, end) for start, end in encoded["offset_mapping"]]
+
+
+def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
+    """A span without the white space that some tokenizers count to the word behind it."""
+    while start < end and text[start].isspace():
+        start += 1
+    return start, end
+
+
+class Teacher:
+    """A frozen open_clip model that yields per-token features.
+
+    A checkpoint file does not say which activation its weights were trained with. OpenAI's (and all
+    made from them, and those of MetaCLIP and DFN) need QuickGELU: name "ViT-B-16-quickgelu", not
+    "ViT-B-16", with such a file. With a tag, the activation is set right here.
+
+    Args:
+        name: an open_clip model name ("ViT-B-16"), "local-dir:FOLDER" or "hf-hub:ORG/REPO".
+        pretrained: an open_clip tag ("openai") or a checkpoint file; "" for folders and hubs.
+        device: where it runs; "" for this process's GPU, or the processor where there is none.
+        random_weights: a seed; the weights are then drawn as open_clip draws them before training,
+            the control of a teacher that knows nothing. Architecture, preprocessing and tokenizer stay.
+
+    Raises:
+        TeacherError: the model is unknown, its weights are missing or of another shape, or its
+            towers give no per-token features.
+    """
+
+    def __init__(self, name: str, pretrained: str = "", device: str = "", random_weights: int | None = None):
+        name, device = resolve(name, prefix="local-dir:"), device or usual_device()
+        pretrained = resolve(pretrained)
+        if pretrained and ":" in name:
+            raise TeacherError(
+                f"teacher {name!r} brings its own weights, pretrained={pretrained!r} would be ignored; leave "
+                "teacher_pretrained empty or name an open_clip architecture"
+            )
+        options = _activation(name, pretrained)
+        if random_weights is not None:
+            options |= {"load_weights": False, "pretrained_text": False}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0 if random_weights is None else random_weights)
+                model, _, self.preprocess = open_clip.create_model_and_transforms(
+                    name, pretrained=pretrained or None, device=device,
+                    require_pretrained=random_weights is None, **options,
+                )  # fmt: skip
+            tokenizer = open_clip.get_tokenizer(name)
+        except Exception as error:  # open_clip lets through what json, torch and safetensors raise
+            raise TeacherError(
+                f"teacher {name!r} (pretrained={pretrained!r}) cannot be loaded: {error}. Expected an "
+                "open_clip name with a tag or checkpoint file of the same shape, 'local-dir:FOLDER', or "
+                f"'hf-hub:ORG/REPO'{_archive_hint(error)}"
+            ) from error
+        if not isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP | open_clip.CoCa):
+            raise TeacherError(f"teacher {name!r}: {type(model).__name__} is no CLIP, CustomTextCLIP or CoCa")
+        self.name, self.device = name, torch.device(device)
+        self.model = model.eval().requires_grad_(False)
+        self.text, self.image = text_tower(model, repr(name)), image_tower(model.visual, repr(name))
+        self.tokenize = TextTokenizer(tokenizer, name)
+        self.fingerprint = self._fingerprint()
+
+    @cached_property
+    def dim(self) -> int:
+        """Width of the joint space."""
+        return len(self.encode_texts(["a"])[0].pooled)
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """What the model multiplies cosines with before a softmax (or, SigLIP, a sigmoid)."""
+        return float(self.model.logit_scale.exp())
+
+    @property
+    def logit_bias(self) -> float:
+        """What a sigmoid model (SigLIP) adds to scaled cosines; 0 for others."""
+        return 0.0 if self.model.logit_bias is None else float(self.model.logit_bias)
+
+    def _fingerprint(self) -> str:
+        """SHA-256 over weights, architecture, preprocessing, tokenizer kind and library version."""
+        total = hashlib.sha256()
+        for key, value in sorted(self.model.state_dict().items()):
+            if not key.startswith("text_decoder."):  # CoCa's, which no feature passes
+                total.update(key.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
+        settings = {
+            "model": str(self.model),  # activations and norms are not in the weights
+            "heads": [
+                m.num_heads for m in self.model.modules() if isinstance(getattr(m, "num_heads", None), int)
+            ],
+            "towers": self._tower_settings(),
+            "preprocess": str(self.preprocess),
+            "tokenizer": type(self.tokenize.tokenizer).__name__,
+            "sample": self.tokenize("The quick brown fox, 1.5 dogs."),
+            "open_clip": open_clip.__version__,
+            "layer": "last",
+        }
+        total.update(json.dumps(settings, sort_keys=True).encode())
+        return total.hexdigest()
+
+    def _tower_settings(self) -> list[dict[str, Any]]:
+        """What neither weights nor module names tell: kinds of pooling, masks, prefix tokens."""
+        model, visual = self.model, self.model.visual
+        text = getattr(model, "text", model)
+        settings = [
+            {
+                key: value
+                for key, value in sorted(vars(part).items())
+                if isinstance(value, bool | int | str | tuple)
+            }
+            for part in (model, text, visual, getattr(visual, "trunk", visual))
+        ]
+        hugging_face = getattr(text, "config", None)
+        return [
+            *settings, {"causal": getattr(text, "attn_mask", None) is not None},
+            {} if hugging_face is None else hugging_face.to_diff_dict(),
+        ]  # fmt: skip
+
+    def text_ids(self, encoded: Sequence[Sequence[int]]) -> Tensor:
+        """Ids of texts as the text tower takes them, padded as far as its features depend on it."""
+        length = max(map(len, encoded)) if self.text.cut else self.tokenize.tokenizer.context_length
+        ids = torch.full((len(encoded), length), self.tokenize.padding)
+        for row, tokens in enumerate(encoded):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        return ids.to(self.device)
+
+    @torch.inference_mode()
+    def encode_texts(
+        self, texts: Sequence[str], batch_size: int = 256, extras: Sequence[str] = ()
+    ) -> list[TeacherRecord]:
+        """Per-token features of texts; ``extras`` names further signals (``EXTRAS``).
+
+        Raises:
+            TeacherError: the text tower cannot give one of ``extras``.
+        """
+        encoded = [self.tokenize(text) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: len(encoded[i][0]))
+        records: dict[int, TeacherRecord] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            pooled, signals = self.text.encode(self.text_ids([encoded[i][0] for i in chosen]), extras)
+            for row, i in enumerate(chosen):
+                spans = torch.tensor(encoded[i][1])
+                real = spans[:, 1] > spans[:, 0]
+                own = {name: signal[row, : len(spans)].cpu()[real] for name, signal in signals.items()}
+                records[i] = _record(own, spans[real], pooled[row])
+        return [records[i] for i in range(len(texts))]
+
+    @torch.inference_mode()
+    def encode_pictures(
+        self, pictures: Sequence[Image.Image], batch_size: int = 128, extras: Sequence[str] = ()
+    ) -> list[TeacherRecord]:
+        """Per-patch features of pictures; ``extras`` names further signals (``EXTRAS``).
+
+        Raises:
+            TeacherError: the image tower cannot give one of ``extras``.
+        """
+        records = []
+        for start in range(0, len(pictures), batch_size):
+            chosen = pictures[start : start + batch_size]
+            pixels = torch.stack([self.preprocess(picture) for picture in chosen]).to(self.device)
+            pooled, signals = self.image.encode(pixels, extras)
+            for row, picture in enumerate(chosen):
+                own = {name: signal[row].cpu() for name, signal in signals.items()}
+                boxes = self._boxes(picture.size, pixels.shape, len(own["projected"]))
+                records.append(_record(own, boxes, pooled[row]))
+        return records
+
+    def _boxes(self, size: tuple[int, int], shape: torch.Size, tokens: int) -> Tensor:
+        mode = getattr(self.model.visual, "preprocess_cfg", {}).get("resize_mode", "shortest")
+        height, width = shape[-2:]
+        grid = self.image.grid(height, width, tokens)
+        return patch_boxes(size, (height, width), grid, mode, self.image.patch)
+
+    def check(self, relevance: str) -> None:
+        """Raises TeacherError if a tower cannot give a signal of ``EXTRAS``, or "gradient"."""
+        self.text.check(relevance)
+        self.image.check(relevance)
+
+    def pair_relevance(
+        self, texts: Sequence[str], picture: Image.Image, batch_size: int = 8
+    ) -> list[tuple[Tensor, Tensor]]:
+        """How much each token brings a text and a picture together (Chefer et al. 2021, ICCV).
+
+        The gradient of their cosine with respect to each attention map, times the map, positive part,
+        mean over heads, accumulated through the layers; the pooled position's row, divided by its
+        largest entry (our reading: so that all variants have one scale).
+
+        Returns for each text (text_tokens,) and (patches,), in [0, 1], in the order of the records.
+
+        Raises:
+            TeacherError: a tower's attention cannot be read.
+        """
+        self.check("gradient")
+        encoded = [self.tokenize(text) for text in texts]
+        pairs = []
+        with torch.no_grad():
+            seen_picture = self.image.see(
+                self.preprocess(picture)[None].to(self.device), len(self.image.blocks)
+            )
+        for start in range(0, len(texts), batch_size):
+            chosen = encoded[start : start + batch_size]
+            ids = self.text_ids([tokens for tokens, _ in chosen])
+            with torch.no_grad():
+                seen_text = self.text.see(ids, len(self.text.blocks))
+            words, patches = _relevancies(
+                self.text, seen_text, self.image, seen_picture.repeated(len(chosen))
+            )
+            for row, (_, spans) in enumerate(chosen):
+                real = torch.tensor([end > begin for begin, end in spans])
+                own = words[row, : len(spans)].cpu()[real]
+                pairs.append((_largest_is_one(own), _largest_is_one(patches[row].cpu())))
+        return pairs
+
+
+def _activation(name: str, pretrained: str) -> dict[str, Any]:
+    """Options of open_clip's factory that give weights the activation they were trained with.
+
+    Raises:
+        TeacherError: the architecture has QuickGELU, the tag's weights were trained without.
+    """
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
+    quick = (open_clip.get_model_config(name) or {}).get("quick_gelu", False) if pretrained else False
+    if tag:
+        if quick and not tag.get("quick_gelu", False):
+            raise TeacherError(
+                f"teacher {name!r}: the weights {pretrained!r} were trained without QuickGELU; name the "
+                f"architecture {name.removesuffix('-quickgelu')!r}"
+            )
+        return {"force_quick_gelu": True} if tag.get("quick_gelu", False) else {}
+    if pretrained and not quick and f"{name}-quickgelu" in open_clip.list_models():
+        log.warning(
+            "%s does not say which activation it was trained with; weights of OpenAI, MetaCLIP or DFN need "
+            "the name %s-quickgelu, not %s", pretrained, name, name,
+        )  # fmt: skip
+    return {}
+
+
+def _archive_hint(error: Exception) -> str:
+    if "TorchScript" not in str(error):
+        return ""
+    return (
+        ". OpenAI's .pt archives are TorchScript: use the tag 'openai', or save the archive's state_dict() "
+        "without input_resolution, context_length and vocab_size and name the architecture with '-quickgelu'"
+    )
+
+
+def _largest_is_one(scalars: Tensor) -> Tensor:
+    """Scalars of at least 0, divided by the largest; all 0 if it is 0."""
+    return scalars / scalars.max() if scalars.numel() and scalars.max() > 0 else scalars
+
+
+def _record(signals: dict[str, Tensor], positions: Tensor, pooled: Tensor) -> TeacherRecord:
+    """A record of one text's or picture's signals."""
+    scaled = {
+        name: F.normalize(signal, dim=-1) if signal.dim() == 2 else _largest_is_one(signal)
+        for name, signal in signals.items()
+    }
+    return TeacherRecord(positions=positions, pooled=F.normalize(pooled.cpu(), dim=-1), **scaled)
+
+
+def _relevancies(text: Tower, seen_text: Seen, image: Tower, seen_image: Seen) -> tuple[Tensor, Tensor]:
+    """Relevancy of pairs for their cosines, (batch, text positions) and (batch, patches)."""
+    with torch.enable_grad():
+        words, patches = text.attend(seen_text), image.attend(seen_image)
+        cosines = F.cosine_similarity(words.pooled, patches.pooled, dim=-1).sum()  # pairs do not mix
+        return text.relevancy(words, cosines), image.relevancy(patches, cosines)
+
+
+def choice_logits(image_pooled: Tensor, text_pooled: Tensor, logit_scale: float) -> Tensor:
+    """Zero-shot logits of statements: scaled cosines of (..., dim) with (..., choices, dim).
+
+    They go through a softmax over the choices. A sigmoid model's bias (``Teacher.logit_bias``) is left
+    out: it is the same for every choice and cancels.
+    """
+    return logit_scale * (text_pooled @ image_pooled.unsqueeze(-1)).squeeze(-1)
+
+
+def blueprint(
+    source: Teacher | dict[str, Any],
+) -> tuple[dict[str, Any], Callable[[], nn.Module], Callable[[str], tuple[Preprocess, TextTokenizer]]]:
+    """What rebuilds a teacher's model, preprocessing and tokenizer without it.
+
+    Returns what open_clip_config.json says of them, a function that makes such a model with random
+    weights, and one that opens preprocessing and tokenizer, whose files lie in the folder it is given.
+    ``source`` is a teacher, or such a configuration.
+    """
+    if isinstance(source, Teacher):
+        name = source.name if ":" in source.name else source.name.replace("/", "-")  # as open_clip does
+        model = cast(dict[str, Any], open_clip.get_model_config(name))
+        model["quick_gelu"] = any(isinstance(part, QuickGELU) for part in source.model.modules())
+        source = {"model_cfg": model, "preprocess_cfg": {**source.model.visual.preprocess_cfg}}
+    preprocess = image_transform_v2(PreprocessCfg(**source["preprocess_cfg"]), is_train=False)
+    options = copy.deepcopy(source["model_cfg"])
+    custom_text = options.pop("custom_text", False) or "hf_model_name" in options["text_cfg"]
+    options["text_cfg"]["hf_model_pretrained"] = options["vision_cfg"]["timm_model_pretrained"] = False
+    custom = open_clip.CoCa if "multimodal_cfg" in options else open_clip.CustomTextCLIP
+
+    def read(folder: str) -> tuple[Preprocess, TextTokenizer]:
+        return preprocess, TextTokenizer(open_clip.get_tokenizer(f"local-dir:{folder}"), folder)
+
+    return source, partial(custom if custom_text else open_clip.CLIP, **options), read

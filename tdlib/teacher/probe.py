@@ -1,0 +1,153 @@
+"""The teacher's class probabilities where examples have no choices: a cross-fitted linear probe.
+
+Owns the probe on CLIP's global embeddings (method, step 7). No training example is scored by a
+probe that saw it, so the teacher's certainty is not its memory.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from tdlib.data.examples import Example
+from tdlib.teacher.cache import TeacherCache
+from tdlib.teacher.model import choice_logits
+
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+
+
+def probe_features(
+    image: Float[Tensor, "examples dim"], text: Float[Tensor, "examples dim"]
+) -> Float[Tensor, "examples features"]:
+    """Both global embeddings (unit length) and their product: (examples, 3 * dim)."""
+    return torch.cat([image, text, image * text * image.shape[-1] ** 0.5], dim=-1)
+
+
+def fit_logistic(
+    features: Float[Tensor, "examples features"],
+    targets: Float[Tensor, "examples classes"],
+    penalty: float,
+    steps: int = 60,
+) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression on soft targets (rows sum to 1) by L-BFGS; weights and bias.
+
+    ``penalty`` is the squared weights' share beside the mean cross-entropy.
+    """
+    weight = torch.zeros(features.shape[1], targets.shape[1], requires_grad=True)
+    bias = targets.mean(0).clamp_min(1e-4).log().requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(features @ weight + bias, targets) + penalty * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+class ClassProbe:
+    """Class probabilities of a teacher, learned from a training subset.
+
+    Args:
+        cache: holds the features of the examples' statements and pictures.
+        examples: the training subset; those without a label are left out of the fit.
+        num_labels: size of the label set.
+        seed: of the folds.
+        folds: parts of the subset, whole pictures; each is scored by a probe fitted on the others.
+        most: at most this many examples are fitted on (the first in a seeded order).
+
+    The penalty is the one of ``PENALTIES`` with the least cross-entropy on the held-out folds: one
+    number in which every example has its small say.
+
+    Raises:
+        ValueError: labelled examples of fewer pictures than folds.
+    """
+
+    def __init__(
+        self, cache: TeacherCache, examples: Sequence[Example], num_labels: int, seed: int,
+        folds: int = 5, most: int = 20_000,
+    ):  # fmt: skip
+        self.cache = cache
+        found = [example for example in examples if example.label is not None]
+        found.sort(key=lambda e: hashlib.sha256(f"{seed} {e.id}".encode()).digest())
+        found = found[:most]
+        pictures = {picture: place for place, picture in enumerate(dict.fromkeys(e.image for e in found))}
+        if len(pictures) < folds:
+            raise ValueError(
+                f"labelled examples of {len(pictures)} pictures cannot be split into {folds} folds; "
+                "raise shots, or set class_probabilities='statements'"
+            )
+        raw = self._raw(found)
+        self._mean, self._scale = raw.mean(0), raw.std(0).clamp_min(1e-3) * raw.shape[1] ** 0.5
+        features = self._standard(raw)
+        targets = torch.stack([soft_target(example, num_labels) for example in found])
+        targets = targets / targets.sum(1, keepdim=True)
+        fold = torch.tensor([pictures[example.image] % folds for example in found])
+        held_out: dict[float, Tensor] = {}
+        for penalty in PENALTIES:
+            logits = torch.empty_like(targets)
+            for part in range(folds):
+                weight, bias = fit_logistic(features[fold != part], targets[fold != part], penalty)
+                logits[fold == part] = features[fold == part] @ weight + bias
+            held_out[penalty] = logits
+        losses = {penalty: float(F.cross_entropy(logits, targets)) for penalty, logits in held_out.items()}
+        self.penalty = min(losses, key=lambda penalty: losses[penalty])
+        self.weight, self.bias = fit_logistic(features, targets, self.penalty)
+        logits = held_out[self.penalty]
+        self._held_out = {example.id: logits[i] for i, example in enumerate(found)}
+        self.held_out_accuracy = float((logits.argmax(1) == targets.argmax(1)).float().mean())
+
+    def _raw(self, examples: Sequence[Example]) -> Tensor:
+        images = [self.cache.picture(example.image).pooled.float() for example in examples]
+        texts = [self.cache.text(example.prompt.text).pooled.float() for example in examples]
+        return probe_features(torch.stack(images), torch.stack(texts))
+
+    def _standard(self, raw: Tensor) -> Tensor:
+        return (raw - self._mean) / self._scale
+
+    def __call__(self, example: Example) -> Float[Tensor, " classes"]:
+        """Logits over the label set; of the probe that did not see it, for an example of the fit."""
+        if example.id in self._held_out:
+            return self._held_out[example.id]
+        return (self._standard(self._raw([example])) @ self.weight + self.bias)[0]
+
+
+def statement_logits(cache: TeacherCache, labels: Sequence[str], example: Example) -> Tensor:
+    """Zero-shot logits over the label set: scaled cosines of the picture with answer statements.
+
+    The statements must be in the cache, see ``answer_statements``.
+    """
+    texts = [cache.text(text).pooled.float() for text in answer_statements(example, labels)]
+    picture = cache.picture(example.image).pooled.float()
+    return choice_logits(picture, torch.stack(texts), cache.teacher.logit_scale)
+
+
+def answer_statements(example: Example, labels: Sequence[str]) -> list[str]:
+    """What the picture would show if each label were right (our wording).
+
+    Entailment classes become the hypothesis, its negation and its doubt; answers follow the question.
+    """
+    text = example.prompt.text.strip()
+    if set(labels) == {"contradiction", "entailment", "neutral"}:
+        said = text[:1].lower() + text[1:]
+        wordings = {
+            "entailment": text, "contradiction": f"It is not true that {said}", "neutral": f"Perhaps {said}"
+        }  # fmt: skip
+        return [wordings[label] for label in labels]
+    return [f"{text} {label}" for label in labels]
+
+
+def soft_target(example: Example, num_labels: int) -> Float[Tensor, " classes"]:
+    """What each label is worth for an example, in [0, 1]: its soft label, or 1 for its label."""
+    target = torch.zeros(num_labels)
+    if example.soft_label:
+        for index, value in example.soft_label:
+            target[index] = value
+    elif example.label is not None:
+        target[example.label] = 1.0
+    return target

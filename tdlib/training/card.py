@@ -1,0 +1,90 @@
+"""The model card of a trained student: what it is, how it was made, what it reached.
+
+Written beside the weights, so that a folder that is handed on says where it is from. Owns the card's
+text; its metadata block is huggingface_hub's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from tdlib.config import RunConfig
+from tdlib.data.tasks import task_of
+from tdlib.training.objective import TERMS
+
+_SELECTING = (
+    "relevance", "temperature", "prior", "prior_weight", "visual_prior", "selector", "mass", "count",
+    "fraction", "deviations", "token_weight", "instance_weight", "distance", "distill_layer",
+    "distill_target", "distill_schedule",
+)  # fmt: skip
+_TRAINING = (
+    "seed", "shots", "epochs", "batch_size", "accumulation", "learning_rate", "head_learning_rate",
+    "weight_decay", "warmup_fraction", "label_smoothing", "adversarial_steps",
+)  # fmt: skip
+
+
+def model_card(
+    config: RunConfig, metrics: Mapping[str, Any], environment: Mapping[str, Any], architecture: str
+) -> str:
+    """Markdown with the metadata that the Hugging Face hub reads.
+
+    Args:
+        config: of the run, with its arm's settings in force.
+        metrics: as in metrics.json: ``measures`` by split, ``train_examples``, ``updates``.
+        environment: as in environment.json.
+        architecture: the student's class.
+    """
+    name, task = f"{config.arm}-seed{config.seed}", task_of(config)
+    data = config.data_dir or f"MiniWorld, seed {config.world_seed}"
+    figures = [
+        (split, measure, value)
+        for split, found in metrics["measures"].items()
+        for measure, value in found.items()
+    ]
+    results = [
+        EvalResult(
+            task_type="visual-question-answering", dataset_type=task.data_set,
+            dataset_name=f"{config.task} ({data})", dataset_split=split, metric_type="accuracy",
+            metric_name=measure, metric_value=round(value, 4),
+        )
+        for split, measure, value in figures
+    ]  # fmt: skip
+    block = ModelCardData(
+        library_name="transformers", tags=["vision-language", "distillation", "clip-td"], model_name=name,
+        eval_results=results or None,
+    )  # fmt: skip
+    rows = [f"| `{split}` | {measure} | {100 * value:.1f} % |" for split, measure, value in figures]
+    terms = dict(zip(TERMS, (1.0, config.choice_weight, config.distill_weight), strict=True))
+    parts = [
+        f"---\n{block.to_yaml()}\n---",
+        f"# {name}: {config.task}",
+        f"`{config.student}` ({architecture}), trained on {metrics['train_examples']:,} examples of "
+        f"{config.task} ({data}) in {metrics['updates']:,} updates, arm `{config.arm}`.",
+        "## What it reached",
+        "| split | measure | value |\n|---|---|---|\n" + "\n".join(rows) if rows else "No split has labels.",
+        "One run of one seed: no claim about the arm.",
+        "## How it was made",
+        _teaching(config, terms),
+        "Training: " + _listed(config, _TRAINING),
+        "Environment: " + ", ".join(f"{key} {value}" for key, value in environment.items()),
+        "All parameters are in the run folder's `config.json`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _teaching(config: RunConfig, terms: Mapping[str, float]) -> str:
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in terms.items())
+    if not config.distill_weight and not config.choice_weight:
+        return "No teacher." if config.student != "teacher" else f"It is CLIP itself: `{config.teacher}`."
+    source = " ".join(filter(None, (config.teacher, config.teacher_pretrained)))
+    control = f" (control: {config.teacher_control})" if config.teacher_control else ""
+    text = f"Teacher: `{source}`{control}. Weights of the terms: {weights}. The student has the parameters "
+    text += "and the graph of the plainly finetuned one: the projections to the teacher's space were dropped."
+    if config.distill_weight:
+        text += " Targeted tokens (CLIP-TD, arXiv 2201.05729, our reading): " + _listed(config, _SELECTING)
+    return text
+
+
+def _listed(config: RunConfig, names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}={getattr(config, name)!r}`" for name in names) + "."

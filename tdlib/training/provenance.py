@@ -1,0 +1,57 @@
+"""Hashes of the data and models that parameters name. Loads no torch: plans of batches use it too."""
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tdlib.core.paths import ROOT
+from tdlib.miniworld.worlds import VERSION
+
+
+def data_manifest(parameters: dict[str, Any]) -> list[Any]:
+    """The files that parameters name: the data set's index, and the contents of models and vocabularies.
+
+    Of ``data_dir``, names, sizes and times of change of its json, jsonl and csv files and of those one
+    folder below; where it is "", the MiniWorld's version and seed.
+    """
+    found: list[Any] = []
+    if parameters.get("data_dir") == "" and "world_seed" in parameters:
+        found.append(["miniworld", VERSION, parameters["world_seed"]])
+    for name, value in sorted(parameters.items()):
+        path = named_path(value, anything=name == "data_dir")
+        if path is None or not path.exists():
+            continue
+        for file in _files(path):
+            state = file.stat()
+            label = [name, file.relative_to(path).as_posix(), state.st_size]
+            if name != "data_dir":
+                found.append([*label, _content(file, state.st_size, state.st_mtime_ns)])
+            elif file.suffix in (".json", ".jsonl", ".csv"):
+                found.append([*label, state.st_mtime_ns])
+    return found
+
+
+def named_path(value: Any, anything: bool = False) -> Path | None:
+    """The path that a parameter's value names, ``KIND:`` before it or not; None for other values.
+
+    A name without a slash is one only where ``anything`` may be.
+    """
+    if not isinstance(value, str) or not value:
+        return None
+    name = value.partition(":")[2] if ":" in value else value
+    if not name or not (anything or "/" in name):
+        return None
+    return ROOT / Path(name).expanduser()
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file())
+
+
+@lru_cache(maxsize=4096)
+def _content(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file, or for one above 64 MiB its time of change."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if size <= 2**26 else str(changed)

@@ -1,0 +1,1 @@
+"""Every matplotlib figure. Nothing else imports matplotlib."""

@@ -1,0 +1,125 @@
+"""Examples of any task as HTML: the picture with its boxes, references in the same colours, choices, answer.
+
+Owns how data are shown; what a run targeted in them is shown by ``views``. As there: plain tags,
+inline hex colours, embedded pictures, every string escaped, and nothing told by colour alone
+(objects carry their index).
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+from PIL import Image, ImageDraw
+
+from tdlib.data.examples import Example, TextPart
+from tdlib.teacher.model import open_picture
+
+# Paul Tol's bright scheme, safe for colour-blind readers; objects beyond the seventh start again.
+COLOURS = ["#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#777777"]
+_CELL = 'style="padding: 6px; vertical-align: top; text-align: left; border-top: 1px solid #cccccc"'
+
+
+def object_colour(index: int) -> str:
+    """The colour of an object, in text and picture."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def boxed_picture(example: Example, width: int = 300) -> Image.Image:
+    """The picture, ``width`` pixels wide, with every object's box and index, and what decides, dashed."""
+    picture = open_picture(example.image)
+    height = round(picture.height * width / picture.width)
+    picture = picture.resize((width, height))
+    canvas = ImageDraw.Draw(picture)
+    for index, box in enumerate(example.boxes):
+        left, top, right, bottom = (round(v * s) for v, s in zip(box, (width, height) * 2, strict=True))
+        canvas.rectangle((left, top, right, bottom), outline=object_colour(index), width=3)
+        canvas.rectangle((left, top, left + 14, top + 14), fill=object_colour(index))
+        canvas.text((left + 4, top + 1), str(index), fill="white")
+    for box in example.relevant_boxes:
+        left, top, right, bottom = (round(v * s) for v, s in zip(box, (width, height) * 2, strict=True))
+        for x in range(left, right, 8):
+            canvas.line((x, top, min(x + 4, right), top), fill="black", width=2)
+            canvas.line((x, bottom, min(x + 4, right), bottom), fill="black", width=2)
+        for y in range(top, bottom, 8):
+            canvas.line((left, y, left, min(y + 4, bottom)), fill="black", width=2)
+            canvas.line((right, y, right, min(y + 4, bottom)), fill="black", width=2)
+    return picture
+
+
+def text_html(part: TextPart) -> str:
+    """A text: references in their object's colour with its index, decisive words underlined."""
+    edges = {0, len(part.text)}
+    for start, end in [*((r.start, r.end) for r in part.references), *part.relevant]:
+        edges |= {start, end}
+    cuts = sorted(edges)
+    pieces = []
+    for start, end in pairwise(cuts):
+        piece = escape(part.text[start:end])
+        reference = next((r for r in part.references if r.start <= start and end <= r.end), None)
+        if any(first <= start and end <= last for first, last in part.relevant):
+            piece = f'<span style="border-bottom: 2px dotted #1b1b1b">{piece}</span>'
+        if reference:
+            colour = object_colour(reference.objects[0])
+            index = ",".join(map(str, reference.objects))
+            piece = f'<b style="color: {colour}">{piece}<sub>{index}</sub></b>'
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+@dataclass(frozen=True, repr=False)
+class Gallery:
+    """Examples below each other, as HTML in a notebook and as text elsewhere."""
+
+    html: str
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def gallery(
+    examples: Sequence[Example] | Mapping[str, Example], labels: Sequence[str] = (), width: int = 300
+) -> Gallery:
+    """Shows examples.
+
+    Args:
+        examples: what to show; a mapping's keys head the rows.
+        labels: the label set, where examples have no choices.
+        width: of the pictures, in pixels.
+    """
+    named = examples if isinstance(examples, Mapping) else {example.id: example for example in examples}
+    rows, lines = [], []
+    for name, example in named.items():
+        answer = "no label" if example.label is None else labels[example.label] if labels else ""
+        choices = "".join(
+            f"<li>{'<b>&#10003;</b> ' if i == example.label else ''}{text_html(choice)}</li>"
+            for i, choice in enumerate(example.choices)
+        )
+        said = f"<p>{escape(', '.join(example.annotators))}</p>" if example.annotators else ""
+        buffer = io.BytesIO()
+        boxed_picture(example, width).save(buffer, "PNG")
+        source = base64.b64encode(buffer.getvalue()).decode()
+        objects = ", ".join(f"{i} {thing}" for i, thing in enumerate(example.names))
+        alt = escape(f"Picture of {example.id}" + (f" with boxes of {objects}" if objects else ""))
+        rows.append(
+            f'<tr style="background-color: #ffffff"><td {_CELL}><b>{escape(name)}</b><br>'
+            f'<span style="color: #6b6b6b">{escape(example.stratum)}</span></td>'
+            f'<td {_CELL}><img src="data:image/png;base64,{source}" alt="{alt}" width="{width}"></td>'
+            f"<td {_CELL}><p>{text_html(example.prompt)}</p><ol start='0'>{choices}</ol>"
+            f"<p><b>{escape(answer)}</b></p>{said}</td></tr>"
+        )
+        right = (
+            example.choices[example.label].text if example.choices and example.label is not None else answer
+        )
+        lines.append(f"{name}: {example.prompt.text} -> {right}")
+    frame = "background-color: #ffffff; color: #1b1b1b; font-family: sans-serif; font-size: 14px"
+    legend = "Numbers are objects; dotted words and dashed boxes decide the answer (where that is known)."
+    body = f'<table style="color: #1b1b1b">{"".join(rows)}</table>'  # a theme would choose a table's own
+    html = f'<div style="{frame}">{body}<small>{legend}</small></div>'
+    return Gallery(html, "\n".join(lines))
