@@ -55,7 +55,7 @@ class RunConfig(BaseModel):
     )
     regions: str = Field(
         "boxes+grid:data/models/mini-detector",
-        description="region features, KIND:WHERE (tdlib.regions.computed.open_regions), where students read them",
+        description="region features for students that read them, KIND:WHERE (regions.computed.open_regions)",
     )
     max_text_tokens: int = Field(40, ge=8, le=512)
 

@@ -826,7 +826,10 @@ def test_a_batch_without_a_file(tmp_path):
 
 def test_in_a_notebook_the_table_is_alive(tmp_path):
     batch = make_batch(tmp_path, grid={"a": [1, 2]})
-    source = f"from tdlib.runs.batch import Batch\nBatch({str(batch.file)!r}, reports={str(batch.reports)!r}).run();"
+    source = (
+        "from tdlib.runs.batch import Batch\n"
+        f"Batch({str(batch.file)!r}, reports={str(batch.reports)!r}).run();"
+    )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     (table,) = [out for out in notebook.cells[0].outputs if out.output_type == "display_data"]

@@ -125,14 +125,14 @@ def test_the_lock_holds_all_that_is_needed_and_nothing_else():
 # Floors: a package imports from those before it in this list, and never from those after it.
 
 FLOORS = [
-    "core", "method", "arms", "config", "data", "miniworld", "teacher", "regions", "students", "training", "runs",
-    "analysis", "views", "make", "cli",
+    "core", "method", "arms", "config", "data", "miniworld", "teacher", "regions", "students", "training",
+    "runs", "analysis", "views", "make", "cli",
 ]  # fmt: skip
 # Imports that still go upward. An entry that is no longer needed fails the test, so the list only shrinks.
 UPWARD = {
     ("core/records.py", "tdlib.data.examples"),
     ("core/records.py", "tdlib.training.objective"),
-    ("data/tasks.py", "tdlib.miniworld.writers"),
+    ("data/tasks.py", "tdlib.miniworld"),
     ("runs/batch.py", "tdlib.analysis.tuning"),
     ("training/prepare.py", "tdlib.analysis.statistics"),
 }

@@ -1,1 +1,1 @@
-"""What every other package may use: whole files, paths, identities of results, records of targets, devices."""
+"""What every package may use: whole files, paths, identities of results, records of targets, devices."""

@@ -1,4 +1,4 @@
-"""CLIP as the teacher: its tokens and relevance for pictures and texts, their verified cache, class probabilities.
+"""CLIP as the teacher: tokens and relevance of pictures and texts, their cache, class probabilities.
 
 It owns everything that knows open_clip's models from inside.
 """
