@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tdlib.analysis import targeting
 from tdlib.analysis.statistics import bootstrap_interval
+from tdlib.core.facts import ground_truth, relevant_tokens
 from tdlib.core.records import TargetRecord, read_records, write_records
 from tdlib.data.examples import TextPart
 from tdlib.data.vcr import VcrReader
@@ -22,7 +23,6 @@ from tdlib.students.uniter import UniterConfig, UniterForClassification
 from tdlib.students.vilt import ViltEncoder, load_vilt
 from tdlib.training.run import EncodedExamples, collate, predict
 from tdlib.views.runs import quality_view
-from tdlib.views.view import ground_truth
 
 TEXT = "Why is Casey extraordinarily angry?"
 SPANS = [(0, 3), (4, 6), (7, 12), (13, 28), (29, 34), (34, 35)]
@@ -153,7 +153,7 @@ def deciding(*relevant, patches=PATCHES, spans=((29, 34),)) -> list[int]:
         tokens=("",) * size, distilled=np.arange(size) != 8, relevant_spans=spans,
         relevant_boxes=tuple(relevant),
     )  # fmt: skip
-    found = targeting.relevant_tokens(record)
+    found = relevant_tokens(record)
     assert list(targeting.decisive_tokens(record)) == list(found & record.distilled)
     truth = ground_truth(record)
     for i in range(size):  # views and measures agree on every token, and views say what is not known
@@ -189,7 +189,7 @@ def test_without_relevant_boxes_or_spans_nothing_decides_and_views_say_unknown()
     assert deciding() == []
     assert deciding((0.0, 0.0, 0.5, 0.5), spans=()) == [0]
     unknown = make_record(relevant_spans=(), relevant_boxes=())
-    assert not targeting.relevant_tokens(unknown).any() and set(ground_truth(unknown)) == {None}
+    assert not relevant_tokens(unknown).any() and set(ground_truth(unknown)) == {None}
 
 
 @given(st.lists(st.tuples(*[st.floats(0, 1)] * 4), min_size=1, max_size=3))

@@ -15,38 +15,9 @@ import torch
 from torch import Tensor
 
 from tdlib.analysis.statistics import bootstrap_interval
+from tdlib.core.facts import relevant_tokens
 from tdlib.core.records import TargetRecord
 from tdlib.method.priors import WORD, Idf
-
-HALF = 0.5 - 1e-6  # of a patch inside a box, and less than what rounding of boxes moves
-
-
-def relevant_tokens(record: TargetRecord) -> np.ndarray:
-    """Which of the student's tokens decide the statement (tokens,), with a teacher target or without.
-
-    The one definition that views and measures share. Words: those that share a character with a
-    relevant span. Visual tokens (our reading): those at least half of which lie in one relevant box; where
-    no token lies half inside a box, as with objects smaller than half a patch, the one that fits it
-    best by intersection over union (among patches of one size: the one that holds its largest share),
-    ties together. All False where the record knows no span or box: see ``views.ground_truth``.
-    """
-    words = np.zeros(len(record.spans), dtype=bool)
-    for start, end in record.relevant_spans:
-        words |= (record.spans[:, 0] < end) & (record.spans[:, 1] > start)
-    visual, boxes = record.is_visual & ~record.is_text, record.boxes
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    patches = np.zeros(len(boxes), dtype=bool)
-    for left, top, right, bottom in record.relevant_boxes:
-        width = np.clip(np.minimum(boxes[:, 2], right) - np.maximum(boxes[:, 0], left), 0, None)
-        height = np.clip(np.minimum(boxes[:, 3], bottom) - np.maximum(boxes[:, 1], top), 0, None)
-        both = width * height * visual
-        inside = visual & (both > 0) & (both >= HALF * area)
-        if not inside.any() and both.any():
-            fit = np.divide(both, area + (right - left) * (bottom - top) - both, where=visual,
-                            out=np.zeros_like(both))  # fmt: skip
-            inside = fit >= fit.max() * (1 - 1e-4)
-        patches |= inside
-    return (words & record.is_text) | patches
 
 
 def decisive_tokens(record: TargetRecord) -> np.ndarray:
@@ -265,10 +236,9 @@ def targeting_scores(
 
 def _modalities(record: TargetRecord) -> dict[str, np.ndarray]:
     """Positions of the tokens that can be targeted."""
-    visual = record.is_visual & ~record.is_text
     return {
         "text": np.flatnonzero(record.is_text & record.distilled),
-        "visual": np.flatnonzero(visual & record.distilled),
+        "visual": np.flatnonzero(record.is_region & record.distilled),
     }
 
 

@@ -69,6 +69,11 @@ class TargetRecord:
     def is_visual(self) -> np.ndarray:
         return (self.boxes[:, 2] > self.boxes[:, 0]) & (self.boxes[:, 3] > self.boxes[:, 1])
 
+    @property
+    def is_region(self) -> np.ndarray:
+        """Visual tokens that are not text as well: a token with both a span and a box counts as text."""
+        return self.is_visual & ~self.is_text
+
 
 def records_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
     """One row per record, arrays as lists: what ``selections.parquet`` holds."""

@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from tdlib.analysis.targeting import relevant_tokens
+from tdlib.core.facts import (
+    facts,
+    ground_truth,
+    highest_weight,
+    kinds,
+    percent,
+    shares,
+    table,
+    title,
+    token_name,
+    truth_name,
+)
 from tdlib.core.records import TargetRecord
 
 if TYPE_CHECKING:
@@ -36,120 +47,6 @@ CELL = {"padding": "6px", "vertical_align": "top", "text_align": "left", "border
 WHITE, BLACK, GREY, OBJECT = "#ffffff", "#1b1b1b", "#6b6b6b", "#c24e00"
 
 
-# Numbers of a record that every view shows.
-
-
-def title(record: TargetRecord, labels: Sequence[str] = ()) -> str:
-    """Name a record: "val-12, choice 2 (true)", or "e-7 (neutral)" where the task has a label set.
-
-    A record does not say whether its task has choices: pass the names of the ``labels`` where it has not.
-    """
-    if labels:
-        return record.example_id if record.label is None else f"{record.example_id} ({labels[record.label]})"
-    truth = "" if record.label is None else " (true)" if record.choice == record.label else " (false)"
-    return f"{record.example_id}, choice {record.choice}{truth}"
-
-
-def facts(record: TargetRecord, labels: Sequence[str] = ()) -> dict[str, str]:
-    """Label, prediction, p_T and p_S (of the true label) and instance weight c as text, where known."""
-
-    def name(index: int) -> str:
-        return labels[index] if labels else str(index)
-
-    known = {"label": "unknown" if record.label is None else name(record.label)}
-    if record.prediction is not None:
-        verdict = (
-            "" if record.label is None else " (right)" if record.label == record.prediction else " (wrong)"
-        )
-        known["prediction"] = name(record.prediction) + verdict
-    numbers = {
-        "p_T": record.teacher_probability,
-        "p_S": record.student_probability,
-        "c": record.instance_weight,
-    }
-    return known | {symbol: f"{value:.3f}" for symbol, value in numbers.items() if value is not None}
-
-
-def percent(share: float) -> str:
-    """A share of 1 in % with one decimal, without the sign."""
-    return f"{100 * share:.1f}"
-
-
-def highest_weight(records: Sequence[TargetRecord]) -> float:
-    """The largest weight of a selected token, the end of a colour scale; 0 where nothing is selected."""
-    return max((float(record.weight[record.selected].max(initial=0)) for record in records), default=0.0)
-
-
-def shares(record: TargetRecord) -> str:
-    """How many words and patches are selected, and what part of the weight each modality carries."""
-    visual = record.is_visual & ~record.is_text
-    parts = []
-    for name, mask in (("text tokens", record.is_text), ("visual tokens", visual)):
-        chosen = record.selected & mask
-        weight = percent(float(record.weight[chosen].sum()))
-        parts.append(f"{chosen.sum()} of {mask.sum()} {name} selected, {weight} % of the weight")
-    return "; ".join(parts)
-
-
-def ground_truth(record: TargetRecord) -> list[bool | None]:
-    """Whether each token is one that decides the answer (``targeting.relevant_tokens``).
-
-    None where the record does not know: no relevant span for words, no relevant box for visual tokens.
-    """
-    text = record.is_text & bool(record.relevant_spans)
-    visual = record.is_visual & ~record.is_text & bool(record.relevant_boxes)
-    decides = relevant_tokens(record)
-    return [bool(yes) if known else None for yes, known in zip(decides, text | visual, strict=True)]
-
-
-def truth_name(records: Sequence[TargetRecord]) -> str:
-    """What the records' relevant spans and boxes are: "ground truth", or what stands in for it."""
-    known = (record.truth for record in records if record.relevant_spans or record.relevant_boxes)
-    return " or ".join(dict.fromkeys(known))
-
-
-def kinds(record: TargetRecord) -> list[str]:
-    """ "text", "visual" or "special" (neither span nor box) for each token; text where it has both."""
-    return [
-        "text" if text else "visual" if visual else "special"
-        for text, visual in zip(record.is_text, record.is_visual, strict=True)
-    ]
-
-
-def table(records: TargetRecord | Sequence[TargetRecord]) -> pd.DataFrame:
-    """One row per token with the record's own numbers, unrounded; ``span`` or ``box`` is None where absent.
-
-    ``ground_truth`` is <NA> where it is not known (see ``ground_truth``).
-    """
-    frames = []
-    for record in (records,) if isinstance(records, TargetRecord) else records:
-        kind = kinds(record)
-        columns = {
-            "split": record.split,
-            "example_id": record.example_id,
-            "choice": record.choice,
-            "position": range(len(record.tokens)),
-            "token": record.tokens,
-            "kind": kind,
-            "span": [
-                tuple(map(int, s)) if k == "text" else None for s, k in zip(record.spans, kind, strict=True)
-            ],
-            "box": [
-                tuple(map(float, b)) if k == "visual" else None
-                for b, k in zip(record.boxes, kind, strict=True)
-            ],
-            "distilled": record.distilled,
-            "relevance": record.relevance,
-            "prior": record.prior,
-            "score": record.score,
-            "selected": record.selected,
-            "weight": record.weight,
-            "ground_truth": pd.array(ground_truth(record), dtype="boolean"),
-        }
-        frames.append(pd.DataFrame(columns))
-    return pd.concat(frames, ignore_index=True)
-
-
 def summary(record: TargetRecord, labels: Sequence[str] = ()) -> str:
     """The numbers of a record as plain text: its facts and its selected tokens, heaviest first."""
     lines = [title(record, labels), record.text, shares(record)]
@@ -158,14 +55,6 @@ def summary(record: TargetRecord, labels: Sequence[str] = ()) -> str:
     for i in chosen[np.argsort(-record.weight[chosen], kind="stable")]:
         lines.append(f"  {percent(float(record.weight[i])):>5} %  {token_name(record, int(i))}")
     return "\n".join(lines)
-
-
-def token_name(record: TargetRecord, index: int) -> str:
-    """What to call a token in a list: its text, or "box" with its corners in % of the picture."""
-    if record.is_text[index] or not record.is_visual[index]:
-        return record.tokens[index] or f"token {index}"
-    left, top, right, bottom = (f"{100 * value:.0f}" for value in record.boxes[index])
-    return f"box {left},{top} to {right},{bottom} %"
 
 
 # What the views return.
