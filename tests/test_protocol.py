@@ -1,6 +1,7 @@
 """The protocol on folders of batches: who is paired with whom, what is refused, and what the tables say."""
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -519,8 +520,10 @@ def test_a_study_is_written_whole_and_loads_nothing(compared, tmp_path):
     tables = {"shots": ("Shots", shots_table(compared)), "all": ("All <b>", nasty)}
     page = write_study(tmp_path, tables, figures, "A & B", ["note <i>"], {"alpha": 0.05})
     text = page.read_text()
-    assert "<script>" not in text and "&lt;script&gt;" in text and "note &lt;i&gt;" in text
+    assert "<script>alert" not in text and "&lt;script&gt;alert" in text and "note &lt;i&gt;" in text
     assert "http" not in text.replace("http://www.w3.org", "")
+    targets = re.findall(r'href="([^"#]+)"', text)
+    assert len(targets) == 1 + 2 * 2 and all((tmp_path / target).is_file() for target in targets)
     assert {path.name for path in tmp_path.iterdir()} == {
         "notes.md", "index.html", "study.json", "curves.png", "curves.svg",
         *(f"{name}.{kind}" for name in ("shots", "all") for kind in ("csv", "parquet", "html")),

@@ -30,8 +30,9 @@ from tdlib.analysis.statistics import (
     pairs_needed,
 )
 from tdlib.core.files import whole_file, whole_path, write_json
+from tdlib.core.pages import Section, link, page_html, table_html
 from tdlib.data.tasks import TASKS
-from tdlib.runs.report import STYLE, batch_record, open_results, recorded_runs
+from tdlib.runs.report import batch_record, open_results, recorded_runs
 from tdlib.training.prepare import joint_predictions
 
 CELL = ["batch", "task", "setting", "shots"]
@@ -507,6 +508,7 @@ def sentences(compared: pd.DataFrame) -> list[str]:
 
 # What is kept.
 
+MANY_ROWS = 40  # a page shows a larger table only when it is asked for
 PERCENT = {
     "mean", "low", "high", "chance", "over_chance", "baseline_mean", "difference", "difference_low",
     "difference_high", "relative", "relative_low", "relative_high", "gain_over_chance", "paper", "largest",
@@ -573,43 +575,28 @@ def write_study(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(note)}</p>" for note in notes)]
+    parts = []
     for name, (caption, source, png, svg) in figures.items():
         with whole_path(folder / f"{name}.png") as partial:
             partial.write_bytes(png)
         with whole_file(folder / f"{name}.svg") as out:
             out.write(svg)
         image = b64encode(svg.encode()).decode()
-        parts.append(
-            f'<h2>{escape(caption)}</h2><img alt="{escape(caption)}" style="max-width:100%" '
-            f'src="data:image/svg+xml;base64,{image}"><p>Numbers: {escape(source)}.csv</p>'
-        )
+        shown = f'<img alt="{escape(caption)}" src="data:image/svg+xml;base64,{image}">'
+        numbers = link(f"{source}.csv", f"{source}.csv")
+        parts.append(Section(caption, f"<figure>{shown}<figcaption>Numbers: {numbers}</figcaption></figure>"))
     for name, (caption, table) in tables.items():
         with whole_file(folder / f"{name}.csv") as out:
             table.to_csv(out, index=False)
         with whole_path(folder / f"{name}.parquet") as partial:
             table.to_parquet(partial, index=False)
-        fragment = f"<h2>{escape(caption)}</h2>" + _html(readable(table))
+        body = table_html(readable(table), sorts=True)
         with whole_file(folder / f"{name}.html") as out:
-            out.write(fragment + "\n")
-        parts.append(fragment)
+            out.write(f"<h2>{escape(caption)}</h2>{body}\n")
+        files = f"<p>{link(f'{name}.csv', 'CSV')}, {link(f'{name}.parquet', 'Parquet')}</p>"
+        parts.append(Section(caption, body + files, folded=len(table) > MANY_ROWS))
     write_json(folder / "study.json", dict(facts or {}))
     page = folder / "index.html"
     with whole_file(page) as out:
-        out.write(
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-            f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-        )
+        out.write(page_html(title, notes, parts))
     return page
-
-
-def _html(table: pd.DataFrame) -> str:
-    if table.empty:
-        return "<p>none</p>"
-    head = "".join(f"<th>{escape(str(name))}</th>" for name in table)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(value))}</td>" for value in row) + "</tr>"
-        for row in table.itertuples(index=False, name=None)
-    )
-    wide = '<div style="overflow-x:auto"><table style="white-space:nowrap">'
-    return f"{wide}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

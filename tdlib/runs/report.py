@@ -7,14 +7,17 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
+from tdlib.core import pages
 from tdlib.core.files import whole_file, whole_path
+from tdlib.core.pages import Html, interval_chart, table_html
 from tdlib.runs.plan import Plan, plan_batch, read_batch
 from tdlib.runs.states import FINAL, LOG, NOTEBOOK, OUTPUT, current_state
 
@@ -116,8 +119,11 @@ def write_reports(
 
 
 def means_over_seeds(plan: Plan, table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation of every metric over the seeds of finished runs, one row per setting."""
-    settings = [name for name in plan.varied if name != "seed"]
+    """Mean and standard deviation of every metric over the seeds of finished runs, one row per setting.
+
+    Shares (see ``_is_share``) are in per cent. Empty where the batch varies no seed or nothing is done.
+    """
+    settings = _settings(plan, table)
     done = table[table["state"] == "done"] if len(table) else table
     metrics = _metrics(plan, table)
     if "seed" not in plan.varied or not len(done) or not metrics:
@@ -127,93 +133,148 @@ def means_over_seeds(plan: Plan, table: pd.DataFrame) -> pd.DataFrame:
     for key, part in groups:
         row: dict[str, Any] = dict(zip(settings, key, strict=True)) | {"seeds": len(part)}
         for name in metrics:
-            values = part[name].dropna()
+            values = part[name].dropna() * (100 if _is_share(name) else 1)
             if len(values):
                 spread = f" ± {values.std():.3g}" if len(values) > 1 else ""
-                row[name] = f"{values.mean():.4g}{spread}"
+                row[f"{name} (%)" if _is_share(name) else name] = f"{values.mean():.4g}{spread}"
         rows.append(row)
     return pd.DataFrame(rows)
 
 
+def _is_share(metric: str) -> bool:
+    """True for metrics in [0, 1] that pages show in per cent: all that a training run calls a score."""
+    return any(part in ("accuracy", "measures", "detail", "probe_accuracy") for part in metric.split("."))
+
+
 def _metrics(plan: Plan, table: pd.DataFrame) -> list[str]:
-    """Columns of the table with numbers that a run has measured."""
+    """Columns of the table with numbers that a run has measured; of two that are equal, the first."""
     run = plan.runs[0].parameters if plan.runs else {}
     known = {"run", "state", "peak_memory_mib", "attempt", "reason", "seconds", *run}
-    return [
+    measured = [
         name
         for name in table
         if name not in known and pd.api.types.is_numeric_dtype(table[name]) and table[name].dtype != bool
     ]
+    # a task's main measure is its accuracy: the same column under two names
+    return [n for i, n in enumerate(measured) if not any(table[n].equals(table[m]) for m in measured[:i])]
 
 
-STYLE = """body{font:14px/1.45 system-ui,sans-serif;margin:2em;color:#222}
-table{border-collapse:collapse;margin:1em 0}th,td{padding:4px 9px;text-align:left;border-top:1px solid #ccc}
-th{white-space:nowrap;background:#f2f2f2}td.n{text-align:right;font-variant-numeric:tabular-nums}
-pre{background:#f6f6f6;padding:8px;overflow-x:auto}.failed,.timed_out,.killed,.lost{background:#fbe9e0}
-.running{background:#e7f0fa}"""
-SCRIPT = """document.querySelectorAll('th').forEach(h=>h.onclick=()=>{
-const t=h.closest('table'),i=h.cellIndex,b=t.tBodies[0],d=h.dataset.d=h.dataset.d==='1'?'-1':'1';
-const v=r=>{const x=r.cells[i].dataset.v??r.cells[i].textContent;return x!==''&&!isNaN(x)?+x:x};
-[...b.rows].sort((p,q)=>{const x=v(p),y=v(q);if(x==='')return 1;if(y==='')return -1;
-return d*(typeof x===typeof y?(x>y)-(x<y):typeof x==='number'?-1:1)}).forEach(r=>b.append(r))});"""
+def _settings(plan: Plan, table: pd.DataFrame) -> list[str]:
+    """What runs differ in beside the seed, without columns that another one already tells apart.
+
+    Parameters that a batch varies together (``zip``) say the same twice: each task has its list of splits.
+    """
+    names = [name for name in plan.varied if name != "seed" and name in table]
+    kept: list[str] = []
+    for name in names:
+        if not any((table.groupby(other)[name].nunique(dropna=False) <= 1).all() for other in kept):
+            kept.append(name)
+    return kept
+
+
+def _main_chart(plan: Plan, table: pd.DataFrame) -> Html:
+    """The first score of every setting as a drawing: means over seeds, arms of one setting together.
+
+    Lines are 95 % intervals of the mean over seeds by Student's t, from three seeds on.
+    """
+    metrics = _metrics(plan, table)
+    scores = [name for name in metrics if "accuracy" in name.split(".")] or metrics
+    done = table[table["state"] == "done"] if len(table) else table
+    if not scores or not len(done):
+        return Html("")
+    # tests have other names in other tasks: the first that a run has is its usual one
+    done = done.assign(_main=done[scores].bfill(axis=1).iloc[:, 0])
+    settings = _settings(plan, table)
+    inner = "arm" if "arm" in settings else settings[-1] if settings else ""
+    outer = [name for name in settings if name != inner]
+    rows = []
+    for key, part in done.groupby(settings, sort=False, dropna=False) if settings else [((), done)]:
+        named = dict(zip(settings, key, strict=True))
+        mean, low, high = seed_interval(part["_main"].dropna().to_numpy(float))
+        group = ", ".join(f"{name} {named[name]}" for name in outer)
+        label = f"{named.get(inner, plan.name)}"
+        rows.append({"group": group, "label": label, "value": mean, "low": low, "high": high})
+    drawn = pd.DataFrame(rows)
+    drawn = drawn.sort_values("group", key=lambda c: c.map({g: i for i, g in enumerate(dict.fromkeys(c))}),
+                              kind="stable")  # fmt: skip
+    share = all(_is_share(name) for name in scores)
+    said = f"{'Accuracy on the usual test (%)' if share else scores[0]}: means over seeds"
+    chart = interval_chart(drawn, said, percent=share)
+    note = "lines: 95 % interval over seeds (Student's t), from three seeds on."
+    return Html(f"<figure>{chart}<figcaption>{escape(said)}; {note}</figcaption></figure>")
+
+
+# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; beyond, the normal distribution's is near.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def seed_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of one number per seed and its 95 % interval ``mean ± t s / sqrt(n)``; nan limits below three."""
+    mean, number = float(np.mean(values)) if len(values) else float("nan"), len(values)
+    if number < 3:
+        return mean, float("nan"), float("nan")
+    half = (_T[number - 2] if number <= len(_T) + 1 else 1.96) * float(np.std(values, ddof=1)) / number**0.5
+    return mean, mean - half, mean + half
 
 
 def page_html(
     folder: Path, plan: Plan, table: pd.DataFrame, states: Mapping[str, Mapping[str, Any]], file: Path | None
 ) -> str:
-    """The batch as one page: failures, means over seeds, every run. Columns sort by a click on their head."""
+    """The batch as one page: the main score as a drawing, failures, means over seeds, every run."""
     found = [state["state"] for state in states.values()]
     counts = ", ".join(f"{found.count(name)} {name}" for name in _ORDER if name in found)
-    parts = [f"<h1>{escape(plan.name)}</h1><p>{len(found)} runs: {escape(counts)}</p>"]
-    for names, state in failures(states):
-        error = state.get("error") or {}
-        cell = f", cell {error['cell']}" if error.get("cell") is not None else ""
-        parts.append(
-            f"<h3>{len(names)} {state['state']}{cell}: {escape(str(state.get('reason', ''))[:300])}</h3>"
-        )
-        if error:
-            parts.append(f"<pre>{escape(str(error.get('source', '')))}</pre>")
-            parts.append(
-                f"<details><summary>traceback</summary><pre>{escape(error['traceback'])}</pre></details>"
-            )
-        links = ", ".join(f'<a href="{name}/{LOG}">{name}</a>' for name in names)
-        parts.append(f"<p>{links}<br><code>{escape(command_to_open(plan, file, names[0]))}</code></p>")
+    lead = [f"{len(found)} runs: {counts}", _main_chart(plan, table)]
+    failed = "".join(_failure_html(plan, file, names, state) for names, state in failures(states))
+    sections = [pages.Section("Runs that failed", failed)] if failed else []
     means = means_over_seeds(plan, table)
     if len(means):
-        parts.append("<h2>Mean ± standard deviation over seeds</h2>" + _html_table(means, folder))
+        narrow = [name for name in means if not name.startswith("detail.")]
+        body = table_html(means[narrow], sorts=True)
         if "arm" in plan.varied:
             command = f"tdlib run 07_protocol -p batches {shlex.quote(json.dumps([plan.name]))}"
-            parts.append(f"<p>Paired differences, intervals and tests: <code>{escape(command)}</code></p>")
-    columns = ["run", "state", *plan.varied, *_metrics(plan, table), "seconds", "peak_memory_mib", "reason"]
-    parts.append("<h2>Runs</h2>" + _html_table(table[[c for c in columns if c in table]], folder))
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(plan.name)}</title>'
-        f"<style>{STYLE}th{{cursor:pointer}}</style></head><body>{''.join(parts)}<script>{SCRIPT}</script></body></html>\n"
-    )
+            body = Html(
+                f"{body}<p>Paired differences, intervals and tests: <code>{escape(command)}</code></p>"
+            )
+        sections.append(pages.Section("Mean ± standard deviation over seeds", body))
+        if len(narrow) < len(means.columns):
+            body = table_html(means, sorts=True)
+            sections.append(pages.Section("The same by kind of question", body, folded=True))
+    metrics = [name for name in _metrics(plan, table) if not name.startswith("detail.")]
+    columns = ["run", "state", *plan.varied, *metrics, "seconds", "peak_memory_mib", "reason"]
+    shown = table[[name for name in columns if name in table]].copy()
+    if len(shown):
+        shown["run"] = [_run_links(folder, run) for run in shown["run"]]
+    shares = [name for name in metrics if _is_share(name)]
+    every = table_html(shown, shares, ["run"], sorts=True, row_class=lambda row: str(row["state"]))
+    sections.append(pages.Section("Runs", every, folded=len(found) > 40))
+    return pages.page_html(f"Batch {plan.name}", lead, sections)
 
 
-def _html_table(table: pd.DataFrame, folder: Path) -> str:
-    head = "".join(f"<th>{escape(str(name))}</th>" for name in table)
-    body = []
-    for record in table.to_dict("records"):
-        cells = "".join(_html_cell(str(name), value, folder) for name, value in record.items())
-        body.append(f'<tr class="{escape(str(record.get("state", "")))}">{cells}</tr>')
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+def _failure_html(plan: Plan, file: Path | None, names: Sequence[str], state: Mapping[str, Any]) -> str:
+    error = state.get("error") or {}
+    cell = f", cell {error['cell']}" if error.get("cell") is not None else ""
+    parts = [f"<h3>{len(names)} {state['state']}{cell}: {escape(str(state.get('reason', ''))[:300])}</h3>"]
+    if error:
+        parts.append(f"<pre>{escape(str(error.get('source', '')))}</pre>")
+        parts.append(
+            f"<details><summary>traceback</summary><pre>{escape(error['traceback'])}</pre></details>"
+        )
+    links = ", ".join(pages.link(f"{name}/{LOG}", name) for name in names)
+    parts.append(f"<p>{links}<br><code>{escape(command_to_open(plan, file, names[0]))}</code></p>")
+    return "".join(parts)
 
 
-def _html_cell(name: str, value: Any, folder: Path) -> str:
-    if name == "run":
-        links = [value]
-        for label, file in (("notebook", NOTEBOOK), ("log", LOG), ("output", OUTPUT)):
-            if (folder / value / file).exists():
-                links.append(f'<a href="{value}/{file}">{label}</a>')
-        return f'<td data-v="{escape(value)}">{" ".join(links)}</td>'
-    if value is None or (isinstance(value, float) and value != value):
-        return '<td data-v=""></td>'
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f'<td class="n" data-v="{value}">{value:.6g}</td>'
-    text = str(value)
-    return f"<td>{escape(text if len(text) < 160 else text[:160] + '…')}</td>"
+def _run_links(folder: Path, run: str) -> Html:
+    """A run's id with links to what is there of it: its notebook, log and output."""
+    there = [
+        pages.link(f"{run}/{name}", label)
+        for label, name in (("notebook", NOTEBOOK), ("log", LOG), ("output", OUTPUT))
+        if (folder / run / name).exists()
+    ]
+    return Html(" ".join([escape(run), *there]))
 
 
 def batch_record(folder: Path) -> dict[str, Any]:
