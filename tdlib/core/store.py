@@ -1,0 +1,398 @@
+"""The store behind the caches: packed tensors of many records on disk, verified, read in place.
+
+A cache that computes something per picture or text keeps it here and owns nothing but the computing.
+``TeacherCache`` does so; a cache of another kind needs these lines:
+
+    layout = {"regions": {"features": Column(), "boxes": EXACT, "objects": EXACT}}
+    store = Store(folder / source.fingerprint[:16], owner=source.fingerprint, layout=layout)
+    digests = FileDigests()                                   # of pictures, remembered
+    keys = {record_key(digests(e.image), json.dumps(e.boxes)): e for e in examples}
+    for part in parts_of(store.missing("regions", keys)):      # as many as fit into memory
+        made_of = [keys[key] for key in part]
+        store.append("regions", part, [vars(source(e)) for e in made_of], [str(e.image) for e in made_of])
+    Regions(**store.read("regions", key))                     # KeyError if it was never appended
+
+Memory grows by 32 bytes per record and nothing else: the index holds 16 bytes of each key, 8 of the
+record's place and 8 of where its rows begin. Records are read by position (``pread``) into memory of
+their own. A memory map would read the same pages, but those that it has touched count as resident
+until somebody else needs them, and a file cut short by another process would kill the reader.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import random
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tdlib.core.files import file_digest, whole_path
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+OPEN_FILES = 128  # of one store at a time: large caches have more shards than a process may open files
+_DTYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "U8": torch.uint8}
+_BLOCK = 2**25  # numbers looked at together for those that are not finite
+
+
+class CacheError(RuntimeError):
+    """What is stored is damaged, belongs to another owner or was never stored: says where, and the remedy."""
+
+
+class NotFiniteError(CacheError):
+    """A record was refused: ``source`` names what it was made of, ``column`` what is not finite in it."""
+
+    def __init__(self, source: Any, column: str):
+        super().__init__(f"{column} of {source!r} is not finite in half precision; nothing was stored")
+        self.source, self.column = source, column
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one tensor of a record is stored.
+
+    ``half``: in half precision, and read back in single; else as it is. ``ragged``: its first axis has a
+    length of the record's own, one for all ragged columns of a kind; else every record has one row.
+    """
+
+    half: bool = True
+    ragged: bool = True
+
+
+EXACT = Column(half=False)
+Layout = Mapping[str, Mapping[str, Column]]  # of each kind of records, its columns
+
+
+def record_key(*parts: str) -> bytes:
+    """The SHA-256 that something made of these strings is stored under."""
+    return hashlib.sha256(" ".join(parts).encode("utf-8", "surrogatepass")).digest()
+
+
+def fingerprint(network: nn.Module, /, without: str = "", **settings: Any) -> str:
+    """SHA-256 over a network's weights and architecture, and settings: the owner of what it computes.
+
+    Args:
+        network: hashed in single precision, so that the precision of a file of weights does not matter.
+        without: weights whose names begin with this are left out, where no feature passes them.
+        settings: what neither weights nor the names of modules tell; anything that JSON can hold.
+    """
+    total = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        if not without or not name.startswith(without):
+            total.update(name.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
+    total.update(json.dumps({"module": str(network), **settings}, sort_keys=True).encode())
+    return total.hexdigest()
+
+
+class FileDigests:
+    """SHA-256 of files, hex, each computed once while the file's size and time of change stay the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, int, str]] = {}
+
+    def __call__(self, path: Path) -> str:
+        """Raises FileNotFoundError where there is no such file."""
+        status = path.stat()
+        known = self._known.get(str(path))
+        if known is None or known[:2] != (status.st_size, status.st_mtime_ns):
+            known = status.st_size, status.st_mtime_ns, file_digest(path)
+            self._known[str(path)] = known
+        return known[2]
+
+
+class _File:
+    """A file opened for reading at any position, closed with the last reference to it."""
+
+    descriptor = -1
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # reading ahead of one record reads another's
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+class _Shard:
+    """One safetensors file of records; ValueError, or what json and the system raise, if it is none."""
+
+    def __init__(self, path: Path, kind: str, columns: Mapping[str, Column], files: "_Files"):
+        self.path, self.kind, self._files = path, kind, files
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 0 < size < path.stat().st_size:
+                raise ValueError("it has no header")
+            header = json.loads(file.read(size))
+        self._places: dict[str, tuple[torch.dtype, list[int], int]] = {}
+        for name in (*columns, "keys", "sources", "offsets", "source_offsets"):
+            entry = header[name]
+            self._places[name] = _DTYPES[entry["dtype"]], entry["shape"], 8 + size + entry["data_offsets"][0]
+        self.records = self._places["keys"][1][0]
+        self.offsets = self.rows("offsets", 0, self.records + 1).numpy()
+        for name, column in columns.items():
+            rows = self.offsets[-1] if column.ragged else self.records
+            if self._places[name][1][0] != rows or (np.diff(self.offsets) < 0).any():
+                raise ValueError(f"{name} has {self._places[name][1][0]} rows, its records {rows}")
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of one tensor, as they are stored."""
+        dtype, shape, begin = self._places[name]
+        values = torch.empty(stop - start, *shape[1:], dtype=dtype)
+        row = values[:1].nbytes if stop > start else 0
+        buffers: Any = [values.numpy()]
+        if os.preadv(self._files[self.path].descriptor, buffers, begin + start * row) != values.nbytes:
+            raise ValueError(f"it ends before row {stop} of {name}")
+        return values
+
+    def keys(self) -> bytes:
+        return self.rows("keys", 0, self.records).numpy().tobytes()
+
+    def source(self, row: int) -> Any:
+        start, stop = self.rows("source_offsets", row, row + 2).tolist()
+        return json.loads(self.rows("sources", start, stop).numpy().tobytes())
+
+    def not_finite(self, columns: Mapping[str, Column]) -> list[int]:
+        """Records that hold a number which is not finite."""
+        bad: set[int] = set()
+        for name, column in columns.items():
+            dtype, shape, _ = self._places[name]
+            if not dtype.is_floating_point:
+                continue
+            step = max(1, _BLOCK // max(1, int(np.prod(shape[1:]))))
+            for start in range(0, shape[0], step):
+                whole = self.rows(name, start, min(start + step, shape[0])).flatten(1).isfinite().all(1)
+                rows = start + (~whole).nonzero()[:, 0].numpy()
+                bad.update(
+                    (np.searchsorted(self.offsets, rows, "right") - 1 if column.ragged else rows).tolist()
+                )
+        return sorted(map(int, bad))
+
+
+class _Files(OrderedDict[Path, _File]):
+    """Open files by path, those used last; each process opens them for itself."""
+
+    def __missing__(self, path: Path) -> _File:
+        self[path] = file = _File(path)
+        if len(self) > OPEN_FILES:
+            self.popitem(last=False)
+        return file
+
+    def __reduce__(self) -> tuple:
+        return _Files, ()
+
+
+class _Index:
+    """Where the records of one kind are, by the first 16 bytes of their keys, sorted."""
+
+    def __init__(self) -> None:
+        self.keys = np.empty(0, "S16")
+        self.places = np.empty(0, np.int64)  # number of the shard * 2**32 + row in it
+
+    def add(self, keys: bytes, shard: int, dropped: Sequence[int]) -> None:
+        """Takes in the records of a shard but those dropped; a key that is there already stays."""
+        short, rows = np.unique(np.frombuffer(keys, "S32").astype("S16"), return_index=True)
+        new = (self.find(short) < 0) & ~np.isin(rows, dropped)
+        at = np.searchsorted(self.keys, short[new])
+        self.keys = np.insert(self.keys, at, short[new])
+        self.places = np.insert(self.places, at, shard * 2**32 + rows[new])
+
+    def find(self, short: Sequence[bytes] | np.ndarray) -> np.ndarray:
+        """Places of keys, -1 where there is none."""
+        short = np.asarray(short, "S16")
+        if not len(self.keys):
+            return np.full(len(short), -1)
+        at = np.searchsorted(self.keys, short).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[at] == short, self.places[at], -1)
+
+
+class Store:
+    """Records of several kinds in a folder of one owner; opening it verifies it.
+
+    Shards are safetensors files named by their SHA-256, each with the keys of its records and what they
+    were made of. ``manifest.json`` lists them with their digests and is replaced last: a killed writer, or
+    two at once, leave a whole store. Records with numbers that are not finite are never stored; where
+    they are there nevertheless, opening drops them, so that they are computed again.
+
+    Args:
+        folder: is made if it is not there.
+        owner: fingerprint of what computes the records.
+        layout: the columns of each kind.
+
+    Raises:
+        CacheError: a file is missing, damaged or of another format or owner.
+    """
+
+    def __init__(self, folder: Path, owner: str, layout: Layout):
+        self.folder, self.owner, self.layout = Path(folder), owner, layout
+        self.remedy = f"delete {self.folder} and run again; it is rebuilt from the data"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._files = _Files()
+        self._shards: list[_Shard] = []
+        self._index = {kind: _Index() for kind in layout}
+        entries = self._manifest()["shards"]
+        for entry in entries:
+            path = self.folder / entry["file"]
+            if not path.is_file():
+                raise CacheError(f"{path}: shard is missing; {self.remedy}")
+            if file_digest(path) != entry["sha256"]:
+                raise CacheError(f"{path}: checksum differs, the file is damaged; {self.remedy}")
+        if dropped := sum(map(self._open, entries)):
+            log.warning("%s: %d records are not finite; they are dropped and made again", folder, dropped)
+            self._list(entries)
+
+    def count(self, kind: str) -> int:
+        """Number of records of a kind."""
+        return len(self._index[kind].keys)
+
+    def nbytes(self, kind: str) -> int:
+        """Bytes on disk of all shards of a kind."""
+        return sum(shard.path.stat().st_size for shard in self._shards if shard.kind == kind)
+
+    def missing(self, kind: str, keys: Iterable[bytes]) -> list[bytes]:
+        """Those keys that no record is stored under, in their order."""
+        keys = list(keys)
+        places = self._index[kind].find([key[:16] for key in keys]).tolist()
+        return [key for key, place in zip(keys, places, strict=True) if place < 0]
+
+    def read(self, kind: str, key: bytes, columns: Sequence[str] = ()) -> dict[str, Tensor]:
+        """One record, or some columns of it; what is stored in half precision comes in single.
+
+        Raises:
+            KeyError: there is none under this key.
+        """
+        place = int(self._index[kind].find([key[:16]])[0])
+        if place < 0:
+            raise KeyError(key)
+        shard, row = self._shards[place >> 32], place & 2**32 - 1
+        start, stop = shard.offsets[row : row + 2].tolist()
+        record = {}
+        for name in columns or self.layout[kind]:
+            column = self.layout[kind][name]
+            values = shard.rows(name, start, stop) if column.ragged else shard.rows(name, row, row + 1)[0]
+            record[name] = values.float() if column.half else values
+        return record
+
+    def sample(self, kind: str, most: int) -> Iterator[tuple[bytes, Any]]:
+        """Keys of records chosen by chance, the same ones every time, and what they were made of."""
+        places = self._index[kind].places
+        for i in random.Random(len(places)).sample(range(len(places)), min(most, len(places))):
+            shard, row = self._shards[int(places[i]) >> 32], int(places[i]) & 2**32 - 1
+            yield shard.rows("keys", row, row + 1).numpy().tobytes(), shard.source(row)
+
+    def append(
+        self, kind: str, keys: Sequence[bytes], records: Sequence[Mapping[str, Tensor]],
+        sources: Sequence[Any],
+    ) -> None:  # fmt: skip
+        """Stores records as one shard.
+
+        Args:
+            kind: one of the layout's.
+            keys: 32 bytes each, see ``record_key``.
+            records: with the columns of the kind; others are left out.
+            sources: what each was made of, in what JSON can hold.
+
+        Raises:
+            NotFiniteError: a record holds a number that is not finite in the precision it is stored in.
+        """
+        said = [json.dumps(source).encode() for source in sources]
+        packed = _pack(self.layout[kind], records, sources) | {
+            "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 32),
+            "sources": torch.frombuffer(bytearray(b"".join(said)), dtype=torch.uint8),
+            "source_offsets": torch.tensor([0, *map(len, said)]).cumsum(0),
+        }
+        handle, partial = tempfile.mkstemp(prefix=".partial-", dir=self.folder)
+        os.close(handle)
+        try:
+            save_file(packed, partial, metadata={"owner": self.owner, "kind": kind})
+            _sync(Path(partial))
+            digest = file_digest(Path(partial))
+            # named by its content, so that two writers never overwrite each other's
+            file = f"{kind.replace(':', '-')}-{digest[:16]}.safetensors"
+            os.replace(partial, self.folder / file)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+        entry = {"file": file, "kind": kind, "sha256": digest, "records": len(keys), "finite": digest}
+        self._list([entry])
+        self._open(entry)
+
+    def _open(self, entry: dict[str, Any]) -> int:
+        """Takes a shard into the index; returns how many records it drops because they are not finite."""
+        path, kind, dropped = self.folder / entry["file"], entry["kind"], entry.setdefault("dropped", [])
+        try:
+            shard = _Shard(path, kind, self.layout[kind], self._files)
+            if shard.records != entry["records"]:
+                raise ValueError(f"{shard.records} records, where the manifest lists {entry['records']}")
+            if entry.get("finite") != entry["sha256"]:  # nobody has looked through this content
+                entry |= {"dropped": shard.not_finite(self.layout[kind]), "finite": entry["sha256"]}
+            self._index[kind].add(shard.keys(), len(self._shards), entry["dropped"])
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+            raise CacheError(f"{path}: not a readable shard ({error}); {self.remedy}") from None
+        self._shards.append(shard)
+        return len(set(entry["dropped"]) - set(dropped))
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            return {"format": FORMAT, "owner": self.owner, "shards": []}
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            found = manifest["format"], manifest["owner"]
+            for entry in manifest["shards"]:
+                _ = self.folder / entry["file"], entry["sha256"], entry["records"]
+                if entry["kind"] not in self.layout:
+                    raise ValueError(f"a shard of kind {entry['kind']!r}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CacheError(f"{path}: not a store's manifest ({error!r}); {self.remedy}") from None
+        if found != (FORMAT, self.owner):
+            raise CacheError(
+                f"{path}: format and owner are {found}, expected {(FORMAT, self.owner)}; {self.remedy}"
+            )
+        return manifest
+
+    def _list(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Puts entries into the manifest, in place of older ones of the same files."""
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be adding shards
+            manifest = self._manifest()
+            both = {entry["file"]: entry for entry in [*manifest["shards"], *entries]}
+            with whole_path(self.folder / "manifest.json") as partial:
+                partial.write_text(json.dumps(manifest | {"shards": list(both.values())}), encoding="utf-8")
+                _sync(partial)
+
+
+def _pack(
+    columns: Mapping[str, Column], records: Sequence[Mapping[str, Tensor]], sources: Sequence[Any]
+) -> dict[str, Tensor]:
+    packed, lengths = {}, torch.zeros(len(records), dtype=torch.long)
+    for name, column in columns.items():
+        values = [record[name] for record in records]
+        whole = torch.cat(values) if column.ragged else torch.stack(values)
+        packed[name] = whole.half() if column.half else whole
+        if column.ragged:
+            lengths = torch.tensor([len(value) for value in values])
+        if not packed[name].isfinite().all():
+            bad = next(i for i, value in enumerate(values) if not _stored(value, column).isfinite().all())
+            raise NotFiniteError(sources[bad], name)
+    return {**packed, "offsets": torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])}
+
+
+def _stored(value: Tensor, column: Column) -> Tensor:
+    return value.half() if column.half else value
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
