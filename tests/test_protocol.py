@@ -85,7 +85,7 @@ def write_run(
         tables = []
         for split in splits:
             tested = examples_of(task, split, number)
-            tables.append(prediction_table(split, tested, predict(tested, share, seed), labels))
+            tables.append(prediction_table(split, tested, predict(tested, share, seed), labels, constant=1))
         pd.concat(tables).to_parquet(output / "predictions.parquet", index=False)
         many = 100 if shots == 0 else int(shots)
         learned = [example(name, task, 0, "p") for name in ids or [f"{seed}-{i}" for i in range(many)]]
@@ -181,12 +181,21 @@ def test_the_numbers_are_those_of_the_predictions(reports, compared):
     )
 
 
-def test_chance_is_one_of_the_choices_or_the_usual_label(compared):
+def test_chance_is_that_of_the_choices_or_what_the_runs_recorded(compared, tmp_path):
     chance = compared.groupby("task")["chance"].agg(["min", "max"])
     assert list(chance.loc["vcr_qa"]) == [0.25, 0.25]
-    assert list(chance.loc["snli_ve"]) == [0.5, 0.5]
+    # always the training's label 1, which a quarter of the tested have; their own usual one is another half
+    assert list(chance.loc["snli_ve"]) == [0.25, 0.25]
     over = row_of(compared, batch="wide", task="snli_ve", split="dev", arm="clip_td")
-    assert over["over_chance"] == pytest.approx((over["mean"] - 0.5) / 0.5)
+    assert over["over_chance"] == pytest.approx((over["mean"] - 0.25) / 0.75)
+    for task in ("vcr_qa", "snli_ve"):  # runs of before chance was recorded
+        run = write_run(tmp_path / "old", task, splits=("val",))
+        file = next((tmp_path / "old" / run).rglob("predictions.parquet"))
+        pd.read_parquet(file).drop(columns="chance").to_parquet(file, index=False)
+        state = json.loads((file.parents[2] / "state.json").read_text())
+        run_states.write_state(file.parents[2], state | {"files": run_states.file_sizes(file.parents[2])})
+    found = compare(tmp_path / "old").set_index("task")["chance"]
+    assert found["vcr_qa"] == 0.25 and np.isnan(found["snli_ve"])
 
 
 def test_both_halves_of_a_question_count_as_one(tmp_path):

@@ -15,7 +15,7 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,9 @@ from tdlib.core.pages import Section, link, page_html, table_html
 from tdlib.data.tasks import TASKS
 from tdlib.runs.report import batch_record, open_results, recorded_runs
 from tdlib.training.prepare import joint_predictions
+
+if TYPE_CHECKING:
+    import duckdb
 
 CELL = ["batch", "task", "setting", "shots"]
 RUN_COLUMNS = [
@@ -158,9 +161,8 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
     """What every finished run scored on every labelled example.
 
     Columns: batch, run, split, id, image, score in [0, 1], chance. For task "vcr" a row is a question, right
-    if answer and rationale are (Q->AR). ``chance`` is, for the whole split, what guessing reaches: one
-    of the choices (of both, for Q->AR); where there is a label set, always the label that is most
-    frequent in that split, a constant that knows the split's frequencies.
+    if answer and rationale are (Q->AR). ``chance`` is what guessing scores on the example (``data.chance``),
+    as the run has recorded it; missing where it did not and the task has a label set.
 
     Args:
         folder: of the batch.
@@ -172,11 +174,10 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
     with open_results(folder, runs[["run", "state"]]) as connection:
         there = connection.execute("SELECT view_name FROM duckdb_views()").fetchall()
         if ("predictions",) not in there:
-            found = pd.DataFrame(columns=["run", "split", "id", "image", "label", "score", "choices"])
+            found = pd.DataFrame(columns=["run", "split", "id", "image", "label", "score", "chance"])
         else:
             found = connection.execute(
-                "SELECT run, split, id, image, label, score, "
-                "CASE WHEN answer = '' THEN len(probabilities) END AS choices FROM predictions"
+                f"SELECT run, split, id, image, label, score, {_chance_column(connection)} FROM predictions"
             ).df()
     done = runs[runs["state"] == "done"].set_index("run")
     without = sorted(set(done.index) - set(found["run"]))
@@ -192,18 +193,17 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
                 f"{folder / str(run)}: {(~known).sum()} of {len(rows)} scores of split {split!r} are missing "
                 f"(first: {rows.loc[~known, 'id'].iloc[0]!r}); expected all of them, or none"
             )
-        chance = _chance(rows)
         if done.at[run, "task"] == "vcr":
-            chance = chance**2
             rows = joint_predictions(rows.assign(arm=done.at[run, "arm"], seed=done.at[run, "seed"]))
-        frames.append(rows.assign(batch=folder.name, chance=chance)[SCORE_COLUMNS])
+        frames.append(rows.assign(batch=folder.name)[SCORE_COLUMNS])
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=SCORE_COLUMNS)
 
 
-def _chance(rows: pd.DataFrame) -> float:
-    if rows["choices"].notna().all():
-        return float((1 / rows["choices"].astype(float)).mean())
-    return float(rows["label"].value_counts().max() / len(rows))
+def _chance_column(connection: "duckdb.DuckDBPyConnection") -> str:
+    """Older runs have recorded no chance: where there are choices it is known all the same."""
+    columns = connection.execute("SELECT column_name FROM (DESCRIBE predictions)").fetchall()
+    guessed = "CASE WHEN answer = '' THEN 1 / len(probabilities) END"
+    return f"coalesce(chance, {guessed}) AS chance" if ("chance",) in columns else f"{guessed} AS chance"
 
 
 # Comparisons.

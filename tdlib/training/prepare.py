@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -17,6 +16,7 @@ from tdlib.arms import ARMS
 from tdlib.config import RunConfig, apply_arm
 from tdlib.core.files import write_jsonl
 from tdlib.core.paths import ROOT, ConfigError
+from tdlib.data.chance import chance_scores, constant_answer
 from tdlib.data.examples import Example, Examples, divide_by_picture, low_shot
 from tdlib.data.reading import Records
 from tdlib.data.tasks import (
@@ -205,15 +205,14 @@ def reference_scores(config: RunConfig, materials: Materials) -> pd.DataFrame:
     """What the teacher makes of the evaluated splits without a student, and what guessing reaches.
 
     Columns arm, split, mean. The teacher chooses zero-shot where examples have choices; else a
-    linear probe on its global embeddings, fitted on the subset of the config's seed. Guessing takes
-    one of the choices, or the label that is most frequent in that subset. Task "vcr" is left out:
-    its figure is joint.
+    linear probe on its global embeddings, fitted on the subset of the config's seed. Guessing is as in
+    ``data.chance``. Task "vcr" is left out: its figure is joint.
     """
     assert materials.builder is not None
     rows: list[dict] = []
     subset = low_shot(materials.train, config.shots, config.seed)
     logits = class_logits(config, materials, subset)
-    usual = Counter(example.label for example in subset if example.label is not None)
+    constant = constant_answer(materials.train)
     for split, examples in materials.evaluated.items():
         if not examples.labelled or config.task == "vcr":
             continue
@@ -222,12 +221,11 @@ def reference_scores(config: RunConfig, materials: Materials) -> pd.DataFrame:
         else:
             name = "teacher, probe" if config.class_probabilities == "probe" else "teacher, zero-shot"
             chosen = np.array([int(logits(example).argmax()) for example in examples])
-        guess = usual.most_common(1)[0][0]
-        scores, guesses = [], []
-        for example, prediction in zip(examples, chosen, strict=True):
-            scores.append(score(example, int(prediction), materials.labels))
-            choices = len(example.choices)
-            guesses.append(1 / choices if choices else score(example, guess, materials.labels))
+        scores = [
+            score(example, int(prediction), materials.labels)
+            for example, prediction in zip(examples, chosen, strict=True)
+        ]
+        guesses = chance_scores(examples, constant, materials.labels)
         rows.append({"arm": name, "split": split, "mean": float(np.mean(scores))})
         rows.append({"arm": "chance", "split": split, "mean": float(np.mean(guesses))})
     return pd.DataFrame(rows, columns=["arm", "split", "mean"])
@@ -296,11 +294,12 @@ def joint_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
         return predictions
     keys = ["arm", "seed", "split", "question"]
     both = predictions.assign(question=predictions["id"].str.removesuffix(":r"))
-    joint = both.groupby(keys, sort=False)["score"].agg(["min", "size"]).reset_index()
+    guessed = {"chance": ("chance", "prod")} if "chance" in both else {}
+    joint = both.groupby(keys, sort=False).agg(score=("score", "min"), size=("score", "size"), **guessed)
     if not (joint["size"] == 2).all():
         raise ValueError("Q->AR needs answers and rationales of the same questions")
-    answers = both[~rationale].drop(columns="score")
-    return answers.merge(joint.rename(columns={"min": "score"}), on=keys).drop(columns=["question", "size"])
+    answers = both[~rationale].drop(columns=["score", *guessed])
+    return answers.merge(joint.reset_index(), on=keys).drop(columns=["question", "size"])
 
 
 def summarise(predictions: pd.DataFrame, baseline: str = "finetune") -> pd.DataFrame:

@@ -41,6 +41,7 @@ from tdlib.core.files import remove_tree, write_folder, write_json, write_jsonl
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.core.provenance import code_version, digest
 from tdlib.core.records import END, ProbeRecorder, TargetRecord, read_records, write_records
+from tdlib.data.chance import chance_scores, constant_answer
 from tdlib.data.examples import Example, Examples, TextPart, low_shot, save_manifest
 from tdlib.data.tasks import detail, measures, score, task_of, write_submission
 from tdlib.method.registry import own_functions
@@ -727,6 +728,7 @@ def train_run(
         metrics["updates"] = trainer.state.global_step
         metrics.update(accuracy={}, measures={}, detail={})
         frames = []
+        constant = constant_answer(materials.train)
         for split, examples in materials.evaluated.items():
             encoded = materials.encoded[split]
             if config.modality != "both":
@@ -734,7 +736,7 @@ def train_run(
             probabilities = predict(student, encoded)
             if split in recorders:
                 recorders[split].record(END)
-            table = prediction_table(split, examples, probabilities, materials.labels)
+            table = prediction_table(split, examples, probabilities, materials.labels, constant)
             if examples.labelled:
                 found = measures(config, table["id"], table["score"])
                 metrics["accuracy"][split] = next(iter(found.values()))
@@ -854,11 +856,17 @@ def preview_targets(
 
 
 def prediction_table(
-    split: str, examples: Sequence[Example], probabilities: np.ndarray, labels: Sequence[str] = ()
+    split: str,
+    examples: Sequence[Example],
+    probabilities: np.ndarray,
+    labels: Sequence[str] = (),
+    constant: int | None = None,
 ) -> pd.DataFrame:
-    """One row per example: id, picture, stratum, label, prediction, score in [0, 1], probabilities.
+    """One row per example: id, picture, stratum, label, prediction, score, chance, probabilities.
 
-    ``score`` is missing where there is no label. Probabilities over more than 16 labels are not kept.
+    ``score`` and ``chance`` lie in [0, 1] and are missing where there is no label. ``chance`` is what
+    guessing scores on the example (``data.chance``), given the answer that guessing always gives where
+    there is a label set (``constant``). Probabilities over more than 16 labels are not kept.
     """
     examples, predictions = Examples.of(examples), probabilities.argmax(-1)
     rows = [
@@ -877,6 +885,7 @@ def prediction_table(
             "prediction": predictions,
             "answer": [labels[i] if labels else "" for i in predictions],
             "score": [row[3] for row in rows],
+            "chance": chance_scores(examples, constant, labels),
             "probability": probabilities.max(-1),
             "probabilities": [row.tolist() if few else None for row in probabilities],
         }
