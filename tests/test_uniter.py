@@ -355,8 +355,10 @@ def test_save_and_load(student, tmp_path):
     assert isinstance(again.config, UniterConfig) and again.config.img_dim == 6
     assert AutoConfig.from_pretrained(tmp_path).to_dict() == again.config.to_dict()
     inputs = inputs_of()
-    assert torch.equal(run(again, inputs).logits, run(student, inputs).logits)
+    # To rounding: where a file puts the weights in memory decides in which order products are summed.
+    assert_close(run(again, inputs).logits, run(student, inputs).logits, **CLOSE)
     assert again.state_dict().keys() == student.state_dict().keys()
+    assert all(torch.equal(value, student.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_a_model_stored_in_half_precision_is_trained_in_single(student, tmp_path):

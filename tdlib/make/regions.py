@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,20 @@ from tdlib.make.pretraining import (
     replaced_words,
     train_wordpiece_tokenizer,
 )
+from tdlib.miniworld.drawing import SIZE
 from tdlib.miniworld.writers import VERSION, captioned_scene, false_caption
 from tdlib.regions.backbones import MiniDetector, load_detector
 from tdlib.regions.computed import grid_boxes
 from tdlib.students.base import StudentOutput, referred_objects
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice, load_uniter
 from tdlib.students.visual_bert import VisualBertForMultipleChoice, load_visual_bert
-from tdlib.students.vlbert import CLASSIFIER, VlBertConfig, VlBertForMultipleChoice, load_vlbert
+from tdlib.students.vlbert import (
+    CLASSIFIER,
+    VlBertConfig,
+    VlBertForMultipleChoice,
+    load_vlbert,
+    within_pixels,
+)
 
 log = logging.getLogger("tdlib.make.regions")
 
@@ -292,6 +299,7 @@ class Kind:
     types: str  # its embeddings of token types
     met: tuple[int, ...]  # per token type the one whose embedding it gets: captions only have type 0
     transform: str = ""  # where a classifier starts from the transform of the word predictor
+    arrange: Callable[[SeenPictures], SeenPictures] = lambda seen: seen  # as its encoder's method
 
 
 KINDS = {
@@ -313,6 +321,7 @@ KINDS = {
         "vlbert.token_type_embeddings.weight",
         (0, 0, 2),  # 2 is that of regions
         CLASSIFIER,
+        lambda seen: replace(seen, boxes=within_pixels(seen.boxes, (SIZE, SIZE))),
     ),
     "visual-bert": Kind(
         "mini-visualbert",
@@ -392,7 +401,7 @@ def pretrain_region_student(
     started, made = time.time(), KINDS[kind]
     web_texts = [captioned_scene("web", seed + 1, index)[1] for index in range(vocabulary_texts)]
     tokenizer = train_wordpiece_tokenizer(web_texts)
-    seen = see_scenes(load_detector(detector), seed, scenes)
+    seen = made.arrange(see_scenes(load_detector(detector), seed, scenes))
     log.info("regions: %s in %.0f s", tuple(seen.features.shape), time.time() - started)
     model = made.make(seen.features.shape[-1], len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -468,7 +477,7 @@ def evaluate_region_student(
     model = KINDS[kind].load(str(folder)).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     longest = model.config.max_position_embeddings - 2
-    seen = see_scenes(load_detector(detector), seed, scenes)
+    seen = KINDS[kind].arrange(see_scenes(load_detector(detector), seed, scenes))
     texts = read_captions(tokenizer, caption_texts(seed, scenes, 1), 1, longest)
     own = 2 * torch.arange(scenes)
     others = {"matching": own.roll(-1), "matching_hard": own + 1}

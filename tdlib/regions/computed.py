@@ -33,12 +33,14 @@ class Regions:
     """The regions of one picture.
 
     ``features`` (regions, dim) float32; ``boxes`` (regions, 4) xyxy normalised to the picture;
-    ``objects`` (regions,) the index of the example's object that each region is, -1 where it is none.
+    ``objects`` (regions,) the index of the example's object that each region is, -1 where it is none;
+    ``size`` width and height of the picture in pixels, where the source knows them.
     """
 
     features: Tensor
     boxes: Tensor
     objects: Tensor
+    size: tuple[float, float] | None = None
 
 
 class RegionSource(Protocol):
@@ -87,8 +89,8 @@ class BackboneRegions:
             boxes.append(grid_boxes(*self.grid))
             objects.append(torch.full((len(boxes[-1]),), -1))
         places = torch.cat(boxes)
-        features = self.backbone(open_picture(example.image), places)
-        return Regions(features, places, torch.cat(objects))
+        picture = open_picture(example.image)
+        return Regions(self.backbone(picture, places), places, torch.cat(objects), picture.size)
 
 
 def grid_boxes(rows: int, columns: int) -> Tensor:

@@ -38,12 +38,12 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.
 
 @dataclass(frozen=True)
 class Record:
-    """What a file holds of one picture; ``boxes`` (regions, 4) are xyxy in units where it has ``size``."""
+    """What a file holds of one picture; ``boxes`` (regions, 4) in pixels, normalised without ``size``."""
 
     where: str
     features: np.ndarray  # (regions, dim)
     boxes: np.ndarray
-    size: tuple[float, float] = (1.0, 1.0)  # width and height
+    size: tuple[float, float] | None = None  # width and height of the picture in pixels, if the file has them
 
 
 def checked(record: Record, dim: int) -> tuple[Tensor, Tensor]:
@@ -71,17 +71,17 @@ def checked(record: Record, dim: int) -> tuple[Tensor, Tensor]:
             f"{record.where}: features hold NaN or infinity, expected finite numbers; extract "
             "this picture again"
         )
-    if not min(record.size) > 0:
+    width, height = record.size or (1.0, 1.0)
+    if not min(width, height) > 0:
         raise DataError(
-            f"{record.where}: a picture of {record.size[0]} x {record.size[1]} pixels; expected width and "
-            "height above 0; extract this picture again"
+            f"{record.where}: a picture of {width} x {height} pixels; expected width and height above 0; "
+            "extract this picture again"
         )
-    normalised = boxes / np.array([*record.size, *record.size], np.float32)
+    normalised = boxes / np.array([width, height, width, height], np.float32)
     inside = (normalised >= -_OVERHANG) & (normalised <= 1 + _OVERHANG)
     bad = ~(inside.all(1) & (normalised[:, 2:] >= normalised[:, :2]).all(1))  # NaN is bad, too
     if bad.any():
         number = int(bad.argmax())
-        width, height = record.size
         raise DataError(
             f"{record.where}: box {number} is {boxes[number].tolist()}; expected x1, y1, x2, y2 within the "
             f"picture of {width:g} x {height:g}; the file has another layout, or belongs to other pictures"
@@ -144,7 +144,7 @@ class FileRegions(ABC):
         if record is None:
             raise self._missing(example)
         features, boxes = checked(record, self.dim)
-        return Regions(features, boxes, torch.full((len(boxes),), -1))
+        return Regions(features, boxes, torch.full((len(boxes),), -1), record.size)
 
     def _missing(self, example: Example) -> DataError:
         return DataError(

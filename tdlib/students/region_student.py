@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tdlib.data.examples import Example
-from tdlib.regions.computed import CachedRegions, RegionSource
+from tdlib.regions.computed import CachedRegions, Regions, RegionSource
 from tdlib.students.base import (
     EncodedText,
     StudentEncoder,
@@ -137,8 +137,12 @@ class RegionEncoder(StudentEncoder):
             for start in range(0, len(examples), part):
                 self.regions.add(examples[start : start + part])
 
+    def arrange(self, regions: Regions, example: Example) -> Regions:
+        """The regions of an example as the architecture wants them."""
+        return regions
+
     def visual(self, example: Example) -> dict[str, Tensor]:
-        regions = self.regions(example)
+        regions = self.arrange(self.regions(example), example)
         return {
             "region_features": regions.features, "region_boxes": regions.boxes,
             "region_objects": regions.objects,

@@ -24,7 +24,9 @@ from tdlib.students.vlbert import (
     referents,
 )
 
-REGION_TYPE = 1  # of the visual token types
+# Of the visual token types. The authors' code gives regions of COCO, VCR, VQA and Flickr30k type 0; type 1 is
+# that of NLVR2's second picture. (The stock model takes 1 where none is given.)
+REGION_TYPE = 0
 
 
 class VisualBertForMultipleChoice(VisualBertPreTrainedModel):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import ExifTags, Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BertConfig
@@ -29,7 +30,7 @@ from transformers.models.bert.modeling_bert import (
 from tdlib.core.files import write_folder
 from tdlib.core.paths import resolve
 from tdlib.data.examples import Example
-from tdlib.regions.computed import RegionSource
+from tdlib.regions.computed import Regions, RegionSource
 from tdlib.students.base import (
     EncodedText,
     StudentError,
@@ -321,10 +322,7 @@ class BertPairEncoder(RegionEncoder):
 
 
 class VlBertEncoder(BertPairEncoder):
-    """Turns examples into VL-BERT's inputs; the whole picture is region 0.
-
-    The first region that is no object and covers the picture (to 1 % of its sides) is moved there.
-    Where there is none, the mean of all features is put there, as the authors do for precomputed ones.
+    """Turns examples into VL-BERT's inputs: the whole picture first, boxes within the pixels of the picture.
 
     Raises:
         StudentError: see ``BertPairEncoder``; or ``max_text_tokens`` leaves no positions for regions.
@@ -341,21 +339,61 @@ class VlBertEncoder(BertPairEncoder):
                 f"regions and [END], but max_text_tokens={max_text_tokens}"
             )
 
-    def visual(self, example: Example) -> dict[str, Tensor]:
-        visual = super().visual(example)
-        boxes, objects = visual["region_boxes"], visual["region_objects"]
-        covering = (boxes[:, :2] <= 0.01).all(1) & (boxes[:, 2:] >= 0.99).all(1) & (objects < 0)
-        if covering.any():
-            first = covering.long().argmax()
-            order = torch.cat([first[None], (torch.arange(len(boxes)) != first).nonzero()[:, 0]])
-            return {name: value[order] for name, value in visual.items()}
-        features = visual["region_features"]
-        mean = features.sum(0, keepdim=True) / max(1, len(features))
+    def arrange(self, regions: Regions, example: Example) -> Regions:
+        regions = whole_picture_first(regions)
+        size = regions.size or picture_size(example.image)
+        return regions if size is None else replace(regions, boxes=within_pixels(regions.boxes, size))
+
+    def blank(self, visual: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The whole picture without content."""
         return {
-            "region_features": torch.cat([mean, features]),
-            "region_boxes": torch.cat([boxes.new_tensor([[0, 0, 1, 1]]), boxes]),
-            "region_objects": torch.cat([objects.new_tensor([-1]), objects]),
+            "region_features": torch.zeros_like(visual["region_features"][:1]),
+            "region_boxes": visual["region_boxes"][:1],
+            "region_objects": visual["region_objects"][:1],
         }
+
+
+def whole_picture_first(regions: Regions) -> Regions:
+    """The same regions with the whole picture as region 0, where texts without an object look.
+
+    The first region that is no object and covers the picture (to 1 % of its sides) is moved there.
+    Where there is none, the mean of all features is put there, as the authors do for precomputed ones.
+    """
+    boxes, objects, features = regions.boxes, regions.objects, regions.features
+    covering = (boxes[:, :2] <= 0.01).all(1) & (boxes[:, 2:] >= 0.99).all(1) & (objects < 0)
+    if covering.any():
+        first = covering.long().argmax()
+        order = torch.cat([first[None], (torch.arange(len(boxes)) != first).nonzero()[:, 0]])
+        return replace(regions, features=features[order], boxes=boxes[order], objects=objects[order])
+    mean = features.sum(0, keepdim=True) / max(1, len(features))
+    return replace(
+        regions,
+        features=torch.cat([mean, features]),
+        boxes=torch.cat([boxes.new_tensor([[0, 0, 1, 1]]), boxes]),
+        objects=torch.cat([objects.new_tensor([-1]), objects]),
+    )
+
+
+def within_pixels(boxes: Tensor, size: tuple[float, float]) -> Tensor:
+    """Normalised xyxy ``boxes`` (..., 4) cut where the authors cut theirs: at (0, 0, width - 1, height - 1).
+
+    They count pixels from 0 to width - 1, so that in their code the whole picture ends at 1 - 1 / width
+    and 1 - 1 / height. ``size`` is width and height in pixels.
+    """
+    return boxes.clamp(min=0).minimum(1 - 1 / boxes.new_tensor([*size, *size]))
+
+
+def picture_size(path: Path) -> tuple[int, int] | None:
+    """Width and height of a picture in pixels, upright; None where there is no such file.
+
+    Features that came with a data set can be used without its pictures.
+    """
+    try:
+        with Image.open(path) as picture:  # reads the head of the file only
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return picture.size[::-1] if turned else picture.size
+    except (OSError, Image.DecompressionBombError):
+        return None
 
 
 def load_vlbert(name: str, seed: int = 0, labels: Sequence[str] = ()) -> VlBertForMultipleChoice:
