@@ -73,7 +73,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _mask(options: argparse.Namespace) -> int:
-    from tdlib.training.prepare import write_masked
+    from tdlib.training.masked_sets import write_masked
 
     print(write_masked(Path(options.folder), options.shift))
     return 0

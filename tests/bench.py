@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, ViltConfig, ViltImageProcessor
 from tdlib.config import RunConfig, apply_arm
 from tdlib.core.devices import usual_device
 from tdlib.core.paths import ROOT
-from tdlib.core.records import ProbeRecorder, write_records
+from tdlib.core.records import write_records
 from tdlib.data.examples import low_shot
 from tdlib.runs.batch import Batch
 from tdlib.students.base import student_inputs
@@ -32,19 +32,13 @@ from tdlib.students.vilt import ViltForMultipleChoice
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import open_picture
 from tdlib.training import checkpoints
+from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.evaluation import predict
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TargetBuilder
-from tdlib.training.prepare import prepare, read_split
-from tdlib.training.run import (
-    CheckpointKeeper,
-    EncodedExamples,
-    Materials,
-    class_logits,
-    collate,
-    load_student,
-    make_trainer,
-    predict,
-)
+from tdlib.training.prepare import Materials, class_logits, load_student, prepare, read_split
+from tdlib.training.recording import ProbeRecorder
+from tdlib.training.trainer import CheckpointKeeper, make_trainer
 
 
 def medians(actions: Mapping[str, Callable[[], object]], repeats: int = 15) -> dict[str, float]:

@@ -22,11 +22,13 @@ from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
 from tdlib.students.visual_bert import VisualBertForMultipleChoice
 from tdlib.students.vlbert import VlBertConfig, VlBertForMultipleChoice
 from tdlib.training import prepare as experiments
-from tdlib.training import run as training
 from tdlib.training.adversarial import moved_words, symmetric_divergence
+from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.evaluation import predict
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.prepare import compare, prepare
-from tdlib.training.run import EncodedExamples, collate, make_trainer, predict, train_run
+from tdlib.training.prepare import prepare
+from tdlib.training.run import compare, train_run
+from tdlib.training.trainer import make_trainer
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -83,7 +85,7 @@ def batch_of(config, number: int = 5):
     """Materials of a run, and one batch of its training subset with targets."""
     materials = prepare(config)
     module = TargetedDistillation(
-        training.load_student(config, materials), config, materials.builder.cache.teacher.dim
+        experiments.load_student(config, materials), config, materials.builder.cache.teacher.dim
     )
     subset = low_shot(materials.train, config.shots, config.seed)[:number]
     dataset = EncodedExamples(subset, materials.encoder, materials.builder, num_labels=len(materials.labels))
@@ -104,7 +106,7 @@ def test_each_region_student_trains_on_each_task_and_loads_again(settings, tmp_p
     again = predict(stored, EncodedExamples(examples, encoder, num_labels=len(materials.labels)))
     rows = pd.read_parquet(tmp_path / "run" / "predictions.parquet").iloc[: len(examples)]
     assert (rows["prediction"] == again.argmax(1)).all()
-    untrained = training.load_student(config, materials)
+    untrained = experiments.load_student(config, materials)
     assert {n: p.shape for n, p in stored.named_parameters()} == {
         n: p.shape for n, p in untrained.named_parameters()
     }
@@ -128,7 +130,7 @@ def test_clip_input_gives_the_student_the_teachers_patches(settings, tmp_path, t
     assert widths == [8, teacher.dim]
     # nothing else of the student is drawn anew
     runs = [apply_arm(config.model_copy(update={"arm": arm})) for arm in ("finetune", "clip_input")]
-    one, other = (training.load_student(run, prepare(run)).state_dict() for run in runs)
+    one, other = (experiments.load_student(run, prepare(run)).state_dict() for run in runs)
     differing = {n for n in one if one[n].shape != other[n].shape or not torch.equal(one[n], other[n])}
     assert differing == {"uniter.img_embeddings.img_linear.weight"}
 
@@ -139,7 +141,7 @@ def test_clip_finetune_trains_both_towers_and_loads_again(settings, tmp_path, ta
     (folder,) = compare(config, ["clip_finetune"], [0], tmp_path)
     run = apply_arm(config.model_copy(update={"arm": "clip_finetune"}))
     materials = prepare(run)
-    untrained = training.load_student(run, materials)
+    untrained = experiments.load_student(run, materials)
     stored = load_student(str(folder / "student"), labels=materials.labels)
     moved = {n for n, p in stored.named_parameters() if not torch.equal(p, untrained.get_parameter(n))}
     assert any("visual" in name for name in moved) and any("transformer" in name for name in moved)
@@ -252,7 +254,7 @@ def test_relevance_of_the_student_changes_while_it_learns(settings, tmp_path, re
 def test_shuffled_teacher_sees_other_pictures_and_random_teacher_is_another(settings):
     config = settings()
     materials = prepare(config)
-    shown = training.shuffled_pictures(materials.train[:12], 0)
+    shown = experiments.shuffled_pictures(materials.train[:12], 0)
     assert all(shown[e.id] != e.image for e in materials.train[:12])
     assert {e.image for e in materials.train[:12]} == set(shown.values())
     drawn = prepare(settings(teacher_control="random_weights"))

@@ -25,7 +25,7 @@ from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT
 from tdlib.core.records import END, read_records, write_records
 from tdlib.runs.batch import export_html, run_notebook
-from tdlib.training import prepare as experiments
+from tdlib.training.run import compare
 from tdlib.views import explorer
 from tdlib.views.view import percent
 
@@ -70,7 +70,7 @@ def runs(world, student_folder, teacher_folder, own_cache, tmp_path_factory) -> 
         shots=0.2, epochs=1, batch_size=4, eval_splits=["val"], shift="", probe_examples=6,
         probe_every=1,
     )  # fmt: skip
-    folders = experiments.compare(config, ["clip_td", "naive"], [0], tmp_path_factory.mktemp("runs"))
+    folders = compare(config, ["clip_td", "naive"], [0], tmp_path_factory.mktemp("runs"))
     for folder in folders:
         records = read_records(folder / explorer.SELECTIONS)
         hostile = [

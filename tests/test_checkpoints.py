@@ -20,6 +20,7 @@ from tdlib.runs import states as run_states
 from tdlib.training import prepare as experiments
 from tdlib.training import run as training
 from tdlib.training.checkpoints import checkpoints_of, damaged, newest, remove, seal, staging
+from tdlib.training.objective import TargetedDistillation
 from tdlib.training.prepare import prepare
 from tdlib.training.run import train_run
 
@@ -213,6 +214,7 @@ experiments.CACHE_ROOT = Path(cache)
 config = RunConfig.from_parameters(**json.loads(config))
 materials = experiments.prepare(config, whole_splits=False)
 setattr(where, name, killing)
+from tdlib.training.objective import TargetedDistillation
 from tdlib.training.run import train_run
 train_run(config, materials, Path(folder))
 """
@@ -281,7 +283,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
     home = checkpoints_of(folder)
     older, newer = sorted(home.glob("step-*"))
     flip(newer, "optimizer.pt")
-    monkeypatch.setattr(training.TargetedDistillation, "fit_phi", lambda *_args: 1 / 0)  # not from the start
+    monkeypatch.setattr(TargetedDistillation, "fit_phi", lambda *_args: 1 / 0)  # not from the start
     train_run(config, materials, folder)
     assert f"{newer} is damaged (optimizer.pt" in caplog.text
     resumed = json.loads((folder / "environment.json").read_text())["resumed_after_updates"]

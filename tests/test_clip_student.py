@@ -31,7 +31,7 @@ from tdlib.students.clip import (
 )
 from tdlib.students.vilt import load_vilt
 from tdlib.teacher.model import Teacher, TeacherError, open_picture
-from tdlib.training.run import EncodedExamples, collate
+from tdlib.training.data import EncodedExamples, collate
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 LABELS = ("no", "yes", "maybe")

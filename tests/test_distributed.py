@@ -24,9 +24,10 @@ from tdlib.method.selection import SELECTORS
 from tdlib.training import distributed
 from tdlib.training import prepare as experiments
 from tdlib.training.checkpoints import checkpoints_of
+from tdlib.training.data import EpochBatches, SharedBatches
 from tdlib.training.distributed import must_launch
 from tdlib.training.prepare import prepare
-from tdlib.training.run import SharedBatches, _EpochBatches, train_run
+from tdlib.training.run import train_run
 
 # The loader
 
@@ -34,7 +35,7 @@ from tdlib.training.run import SharedBatches, _EpochBatches, train_run
 def shared(
     examples: int, size: int, window: int, rank: int, processes: int, epoch: int = 0
 ) -> list[list[int]]:
-    batches = _EpochBatches(SeedableRandomSampler(range(examples), data_seed=3), size, drop_last=False)
+    batches = EpochBatches(SeedableRandomSampler(range(examples), data_seed=3), size, drop_last=False)
     own = SharedBatches(batches, window, rank, processes)
     own.set_epoch(epoch)
     found = list(own)

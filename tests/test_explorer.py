@@ -19,6 +19,7 @@ from tdlib.config import RunConfig
 from tdlib.core.records import END, read_records, records_table, write_records
 from tdlib.data.examples import DataError
 from tdlib.training import prepare as experiments
+from tdlib.training.run import compare
 from tdlib.views import explorer
 from tdlib.views.explorer import (
     VIEWS,
@@ -65,7 +66,7 @@ def base(world, student_folder, teacher_folder, own_cache):
 def runs(base, tmp_path_factory) -> list[Run]:
     """Three arms, trained for real; the baseline records nothing."""
     folder = tmp_path_factory.mktemp("runs")
-    experiments.compare(base, ["finetune", "naive", "clip_td"], [0], folder)
+    compare(base, ["finetune", "naive", "clip_td"], [0], folder)
     return find_runs([folder])
 
 

@@ -24,17 +24,12 @@ from tdlib.runs.batch import Batch
 from tdlib.runs.engines import visible_gpus
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import EXTRAS, Teacher, open_picture
-from tdlib.training import run as training
+from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TargetBuilder
-from tdlib.training.prepare import prepare
-from tdlib.training.run import (
-    EncodedExamples,
-    TargetedDistillation,
-    collate,
-    load_student,
-    make_trainer,
-    train_run,
-)
+from tdlib.training.prepare import load_student, prepare
+from tdlib.training.run import train_run
+from tdlib.training.trainer import CheckpointKeeper, make_trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -227,14 +222,14 @@ def test_adversarial_steps_train(base, materials, tmp_path):
 def test_an_interrupted_training_goes_on(base, materials, tmp_path, monkeypatch):
     config = settings_of(base, arm="clip_td", selector="sample", checkpoint_every=2, probe_examples=0)
     train_run(config, materials, tmp_path / "whole")
-    saved = training.CheckpointKeeper.on_save
+    saved = CheckpointKeeper.on_save
 
     def interrupted(self, *args, **options):
         saved(self, *args, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.CheckpointKeeper, "on_save", interrupted)
+        patch.setattr(CheckpointKeeper, "on_save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_run(config, materials, tmp_path / "run")
     train_run(config, materials, tmp_path / "run")

@@ -33,7 +33,7 @@ from tdlib.cli import main
 from tdlib.core.paths import ROOT
 from tdlib.data.examples import Example, TextPart, save_manifest
 from tdlib.runs import states as run_states
-from tdlib.training.run import prediction_table
+from tdlib.training.evaluation import prediction_table
 from tdlib.views.figures.protocol import plot_shifts, plot_shots
 from tdlib.views.figures.targets import to_png, to_svg
 

@@ -21,7 +21,8 @@ from tdlib.data.vcr import VcrReader
 from tdlib.method.priors import Idf
 from tdlib.students.uniter import UniterConfig, UniterForClassification
 from tdlib.students.vilt import ViltEncoder, load_vilt
-from tdlib.training.run import EncodedExamples, collate, predict
+from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.evaluation import predict
 from tdlib.views.runs import quality_view
 
 TEXT = "Why is Casey extraordinarily angry?"

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tdlib.analysis.compare import summarise
 from tdlib.config import RunConfig, apply_arm
 from tdlib.core.paths import ConfigError
 from tdlib.core.records import read_records
@@ -17,8 +18,12 @@ from tdlib.data.examples import DataError
 from tdlib.data.tasks import TASKS, submission_split
 from tdlib.students.vilt import ViltEncoder, ViltForClassification, load_vilt
 from tdlib.training import prepare as experiments
-from tdlib.training.prepare import prepare, reference_scores, summarise, write_masked
-from tdlib.training.run import EncodedExamples, predict, train_run
+from tdlib.training.data import EncodedExamples
+from tdlib.training.evaluation import predict
+from tdlib.training.masked_sets import write_masked
+from tdlib.training.prepare import prepare
+from tdlib.training.reference import reference_scores
+from tdlib.training.run import train_run
 from tdlib.views.gallery import gallery, text_html
 
 
@@ -141,9 +146,14 @@ def test_controls_see_one_modality_only(settings, modality):
 def test_an_answer_outside_the_vocabulary_weighs_nothing(settings):
     config = settings("vqa_v2", vocabulary_minimum=10, submission_split="")
     materials = prepare(config, [0])
-    from tdlib.training.run import DataLoader, TargetedDistillation, class_logits, collate, load_student
+    from torch.utils.data import DataLoader
 
-    subset = experiments.low_shot(materials.train, config.shots, 0)
+    from tdlib.data.examples import low_shot
+    from tdlib.training.data import collate
+    from tdlib.training.objective import TargetedDistillation
+    from tdlib.training.prepare import class_logits, load_student
+
+    subset = low_shot(materials.train, config.shots, 0)
     unknown = [i for i, example in enumerate(subset) if example.label is None]
     assert unknown, "the test needs a rare answer"
     builder = experiments.TargetBuilder(

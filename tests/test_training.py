@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from dataclasses import fields, replace
 from functools import partial
 
@@ -18,29 +19,27 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import ViltConfig, get_cosine_schedule_with_warmup
 
+from tdlib.analysis.compare import read_predictions, summarise
 from tdlib.analysis.statistics import bootstrap_interval
 from tdlib.arms import ARMS
 from tdlib.config import RunConfig, apply_arm
 from tdlib.core.paths import ConfigError
 from tdlib.core.records import read_records, records_table
-from tdlib.data.examples import low_shot
+from tdlib.data.examples import DataError, low_shot
+from tdlib.students.base import student_inputs
 from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, load_vilt
 from tdlib.training import prepare as experiments
 from tdlib.training import run as training
+from tdlib.training import trainer as trainer_module
+from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.evaluation import predict, prediction_table
+from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TargetBuilder
-from tdlib.training.prepare import compare, prepare, read_predictions, read_split, summarise, zero_shot
-from tdlib.training.run import (
-    DistillationTrainer,
-    EncodedExamples,
-    TargetedDistillation,
-    collate,
-    make_trainer,
-    predict,
-    prediction_table,
-    record_targets,
-    student_inputs,
-    train_run,
-)
+from tdlib.training.prepare import prepare, read_split
+from tdlib.training.recording import ProbeRecorder
+from tdlib.training.reference import zero_shot
+from tdlib.training.run import compare, train_run
+from tdlib.training.trainer import DistillationTrainer, make_trainer
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 # A softmax does not see them: their gradient is rounding error, which Adam scales up.
@@ -66,7 +65,7 @@ def materials(base):
 def folders(base, materials, tmp_path_factory):
     """Run folders of two arms."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "prepare", lambda *_args: materials)
+        patch.setattr(training, "prepare", lambda *_args: materials)
         return compare(base, ["finetune", "clip_td"], [0], tmp_path_factory.mktemp("runs"))
 
 
@@ -122,9 +121,11 @@ def test_weights_of_zero_are_plain_finetuning_bit_for_bit(base, materials, folde
 
 def recorded(monkeypatch) -> list[dict[str, torch.Tensor]]:
     """All batches that are made from here on."""
-    batches, real = [], training.collate
+    batches, real = [], trainer_module.collate
     monkeypatch.setattr(
-        training, "collate", lambda *args, **options: batches.append(real(*args, **options)) or batches[-1]
+        trainer_module,
+        "collate",
+        lambda *args, **options: batches.append(real(*args, **options)) or batches[-1],
     )
     return batches
 
@@ -517,7 +518,7 @@ def test_a_run_of_other_settings_is_not_lost(base, materials, tmp_path, caplog):
     assert found == [0, 1] and kept.name.startswith("run-") and kept.name in caplog.text
 
 
-@pytest.mark.parametrize("moment", ["predict", "write_jsonl", "save_manifest"])
+@pytest.mark.parametrize("moment", ["write_json", "write_jsonl", "save_manifest"])
 def test_an_error_leaves_no_folder_and_the_old_one_as_it_was(base, materials, tmp_path, monkeypatch, moment):
     config = apply_arm(settings_of(base, arm="finetune"))
     old = tmp_path / "old"
@@ -528,14 +529,65 @@ def test_an_error_leaves_no_folder_and_the_old_one_as_it_was(base, materials, tm
         raise RuntimeError("in the middle")
 
     monkeypatch.setattr(training, moment, fail)
-    if moment != "predict":
-        monkeypatch.setattr(training, "predict", lambda _student, data: np.full((len(data), 4), 0.25))
     monkeypatch.setattr(DistillationTrainer, "train", lambda self: None)
     for folder in (old, tmp_path / "new"):
         with pytest.raises(RuntimeError, match="in the middle"):
             train_run(config, materials, folder)
     assert sorted(os.listdir(tmp_path)) == ["old"]
     assert (old / "metrics.json").read_text() == "old"
+
+
+def test_a_failed_evaluation_keeps_the_student_and_is_repeated_without_training(
+    base, materials, folders, tmp_path, monkeypatch
+):
+    config, folder = apply_arm(settings_of(base, arm="clip_td")), tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.json").write_text("of an older run")
+
+    def fail(*_args, **_options):
+        raise OSError("disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "predict", fail)
+        with pytest.raises(OSError, match="disk is gone") as failure:
+            train_run(config, materials, folder)
+    assert any(str(folder) in note and "again" in note for note in failure.value.__notes__)
+    (aside,) = set(tmp_path.iterdir()) - {folder}
+    assert (aside / "metrics.json").read_text() == "of an older run"
+    assert_same_bits(weights_of(folder), weights_of(folders[1]))
+    assert "disk is gone" in (folder / "unevaluated.json").read_text()
+    assert not {"metrics.json", "predictions.parquet"} & {path.name for path in folder.iterdir()}
+
+    monkeypatch.setattr(DistillationTrainer, "train", fail)  # whoever trains now fails
+    metrics = train_run(config, materials, folder)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in folders[1].iterdir()}
+    for name in ("predictions.parquet", "selections.parquet"):
+        pd.testing.assert_frame_equal(pd.read_parquet(folder / name), pd.read_parquet(folders[1] / name))
+    expected = json.loads((folders[1] / "metrics.json").read_text())
+    for found in (metrics, json.loads((folder / "metrics.json").read_text())):
+        assert found["accuracy"] == expected["accuracy"] and found["updates"] == expected["updates"]
+    with pytest.raises(OSError, match="disk is gone"):  # it is finished, so that this call trains anew
+        train_run(config, materials, folder)
+    with monkeypatch.context() as patch:
+        patch.undo()
+        patch.setattr(training, "predict", fail)
+        with pytest.raises(OSError):
+            train_run(config, materials, tmp_path / "other")
+    monkeypatch.setattr(DistillationTrainer, "train", fail)
+    with pytest.raises(OSError):  # a student of other settings is none of this run's
+        train_run(settings_of(config, seed=1), materials, tmp_path / "other")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_bad_picture_of_an_evaluated_split_is_found_before_training(base, world, tmp_path, damage):
+    data = tmp_path / "vcr"
+    shutil.copytree(world, data)
+    config = settings_of(base, data_dir=str(data), eval_splits=["val"], probe_examples=1)
+    picture = read_split(config, "val")[len(read_split(config, "val")) - 1].image
+    content = picture.read_bytes()
+    picture.unlink() if damage == "missing" else picture.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=picture.name):
+        prepare(config, whole_splits=False)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -595,11 +647,7 @@ def test_records_survive_the_file(base, materials, tmp_path):
     records = []
     for split in ("val", "test"):
         data = EncodedExamples(materials.evaluated[split][:2], materials.encoder, materials.builder)
-        for index, example in enumerate(data.examples):
-            found = record_targets(
-                example, data[index], data.encoder, module, np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32)
-            )
-            records += [replace(record, split=split) for record in found]
+        records += ProbeRecorder(data, partial(collate, encoder=data.encoder), module, split).record()
     assert {record.label is None for record in records} == {True, False}
     for part in (records, records[:4], records[-4:]):
         records_table(part).to_parquet(tmp_path / "selections.parquet", index=False)
@@ -620,7 +668,7 @@ def test_an_arms_own_targets_are_used(base, materials, tmp_path, monkeypatch):
     """An arm that changes only the prior must not train on the common settings' targets."""
     monkeypatch.setitem(ARMS, "no_prior", {"prior": "uniform"})
     monkeypatch.setitem(ARMS, "raw", {"relevance": "projected", "temperature": 0.01})
-    monkeypatch.setattr(experiments, "prepare", lambda *_args: materials)
+    monkeypatch.setattr(training, "prepare", lambda *_args: materials)
     monkeypatch.setattr(DistillationTrainer, "train", lambda self: None)
     own = {}
     for folder in compare(base, ["clip_td", "no_prior", "raw"], [0], tmp_path):

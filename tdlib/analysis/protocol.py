@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from tdlib.analysis.compare import joint_predictions
 from tdlib.analysis.statistics import (
     ALPHA,
     PairedDifference,
@@ -33,7 +34,6 @@ from tdlib.core.files import whole_file, whole_path, write_json
 from tdlib.core.pages import Section, link, page_html, table_html
 from tdlib.data.tasks import TASKS
 from tdlib.runs.report import batch_record, open_results, recorded_runs
-from tdlib.training.prepare import joint_predictions
 
 if TYPE_CHECKING:
     import duckdb

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
+
+from tdlib.core.paths import ROOT
 
 # A run's id depends on these packages alone: a change of how runs are started, compared or drawn must
 # not make finished runs unfindable. `miniworld` is here because it writes the data.
@@ -27,3 +30,14 @@ def code_version() -> str:
             for path in sources
         ]
     )
+
+
+def git_version() -> str | None:
+    """The commit of the project's sources, with "-dirty" where they differ from it; None without git."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT, capture_output=True, text=True, check=True, timeout=30,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -12,27 +12,15 @@ from pathlib import Path
 from typing import overload
 
 from tdlib.core.files import write_json
+from tdlib.core.places import GROUND_TRUTH, Box, Reference, Span
 
 log = logging.getLogger(__name__)
 
-Span = tuple[int, int]
-Box = tuple[float, float, float, float]
-
 MANY_FOLDERS = 50  # pictures in so many folders are set aside folder by folder
-GROUND_TRUTH = "ground truth"  # relevant spans and boxes that the data themselves state
 
 
 class DataError(ValueError):
     """Bad input data: says where, what was expected, and the remedy."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A stretch of text, characters [start, end), that names objects of the picture by their indices."""
-
-    start: int
-    end: int
-    objects: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from tdlib.miniworld.writers import VERSION, captioned_scene, captions, false_ca
 from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, embed_patches, load_vilt, pad_pictures
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import Teacher, encode_text_tokens
-from tdlib.training.prepare import add_to_cache, zero_shot
+from tdlib.training.prepare import add_to_cache
+from tdlib.training.reference import zero_shot
 
 log = logging.getLogger("tdlib.make.pretraining")
 

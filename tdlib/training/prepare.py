@@ -1,48 +1,49 @@
-"""Comparisons: what the arms share is prepared once, every run becomes a folder, tables read the folders."""
+"""What runs need before they train: data read, teacher's features cached, encoder and student opened.
 
-import json
+Owns the materials that the arms of a comparison share, and the student and the teacher's class logits of
+one run.
+"""
+
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from tdlib.analysis.statistics import adjusted_together, bootstrap_interval, paired_difference
-from tdlib.arms import ARMS
-from tdlib.config import RunConfig, apply_arm
-from tdlib.core.files import write_jsonl
+from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT, ConfigError
-from tdlib.data.chance import chance_scores, constant_answer
 from tdlib.data.examples import Example, Examples, divide_by_picture, low_shot
-from tdlib.data.reading import Records
 from tdlib.data.tasks import (
     HELD_OUT,
     answer_vocabulary,
     class_labels,
     data_folder,
-    generated_file,
     reader,
-    score,
     splits_of,
+    task_of,
 )
-from tdlib.data.vcr import PERSON_TOKENS, VcrReader, render
-from tdlib.data.vcr_shifts import MASKINGS, shortcut_scores, write_shifted
+from tdlib.data.vcr import PERSON_TOKENS
 from tdlib.method.priors import Idf
 from tdlib.regions.computed import BackboneRegions, CachedRegions, RegionSource, open_regions
+from tdlib.students import registry as students
 from tdlib.students.base import StudentEncoder
-from tdlib.students.clip import ClipFusionEncoder
-from tdlib.students.registry import architecture, load_student, open_encoder
+from tdlib.students.clip import ClipFusionEncoder, open_teacher_as_student
+from tdlib.students.region_student import RegionEncoder
 from tdlib.teacher.cache import TeacherCache
-from tdlib.teacher.model import Teacher, choice_logits
-from tdlib.teacher.probe import answer_statements
+from tdlib.teacher.model import Teacher
+from tdlib.teacher.probe import ClassProbe, answer_statements, statement_logits
+from tdlib.training.data import EncodedExamples
 from tdlib.training.pipeline import TargetBuilder
-from tdlib.training.run import EncodedExamples, Materials, class_logits, collate, student_inputs, train_run
 
 log = logging.getLogger(__name__)
+
 
 CACHE_ROOT = ROOT / "data" / "cache"
 
@@ -56,10 +57,16 @@ SHARED = (
 PREPARED = ("student", "regions", "teacher_control")
 
 
-@lru_cache(maxsize=16)
-def _open(folder: Path, key: str, split: str) -> Examples:
-    config = RunConfig.model_validate_json(key)
-    return reader(config, split, answer_vocabulary(config)).open()
+@dataclass(frozen=True)
+class Materials:
+    """What the arms of one comparison share: data, encoder and cached teacher."""
+
+    train: Examples
+    evaluated: dict[str, Examples]
+    encoder: StudentEncoder
+    builder: TargetBuilder | None
+    encoded: dict[str, EncodedExamples]
+    labels: tuple[str, ...] = ()  # the label set, where examples have no choices
 
 
 def read_split(config: RunConfig, split: str) -> Examples:
@@ -76,6 +83,12 @@ def read_split(config: RunConfig, split: str) -> Examples:
     if not config.held_out or split.removesuffix(HELD_OUT) != splits_of(config)[0]:
         return whole
     return _divide(whole, config.held_out)[split.endswith(HELD_OUT)]
+
+
+@lru_cache(maxsize=16)
+def _open(folder: Path, key: str, split: str) -> Examples:
+    config = RunConfig.model_validate_json(key)
+    return reader(config, split, answer_vocabulary(config)).open()
 
 
 @lru_cache(maxsize=4)
@@ -121,21 +134,20 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         subset = low_shot(train, config.shots, seed)
         add_to_cache(cache, subset, worded)
         encoder.prepare(subset)
-    for examples in evaluated.values():  # every example is made: a bad one is found now, not after training
-        if not whole_splits:
-            for _ in examples:
-                pass
+    encoded = {
+        split: EncodedExamples(examples, encoder, num_labels=len(labels))
+        for split, examples in evaluated.items()
+    }
+    for split, examples in evaluated.items():
         encoder.prepare(examples)
+        encoded[split].check_pictures()  # a bad example, picture or region is found now, not after training
         add_to_cache(cache, examples if whole_splits else examples[: config.probe_examples], worded)
     return Materials(
         train=train,
         evaluated=evaluated,
         encoder=encoder,
         builder=TargetBuilder(cache, fit_idf(train), config),
-        encoded={
-            split: EncodedExamples(examples, encoder, num_labels=len(labels))
-            for split, examples in evaluated.items()
-        },
+        encoded=encoded,
         labels=labels,
     )
 
@@ -159,9 +171,9 @@ def encoder_of(config: RunConfig, cache: TeacherCache | None = None, student: st
     if name == "teacher":
         assert cache is not None
         return ClipFusionEncoder(cache.teacher, config.max_text_tokens)
-    if config.regions == "clip" and not architecture(name).reads_regions:
+    if config.regions == "clip" and not students.architecture(name).reads_regions:
         raise ConfigError(f"regions='clip' (arm clip_input) need a student that reads regions, not {name!r}")
-    return open_encoder(name, config.max_text_tokens, regions)
+    return students.open_encoder(name, config.max_text_tokens, regions)
 
 
 def fit_idf(train: Examples, most: int = 20_000) -> Idf:
@@ -190,206 +202,49 @@ def add_to_cache(
         cache.add(texts=texts, pictures=pictures)
 
 
-def zero_shot(cache: TeacherCache, examples: Sequence[Example]) -> np.ndarray:
-    """The teacher's own probabilities over the choices, (examples, choices), from the cache."""
-    rows = []
-    for example in examples:
-        picture = cache.picture(example.image).pooled
-        texts = np.stack([cache.text(statement.text).pooled.numpy() for statement in example.statements()])
-        logits = choice_logits(picture, picture.new_tensor(texts), cache.teacher.logit_scale)
-        rows.append(logits.softmax(-1).numpy())
-    return np.stack(rows)
+def load_student(config: RunConfig, materials: Materials) -> PreTrainedModel:
+    """The untrained student of a run, with the head of its task and room for added tokens."""
+    student: Any
+    if config.student == "teacher":
+        source = config.teacher, config.teacher_pretrained
+        student = open_teacher_as_student(*source, config.seed, materials.labels)
+    else:
+        student = students.load_student(config.student, config.seed, materials.labels)
+    tokens = len(materials.encoder.tokenizer)
+    if tokens > student.config.vocab_size:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            student.resize_token_embeddings(tokens)
+    if isinstance(materials.encoder, RegionEncoder) and materials.encoder.foreign:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            student.renew_visual(materials.encoder.regions.dim)
+    if task_of(config).data_set.startswith("vqa"):
+        head = [layer for layer in student.classifier.modules() if isinstance(layer, nn.Linear)][-1]
+        nn.init.constant_(head.bias, -math.log(max(1, len(materials.labels) - 1)))  # one answer of all
+    return student
 
 
-def reference_scores(config: RunConfig, materials: Materials) -> pd.DataFrame:
-    """What the teacher makes of the evaluated splits without a student, and what guessing reaches.
-
-    Columns arm, split, mean. The teacher chooses zero-shot where examples have choices; else a
-    linear probe on its global embeddings, fitted on the subset of the config's seed. Guessing is as in
-    ``data.chance``. Task "vcr" is left out: its figure is joint.
-    """
-    assert materials.builder is not None
-    rows: list[dict] = []
-    subset = low_shot(materials.train, config.shots, config.seed)
-    logits = class_logits(config, materials, subset)
-    constant = constant_answer(materials.train)
-    for split, examples in materials.evaluated.items():
-        if not examples.labelled or config.task == "vcr":
-            continue
-        if logits is None:
-            name, chosen = "teacher, zero-shot", zero_shot(materials.builder.cache, examples).argmax(1)
-        else:
-            name = "teacher, probe" if config.class_probabilities == "probe" else "teacher, zero-shot"
-            chosen = np.array([int(logits(example).argmax()) for example in examples])
-        scores = [
-            score(example, int(prediction), materials.labels)
-            for example, prediction in zip(examples, chosen, strict=True)
-        ]
-        guesses = chance_scores(examples, constant, materials.labels)
-        rows.append({"arm": name, "split": split, "mean": float(np.mean(scores))})
-        rows.append({"arm": "chance", "split": split, "mean": float(np.mean(guesses))})
-    return pd.DataFrame(rows, columns=["arm", "split", "mean"])
+def class_logits(
+    config: RunConfig, materials: Materials, subset: Sequence[Example]
+) -> Callable[..., Tensor] | None:
+    """The teacher's logits over the label set for one run; None where examples have choices."""
+    if not materials.labels or materials.builder is None:
+        return None
+    cache = materials.builder.cache
+    if config.class_probabilities == "probe":
+        return ClassProbe(cache, subset, len(materials.labels), config.seed)
+    return partial(statement_logits, cache, materials.labels)
 
 
-def compare(
-    config: RunConfig,
-    arms: Sequence[str],
-    seeds: Sequence[int],
-    folder: Path,
-    on_run: Callable[[dict], None] | None = None,
-    show_progress: bool = False,
-) -> list[Path]:
-    """Runs every arm with every seed; returns the run folders.
-
-    All arms of a seed train on the same examples for the same number of updates. ``on_run`` is
-    called with each run's metrics.
-
-    Raises:
-        ConfigError: an unknown arm, a bad value in one, or one that changes what all arms share.
-    """
-    unknown = [arm for arm in arms if arm not in ARMS]
-    if unknown:
-        raise ConfigError(
-            f"arms={list(arms)}: unknown {', '.join(unknown)}; expected some of {', '.join(ARMS)}"
-        )
-    runs = [apply_arm(config.model_copy(update={"arm": arm, "seed": seed})) for seed in seeds for arm in arms]
-    for run in runs:
-        changed = [name for name in SHARED if getattr(run, name) != getattr(config, name)]
-        if changed:
-            raise ConfigError(
-                f"arm {run.arm!r} changes {', '.join(changed)}, which all arms of a comparison share"
-            )
-    materials: dict[tuple, Materials] = {}
-    for run in runs:  # all before the first training: what is missing is found now
-        if _prepared(run) not in materials:
-            materials[_prepared(run)] = prepare(run, seeds)
-    folders = []
-    for run in runs:
-        folders.append(Path(folder) / f"{run.arm}-seed{run.seed}")
-        metrics = train_run(run, materials[_prepared(run)], folders[-1], show_progress)
-        if on_run:
-            on_run(metrics)
-    return folders
+def shuffled_pictures(examples: Sequence[Example], seed: int) -> dict[str, Path]:
+    """For each example another's picture, the same for all of one picture: one cycle of all pictures."""
+    pictures = list(dict.fromkeys(example.image for example in examples))
+    order = np.random.default_rng(seed).permutation(len(pictures))
+    following = {pictures[a]: pictures[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
+    return {example.id: following[example.image] for example in examples}
 
 
-def _prepared(config: RunConfig) -> tuple:
-    return tuple(getattr(config, name) for name in PREPARED)
-
-
-def read_predictions(folders: Sequence[Path]) -> pd.DataFrame:
-    """Predictions of several runs as one table with columns arm and seed."""
-    frames = []
-    for folder in folders:
-        config = json.loads((folder / "config.json").read_text())
-        frames.append(
-            pd.read_parquet(folder / "predictions.parquet").assign(arm=config["arm"], seed=config["seed"])
-        )
-    return pd.concat(frames, ignore_index=True)
-
-
-def joint_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Q->AR rows (answer and rationale both right) from the rows of task "vcr", or the rows as they are."""
-    rationale = predictions["id"].str.endswith(":r")
-    if not rationale.any():
-        return predictions
-    keys = ["arm", "seed", "split", "question"]
-    both = predictions.assign(question=predictions["id"].str.removesuffix(":r"))
-    guessed = {"chance": ("chance", "prod")} if "chance" in both else {}
-    joint = both.groupby(keys, sort=False).agg(score=("score", "min"), size=("score", "size"), **guessed)
-    if not (joint["size"] == 2).all():
-        raise ValueError("Q->AR needs answers and rationales of the same questions")
-    answers = both[~rationale].drop(columns=["score", *guessed])
-    return answers.merge(joint.reset_index(), on=keys).drop(columns=["question", "size"])
-
-
-def summarise(predictions: pd.DataFrame, baseline: str = "finetune") -> pd.DataFrame:
-    """Mean score per arm and split with 95 % intervals, and the paired difference to the baseline.
-
-    Columns: arm, split, mean, low, high, n (seeds), difference, difference_low, difference_high, and the
-    verdict of ``statistics.PairedDifference``, corrected for the number of arms on the same split.
-    Intervals: two-level bootstrap over seeds and over pictures. Splits without labels are left out;
-    for task "vcr" the score is Q->AR.
-    """
-    rows = []
-    predictions = predictions[~predictions["split"].isin(_unlabelled(predictions))]
-    for split, part in joint_predictions(predictions).groupby("split", sort=False):
-        tables = {
-            arm: own.pivot(index="seed", columns="id", values="score").astype(float)
-            for arm, own in part.groupby("arm", sort=False)
-        }
-        images = part.drop_duplicates("id").set_index("id")["image"]
-        compared = {
-            arm: paired_difference(
-                table.to_numpy(),
-                tables[baseline].loc[table.index, table.columns].to_numpy(),
-                images[table.columns].to_numpy(),
-            )
-            for arm, table in tables.items()
-            if arm != baseline and baseline in tables
-        }
-        compared = adjusted_together(compared)
-        for arm, table in tables.items():
-            values = table.to_numpy()
-            low, high = bootstrap_interval(values, images[table.columns].to_numpy())
-            row = {
-                "arm": arm, "split": split, "mean": values.mean(), "low": low, "high": high, "n": len(table),
-            }  # fmt: skip
-            if arm in compared:
-                gain = compared[arm]
-                row |= {
-                    "difference": gain.difference, "difference_low": gain.low, "difference_high": gain.high,
-                    "verdict": gain.verdict(),
-                }  # fmt: skip
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _unlabelled(predictions: pd.DataFrame) -> list[str]:
-    """Splits without labels: a test split's scores are all missing."""
-    known = predictions.groupby("split", sort=False)["score"].count()
-    return list(known[known == 0].index)
-
-
-@torch.inference_mode()
-def write_masked(folder: Path, shift: str, source: Path | None = None) -> Path:
-    """Makes a masked VCR set (Ye and Kovashka 2021) from what the student of a run leans on.
-
-    Every token of every choice is masked in turn; see ``vcr_shifts.shortcut_scores``. The scores are
-    kept beside the set. The student should know answers and rationales: a run of task "vcr".
-
-    Args:
-        folder: the run folder.
-        shift: "rmtop1", "keeptop1", "keeptop3" or "keeptop5".
-        source: a VCR file with labels; val.jsonl of the run's data if None.
-
-    Raises:
-        ConfigError: the run is of another task, or the shift is unknown.
-    """
-    config = RunConfig.from_parameters(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    if shift not in MASKINGS:
-        raise ConfigError(f"shift={shift!r}: expected one of {', '.join(MASKINGS)}")
-    if not config.task.startswith("vcr"):
-        raise ConfigError(f"{folder}: a run of task={config.task!r}; masked sets are VCR's")
-    home = data_folder(config)
-    source = source or home / "val.jsonl"
-    cache = open_cache(config.teacher, config.teacher_pretrained) if config.regions == "clip" else None
-    encoder = encoder_of(config, cache, str(folder / "student"))
-    student = load_student(str(folder / "student")).eval()
-    lines = []
-    examples = VcrReader(home, source.stem, references=config.references, file=source).open()
-    encoder.prepare(examples)
-    for record, example in zip(Records.lines(source, "VCR"), examples, strict=True):
-
-        def score_variants(prompt, variants, record=record, example=example):
-            parts = [render(tokens, record["objects"], config.references) for tokens in [prompt, *variants]]
-            asked = replace(example, prompt=parts[0], choices=tuple(parts[1:]))
-            batch = collate([EncodedExamples([asked], encoder)[0]], encoder)
-            return student(**student_inputs(student, batch)).logits[0].tolist()
-
-        lines.append(shortcut_scores(record, score_variants))
-    target = generated_file(source, shift)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scores = target.with_name(f"{source.stem}_shortcut_scores.jsonl")
-    write_jsonl(scores, lines)
-    write_shifted(source, target, shift, scores)
-    return target
+def shared_cache(materials: Materials) -> Path | None:
+    """The folder of all teachers' caches, where the materials have one."""
+    return materials.builder.cache.folder.parent if materials.builder else None

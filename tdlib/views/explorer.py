@@ -37,7 +37,7 @@ from tdlib.views.view import View, _page, comparison, picture_view, text_view
 
 if TYPE_CHECKING:
     from tdlib.teacher.cache import TeacherCache
-    from tdlib.training.run import Materials
+    from tdlib.training.prepare import Materials
     from tdlib.views.attention import Attention
     from tdlib.views.figures.targets import Figure
 
@@ -539,7 +539,7 @@ def example_of(run: Run, split: str, example_id: str) -> Example:
 
 def _student_input(look: Look) -> tuple[Any, Any, TargetRecord, Any]:
     """Student, batch of the example, record and tokenizer."""
-    from tdlib.training.run import EncodedExamples, collate
+    from tdlib.training.data import EncodedExamples, collate
 
     run, record = look.run, look.record()
     student, encoder = _open_student(run)
@@ -592,7 +592,7 @@ def own_view(run: Run, materials: "Materials", example: Example) -> View:
     Raises:
         ExplorerError: answers in a task that has a label set.
     """
-    from tdlib.training.run import preview_targets
+    from tdlib.training.recording import preview_targets
 
     if materials.labels and example.choices:
         raise ExplorerError(

@@ -24,7 +24,7 @@ from tdlib.views import explorer
 from tdlib.views.explorer import VIEWS, Filter, Look, Run
 
 if TYPE_CHECKING:
-    from tdlib.training.run import Materials
+    from tdlib.training.prepare import Materials
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,164 @@
+"""Examples as batches: encoded once, padded together, and divided among processes.
+
+Owns what turns examples into the tensors that the student and the loss read. Does not own how one example
+is encoded (``students``) nor what its targets are (``pipeline``).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, Dataset
+
+from tdlib.data.examples import Example, TextPart
+from tdlib.students.base import EncodedText, StudentEncoder, pad_last
+from tdlib.teacher.probe import soft_target
+from tdlib.training.pipeline import TargetBuilder, Targets
+
+
+class EncodedExamples(Dataset):
+    """Examples as the student's inputs, with targets if a builder is given.
+
+    What was encoded once is kept while it fits into ``memory`` bytes (of each process that makes
+    batches). ``num_labels`` is the size of the label set where examples have no choices. ``modality``
+    "text" blanks the picture, "image" every word (controls: what can be answered without the other?).
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        encoder: StudentEncoder,
+        builder: TargetBuilder | None = None,
+        memory: int = 2**29,
+        num_labels: int = 0,
+        modality: str = "both",
+    ):
+        self.examples, self.encoder, self.builder = examples, encoder, builder
+        self.num_labels, self.modality = num_labels, modality
+        self._kept: dict[int, dict[str, Any]] = {}
+        self._room = memory
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self._kept:
+            return self._kept[index]
+        item = {**self._encode(self.examples[index]), "row": index}
+        targets = item["targets"]
+        tensors = [*item.values(), *item["visual"].values(), *(vars(targets).values() if targets else ())]
+        size = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+        if size <= self._room:
+            self._room -= size
+            self._kept[index] = item
+        return item
+
+    def check_pictures(self) -> None:
+        """Encodes one example of each distinct picture, so that one that is missing or damaged is found now.
+
+        Raises whatever encoding raises; what is encoded is kept as always.
+        """
+        seen = set()
+        for index in range(len(self)):
+            example = self.examples[index]
+            if (example.image, example.boxes) not in seen:  # regions depend on the objects too
+                seen.add((example.image, example.boxes))
+                _ = self[index]
+
+    def _encode(self, example: Example) -> dict[str, Any]:
+        if self.modality == "image":
+            nothing = TextPart("")
+            example = replace(example, prompt=nothing, choices=(nothing,) * len(example.choices))
+        text = self.encoder.text(example)
+        visual = self.encoder.visual(example)
+        if self.modality == "text":
+            visual = self.encoder.blank(visual)
+        targets = (
+            self.builder(example, text.spans, self.encoder.visual_boxes(visual)) if self.builder else None
+        )
+        label = -1 if example.label is None else example.label
+        item = {**vars(text), "visual": visual, "label": label, "targets": targets}
+        if example.annotators:
+            item["soft"] = soft_target(example, self.num_labels)
+        return item
+
+
+def _targets_batch(items: Sequence[dict[str, Any]], length: int, visual: int) -> dict[str, Tensor]:
+    """Targets of a batch; each example's text and visual tokens move to where the student has them."""
+    batch: dict[str, Tensor] = {}
+    for row, item in enumerate(items):
+        targets: Targets = item["targets"]
+        texts = item["input_ids"].shape[1]
+        parts = {
+            "vectors": targets.vectors, "scores": targets.scores, "valid": targets.valid,
+            "target_spans": targets.tokens.spans, "target_boxes": targets.tokens.boxes,
+            "relevance": targets.relevance, "prior": targets.prior,
+        }  # fmt: skip
+        for name, value in parts.items():
+            if name not in batch:
+                batch[name] = value.new_zeros(len(items), len(value), length + visual, *value.shape[2:])
+            batch[name][row, :, :texts] = value[:, :texts]
+            batch[name][row, :, length : length + value.shape[1] - texts] = value[:, texts:]
+    for name in ("teacher_logits", "text_global", "image_global"):
+        batch[name] = torch.stack([getattr(item["targets"], name) for item in items])
+    return batch
+
+
+def collate(items: Sequence[dict[str, Any]], encoder: StudentEncoder) -> dict[str, Tensor]:
+    """One batch: texts padded to the longest, pictures to the largest."""
+    length = max(item["input_ids"].shape[1] for item in items)
+    padding = {"input_ids": encoder.tokenizer.pad_token_id, "objects": -1}
+    batch = {
+        field.name: pad_last([item[field.name] for item in items], length, value=padding.get(field.name, 0))
+        for field in fields(EncodedText)
+    }
+    batch |= encoder.pad_visual([item["visual"] for item in items])
+    batch["labels"] = torch.tensor([item["label"] for item in items])
+    batch["rows"] = torch.tensor([item["row"] for item in items])
+    if "soft" in items[0]:
+        batch["soft"] = torch.stack([item["soft"] for item in items])
+    if items[0]["targets"] is not None:
+        visual = max(i["targets"].valid.shape[1] - i["input_ids"].shape[1] for i in items)
+        batch |= _targets_batch(items, length, visual)
+    return batch
+
+
+class EpochBatches(BatchSampler):
+    """Batches of examples that are reshuffled every epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+class SharedBatches:
+    """What one process of several has of the batches that a single process would see.
+
+    Process ``rank`` takes every ``processes``-th example of each batch, from the ``rank``-th on. A last
+    batch of fewer examples than processes goes to the batch before it if both belong to one update (of
+    ``window`` batches); else every process takes the whole of it, which all sums count alike.
+    """
+
+    def __init__(self, batch_sampler: EpochBatches, window: int, rank: int, processes: int):
+        self.batch_sampler, self.window = batch_sampler, window
+        self.rank, self.processes = rank, processes
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+    def _joins(self) -> bool:
+        """Whether the last batch goes to the one before it."""
+        rest = len(self.batch_sampler.sampler) % self.batch_sampler.batch_size  # type: ignore[arg-type]
+        return 0 < rest < self.processes and (len(self.batch_sampler) - 1) % self.window != 0
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler) - self._joins()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        whole = list(self.batch_sampler)
+        if self._joins():
+            rest = whole.pop()
+            whole[-1] = whole[-1] + rest
+        for batch in whole:
+            yield batch if len(batch) < self.processes else batch[self.rank :: self.processes]

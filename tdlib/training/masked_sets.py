@@ -1,0 +1,64 @@
+"""Masked VCR sets (Ye and Kovashka 2021), made from what a trained student leans on."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tdlib.config import RunConfig
+from tdlib.core.files import write_jsonl
+from tdlib.core.paths import ConfigError
+from tdlib.data.reading import Records
+from tdlib.data.tasks import data_folder, generated_file
+from tdlib.data.vcr import VcrReader, render
+from tdlib.data.vcr_shifts import MASKINGS, shortcut_scores, write_shifted
+from tdlib.students.base import student_inputs
+from tdlib.students.registry import load_student
+from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.prepare import encoder_of, open_cache
+
+
+@torch.inference_mode()
+def write_masked(folder: Path, shift: str, source: Path | None = None) -> Path:
+    """Makes a masked VCR set (Ye and Kovashka 2021) from what the student of a run leans on.
+
+    Every token of every choice is masked in turn; see ``vcr_shifts.shortcut_scores``. The scores are
+    kept beside the set. The student should know answers and rationales: a run of task "vcr".
+
+    Args:
+        folder: the run folder.
+        shift: "rmtop1", "keeptop1", "keeptop3" or "keeptop5".
+        source: a VCR file with labels; val.jsonl of the run's data if None.
+
+    Raises:
+        ConfigError: the run is of another task, or the shift is unknown.
+    """
+    config = RunConfig.from_parameters(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    if shift not in MASKINGS:
+        raise ConfigError(f"shift={shift!r}: expected one of {', '.join(MASKINGS)}")
+    if not config.task.startswith("vcr"):
+        raise ConfigError(f"{folder}: a run of task={config.task!r}; masked sets are VCR's")
+    home = data_folder(config)
+    source = source or home / "val.jsonl"
+    cache = open_cache(config.teacher, config.teacher_pretrained) if config.regions == "clip" else None
+    encoder = encoder_of(config, cache, str(folder / "student"))
+    student = load_student(str(folder / "student")).eval()
+    lines = []
+    examples = VcrReader(home, source.stem, references=config.references, file=source).open()
+    encoder.prepare(examples)
+    for record, example in zip(Records.lines(source, "VCR"), examples, strict=True):
+
+        def score_variants(prompt, variants, record=record, example=example):
+            parts = [render(tokens, record["objects"], config.references) for tokens in [prompt, *variants]]
+            asked = replace(example, prompt=parts[0], choices=tuple(parts[1:]))
+            batch = collate([EncodedExamples([asked], encoder)[0]], encoder)
+            return student(**student_inputs(student, batch)).logits[0].tolist()
+
+        lines.append(shortcut_scores(record, score_variants))
+    target = generated_file(source, shift)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scores = target.with_name(f"{source.stem}_shortcut_scores.jsonl")
+    write_jsonl(scores, lines)
+    write_shifted(source, target, shift, scores)
+    return target

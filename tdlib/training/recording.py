@@ -1,0 +1,166 @@
+"""Records of what a run targets in its probes, made while it trains.
+
+Owns the recorder; the record and its file are ``core.records``, and which tokens are chosen and what they
+weigh is the module's business.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from tdlib.config import RunConfig
+from tdlib.core.records import END, TargetRecord
+from tdlib.data.examples import Example, low_shot
+from tdlib.method.relevance import STUDENT_RELEVANCE
+from tdlib.students.base import student_inputs
+from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.objective import TargetedDistillation
+from tdlib.training.pipeline import TargetBuilder
+from tdlib.training.prepare import Materials, class_logits, load_student
+
+
+class Probes(Protocol):
+    """Examples with their encoding and targets, such as ``training.EncodedExamples`` with a builder."""
+
+    examples: Sequence[Example]
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class ProbeRecorder:
+    """Records what a run targets in a fixed set of examples, as often as it is asked to.
+
+    A call costs the student's forward on the probes, without gradient; the targets are those that
+    ``probes`` keep. It changes nothing: neither weights nor random numbers, so that a run with and
+    one without a recorder are the same. Records gather in ``records``, for ``write_records``.
+
+    Args:
+        probes: what is recorded; examples and their encoding, with targets.
+        collate: makes a batch of several of their items.
+        module: the run's student and settings.
+        split: the name of the probes' split.
+        batch_size: examples per forward.
+    """
+
+    def __init__(
+        self,
+        probes: Probes,
+        collate: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]],
+        module: TargetedDistillation,
+        split: str = "",
+        batch_size: int = 32,
+    ):
+        self.probes, self.collate, self.module = probes, collate, module
+        self.split, self.batch_size = split, batch_size
+        self.records: list[TargetRecord] = []
+
+    @torch.no_grad()
+    def record(self, step: int = END) -> list[TargetRecord]:
+        """Appends, and returns, a record for each statement of each probe.
+
+        ``step`` is the number of updates done, or END. In evaluation mode (no dropout).
+        """
+        module, was_training = self.module, self.module.training
+        drawn = module.generator.get_state()
+        module.eval()
+        found = []
+        try:
+            for start in range(0, len(self.probes.examples), self.batch_size):
+                examples = self.probes.examples[start : start + self.batch_size]
+                items = [self.probes[start + i] for i in range(len(examples))]
+                found += self._batch(examples, items, step)
+        finally:
+            module.train(was_training)
+            module.generator.set_state(drawn)
+        self.records += found
+        return found
+
+    def _batch(
+        self, examples: Sequence[Example], items: list[dict[str, Any]], step: int
+    ) -> list[TargetRecord]:
+        module = self.module
+        device = next(module.student.parameters()).device
+        batch = {name: value.to(device) for name, value in self.collate(items).items()}
+        reads_student = module.settings.relevance in STUDENT_RELEVANCE
+        output = module.student(**student_inputs(module.student, batch), output_hidden_states=reads_student)
+        hidden = output.hidden_states[module.settings.distill_layer] if reads_student else None
+        relevance, scores = module.scores(batch, hidden)
+        selected, weight = module.choose_tokens(batch, hidden)
+        columns = {"relevance": relevance, "score": scores, "selected": selected, "weight": weight}
+        arrays = {name: value.cpu().numpy() for name, value in columns.items()}
+        teacher, student = (
+            logits.float().softmax(-1).cpu().numpy() for logits in (batch["teacher_logits"], output.logits)
+        )
+        instance = module.instance_weights(batch, output.logits).float().cpu().numpy()
+        length = batch["input_ids"].shape[2]
+        records = []
+        for row, (example, item) in enumerate(zip(examples, items, strict=True)):
+            targets, texts = item["targets"], item["input_ids"].shape[1]
+            # the example's own tokens in the padded batch
+            own = np.r_[:texts, length : length + targets.valid.shape[1] - texts]
+            label, p = example.label, student[row]
+            teacher_p = student_p = weight_of_example = None
+            if label is not None:
+                teacher_p, student_p = float(teacher[row, label]), float(p[label])
+                weight_of_example = float(instance[row])
+            for choice, statement in enumerate(example.statements()):
+                spans = targets.tokens.spans[choice].numpy()
+                records.append(
+                    TargetRecord(
+                        example_id=example.id, choice=choice, label=label, prediction=int(p.argmax()),
+                        text=statement.text, references=statement.references, image=example.image,
+                        object_boxes=example.boxes, object_names=example.names,
+                        tokens=tuple(statement.text[start:end] for start, end in spans), spans=spans,
+                        boxes=targets.tokens.boxes[choice].numpy(), distilled=targets.valid[choice].numpy(),
+                        prior=targets.prior[choice].numpy(), relevant_spans=statement.relevant,
+                        relevant_boxes=example.relevant_boxes, truth=example.truth,
+                        split=self.split, step=step,
+                        teacher_probability=teacher_p, student_probability=student_p,
+                        instance_weight=weight_of_example,
+                        **{name: array[row, choice, own] for name, array in arrays.items()},
+                    )
+                )  # fmt: skip
+        return records
+
+
+class RecordTargets(TrainerCallback):
+    """Records what is targeted in the probes, before the first update and every few."""
+
+    def __init__(self, recorders: Sequence[ProbeRecorder], every: int):
+        self.recorders, self.every = recorders, every
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:  # not where the run is continued
+            self._record(0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            self._record(state.global_step)
+
+    def _record(self, step: int) -> None:
+        for recorder in self.recorders:
+            recorder.record(step)
+
+
+def preview_targets(
+    config: RunConfig, materials: Materials, examples: Sequence[Example]
+) -> list[TargetRecord]:
+    """What the method would target in examples before any training: one record per statement.
+
+    The student is the untrained one; what the cache lacks is added to it. Any example will do, also
+    one of your own (``Example`` with a picture and a text).
+    """
+    assert materials.builder is not None
+    shared = materials.builder
+    logits = class_logits(config, materials, low_shot(materials.train, config.shots, config.seed))
+    builder = TargetBuilder(shared.cache, shared.idf, config, logits)
+    builder.prepare(examples)
+    materials.encoder.prepare(examples)
+    probes = EncodedExamples(examples, materials.encoder, builder, num_labels=len(materials.labels))
+    module = TargetedDistillation(load_student(config, materials), config, shared.cache.teacher.dim)
+    return ProbeRecorder(probes, partial(collate, encoder=materials.encoder), module).record()

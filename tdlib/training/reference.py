@@ -1,0 +1,55 @@
+"""What is reached without a student: the teacher itself, and guessing."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from tdlib.config import RunConfig
+from tdlib.data.chance import chance_scores, constant_answer
+from tdlib.data.examples import Example, low_shot
+from tdlib.data.tasks import score
+from tdlib.teacher.cache import TeacherCache
+from tdlib.teacher.model import choice_logits
+from tdlib.training.prepare import Materials, class_logits
+
+
+def zero_shot(cache: TeacherCache, examples: Sequence[Example]) -> np.ndarray:
+    """The teacher's own probabilities over the choices, (examples, choices), from the cache."""
+    rows = []
+    for example in examples:
+        picture = cache.picture(example.image).pooled
+        texts = np.stack([cache.text(statement.text).pooled.numpy() for statement in example.statements()])
+        logits = choice_logits(picture, picture.new_tensor(texts), cache.teacher.logit_scale)
+        rows.append(logits.softmax(-1).numpy())
+    return np.stack(rows)
+
+
+def reference_scores(config: RunConfig, materials: Materials) -> pd.DataFrame:
+    """What the teacher makes of the evaluated splits without a student, and what guessing reaches.
+
+    Columns arm, split, mean. The teacher chooses zero-shot where examples have choices; else a
+    linear probe on its global embeddings, fitted on the subset of the config's seed. Guessing is as in
+    ``data.chance``. Task "vcr" is left out: its figure is joint.
+    """
+    assert materials.builder is not None
+    rows: list[dict] = []
+    subset = low_shot(materials.train, config.shots, config.seed)
+    logits = class_logits(config, materials, subset)
+    constant = constant_answer(materials.train)
+    for split, examples in materials.evaluated.items():
+        if not examples.labelled or config.task == "vcr":
+            continue
+        if logits is None:
+            name, chosen = "teacher, zero-shot", zero_shot(materials.builder.cache, examples).argmax(1)
+        else:
+            name = "teacher, probe" if config.class_probabilities == "probe" else "teacher, zero-shot"
+            chosen = np.array([int(logits(example).argmax()) for example in examples])
+        scores = [
+            score(example, int(prediction), materials.labels)
+            for example, prediction in zip(examples, chosen, strict=True)
+        ]
+        guesses = chance_scores(examples, constant, materials.labels)
+        rows.append({"arm": name, "split": split, "mean": float(np.mean(scores))})
+        rows.append({"arm": "chance", "split": split, "mean": float(np.mean(guesses))})
+    return pd.DataFrame(rows, columns=["arm", "split", "mean"])
