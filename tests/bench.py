@@ -25,12 +25,12 @@ from tdlib.core.devices import usual_device
 from tdlib.core.paths import ROOT
 from tdlib.core.records import write_records
 from tdlib.data.examples import low_shot
+from tdlib.data.pictures import open_picture
 from tdlib.runs.batch import Batch
 from tdlib.students.base import student_inputs
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
 from tdlib.students.vilt import ViltForMultipleChoice
 from tdlib.teacher.cache import TeacherCache
-from tdlib.teacher.model import open_picture
 from tdlib.training import checkpoints
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.evaluation import predict

@@ -16,8 +16,9 @@ from torch.testing import assert_close
 import tdlib.teacher.cache
 from tdlib.core.files import file_digest
 from tdlib.data.examples import DataError
+from tdlib.data.pictures import open_picture
 from tdlib.teacher.cache import CacheError, TeacherCache
-from tdlib.teacher.model import EXTRAS, Teacher, TeacherError, open_picture
+from tdlib.teacher.model import EXTRAS, Teacher, TeacherError
 
 TEXTS = [
     "a red umbrella",

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig
 
 from tdlib.data.examples import Reference, TextPart
+from tdlib.data.pictures import open_picture
 from tdlib.data.vcr import PERSON_TOKENS, VcrReader
 from tdlib.students.base import StudentError, load_checkpoint
 from tdlib.students.clip import (
@@ -30,7 +31,7 @@ from tdlib.students.clip import (
     open_teacher_as_student,
 )
 from tdlib.students.vilt import load_vilt
-from tdlib.teacher.model import Teacher, TeacherError, open_picture
+from tdlib.teacher.model import Teacher, TeacherError
 from tdlib.training.data import EncodedExamples, collate
 
 CLOSE = {"rtol": 0, "atol": 1e-5}

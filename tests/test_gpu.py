@@ -19,11 +19,12 @@ from tdlib.arms import ARMS
 from tdlib.config import RunConfig, apply_arm
 from tdlib.core.paths import ROOT
 from tdlib.data.examples import low_shot
+from tdlib.data.pictures import open_picture
 from tdlib.regions.computed import open_regions
 from tdlib.runs.batch import Batch
 from tdlib.runs.engines import visible_gpus
 from tdlib.teacher.cache import TeacherCache
-from tdlib.teacher.model import EXTRAS, Teacher, open_picture
+from tdlib.teacher.model import EXTRAS, Teacher
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TargetBuilder

@@ -7,10 +7,11 @@ import pytest
 
 from tdlib.core.files import file_digest
 from tdlib.core.paths import ROOT
+from tdlib.data.pictures import open_picture
 from tdlib.data.vcr import VcrReader
 from tdlib.make.regions import KINDS, evaluate_region_student
 from tdlib.miniworld.writers import VcrSize, write_vcr
-from tdlib.teacher.model import Teacher, open_picture
+from tdlib.teacher.model import Teacher
 
 MODELS = sorted(path.parent for path in (ROOT / "data" / "models").glob("*/provenance.json"))
 

@@ -338,3 +338,33 @@ def test_problems_are_all_listed_once(tmp_path):
     assert list(Three(tmp_path, fails_at_the_end=True).problems()) == ["line 9: left out", "mixed"]
     with pytest.raises(DataError, match="question 1 is bad"):
         Three(tmp_path).read()
+
+
+# what files may begin with, and names that stand twice
+
+
+def test_a_byte_order_mark_is_no_damage(path):
+    mark, records = b"\xef\xbb\xbf", [{"id": 1, "text": "日本"}, {"id": 2}]
+    path.write_bytes(mark + b"\n".join(json.dumps(record).encode() for record in records))
+    assert list(lines(path)) == records
+    for key, value in (("all", {"info": 1, "all": records}), (None, records)):
+        path.write_bytes(mark + json.dumps(value, ensure_ascii=False).encode())
+        assert list(entries(path, key)) == records
+    path.write_bytes(mark)
+    assert list(lines(path)) == []
+
+
+@pytest.mark.parametrize("line", ['{"id": 1, "a": 2, "a": 3}', '{"id": 1, "b": [{"a": 2, "a": 2}]}'])
+def test_a_name_that_stands_twice_in_an_object_is_refused(path, line):
+    path.write_text(f'{{"id": 0}}\n{line}\n')
+    with pytest.raises(DataError, match=r"file\.json:2: .*'a' stands twice"):
+        list(lines(path))
+    path.write_text(f"[{line}]")
+    with pytest.raises(DataError, match=r"entry 1: .*'a' stands twice"):
+        list(entries(path))
+
+
+def test_an_array_that_stands_twice_is_refused(path):
+    path.write_text('{"all": [{"id": 1}], "all": [{"id": 2}]}')
+    with pytest.raises(DataError, match="there are two 'all'"):
+        entries(path, "all")

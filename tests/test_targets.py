@@ -7,10 +7,11 @@ import torch
 from torch.testing import assert_close
 
 from tdlib.config import RunConfig
+from tdlib.data.pictures import open_picture
 from tdlib.method.priors import Idf
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.teacher.cache import CacheError, TeacherCache
-from tdlib.teacher.model import EXTRAS, open_picture
+from tdlib.teacher.model import EXTRAS
 from tdlib.training.pipeline import TargetBuilder, Targets, teacher_tokens
 from tdlib.training.prepare import read_split
 

@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tdlib.data.examples import DataError
+from tdlib.data.pictures import open_picture
 from tdlib.teacher.model import (
     Teacher,
     TeacherError,
     TextTokenizer,
     choice_logits,
     encode_text_tokens,
-    open_picture,
     patch_boxes,
     spans_in_raw,
 )

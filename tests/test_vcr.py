@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tdlib.data.examples import DataError, Example, Examples, Reference, low_shot
 from tdlib.data.vcr import (
@@ -162,8 +163,10 @@ def test_references_are_spans_of_the_text_with_their_objects(tmp_path):
     (example,) = read(write(tmp_path))
     prompt = example.prompt
     named = [(prompt.text[r.start : r.end], r.objects) for r in prompt.references]
-    assert named == [("Casey and Jackie", (0, 3)), ("Riley", (1,)), ("wineglass", (2,))]
-    assert example.choices[2].references == (Reference(0, 26, (0, 1, 3)),)
+    assert named == [("Casey", (0,)), ("Jackie", (3,)), ("Riley", (1,)), ("wineglass", (2,))]
+    assert example.choices[2].references == (
+        Reference(0, 5, (0,)), Reference(10, 15, (1,)), Reference(20, 26, (3,))
+    )  # fmt: skip
 
 
 def test_rationales_are_conditioned_on_the_right_answer(tmp_path):
@@ -172,7 +175,7 @@ def test_rationales_are_conditioned_on_the_right_answer(tmp_path):
     right = answers.choices[1]
     assert example.prompt.text == f"{answers.prompt.text} {right.text}"
     assert [example.prompt.text[r.start : r.end] for r in example.prompt.references] == [
-        "Casey and Jackie", "Riley", "wineglass", "Riley",
+        "Casey", "Jackie", "Riley", "wineglass", "Riley",
     ]  # fmt: skip
     assert [example.prompt.text[start:end] for start, end in example.prompt.relevant] == [
         "look at", "wineglass", "afraid of Riley",
@@ -221,15 +224,41 @@ def test_a_data_folder_may_be_given_by_any_path(tmp_path, monkeypatch):
 def test_a_metadata_file_is_read_once_for_all_its_questions(tmp_path, monkeypatch):
     write(tmp_path, *(another(number) for number in range(5)), relevance=RELEVANCE)
     opened = []
-    original = Path.read_text
+    original = Path.read_bytes
 
-    def read_text(self, *arguments, **options):
+    def read_bytes(self):
         opened.append(self.name)
-        return original(self, *arguments, **options)
+        return original(self)
 
-    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
     assert len(read(tmp_path)) == 5
     assert opened == [f"{Path(STEM).name}.json"]
+
+
+def picture_of(folder: Path, size: tuple[int, int], orientation: int = 1) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", size).save(folder / "vcr1images" / f"{STEM}.jpg", exif=exif)
+
+
+def test_boxes_of_stored_pixels_turn_with_the_picture(tmp_path):
+    """Metadata of 1920 x 800 and a picture stored so, which stands upright when turned by a quarter."""
+    plain = read(write(tmp_path, relevance=RELEVANCE))[0]
+    picture_of(tmp_path, (192, 80), orientation=6)
+    turned = read(tmp_path)[0]
+    assert turned.boxes == tuple((1 - y2, x1, 1 - y1, x2) for x1, y1, x2, y2 in plain.boxes)
+    x1, y1, x2, y2 = plain.relevant_boxes[0]
+    assert turned.relevant_boxes == ((1 - y2, x1, 1 - y1, x2),)
+    picture_of(tmp_path, (80, 192), orientation=6)  # the metadata state the size of the upright picture
+    assert read(tmp_path)[0].boxes == plain.boxes
+
+
+def test_exchanged_width_and_height_are_refused(tmp_path):
+    write(tmp_path)
+    picture_of(tmp_path, (800, 1920))
+    assert "width=1920, height=800, but the picture has 800 x 1920 pixels" in failure(tmp_path)
+    (problem,) = VcrReader(tmp_path, "train").problems()
+    assert "width and height are exchanged" in problem
 
 
 def test_every_miniworld_split_is_read(world):
@@ -331,9 +360,9 @@ def spoken(token, names: list[str]) -> str:
 def test_reference_spans_are_the_names_and_indices(case):
     tokens, names = case
     part = render(tokens, names)
-    references = [token for token in tokens if isinstance(token, list)]
-    assert [list(r.objects) for r in part.references] == references
-    assert [part.text[r.start : r.end] for r in part.references] == [spoken(t, names) for t in references]
+    objects = [i for token in tokens if isinstance(token, list) for i in token]
+    assert [r.objects for r in part.references] == [(i,) for i in objects]
+    assert [part.text[r.start : r.end] for r in part.references] == [spoken([i], names) for i in objects]
     assert all(first.end <= second.start for first, second in pairwise(part.references))
     assert part.text.replace(" ", "") == "".join(spoken(token, names) for token in tokens).replace(" ", "")
     assert part.text == part.text.strip() and "  " not in part.text
@@ -761,7 +790,7 @@ def test_a_joint_hit_needs_both_halves(hits):
 @pytest.mark.parametrize(
     ("tokens", "scheme", "text", "objects"),
     [
-        ([[0, 2], "'s", [1], "?"], "person_tokens", "person_0 person_2's dog?", [(0, 2), (1,)]),
+        ([[0, 2], "'s", [1], "?"], "person_tokens", "person_0 person_2's dog?", [(0,), (2,), (1,)]),
         ([[10_000], "sits", "."], "names", "[MASK] sits.", []),
         ([[0, 10_002], "sit"], "names", "Casey and [MASK] sit", [(0,)]),
         ([[10_000, 2], "sit"], "person_tokens", "[MASK] person_2 sit", [(2,)]),

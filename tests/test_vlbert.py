@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig
 
 from tdlib.data.examples import Example, Reference, TextPart
-from tdlib.data.vcr import VcrReader
+from tdlib.data.vcr import VcrReader, render
 from tdlib.make.pretraining import train_wordpiece_tokenizer
 from tdlib.regions.computed import Regions
 from tdlib.students.base import StudentError
@@ -27,6 +27,7 @@ from tdlib.students.vlbert import (
     convert_vlbert,
     geometry,
     load_vlbert,
+    referents,
     vlbert_weights,
 )
 
@@ -392,6 +393,28 @@ def test_tokens_show_the_object_that_they_refer_to(encoder, student, examples):
     differs = (states[0] != states[1]).any(-1)
     assert torch.equal(differs[:, : text.objects.shape[1]] & (text.objects >= 0), text.objects == 1)
     assert differs.sum() == (text.objects == 1).sum() == len(example.choices)
+
+
+def test_each_of_several_names_shows_its_own_object(encoder, examples):
+    """ "and" shows the whole picture, as in the authors' vcr.py; VisualBERT aligns the same objects."""
+    names = ["person", "person", "person"]
+    spoken = render(["What", "are", [1, 2], "talking", "about", "?"], names)
+    example = replace(examples[0], prompt=spoken, choices=(), boxes=((0, 0, 1, 1),) * 3, names=tuple(names))
+    text = encoder.text(example)
+    which = referents(text.objects[None], torch.tensor([[-1, 0, 1, 2]])).long().argmax(-1)[0, 0]
+
+    def regions(word: str) -> set[int]:
+        start, end = spoken.text.index(word), spoken.text.index(word) + len(word)
+        inside = (text.spans[0, :, 0] < end) & (text.spans[0, :, 1] > start)
+        return set(which[inside].tolist())
+
+    assert [regions(word) for word in ("are", "Riley", "and", "Jessie", "talking")] == [
+        {0},
+        {2},
+        {0},
+        {3},
+        {0},
+    ]
 
 
 def test_texts_are_those_of_the_authors(encoder, examples):

@@ -13,12 +13,52 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from tdlib.data.examples import Box, DataError, Example, Examples, TextPart
+from tdlib.data.pictures import check_picture, read_header
 
 _CHUNK = 2**22
 _SPACE = " \t\n\r"
+_MARK = codecs.BOM_UTF8  # some editors and spreadsheets put these three bytes before the text
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; Python would keep the last of two members of one name without a word."""
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return members
+
+
+_decode_json = json.JSONDecoder(object_pairs_hook=_unique).decode
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON text in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8 or not JSON, an object names a member twice, or a string holds half
+            of a surrogate pair, which is no text and would fail later, in a tokenizer.
+        RecursionError: it is nested too deeply.
+    """
+    value = _decode_json(raw.removeprefix(_MARK).decode("utf-8"))
+    if b"\\u" in raw:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def read_json(path: Path, where: str = "", remedy: str = "copy it again") -> Any:
+    """The value of a small JSON file.
+
+    Raises:
+        DataError: the file is missing, or is not JSON in UTF-8.
+    """
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{where or path}: not readable as JSON in UTF-8 ({error}); {remedy}") from None
 
 
 class Records(Sequence[dict[str, Any]]):
@@ -55,6 +95,7 @@ class Records(Sequence[dict[str, Any]]):
                 ends.append(breaks)
                 base += len(chunk)
         spans = np.stack([np.concatenate(starts), np.concatenate([*ends, [base]])], axis=1)
+        spans[0, 0] = _start_of_text(path)
         keep = spans[:, 1] > spans[:, 0]
         with path.open("rb") as file:
             for index in np.flatnonzero(keep & (spans[:, 1] - spans[:, 0] < 16)):
@@ -91,9 +132,7 @@ class Records(Sequence[dict[str, Any]]):
         start, end = self.spans[index]
         try:
             raw = os.pread(self._file.fileno(), int(end - start), int(start))
-            record = json.loads(raw.decode("utf-8"))
-            if b"\\u" in raw:  # half a surrogate pair is no text: it fails here, not in a tokenizer
-                json.dumps(record, ensure_ascii=False).encode("utf-8")
+            record = parse_json(raw)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{self.where(index)}: not valid JSON in UTF-8 ({error}); "
@@ -112,11 +151,18 @@ def _need_file(path: Path, expected: str) -> None:
         raise DataError(f"{path}: no such file; expected {expected}")
 
 
+def _start_of_text(path: Path) -> int:
+    """The number of bytes before the text: 3 with a byte order mark, else 0."""
+    with path.open("rb") as file:
+        return len(_MARK) if file.read(len(_MARK)) == _MARK else 0
+
+
 def _entry_spans(path: Path, key: str | None, what: str) -> Iterator[tuple[int, int]]:
     """Byte spans of an array's entries, read in pieces so that the file is never whole in memory."""
     decoder, scan = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode
     with path.open("rb") as file:
-        text, position, base = "", 0, 0  # `base` is the byte position of text[0]
+        text, position = "", 0
+        base = file.seek(_start_of_text(path))  # the byte position of text[0]
 
         def bad(reason: str) -> DataError:
             return DataError(
@@ -204,7 +250,8 @@ def _entry_spans(path: Path, key: str | None, what: str) -> Iterator[tuple[int, 
             counted, place = counted + length, position
             more_to_come = take(",]") == ","
         while key is not None and take(",}") == ",":
-            member()
+            if member() == key:
+                raise bad(f"there are two {key!r}, of which only one would be read")
             value()
         if behind := peek():
             raise bad(f"found {behind!r} behind the end")
@@ -350,14 +397,10 @@ def relevant_part(text: str, marks: tuple[dict[str, Any], str] | None) -> TextPa
 
 
 def picture_boxes(marks: tuple[dict[str, Any], str] | None, image: Path) -> tuple[Box, ...]:
-    """The boxes that a relevance line marks, normalised by the size of its picture."""
+    """The boxes that a relevance line marks in pixels of the upright picture, normalised by its size."""
     if marks is None or not marks[0].get("boxes"):
         return ()
-    try:
-        with Image.open(image) as picture:
-            width, height = picture.size
-    except Exception as error:  # Pillow lets through what its decoders raise
-        raise DataError(f"{image}: not a picture ({error}); copy it again") from None
+    width, height = read_header(image).upright
     return normalise_boxes(marks[0]["boxes"], width, height, marks[1])
 
 
@@ -410,16 +453,8 @@ class Reader(ABC):
                 image = examples[index].image
                 if decode and image not in seen:
                     seen.add(image)
-                    _decode(image)
+                    check_picture(image, decode=True)
             except DataError as error:
                 if str(error) != last:  # the parts of one question, which stand together, fail alike
                     yield str(error)
                 last = str(error)
-
-
-def _decode(path: Path) -> None:
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-    except Exception as error:  # Pillow lets through what its decoders raise
-        raise DataError(f"{path}: not a picture that can be decoded ({error}); copy it again") from None

@@ -7,7 +7,6 @@ beside a split: ``*.relevance.jsonl`` (token indices and boxes that decide) and 
 """
 
 import csv
-import json
 import math
 import os
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from tdlib.data.examples import Box, DataError, Example, Examples, Reference, Span, TextPart, join_parts
 from tdlib.core.files import whole_file
+from tdlib.data.pictures import PictureHeader, read_header, upright_boxes
 from tdlib.data.reading import (
     Reader,
     Records,
@@ -26,6 +26,7 @@ from tdlib.data.reading import (
     is_number,
     need,
     normalise_boxes,
+    read_json,
 )
 from tdlib.data.vcr_shifts import MASKED_TAG
 
@@ -65,8 +66,10 @@ def render(
 ) -> TextPart:
     """A mixed token list as one string, with the characters of every reference and decisive token.
 
-    Several objects in one reference are joined as the scheme says. A masked object (10,000 + its
-    index, as in Ye and Kovashka's sets) becomes "[MASK]" and refers to nothing. Raises
+    The names of a token that lists several objects are joined as the scheme says; each name is a
+    reference to its own object, and what joins them refers to nothing (VL-BERT's and VisualBERT's
+    authors do so). A masked object (10,000 + its index, as in Ye and Kovashka's sets) becomes "[MASK]"
+    and refers to nothing. Raises
     ``IndexError`` for an object or a decisive token that does not exist and ``TypeError`` for a
     token that is neither.
     """
@@ -81,16 +84,21 @@ def render(
             for i in token:
                 if not 0 <= i % MASKED_TAG < len(names) or not 0 <= i < 2 * MASKED_TAG:
                     raise IndexError(f"reference to object {i}, but the picture has {len(names)} objects")
-            word = between.join("[MASK]" if i >= MASKED_TAG else name_of(i, names[i]) for i in token)
+            words = ["[MASK]" if i >= MASKED_TAG else name_of(i, names[i]) for i in token]
         elif isinstance(token, str):
-            word = token
+            words = [token]
         else:
             raise TypeError(f"a token is a string or a list of object indices, found {token!r}")
+        word = between.join(words)
         if text and word not in _NO_SPACE_BEFORE:
             text += " "
         spans.append((len(text), len(text) + len(word)))
-        if isinstance(token, list) and min(token) < MASKED_TAG:
-            references.append(Reference(*spans[-1], tuple(i for i in token if i < MASKED_TAG)))
+        if isinstance(token, list):
+            start = len(text)
+            for i, name in zip(token, words, strict=True):
+                if i < MASKED_TAG:
+                    references.append(Reference(start, start + len(name), (i,)))
+                start += len(name) + len(between)
         text += word
     for i in decisive:
         if not 0 <= i < len(spans):
@@ -110,21 +118,19 @@ def _merge(spans: Sequence[Span], text: str) -> list[Span]:
 
 
 @dataclass(frozen=True)
-class _Metadata:
-    """One picture's metadata file: objects (boxes normalised) and its size in pixels."""
+class _Picture:
+    """A picture and its metadata file: objects, and the size in pixels that their boxes are measured in."""
 
-    boxes: tuple[Box, ...]
+    image: Path
+    header: PictureHeader
+    size: tuple[float, float]
     names: tuple[str, ...]
-    width: float
-    height: float
+    boxes: tuple[Box, ...]  # normalised, of the upright picture
 
     @classmethod
-    def read(cls, path: Path, where: str) -> "_Metadata":
+    def read(cls, path: Path, image: Path, where: str) -> "_Picture":
         where = f"{path} (used by {where})"
-        try:
-            metadata = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not readable as JSON ({error}); unpack vcr1images.zip again") from None
+        metadata = read_json(path, where, "unpack vcr1images.zip again")
         if not isinstance(metadata, dict):
             raise DataError(f"{where}: found {type(metadata).__name__}, expected a VCR metadata object")
         width: Any = metadata.get("width")
@@ -139,7 +145,16 @@ class _Metadata:
         boxes = normalise_boxes(metadata.get("boxes"), width, height, where)
         if len(names) != len(boxes):
             raise DataError(f"{where}: {len(names)} names but {len(boxes)} boxes; expected one name per box")
-        return cls(boxes, tuple(names), width, height)
+        try:
+            header = read_header(image)
+        except DataError:  # whoever opens the picture says so; until then its metadata are believed
+            header = PictureHeader(int(width), int(height), 1)
+        boxes = upright_boxes(boxes, (width, height), header, where)
+        return cls(image, header, (width, height), tuple(names), boxes)
+
+    def places(self, boxes: list[Any], where: str) -> tuple[Box, ...]:
+        """Boxes in pixels of the metadata's size as ``self.boxes`` are."""
+        return upright_boxes(normalise_boxes(boxes, *self.size, where), self.size, self.header, where)
 
 
 @dataclass(frozen=True)
@@ -227,7 +242,7 @@ class VcrReader(Reader):
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such folder; unpack vcr1images.zip there")
         self.subtask, self.references = subtask, references
-        self._metadata: dict[Path, _Metadata] = {}  # several questions share a picture
+        self._pictures: dict[tuple[Path, Path], _Picture] = {}  # several questions share a picture
 
     def open(self, report: Callable[[str], None] | None = None) -> Examples:
         records = Records.lines(self.path, self.what)
@@ -304,17 +319,17 @@ class VcrReader(Reader):
             )
         return path
 
-    def _picture(self, record: dict[str, Any], where: str) -> _Metadata:
-        """The metadata of a record's picture, checked against the record's objects."""
-        path = self._file(record, "metadata_fn", where)
-        if path not in self._metadata:
-            if len(self._metadata) >= 4096:
-                self._metadata.clear()
-            self._metadata[path] = _Metadata.read(path, where)
-        picture = self._metadata[path]
+    def _picture(self, record: dict[str, Any], where: str) -> _Picture:
+        """A record's picture with its metadata, checked against each other and the record's objects."""
+        paths = self._file(record, "metadata_fn", where), self._file(record, "img_fn", where)
+        if paths not in self._pictures:
+            if len(self._pictures) >= 4096:
+                self._pictures.clear()
+            self._pictures[paths] = _Picture.read(*paths, where)
+        picture = self._pictures[paths]
         if list(picture.names) != need(record, "objects", list, where, self.what):
             raise DataError(
-                f"{where}: 'objects' differs from the names in {path}; files of different releases?"
+                f"{where}: 'objects' differs from the names in {paths[0]}; files of different releases?"
             )
         return picture
 
@@ -363,7 +378,7 @@ class VcrReader(Reader):
             choices = choices_of("rationale_choices", marks.rationale_choices)
         return Example(
             id=name,
-            image=self._file(record, "img_fn", where),
+            image=picture.image,
             boxes=picture.boxes,
             names=picture.names,
             prompt=prompt,
@@ -371,9 +386,7 @@ class VcrReader(Reader):
             label=label,
             stratum=stratum,
             given=start,
-            relevant_boxes=normalise_boxes(
-                marks.boxes, picture.width, picture.height, f"relevance of {where}"
-            ),
+            relevant_boxes=picture.places(marks.boxes, f"relevance of {where}"),
         )
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from tdlib.core.files import file_digest
 from tdlib.data.examples import DataError, Example
+from tdlib.data.pictures import open_picture
 from tdlib.regions.backbones import Backbone, open_backbone
 from tdlib.teacher.cache import CacheError, TeacherCache
-from tdlib.teacher.model import open_picture
 
 Layout = Literal["boxes", "grid", "boxes+grid"]
 

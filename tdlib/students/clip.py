@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from tdlib.core.files import write_json
 from tdlib.core.paths import resolve
 from tdlib.data.examples import Example
+from tdlib.data.pictures import open_picture
 from tdlib.students.base import (
     EncodedText,
     StudentEncoder,
@@ -33,7 +34,6 @@ from tdlib.teacher.model import (
     TextTokenizer,
     blueprint,
     choice_logits,
-    open_picture,
     patch_boxes,
 )
 from tdlib.teacher.towers import image_tower, text_tower

@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, ViltConfig, ViltModel, ViltPreTrain
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tdlib.data.examples import Example
+from tdlib.data.pictures import open_picture
 from tdlib.students.base import (
     EncodedText,
     StudentEncoder,
@@ -26,7 +27,6 @@ from tdlib.students.base import (
     pair_spans,
     referred_objects,
 )
-from tdlib.teacher.model import open_picture
 
 
 def embed_patches(vilt: ViltModel, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

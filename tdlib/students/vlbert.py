@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import ExifTags, Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BertConfig
@@ -29,7 +28,8 @@ from transformers.models.bert.modeling_bert import (
 
 from tdlib.core.files import write_folder
 from tdlib.core.paths import resolve
-from tdlib.data.examples import Example
+from tdlib.data.examples import DataError, Example
+from tdlib.data.pictures import read_header
 from tdlib.regions.computed import Regions, RegionSource
 from tdlib.students.base import (
     EncodedText,
@@ -389,10 +389,8 @@ def picture_size(path: Path) -> tuple[int, int] | None:
     Features that came with a data set can be used without its pictures.
     """
     try:
-        with Image.open(path) as picture:  # reads the head of the file only
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return picture.size[::-1] if turned else picture.size
-    except (OSError, Image.DecompressionBombError):
+        return read_header(path).upright
+    except DataError:
         return None
 
 

@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tdlib.core.files import file_digest
-from tdlib.teacher.model import EXTRAS, Teacher, TeacherRecord, open_picture
+from tdlib.data.pictures import open_picture
+from tdlib.teacher.model import EXTRAS, Teacher, TeacherRecord
 
 log = logging.getLogger(__name__)
 

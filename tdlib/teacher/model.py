@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, cast
 
 import open_clip
@@ -20,13 +19,12 @@ import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdlib.core.devices import usual_device
 from tdlib.core.paths import resolve
-from tdlib.data.examples import DataError
 from tdlib.teacher.towers import EXTRAS as EXTRAS
 from tdlib.teacher.towers import Seen, Tower, image_tower, text_tower
 from tdlib.teacher.towers import TeacherError as TeacherError
@@ -53,21 +51,6 @@ class TeacherRecord:
     vv: Tensor | None = None  # (tokens, teacher_dim), value-value attention
     attention: Tensor | None = None  # (tokens,), the pooled position's attention in the last layer
     rollout: Tensor | None = None  # (tokens,), the same through all layers
-
-
-def open_picture(path: Path) -> Image.Image:
-    """An RGB picture.
-
-    Raises:
-        DataError: the file is missing or does not decode.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{path}: picture is missing; unpack the data set's pictures again") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: picture does not decode ({error}); copy the file again") from None
 
 
 def patch_boxes(

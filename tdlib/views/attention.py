@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tdlib.core.records import TargetRecord
-from tdlib.teacher.model import Teacher, open_picture
+from tdlib.data.pictures import open_picture
+from tdlib.teacher.model import Teacher
 from tdlib.teacher.towers import Tower, attention_weights, take_apart
 from tdlib.views.runs import _embedded, _html_table
 from tdlib.views.view import View, _page, percent, title, token_name

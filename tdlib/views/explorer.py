@@ -566,7 +566,7 @@ def own_example(picture: Path | str, text: str, answers: Sequence[str] = ()) -> 
         ExplorerError: there is no text, or an answer is empty.
         DataError: the picture is missing or does not decode.
     """
-    from tdlib.teacher.model import open_picture
+    from tdlib.data.pictures import open_picture
 
     if not text.strip():
         raise ExplorerError("no text: write a statement, or a question with its answers")

@@ -15,7 +15,7 @@ from itertools import pairwise
 from PIL import Image, ImageDraw
 
 from tdlib.data.examples import Example, TextPart
-from tdlib.teacher.model import open_picture
+from tdlib.data.pictures import open_picture
 
 # Paul Tol's bright scheme, safe for colour-blind readers; objects beyond the seventh start again.
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#777777"]

@@ -28,6 +28,7 @@ from PIL import Image, ImageEnhance
 
 from tdlib.core.records import TargetRecord
 from tdlib.data.examples import Box, DataError
+from tdlib.data.pictures import open_picture
 from tdlib.views.view import facts, ground_truth, highest_weight, percent, title, token_name, truth_name
 
 COLOURS = "cividis_r"  # small is light, as in ``views``
@@ -184,12 +185,11 @@ def _draw_picture(axes: Axes, record: TargetRecord, highest: float) -> None:
 def _open(record: TargetRecord) -> Image.Image:
     """The picture, paler and greyer than it is, so that the weights' colours can be read over it."""
     try:
-        with Image.open(record.image) as file:
-            picture = file.convert("RGB")
-    except OSError as error:
+        picture = open_picture(record.image)
+    except DataError as error:
         raise DataError(
-            f"{record.image} (picture of {record.example_id}): cannot be read ({error}); "
-            "are the data where they were when the record was made?"
+            f"picture of {record.example_id}: {error} "
+            "(are the data where they were when the record was made?)"
         ) from None
     picture.thumbnail((1024, 1024))
     greyer = ImageEnhance.Color(picture).enhance(0.5)
