@@ -1,139 +1,153 @@
 """The parameters of a run, validated before any work."""
 
 import difflib
-from typing import Any, Literal
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from tdlib.arms import ARMS
-from tdlib.core.paths import ConfigError
+from tdlib.core.paths import ConfigError, did_you_mean
+from tdlib.method import registry
+
+
+def _parameter(role: str, default: Any, description: str = "", prepares: str = "", **limits: Any) -> Any:
+    """A field of ``RunConfig`` with what other modules must know of it; see there for both tags."""
+    extra: Any = {"role": role, "prepares": prepares}
+    return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+_data, _model, _method, _training, _recording, _machine = (
+    partial(_parameter, role) for role in ("data", "model", "method", "training", "recording", "machine")
+)
 
 
 class RunConfig(BaseModel):
     """Everything that one training run depends on.
 
-    Field descriptions are the documentation; the notebooks' parameter cells carry the same names.
+    Field descriptions are the documentation; the notebooks' parameter cells carry the same names. Each
+    field has two tags, from which every list of parameters elsewhere follows (``parameters_with``):
+
+    - ``role``: "data", "model", "method", "training", "recording" (what is written beside the result) or
+      "machine" (changes neither result nor record, so it is no part of a run's identity);
+    - ``prepares``: "all" if it decides which examples are read, encoded and cached, and is therefore the
+      same in every arm of a comparison; "arm" if it does and arms may change it; else "".
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    task: Literal["vcr_qa", "vcr_qar", "vcr", "snli_ve", "e_snli_ve", "vqa_v2", "vqa_cp_v2"] = "vcr_qa"
-    data_dir: str = Field("", description="folder of the data set; '' for the MiniWorld, made on demand")
-    world_seed: int = Field(0, ge=0, description="seed of the MiniWorld (only where data_dir is '')")
-    shift: str = Field(
-        "auto", description="evaluated beside the usual split; 'auto': the task's own, '': none"
+    task: Literal["vcr_qa", "vcr_qar", "vcr", "snli_ve", "e_snli_ve", "vqa_v2", "vqa_cp_v2"] = _data(
+        "vcr_qa", prepares="all"
     )
-    train_split: str = Field("", description="'' for the task's own")
-    eval_splits: list[str] = Field([], description="[] for the task's own and its shift")
-    held_out: float = Field(
+    data_dir: str = _data("", "folder of the data set; '' for the MiniWorld, made on demand", "all")
+    world_seed: int = _data(0, "seed of the MiniWorld (only where data_dir is '')", "all", ge=0)
+    shift: str = _data("auto", "evaluated beside the usual split; 'auto': the task's own, '': none", "all")
+    train_split: str = _data("", "'' for the task's own", "all")
+    eval_splits: list[str] = _data([], "[] for the task's own and its shift", "all")
+    held_out: float = _data(
         0.0,
+        "share of the training pictures set aside; above 0 a run is evaluated on these alone: to choose "
+        "settings on",
+        "all",
         ge=0,
         le=0.9,
-        description="share of the training pictures set aside; above 0 a run is evaluated on these alone: to "
-        "choose settings on",
     )
-    references: Literal["names", "person_tokens", "category"] = Field(
-        "names", description="how VCR's object references become text"
+    references: Literal["names", "person_tokens", "category"] = _data(
+        "names", "how VCR's object references become text", "all"
     )
-    vocabulary: str = Field("", description="VQA: an ans2label file; '' for the training split's answers")
-    vocabulary_minimum: int = Field(9, ge=1, description="occurrences that an answer needs (VQA)")
-    modality: Literal["both", "text", "image"] = Field(
-        "both", description="what the student sees (controls; without a teacher)"
+    vocabulary: str = _data("", "VQA: an ans2label file; '' for the training split's answers", "all")
+    vocabulary_minimum: int = _data(9, "occurrences that an answer needs (VQA)", "all", ge=1)
+    modality: Literal["both", "text", "image"] = _data(
+        "both", "what the student sees (controls; without a teacher)"
     )
-    shots: int | float = Field(
-        48, ge=0, description="examples per stratum (int), a fraction of each (float), 0: all"
+    shots: int | float = _data(
+        48, "examples per stratum (48), a fraction of each (0.1), or 0: all", "all", ge=0
     )
-    seed: int = Field(0, ge=0, description="of the subset, of new parameters and of the data order")
+    seed: int = _data(0, "of the subset, of new parameters and of the data order", ge=0)
 
-    teacher: str = Field(
-        "local-dir:data/models/mini-clip", description="open_clip name, local-dir: or hf-hub:"
-    )
-    teacher_pretrained: str = Field("", description="open_clip tag or checkpoint file")
-    student: str = Field(
+    teacher: str = _model("local-dir:data/models/mini-clip", "open_clip name, local-dir: or hf-hub:", "all")
+    teacher_pretrained: str = _model("", "open_clip tag or checkpoint file", "all")
+    student: str = _model(
         "data/models/mini-vilt",
-        description="folder or hub id of a ViLT, UNITER, VL-BERT or VisualBERT; 'teacher': CLIP itself",
+        "folder or hub id of a ViLT, UNITER, VL-BERT or VisualBERT; 'teacher': CLIP itself",
+        "arm",
     )
-    regions: str = Field(
+    regions: str = _model(
         "boxes+grid:data/models/mini-detector",
-        description="region features for students that read them, KIND:WHERE (regions.computed.open_regions)",
+        "region features for students that read them, KIND:WHERE (regions.computed.open_regions)",
+        "arm",
     )
-    max_text_tokens: int = Field(40, ge=8, le=512)
+    max_text_tokens: int = _model(40, "longer statements are cut", "all", ge=8, le=512)
 
-    arm: str = Field("clip_td", description="a key of tdlib.arms.ARMS")
-    epochs: int = Field(6, ge=1)
-    batch_size: int = Field(16, ge=1, description="examples per batch")
-    accumulation: int = Field(1, ge=1, description="batches per update")
-    learning_rate: float = Field(5e-4, gt=0)
-    head_learning_rate: float = Field(1e-3, gt=0, description="of the new head and the dropped projections")
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    checkpoint_every: int = Field(
-        0, ge=0, description="updates between checkpoints, from which an interrupted run continues; 0: none"
+    arm: str = _method("clip_td", "a key of tdlib.arms.ARMS")
+    epochs: int = _training(6, "passes over the training subset", ge=1)
+    batch_size: int = _training(16, "examples per batch", ge=1)
+    accumulation: int = _training(1, "batches per update", ge=1)
+    learning_rate: float = _training(5e-4, "of pretrained layers", gt=0)
+    head_learning_rate: float = _training(1e-3, "of the new head and the dropped projections", gt=0)
+    weight_decay: float = _training(0.01, "of matrices", ge=0)
+    warmup_fraction: float = _training(0.1, "of the updates", ge=0, lt=1)
+    label_smoothing: float = _training(0.0, "of the task loss", ge=0, lt=1)
+    checkpoint_every: int = _machine(
+        0, "updates between checkpoints, from which an interrupted run continues; 0: none", ge=0
     )
-    processes: int = Field(
-        1, ge=1, description="that train this run together, one GPU each (without GPUs: on the CPU)"
+    processes: int = _training(
+        1, "that train this run together, one GPU each (without GPUs: on the CPU)", ge=1
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of the student's passes in training; losses are fp32, evaluation too"
+    precision: Literal["fp32", "bf16", "fp16"] = _training(
+        "fp32", "of the student's passes in training; losses are fp32, evaluation too"
     )
-    loader_workers: int = Field(
-        0, ge=0, description="processes that make the training's batches; 0: none but this one"
+    loader_workers: int = _machine(
+        0, "processes that make the training's batches; 0: none but this one", ge=0
     )
-    adversarial_steps: int = Field(0, ge=0, description="VILLA's steps of ascent (3 in the paper); 0: none")
-    adversarial_rate: float = Field(0.01, gt=0, description="length of such a step")
-    adversarial_weight: float = Field(1.5, ge=0, description="of the divergence from the unmoved output")
-    adversarial_on: Literal["text", "visual", "both"] = "both"
+    adversarial_steps: int = _training(0, "VILLA's steps of ascent (3 in the paper); 0: none", ge=0)
+    adversarial_rate: float = _training(0.01, "length of such a step", gt=0)
+    adversarial_weight: float = _training(1.5, "of the divergence from the unmoved output", ge=0)
+    adversarial_on: Literal["text", "visual", "both"] = _training("both", "the embeddings that are moved")
 
-    distill_weight: float = Field(1.0, ge=0)
-    distill_schedule: str = Field("constant", description="of distill_weight over the training")
-    distill_target: Literal["tokens", "global", "both"] = Field(
-        "tokens", description="targeted tokens, or CLIP's global embeddings for [CLS]"
+    distill_weight: float = _method(1.0, "of the targeted distillation loss", ge=0)
+    distill_schedule: str = _method("constant", "of distill_weight over the training")
+    distill_target: Literal["tokens", "global", "both"] = _method(
+        "tokens", "targeted tokens, or CLIP's global embeddings for [CLS]"
     )
-    choice_weight: float = Field(1.0, ge=0, description="of the teacher's distribution over choices")
-    choice_temperature: float = Field(1.0, gt=0)
-    choice_instance_weight: str = Field(
-        "uniform",
-        description="of each example in that term: a key of tdlib.method.weighting.INSTANCE_WEIGHTS",
+    choice_weight: float = _method(1.0, "of the teacher's distribution over choices", ge=0)
+    choice_temperature: float = _method(1.0, "of that distribution", gt=0)
+    choice_instance_weight: str = _method(
+        "uniform", "of each example in that term: a key of tdlib.method.weighting.INSTANCE_WEIGHTS"
     )
-    class_probabilities: Literal["probe", "statements"] = Field(
-        "probe", description="the teacher's, where there are no choices: cross-fitted probe, or zero-shot"
+    class_probabilities: Literal["probe", "statements"] = _method(
+        "probe", "the teacher's, where there are no choices: cross-fitted probe, or zero-shot", "all"
     )
-    distill_layer: int = Field(
-        -2, description="index into hidden states; -1 is the last, -2 what [CLS] reads"
+    distill_layer: int = _method(-2, "index into hidden states; -1 is the last, -2 what [CLS] reads")
+    relevance: str = _method("value", "a key of tdlib.method.relevance.RELEVANCE or STUDENT_RELEVANCE")
+    temperature: float = _method(0.03, "of the relevance softmax", gt=0)
+    prior: str = _method("idf", "of words: a key of tdlib.method.priors.PRIORS")
+    visual_prior: Literal["uniform", "referred"] = _method(
+        "uniform", "of patches and regions: all alike, or those that the text points at"
     )
-    relevance: str = "value"
-    temperature: float = Field(0.03, gt=0, description="of the relevance softmax")
-    prior: str = "idf"
-    visual_prior: Literal["uniform", "referred"] = Field(
-        "uniform", description="of patches and regions: all alike, or those that the text points at"
-    )
-    prior_weight: float = Field(1.0, ge=0)
-    selector: str = "nucleus"
-    mass: float = Field(0.6, gt=0, le=1)
-    count: int = Field(5, ge=1)
-    fraction: float = Field(0.3, gt=0, le=1)
-    deviations: float = 1.0
-    token_weight: str = "score"
-    instance_weight: str = "ratio"
-    distance: str = "cosine"
+    prior_weight: float = _method(1.0, "exponent of the prior", ge=0)
+    selector: str = _method("nucleus", "a key of tdlib.method.selection.SELECTORS")
+    mass: float = _method(0.6, "share of the score that the nucleus reaches", gt=0, le=1)
+    count: int = _method(5, "tokens per modality (top_k)", ge=1)
+    fraction: float = _method(0.3, "of a modality's tokens (top_fraction)", gt=0, le=1)
+    deviations: float = _method(1.0, "above the mean score (threshold)")
+    token_weight: str = _method("score", "a key of tdlib.method.weighting.TOKEN_WEIGHTS")
+    instance_weight: str = _method("ratio", "a key of tdlib.method.weighting.INSTANCE_WEIGHTS")
+    distance: str = _method("cosine", "a key of tdlib.method.losses.DISTANCES")
 
-    teacher_control: Literal["", "shuffled_images", "random_weights"] = Field(
-        "", description="a teacher that sees another picture, or has learned nothing"
+    teacher_control: Literal["", "shuffled_images", "random_weights"] = _method(
+        "", "a teacher that sees another picture, or has learned nothing", "arm"
     )
 
-    diagnostics_every: int = Field(
-        0, ge=0, description="updates between records of gradients and weights; 0: none"
+    diagnostics_every: int = _recording(0, "updates between records of gradients and weights; 0: none", ge=0)
+    submission_split: str = _recording(
+        "", "evaluated split whose predictions are also written as its benchmark wants them", "all"
     )
-    submission_split: str = Field(
-        "", description="evaluated split whose predictions are also written as its benchmark wants them"
+    probe_examples: int = _recording(
+        8, "examples per evaluated split whose selections are recorded", "all", ge=0
     )
-    probe_examples: int = Field(
-        8, ge=0, description="examples per evaluated split whose selections are recorded"
-    )
-    probe_every: int = Field(
-        0, ge=0, description="updates between records of these selections; 0: only at the end"
-    )
+    probe_every: int = _recording(0, "updates between records of these selections; 0: only at the end", ge=0)
 
     @classmethod
     def from_parameters(cls, **parameters: Any) -> "RunConfig":
@@ -145,20 +159,44 @@ class RunConfig(BaseModel):
         try:
             return cls(**parameters)
         except ValidationError as error:
-            lines = [_explain(item, list(cls.model_fields)) for item in error.errors()]
+            lines = [_explain(item) for item in error.errors()]
             raise ConfigError("bad parameters:\n" + "\n".join(f"- {line}" for line in lines)) from None
 
-    @field_validator(
-        "arm", "relevance", "prior", "selector", "token_weight", "instance_weight", "distance",
-        "distill_schedule", "choice_instance_weight",
-    )  # fmt: skip
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any], **others: Any) -> "RunConfig":
+        """The configuration that a notebook's variables describe: ``from_notebook(globals())``.
+
+        Takes every variable that has a parameter's name and a plain value, as in the notebook's cell of
+        parameters. A variable that a loop has left under such a name counts too; name it in ``others``.
+
+        Args:
+            namespace: of the notebook.
+            others: parameters that the notebook computes; they go before the variables.
+
+        Raises:
+            ConfigError: as ``from_parameters``; also an annotated variable that is no parameter but is
+                spelt nearly like one that the notebook does not set: the default would stay in force.
+                (``seeds``, a list of ``seed``, is meant so.)
+        """
+        plain = (str, bool, int, float, list)
+        taken = {name: namespace[name] for name in cls.model_fields if type(namespace.get(name)) in plain}
+        taken |= others
+        for name in namespace.get("__annotations__", {}):
+            close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.8)
+            one = name.removesuffix("s") if isinstance(namespace.get(name), list) else name
+            if close and close[0] not in (*taken, name, one):
+                raise ConfigError(f"bad parameters:\n- {name}: unknown parameter; did you mean {close[0]!r}?")
+        return cls.from_parameters(**taken)
+
+    @field_validator("arm", *registry.TABLES)
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
-        from tdlib.method.registry import tables
-
-        table: dict[str, Any] = ({"arm": ARMS} | tables())[str(info.field_name)]
-        if value not in table:
-            raise ValueError(f"expected one of {', '.join(table)}")
+        name = str(info.field_name)
+        known = list(ARMS) if name == "arm" else registry.names(name)
+        if value not in known:
+            raise ValueError(f"expected one of {', '.join(known)}{did_you_mean(value, known)}")
+        if name != "arm" and (problem := registry.call_problem(name, value)):
+            raise ValueError(problem)
         return value
 
     @field_validator("processes")
@@ -171,18 +209,33 @@ class RunConfig(BaseModel):
 
     @field_validator("shots")
     @classmethod
-    def _share(cls, value: int | float) -> int | float:
-        if isinstance(value, float) and value > 1:
-            raise ValueError("expected an integer (examples per stratum) or a fraction of at most 1")
-        return value
+    def _number_or_share(cls, value: int | float) -> int | float:
+        """Notebooks declare ``shots: float``, so that 48 may arrive as 48.0."""
+        if isinstance(value, int) or 0 < value < 1:
+            return value
+        if value == 1:
+            raise ValueError("1 example per stratum, or the share of all? Write 1 for one, 0 for all")
+        if value != int(value):
+            raise ValueError("expected an integer (examples per stratum) or a fraction below 1")
+        return int(value)
 
 
-def _explain(error: Any, fields: list[str]) -> str:
+def parameters_with(**tags: str) -> tuple[str, ...]:
+    """Names of the parameters with these tags, in order: ``parameters_with(role="machine")``."""
+    return tuple(
+        name
+        for name, field in RunConfig.model_fields.items()
+        if isinstance(field.json_schema_extra, dict) and tags.items() <= field.json_schema_extra.items()
+    )
+
+
+def _explain(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"] if part not in ("int", "float"))  # a union's members
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, fields, n=1)
-        return f"{name}: unknown parameter" + (f"; did you mean {close[0]!r}?" if close else "")
+        return f"{name}: unknown parameter{did_you_mean(name, RunConfig.model_fields)}"
     message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "literal_error":
+        message += did_you_mean(error["input"], get_args(RunConfig.model_fields[name].annotation))
     return f"{name}={error['input']!r}: {message}" if name else message
 
 

@@ -1,18 +1,22 @@
 """The parameters of a run: every bad one is named before any work; arms change only what they may."""
 
+import inspect
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 from pydantic import ValidationError
 
 from tdlib.arms import ARMS
-from tdlib.config import RunConfig, apply_arm
+from tdlib.config import RunConfig, apply_arm, parameters_with
 from tdlib.core.paths import ROOT, ConfigError, resolve
+from tdlib.method import registry
 from tdlib.method.losses import DISTANCES
 from tdlib.method.priors import PRIORS
 from tdlib.method.registry import tables
-from tdlib.method.relevance import RELEVANCE
+from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.method.selection import SELECTORS
 from tdlib.method.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS
 
@@ -96,8 +100,17 @@ def test_numbers_are_finite(name):
 def test_whole_numbers_do_where_fractions_are_expected():
     config = RunConfig.from_parameters(learning_rate=1, shots=0.5, distill_weight=0)
     assert (config.learning_rate, config.shots, config.distill_weight) == (1.0, 0.5, 0.0)
-    assert isinstance(RunConfig.from_parameters(shots=1).shots, int)
-    assert isinstance(RunConfig.from_parameters(shots=1.0).shots, float)
+
+
+@pytest.mark.parametrize(("given", "meant"), [(48, 48), (48.0, 48), (1, 1), (0, 0), (0.0, 0), (0.1, 0.1)])
+def test_shots_are_a_number_or_a_share(given, meant):
+    shots = RunConfig.from_parameters(shots=given).shots
+    assert shots == meant and type(shots) is type(meant)
+
+
+def test_one_point_nought_shots_could_mean_two_things():
+    (line,) = problems(shots=1.0)
+    assert "Write 1 for one, 0 for all" in line
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -112,8 +125,101 @@ def test_unknown_variants_are_refused_and_the_known_ones_listed(name):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_variants_that_a_user_adds_are_known(name, monkeypatch):
-    monkeypatch.setitem(TABLES[name], "mine", {} if name == "arm" else lambda *args: None)
+    monkeypatch.setitem(TABLES[name], "mine", {} if name == "arm" else lambda *arguments: None)
     assert getattr(RunConfig.from_parameters(**{name: "mine"}), name) == "mine"
+
+
+# Functions that a user adds
+
+
+def two_arguments(teacher, student):
+    return teacher
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "function"),
+    [
+        ("instance_weight", INSTANCE_WEIGHTS, two_arguments),
+        ("choice_instance_weight", INSTANCE_WEIGHTS, lambda: 1),
+        ("selector", SELECTORS, lambda scores, valid: valid),
+        ("selector", SELECTORS, lambda scores, valid, *, options, generator: valid),
+        ("distance", DISTANCES, lambda one, two, three: one),
+        ("prior", PRIORS, lambda text: text),
+        ("token_weight", TOKEN_WEIGHTS, "score"),
+        ("relevance", RELEVANCE, lambda alignment, student: student),
+        ("relevance", STUDENT_RELEVANCE, lambda alignment, student, teacher: student),
+    ],
+)
+def test_a_function_that_cannot_be_called_as_it_will_be_is_refused(monkeypatch, name, table, function):
+    monkeypatch.setitem(table, "mine", function)
+    (line,) = problems(**{name: "mine"})
+    (called,) = {known.name for known in registry.TABLES[name] if known.functions() is table}
+    assert line.startswith(f"{name}='mine': {called}['mine'] is ")
+    assert "expected a function of" in line or "arguments by position" in line
+
+
+def test_functions_may_have_arguments_of_their_own(monkeypatch):
+    monkeypatch.setitem(INSTANCE_WEIGHTS, "mine", lambda teacher, student, labels, gamma=2.0: teacher)
+    monkeypatch.setitem(SELECTORS, "mine", lambda scores, *rest: scores)
+    RunConfig.from_parameters(instance_weight="mine", selector="mine")
+
+
+def test_every_table_is_listed_with_its_call_and_its_functions():
+    rows = {row["table"].rpartition(".")[2]: row for row in registry.signatures()}
+    assert set(rows) == {table.name for known in registry.TABLES.values() for table in known}
+    weights = rows["INSTANCE_WEIGHTS"]
+    assert weights["called with"].count("batch choices") == 2 and "labels (batch)" in weights["called with"]
+    for known in registry.TABLES.values():
+        for table in known:
+            assert rows[table.name]["functions"] == ", ".join(table.functions())
+            for function in table.functions().values():
+                inspect.signature(function).bind(*table.arguments)
+
+
+def test_names_are_known_before_torch_is_loaded():
+    source = (
+        "import sys; from tdlib.config import RunConfig; from tdlib.method import registry\n"
+        "RunConfig.from_parameters(); assert 'torch' not in sys.modules\n"
+        "before = {name: registry.names(name) for name in registry.TABLES}\n"
+        "assert before == {name: list(table) for name, table in registry.tables().items()}\n"
+        "assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True, cwd=ROOT)
+
+
+# Notebooks
+
+
+def test_a_notebook_s_variables_are_a_configuration():
+    cell = {"arm": "naive", "shots": 24.0, "seeds": [3, 4], "runs_dir": "x", "epochs": 2, "mass": math}
+    annotations = dict.fromkeys([*cell, "interactive"], str)
+    config = RunConfig.from_notebook(cell | {"__annotations__": annotations}, seed=3, epochs=5)
+    assert config == RunConfig(arm="naive", shots=24, seed=3, epochs=5)
+
+
+@pytest.mark.parametrize("name", ["learning_rte", "label_smooth", "selecter", "shotss"])
+def test_a_slip_of_the_pen_in_a_notebook_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name}: unknown parameter; did you mean"):
+        RunConfig.from_notebook({name: 0.1, "__annotations__": {name: float}})
+
+
+def test_bad_values_of_a_notebook_are_refused():
+    with pytest.raises(ConfigError, match="mass=3"):
+        RunConfig.from_notebook({"mass": 3.0})
+
+
+# Roles
+
+
+def test_every_parameter_has_a_role_and_lists_follow_from_it():
+    roles = ("data", "model", "method", "training", "recording", "machine")
+    by_role = [name for role in roles for name in parameters_with(role=role)]
+    assert sorted(by_role) == sorted(RunConfig.model_fields)
+    assert parameters_with(role="machine") == ("checkpoint_every", "loader_workers")
+    assert parameters_with(prepares="arm") == ("student", "regions", "teacher_control")
+    assert {"task", "shots", "teacher", "probe_examples"} <= set(parameters_with(prepares="all"))
+    for settings in ARMS.values():
+        assert not set(settings) & set(parameters_with(prepares="all")), "arms share what is prepared"
 
 
 def test_all_problems_are_listed_at_once():

@@ -15,14 +15,14 @@ import pandas as pd
 from tdlib.analysis.protocol import ProtocolError, read_runs, read_scores
 from tdlib.analysis.statistics import bootstrap_interval
 from tdlib.arms import ARMS
+from tdlib.config import parameters_with
 from tdlib.core.files import write_json
 from tdlib.data.tasks import HELD_OUT
 from tdlib.runs.report import recorded_runs
-from tdlib.training.prepare import PREPARED, SHARED
 
 TUNED = "tuned.json"
-# What settings are chosen for, not among: data, models and examples, which all arms share, and the arm.
-CONTEXT = (*SHARED, *PREPARED, "arm")
+# Parameters that define a comparison; settings are chosen separately for each combination of them.
+CONTEXT = (*parameters_with(prepares="all"), *parameters_with(prepares="arm"), "arm")
 
 
 def rank_settings(

@@ -1,28 +1,168 @@
-"""The functions that parameters name, and the source of those that a user added.
+"""The functions that parameters name: where their tables lie, how they are called, which are a user's own.
 
 Anyone may add one in a notebook cell, ``SELECTORS["mine"] = my_selector``, and name it in the
-parameters of the same session; its source is kept with the run.
+parameters, ``selector="mine"``; its source is kept with the run. ``signatures`` lists every table with
+the call that its functions must take.
+
+Importing this module loads no torch: a batch is planned, and a command line checked, from the tables'
+names alone, which are read from the source until something imports the module itself.
 """
 
+import ast
+import importlib
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from tdlib.method.losses import DISTANCES
-from tdlib.method.priors import PRIORS
-from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
-from tdlib.method.selection import SELECTORS
-from tdlib.method.weighting import INSTANCE_WEIGHTS, SCHEDULES, TOKEN_WEIGHTS
+Function = Callable[..., Any]
 
 
-def tables() -> dict[str, dict[str, Callable[..., Any]]]:
-    """Parameters that name a function, each with what it may name now."""
+@dataclass(frozen=True)
+class Table:
+    """One table of exchangeable functions.
+
+    Attributes:
+        module: of ``tdlib.method`` that holds it.
+        name: of the dict in that module.
+        arguments: what its functions are called with, by position.
+        returns: shape and range of what they return.
+    """
+
+    module: str
+    name: str
+    arguments: tuple[str, ...]
+    returns: str
+
+    def names(self) -> list[str]:
+        """What the table holds now, without importing its module if nobody has."""
+        module = sys.modules.get(f"tdlib.method.{self.module}")
+        # Only who imports the module can add to the table, so until then its source says it all.
+        return list(getattr(module, self.name)) if module else list(_keys_in_source(self.module, self.name))
+
+    def functions(self) -> dict[str, Function]:
+        """The table itself; imports torch."""
+        return getattr(importlib.import_module(f"tdlib.method.{self.module}"), self.name)
+
+
+_INSTANCE = Table(
+    "weighting", "INSTANCE_WEIGHTS",
+    ("teacher_probabilities (batch choices)", "student_probabilities (batch choices)", "labels (batch)"),
+    "(batch), at least 0",
+)  # fmt: skip
+TABLES: dict[str, tuple[Table, ...]] = {
+    "relevance": (
+        Table(
+            "relevance", "RELEVANCE",
+            ("alignment (student_tokens teacher_tokens)", "student: Tokens", "teacher: TeacherTokens"),
+            "(student_tokens)",
+        ),
+        Table(
+            "relevance", "STUDENT_RELEVANCE",
+            ("projected (batch tokens teacher_dim)", "targets (batch tokens teacher_dim)", "student: Tokens",
+             "valid (batch tokens)"),
+            "(batch tokens)",
+        ),
+    ),
+    "prior": (
+        Table("priors", "PRIORS", ("text: str", "spans (tokens 2)", "idf: Idf"), "(tokens), in [0, 1]"),
+    ),
+    "selector": (
+        Table(
+            "selection", "SELECTORS",
+            ("scores (batch tokens)", "valid (batch tokens)", "options: SelectionOptions",
+             "generator: torch.Generator | None"),
+            "mask (batch tokens), True only where valid",
+        ),
+    ),
+    "token_weight": (
+        Table(
+            "weighting", "TOKEN_WEIGHTS", ("scores (batch tokens)", "selected (batch tokens)"),
+            "(batch tokens), 0 where not selected",
+        ),
+    ),
+    "instance_weight": (_INSTANCE,),
+    "choice_instance_weight": (_INSTANCE,),
+    "distance": (
+        Table(
+            "losses", "DISTANCES", ("student_projected (batch tokens teacher_dim)", "targets (the same)"),
+            "(batch tokens)",
+        ),
+    ),
+    "distill_schedule": (
+        Table("weighting", "SCHEDULES", ("progress: float in [0, 1)",), "float in [0, 1]"),
+    ),
+}  # fmt: skip
+
+
+@lru_cache
+def _keys_in_source(module: str, name: str) -> tuple[str, ...]:
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            assert isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict)
+            return tuple(ast.literal_eval(key) for key in node.value.keys if key is not None)
+    raise LookupError(f"tdlib/method/{module}.py holds no table {name}")
+
+
+def names(parameter: str) -> list[str]:
+    """What a parameter may name now."""
+    return [name for table in TABLES[parameter] for name in table.names()]
+
+
+def tables() -> dict[str, dict[str, Function]]:
+    """Parameters that name a function, each with what it may name now; imports torch."""
     return {
-        "relevance": RELEVANCE | STUDENT_RELEVANCE, "prior": PRIORS, "selector": SELECTORS,
-        "token_weight": TOKEN_WEIGHTS, "instance_weight": INSTANCE_WEIGHTS, "distance": DISTANCES,
-        "distill_schedule": SCHEDULES, "choice_instance_weight": INSTANCE_WEIGHTS,
-    }  # fmt: skip
+        parameter: {name: function for table in known for name, function in table.functions().items()}
+        for parameter, known in TABLES.items()
+    }
+
+
+def call_problem(parameter: str, name: str) -> str:
+    """Why the function of this name cannot be called as training will call it; "" if it can.
+
+    A table that nobody has imported holds the project's functions alone, which can.
+    """
+    for table in TABLES[parameter]:
+        if f"tdlib.method.{table.module}" in sys.modules and name in table.functions():
+            return _call_problem(table, name, table.functions()[name])
+    return ""
+
+
+def _call_problem(table: Table, name: str, function: Any) -> str:
+    wanted = ", ".join(table.arguments)
+    if not callable(function):
+        return f"{table.name}[{name!r}] is {function!r}, expected a function of ({wanted})"
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions written in C say nothing of their arguments
+        return ""
+    try:
+        signature.bind(*table.arguments)
+    except TypeError as error:
+        return (
+            f"{table.name}[{name!r}] is {getattr(function, '__name__', 'a function')}{signature}, but is "
+            f"called with {len(table.arguments)} arguments by position: ({wanted}); {error}"
+        )
+    return ""
+
+
+def signatures() -> list[dict[str, str]]:
+    """One row per table, for ``pandas.DataFrame``: parameter, table, arguments, returns, functions."""
+    return [
+        {
+            "parameter": parameter, "table": f"tdlib.method.{table.module}.{table.name}",
+            "called with": ", ".join(table.arguments), "returns": table.returns,
+            "functions": ", ".join(table.names()),
+        }
+        for parameter, known in TABLES.items()
+        for table in known
+    ]  # fmt: skip
 
 
 def own_functions(config: Any) -> dict[str, dict[str, str]]:
@@ -30,7 +170,7 @@ def own_functions(config: Any) -> dict[str, dict[str, str]]:
 
     The source is "" where Python cannot find it (a function typed at a bare prompt).
     """
-    found = {}
+    own = {}
     for parameter, table in tables().items():
         name = getattr(config, parameter)
         function = inspect.unwrap(table[name])
@@ -39,5 +179,5 @@ def own_functions(config: Any) -> dict[str, dict[str, str]]:
                 source = textwrap.dedent(inspect.getsource(function))
             except (OSError, TypeError):
                 source = ""
-            found[parameter] = {"name": name, "source": source}
-    return found
+            own[parameter] = {"name": name, "source": source}
+    return own

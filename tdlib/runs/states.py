@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from tdlib.config import parameters_with
 from tdlib.core.files import remove_tree, whole_file
 from tdlib.core.provenance import code_version, digest
 from tdlib.training.checkpoints import HOME as CHECKPOINTS
@@ -45,9 +46,10 @@ def identity(template: bytes, parameters: dict[str, Any], output: str = "") -> d
             sources count where it uses them.
         parameters: all of them, defaults included.
         output: name of the parameter that says where results go, which does not count; neither do
-            ``interactive`` and ``loader_workers``.
+            ``interactive`` and the parameters of the machine (``RunConfig``'s roles), such as
+            ``loader_workers`` and ``checkpoint_every``.
     """
-    apart = (output, "interactive", "loader_workers")
+    apart = (output, "interactive", *parameters_with(role="machine"))
     counted = {name: value for name, value in parameters.items() if name not in apart}
     cells = ["".join(cell["source"]) for cell in json.loads(template)["cells"] if cell["cell_type"] == "code"]
     parts = {

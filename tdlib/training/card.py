@@ -9,19 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from tdlib.config import RunConfig
+from tdlib.config import RunConfig, parameters_with
 from tdlib.data.tasks import task_of
 from tdlib.training.objective import TERMS
-
-_SELECTING = (
-    "relevance", "temperature", "prior", "prior_weight", "visual_prior", "selector", "mass", "count",
-    "fraction", "deviations", "token_weight", "instance_weight", "distance", "distill_layer",
-    "distill_target", "distill_schedule",
-)  # fmt: skip
-_TRAINING = (
-    "seed", "shots", "epochs", "batch_size", "accumulation", "learning_rate", "head_learning_rate",
-    "weight_decay", "warmup_fraction", "label_smoothing", "adversarial_steps",
-)  # fmt: skip
 
 
 def model_card(
@@ -66,7 +56,7 @@ def model_card(
         "One run of one seed: no claim about the arm.",
         "## How it was made",
         _teaching(config, terms),
-        "Training: " + _listed(config, _TRAINING),
+        "Training: " + _listed(config, ("seed", "shots", *parameters_with(role="training"))),
         "Environment: " + ", ".join(f"{key} {value}" for key, value in environment.items()),
         "All parameters are in the run folder's `config.json`.",
     ]
@@ -82,7 +72,9 @@ def _teaching(config: RunConfig, terms: Mapping[str, float]) -> str:
     text = f"Teacher: `{source}`{control}. Weights of the terms: {weights}. The student has the parameters "
     text += "and the graph of the plainly finetuned one: the projections to the teacher's space were dropped."
     if config.distill_weight:
-        text += " Targeted tokens (CLIP-TD, arXiv 2201.05729, our reading): " + _listed(config, _SELECTING)
+        text += " Targeted tokens (CLIP-TD, arXiv 2201.05729, our reading): " + _listed(
+            config, parameters_with(role="method")
+        )
     return text
 
 

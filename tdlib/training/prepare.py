@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tdlib.config import RunConfig
+from tdlib.config import RunConfig, parameters_with
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.data.examples import Example, Examples, divide_by_picture, low_shot
 from tdlib.data.tasks import (
@@ -47,14 +47,8 @@ log = logging.getLogger(__name__)
 
 CACHE_ROOT = ROOT / "data" / "cache"
 
-# Parameters that decide which examples are read, encoded and cached: the same in every arm.
-SHARED = (
-    "task", "data_dir", "world_seed", "shift", "train_split", "eval_splits", "references", "vocabulary",
-    "vocabulary_minimum", "held_out", "shots", "teacher", "teacher_pretrained", "max_text_tokens",
-    "class_probabilities", "submission_split", "probe_examples",
-)  # fmt: skip
-# Parameters that decide the same, but that arms may change: each combination is prepared by itself.
-PREPARED = ("student", "regions", "teacher_control")
+SHARED = parameters_with(prepares="all")
+PREPARED = parameters_with(prepares="arm")  # each combination is prepared by itself
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from tdlib.arms import ARMS
-from tdlib.config import RunConfig, apply_arm, check_arm
+from tdlib.config import RunConfig, apply_arm, check_arm, parameters_with
 from tdlib.core.devices import usual_device
 from tdlib.core.files import remove_tree, write_folder, write_json, write_jsonl
 from tdlib.core.paths import ConfigError
@@ -363,7 +363,7 @@ def set_aside(folder: Path, config: RunConfig | None) -> None:
     folder = folder.resolve()
     if not folder.exists():
         return
-    unimportant = {"checkpoint_every", "loader_workers"}
+    unimportant = set(parameters_with(role="machine"))
     try:
         before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -383,7 +383,7 @@ def run_identity(config: RunConfig, subset: Examples, files: bool = True) -> dic
 
     ``files``: with the files of data and models.
     """
-    settings = config.model_dump(exclude={"checkpoint_every", "loader_workers"})
+    settings = config.model_dump(exclude=set(parameters_with(role="machine")))
     return {
         **settings, "functions": own_functions(config),
         "training subset": digest(list(subset.ids)),
