@@ -378,13 +378,12 @@ def test_a_prediction_is_worth_what_the_task_says():
 
 
 def test_measures_of_a_task_with_two_halves():
-    ids = ["a", "a:r", "b", "b:r", "c", "c:r", "d", "d:r"]
-    values = [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
-    found = measures(config("vcr"), ids, values)
+    table = pd.DataFrame({"question": ["a", "a", "b:r", "b:r", "c", "c", "d", "d"], "part": ["", "r"] * 4})
+    found = measures(config("vcr"), table.assign(score=[1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]))
     assert list(found.items()) == [
         ("accuracy (Q->AR)", 0.25), ("accuracy (Q->A)", 0.5), ("accuracy (QA->R)", 0.5),
     ]  # fmt: skip
-    found = measures(config("vcr"), ids, [1.0, 0.0, 0.0, 1.0] * 2)
+    found = measures(config("vcr"), table.assign(score=[1.0, 0.0, 0.0, 1.0] * 2))
     assert found["accuracy (Q->AR)"] == 0.0 != found["accuracy (Q->A)"] * found["accuracy (QA->R)"]
 
 
@@ -394,7 +393,7 @@ def test_measures_of_a_task_with_two_halves():
      ("vqa_v2", "VQA accuracy")],
 )  # fmt: skip
 def test_measures_of_other_tasks(task, name):
-    assert measures(config(task), ["a", "b"], [0.3, 0.9]) == {name: pytest.approx(0.6)}
+    assert measures(config(task), pd.DataFrame({"score": [0.3, 0.9]})) == {name: pytest.approx(0.6)}
 
 
 def test_detail_is_by_stratum_and_answer_type():

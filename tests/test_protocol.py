@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tdlib.analysis.compare import joint_predictions
 from tdlib.analysis.protocol import (
     CLAIMS,
     COLUMNS,
@@ -41,9 +43,21 @@ CLASSES = ("yes", "no", "maybe")
 DEFAULTS = {"student": "small", "eval_splits": [], "interactive": False, "runs_dir": "somewhere"}
 
 
-def example(name: str, task: str, label: int | None, picture: str) -> Example:
+def example(name: str, task: str, label: int | None, picture: str, part: str = "") -> Example:
     choices = tuple(TextPart(f"answer {i}") for i in range(4)) if task.startswith("vcr") else ()
-    return Example(name, Path(f"{picture}.png"), (), (), TextPart("why?"), choices, label, "")
+    identifier = f"{name}:{part}" if part else name
+    return Example(
+        identifier,
+        Path(f"{picture}.png"),
+        (),
+        (),
+        TextPart("why?"),
+        choices,
+        label,
+        "",
+        question=name,
+        part=part,
+    )
 
 
 def examples_of(task: str, split: str, number: int = 24) -> list[Example]:
@@ -51,9 +65,9 @@ def examples_of(task: str, split: str, number: int = 24) -> list[Example]:
     labels = range(4) if task.startswith("vcr") else [0, 0, 1, 2]  # half of them are "yes"
     found = []
     for i in range(number):
-        halves = ("", ":r") if task == "vcr" else ("",)
+        halves = ("", "r") if task == "vcr" else ("",)
         label = None if split == "test" else labels[i % 4]
-        found += [example(f"{split}-{i}{half}", task, label, f"{split}-{i // 2}") for half in halves]
+        found += [example(f"{split}-{i}", task, label, f"{split}-{i // 2}", half) for half in halves]
     return found
 
 
@@ -206,10 +220,24 @@ def test_both_halves_of_a_question_count_as_one(tmp_path):
     assert set(scores["chance"]) == {1 / 16} and len(scores) == 4 * 24
     assert not scores["id"].str.endswith(":r").any()
     written = pd.read_parquet(next((tmp_path / "b" / "vcr-clip_td-0-12").rglob("predictions.parquet")))
-    both = written.assign(question=written["id"].str.removesuffix(":r")).groupby("question")["score"].min()
+    both = written.groupby("question")["score"].min()
     own = scores[scores["run"] == "vcr-clip_td-0-12"].set_index("id")["score"]
     assert own.sort_index().equals(both.sort_index().rename_axis("id"))
     assert compare_arms(runs, scores, resamples=50)["mean"].between(0.1, 0.8).all()
+
+
+def test_questions_and_pictures_are_told_apart_by_more_than_a_part_of_their_names():
+    paths = [Path(f"clip{letter}/000.jpg") for letter in "AABB"]
+    examples = [
+        replace(example(f"a:r{i // 2}", "vcr", 0, "", ("", "r")[i % 2]), image=path)
+        for i, path in enumerate(paths)
+    ]
+    table = prediction_table("val", examples, np.eye(4)[[0, 0, 0, 1]]).assign(arm="x", seed=0)
+    assert list(table["image"]) == ["clipA/000.jpg"] * 2 + ["clipB/000.jpg"] * 2
+    joint = joint_predictions(table)
+    assert dict(zip(joint["id"], joint["score"], strict=True)) == {"a:r0": 1.0, "a:r1": 0.0}
+    older = table.drop(columns=["question", "part"])  # as runs were written before these columns
+    assert list(joint_predictions(older)["score"]) == [1.0, 0.0]
 
 
 def test_a_test_without_labels_is_left_out_and_half_a_one_is_refused(tmp_path):

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,9 +20,8 @@ from tdlib.data.vcr import (
     PERSON_TOKENS,
     SUBMISSION_COLUMNS,
     VcrReader,
-    accuracy,
     check_submission,
-    joint_hits,
+    joint_scores,
     neutral_name,
     render,
     write_submission,
@@ -687,19 +687,6 @@ def test_any_bytes_give_examples_or_a_data_error(fuzzed, name, data):
     assert_examples_or_data_error(fuzzed, "qar")
 
 
-# the metric
-
-
-def test_accuracy_is_the_share_of_hits():
-    assert accuracy([0, 1, 2, 3], [0, 1, 3, 2]) == 0.5
-
-
-@pytest.mark.parametrize(("predictions", "labels"), [([], []), ([1], [1, 2])])
-def test_accuracy_needs_as_many_predictions_as_labels(predictions, labels):
-    with pytest.raises(ValueError, match="expected equal, non-zero numbers"):
-        accuracy(predictions, labels)
-
-
 # answers and rationales together
 
 HIDDEN = ("answer_label", "rationale_label")
@@ -770,18 +757,41 @@ def test_making_examples_is_put_off_until_one_is_asked_for(tmp_path):
         examples[8]
 
 
+def scored(**hits: tuple[float, ...]) -> pd.DataFrame:
+    """Scores of the answers, and of the rationales where there is a second number, by question."""
+    rows = [
+        (name, part, value)
+        for name, values in hits.items()
+        for part, value in zip(("", "r"), values, strict=False)
+    ]
+    return pd.DataFrame(rows, columns=["question", "part", "score"])
+
+
 def test_answers_and_rationales_both_have_to_be_right():
-    hits = {"a": True, "a:r": True, "b": True, "b:r": False, "c": False, "c:r": True, "d": True, "d:r": True}
-    joint = joint_hits(hits)
-    assert joint == {"a": True, "b": False, "c": False, "d": True}
-    answers, rationales = ([hits[i + part] for i in joint] for part in ("", ":r"))
-    assert sum(joint.values()) / 4 == 0.5 != (sum(answers) / 4) * (sum(rationales) / 4)
+    table = scored(a=(1, 1), b=(1, 0), c=(0, 1), d=(1, 1))
+    joint = joint_scores(table)
+    assert dict(zip(joint["question"], joint["score"], strict=True)) == {"a": 1, "b": 0, "c": 0, "d": 1}
+    of_parts = table.groupby("part")["score"].mean()
+    assert joint["score"].mean() == 0.5 != of_parts[""] * of_parts["r"]
 
 
-@pytest.mark.parametrize("hits", [{"a": True}, {"a:r": True}, {"a": True, "b:r": True}])
-def test_a_joint_hit_needs_both_halves(hits):
+@pytest.mark.parametrize("table", [scored(a=(1,)), scored(a=(1, 1), b=(1,)), scored(a=(1, 1), b=(0, 1))[1:]])
+def test_a_joint_score_needs_both_halves(table):
     with pytest.raises(ValueError, match="Q->AR needs answers and rationales of the same questions"):
-        joint_hits(hits)
+        joint_scores(table)
+
+
+def test_ids_may_hold_what_tells_the_parts_apart(tmp_path):
+    write(tmp_path, *(another(i, annot_id=f"clip:r{i}:r") for i in range(12)))
+    examples = both(tmp_path)
+    assert examples.questions[:3] == ["clip:r0:r", "clip:r0:r", "clip:r1:r"]
+    assert [(e.question, e.part) for e in examples[:2]] == [("clip:r0:r", ""), ("clip:r0:r", "r")]
+    subsets = {tuple(low_shot(examples, 2, seed).questions[::2]) for seed in range(9)}
+    assert len(subsets) > 4
+    write(tmp_path, another(0, annot_id="clip"), another(1, annot_id="clip:r"))
+    with pytest.raises(DataError, match="'clip:r' is also the id of another question's rationales"):
+        both(tmp_path)
+    assert VcrReader(tmp_path, "train").open().ids == ["clip", "clip:r"]
 
 
 # people as tokens, and masked objects
@@ -830,48 +840,63 @@ HEADER = (
 )  # r2c, models/README.md
 
 
-def predictions(*questions: str) -> dict[str, list[float]]:
-    ids = [question + part for question in questions for part in ("", ":r0", ":r1", ":r2", ":r3")]
-    return {identifier: [i + k / 8 for k in range(4)] for i, identifier in enumerate(ids)}
+PARTS = ("", "r0", "r1", "r2", "r3")
+
+
+def predicted(*questions: str, of: dict[tuple[str, str], list[float]] | None = None):
+    """Examples of these questions' parts and four numbers for each; an empty list leaves one out."""
+    numbers = {(q, p): [(5 * i + j) + k / 8 for k in range(4)]
+               for i, q in enumerate(questions) for j, p in enumerate(PARTS)} | (of or {})  # fmt: skip
+    names = [name for name, values in numbers.items() if values]
+    ids, parts = [f"{q}:{p}" for q, p in names], [p for _, p in names]
+    made = Examples(ids, ["all"] * len(ids), lambda _: None, False, [q for q, _ in names], parts)
+    return made, [numbers[name] for name in names]
 
 
 def test_a_submission_has_the_official_columns(tmp_path):
     path = tmp_path / "submission.csv"
-    shuffled = dict(reversed(predictions("test-0", "test-1").items()))
-    assert write_submission(path, shuffled) == 2
+    examples, numbers = predicted("test-0", "test:r-1")
+    shuffled = examples[::-1], numbers[::-1]
+    assert write_submission(path, *shuffled) == 2
     header, *rows = path.read_text().splitlines()
     assert header == HEADER == ",".join(SUBMISSION_COLUMNS)
     by_id = {row[0]: [float(value) for value in row[1:]] for row in csv.reader(rows)}
     assert by_id["test-0"] == [i + k / 8 for i in range(5) for k in range(4)]
-    assert by_id["test-1"] == [i + k / 8 for i in range(5, 10) for k in range(4)]
-    assert check_submission(path, ["test-0", "test-1"]) == []
+    assert by_id["test:r-1"] == [i + k / 8 for i in range(5, 10) for k in range(4)]
+    assert check_submission(path, ["test-0", "test:r-1"]) == []
     assert [each.name for each in tmp_path.iterdir()] == ["submission.csv"]
 
 
+def test_numbers_that_differ_stay_different(tmp_path):
+    close = [0.1234567, 0.1234568, 1e-9, 1.0000001e-9]
+    write_submission(tmp_path / "submission.csv", *predicted("t-0", of={("t-0", "r2"): close}))
+    _, row = csv.reader((tmp_path / "submission.csv").read_text().splitlines())
+    assert [float(value) for value in row[13:17]] == close
+
+
 @pytest.mark.parametrize(
-    ("changed", "reason"),
+    ("questions", "changed", "reason"),
     [
-        ({}, "expected predictions for one or more questions"),
-        (without(predictions("t-0", "t-1"), "t-1:r2"), "no predictions for 't-1:r2'"),
-        (without(predictions("t-0", "t-1"), "t-1"), "five for each"),
-        ({"t-0": [0.25] * 4, "t-0:r": [0.25] * 4}, "no predictions for 't-0:r0'"),
-        (predictions("t-0") | {"t-0:r1": [0.5, 0.5]}, "'t-0:r1' has 2 predictions, expected 4"),
-        (predictions("t-0") | {"t-0": [0.5, math.nan, 0, 0]}, "'t-0' .* not finite"),
+        ((), {}, "no predictions to write"),
+        (("t-0", "t-1"), {("t-1", "r2"): []}, "no predictions for the rationales of 't-1' given answer 2"),
+        (("t-0", "t-1"), {("t-1", ""): []}, "no predictions for the answers of 't-1'"),
+        (("t-0",), {("t-0", "r1"): [0.5, 0.5]}, "2 predictions for the rationales of 't-0' given answer 1"),
+        (("t-0",), {("t-0", ""): [0.5, math.nan, 0, 0]}, "the answers of 't-0' are not finite"),
     ],
 )
-def test_an_incomplete_submission_is_refused(tmp_path, changed, reason):
+def test_an_incomplete_submission_is_refused(tmp_path, questions, changed, reason):
     path = tmp_path / "submission.csv"
     path.write_text("old")
     with pytest.raises(DataError, match=reason):
-        write_submission(path, changed)
+        write_submission(path, *predicted(*questions, of=changed))
     assert path.read_text() == "old"
 
 
 def test_checking_a_submission_lists_all_problems(tmp_path):
     path = tmp_path / "submission.csv"
-    write_submission(path, predictions("t-0", "t-1", "t-2", "other"))
+    write_submission(path, *predicted("t-0", "t-1", "t-2", "other"))
     header, first, second, third, other = path.read_text().splitlines()
-    bad = [header, first, second.replace(",5,", ",nan,"), first, third + ",1", other]
+    bad = [header, first, second.replace(",5.0,", ",nan,"), first, third + ",1", other]
     path.write_text("\n".join(bad))
     problems = check_submission(path, ["t-0", "t-1", "t-2", "t-3"])
     assert [problem.removeprefix(f"{path}") for problem in problems] == [

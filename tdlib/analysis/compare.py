@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from tdlib.analysis.statistics import adjusted_together, bootstrap_interval, paired_difference
+from tdlib.data.vcr import joint_scores
 
 
 def read_predictions(folders: Sequence[Path]) -> pd.DataFrame:
@@ -22,17 +23,13 @@ def read_predictions(folders: Sequence[Path]) -> pd.DataFrame:
 
 def joint_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
     """Q->AR rows (answer and rationale both right) from the rows of task "vcr", or the rows as they are."""
-    rationale = predictions["id"].str.endswith(":r")
-    if not rationale.any():
+    if "part" not in predictions or predictions["part"].isna().any():
+        # Runs of earlier versions did not record question and part; the end of the id told them.
+        part = predictions["id"].str.extract(r":(r)$")[0].fillna("")
+        predictions = predictions.assign(part=part, question=predictions["id"].str.removesuffix(":r"))
+    if (predictions["part"] == "").all():
         return predictions
-    keys = ["arm", "seed", "split", "question"]
-    both = predictions.assign(question=predictions["id"].str.removesuffix(":r"))
-    guessed = {"chance": ("chance", "prod")} if "chance" in both else {}
-    joint = both.groupby(keys, sort=False).agg(score=("score", "min"), size=("score", "size"), **guessed)
-    if not (joint["size"] == 2).all():
-        raise ValueError("Q->AR needs answers and rationales of the same questions")
-    answers = both[~rationale].drop(columns=["score", *guessed])
-    return answers.merge(joint.reset_index(), on=keys).drop(columns=["question", "size"])
+    return joint_scores(predictions, ["arm", "seed", "split"])
 
 
 def summarise(predictions: pd.DataFrame, baseline: str = "finetune") -> pd.DataFrame:

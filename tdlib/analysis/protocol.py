@@ -36,7 +36,7 @@ from tdlib.data.tasks import TASKS
 from tdlib.runs.report import batch_record, open_results, recorded_runs
 
 if TYPE_CHECKING:
-    import duckdb
+    pass
 
 CELL = ["batch", "task", "setting", "shots"]
 RUN_COLUMNS = [
@@ -176,9 +176,10 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
         if ("predictions",) not in there:
             found = pd.DataFrame(columns=["run", "split", "id", "image", "label", "score", "chance"])
         else:
-            found = connection.execute(
-                f"SELECT run, split, id, image, label, score, {_chance_column(connection)} FROM predictions"
-            ).df()
+            columns = connection.execute("SELECT column_name FROM (DESCRIBE predictions)").fetchall()
+            parts = [name for name in ("question", "part") if (name,) in columns]
+            wanted = ", ".join(["run", "split", "id", *parts, "image", "label", "score"])
+            found = connection.execute(f"SELECT {wanted}, {_chance_column(columns)} FROM predictions").df()
     done = runs[runs["state"] == "done"].set_index("run")
     without = sorted(set(done.index) - set(found["run"]))
     if without:
@@ -199,9 +200,8 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=SCORE_COLUMNS)
 
 
-def _chance_column(connection: "duckdb.DuckDBPyConnection") -> str:
+def _chance_column(columns: Sequence[tuple[str]]) -> str:
     """Older runs have recorded no chance: where there are choices it is known all the same."""
-    columns = connection.execute("SELECT column_name FROM (DESCRIBE predictions)").fetchall()
     guessed = "CASE WHEN answer = '' THEN 1 / len(probabilities) END"
     return f"coalesce(chance, {guessed}) AS chance" if ("chance",) in columns else f"{guessed} AS chance"
 

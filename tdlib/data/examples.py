@@ -4,7 +4,6 @@ Knows no file format (``tasks`` does) and no model (``students`` and ``teacher``
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +52,9 @@ class Example:
     ``choices`` are the candidate answers (empty where the task has a fixed label set). ``label`` is
     an index into them or into the label set; None in test files without labels, and where the
     right answer is not in the vocabulary. ``stratum`` is what low-shot subsets balance.
+    ``question`` is the id of the question that this example is a ``part`` of, where one question gives
+    several (VCR: "" chooses an answer, "r" a rationale given the right one, "r0" to "r3" given each);
+    "" where it is the only one: then its own id counts (``Examples.questions``).
     ``annotators`` are the answers that people gave (VQA), ``answer_type`` their kind, and
     ``soft_label`` what each of the vocabulary's answers is worth, as (index, score in [0, 1]).
     ``given`` is where in the prompt the given answer starts (VCR's QA->R), 0 where none is given.
@@ -74,6 +76,8 @@ class Example:
     soft_label: tuple[tuple[int, float], ...] = ()
     given: int = 0
     truth: str = GROUND_TRUTH
+    question: str = ""
+    part: str = ""
 
     def statements(self) -> tuple[TextPart, ...]:
         """What is read about the picture: the prompt with each choice, or the prompt alone."""
@@ -88,20 +92,33 @@ class Examples(Sequence[Example]):
         strata: likewise.
         make: gives the example at a position.
         labelled: whether the examples have labels (a test split has none).
+        questions: ids of the questions that the examples are parts of; None where each is a whole one.
+        parts: which part each example is; see ``Example.part``.
     """
 
     def __init__(
-        self, ids: Sequence[str], strata: Sequence[str], make: Callable[[int], Example], labelled: bool = True
+        self,
+        ids: Sequence[str],
+        strata: Sequence[str],
+        make: Callable[[int], Example],
+        labelled: bool = True,
+        questions: Sequence[str] | None = None,
+        parts: Sequence[str] | None = None,
     ):
         self.ids, self.strata, self._make, self.labelled = ids, strata, make, labelled
+        self.questions: Sequence[str] = ids if questions is None else questions
+        self.parts: Sequence[str] = [""] * len(ids) if parts is None else parts
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Examples":
         """Examples that are there already."""
         if isinstance(examples, Examples):
             return examples
-        ids, strata = [e.id for e in examples], [e.stratum for e in examples]
-        return cls(ids, strata, examples.__getitem__, any(e.label is not None for e in examples))
+        return cls(
+            [e.id for e in examples], [e.stratum for e in examples], examples.__getitem__,
+            any(e.label is not None for e in examples), [e.question or e.id for e in examples],
+            [e.part for e in examples],
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -125,22 +142,41 @@ class Examples(Sequence[Example]):
         return Examples(
             [self.ids[i] for i in positions], [self.strata[i] for i in positions],
             lambda i: self._make(positions[i]), self.labelled,
+            [self.questions[i] for i in positions], [self.parts[i] for i in positions],
         )  # fmt: skip
+
+
+def path_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each path that no other of these paths has, and that is the same on every machine.
+
+    The file's name where it is the only one of that name, else as many of the last folders with it as
+    tell those of one name apart: "clipA/000.jpg" and "clipB/000.jpg".
+    """
+    same: dict[str, set[Path]] = {}
+    for path in paths:
+        same.setdefault(path.name, set()).add(path)
+    names: dict[Path, str] = {}
+    for name, group in same.items():
+        length = 1
+        while len({path.parts[-length:] for path in group}) < len(group):
+            length += 1
+        names |= {path: "/".join(path.parts[-length:]) if length > 1 else name for path in group}
+    return [names[path] for path in paths]
 
 
 def divide_by_picture(examples: Examples, share: float) -> tuple[Examples, Examples]:
     """What is learned from, and what is set aside: about ``share`` of the pictures with all their examples.
 
-    The same for every seed and on every machine: a hash of a picture's name decides, or of its folder's
-    name where pictures lie in ``MANY_FOLDERS`` or more (VCR's lie in one for each film clip, and a
-    clip's pictures look alike). Makes every example once to know its picture.
+    The same for every seed and on every machine: a hash of a picture's name (``path_names``) decides, or
+    of its folder's where pictures lie in ``MANY_FOLDERS`` or more (VCR's lie in one for each film clip,
+    and a clip's pictures look alike). Makes every example once to know its picture.
 
     Raises:
         ValueError: one of the two parts has no example.
     """
     pictures = [example.image for example in examples]
     by_folder = len({picture.parent for picture in pictures}) >= MANY_FOLDERS
-    names = [picture.parent.name if by_folder else picture.name for picture in pictures]
+    names = path_names([picture.parent for picture in pictures] if by_folder else pictures)
     aside = {
         name for name in set(names) if int(hashlib.sha256(name.encode()).hexdigest(), 16) / 2**256 < share
     }
@@ -153,9 +189,9 @@ def divide_by_picture(examples: Examples, share: float) -> tuple[Examples, Examp
     return examples.at(parts[0]), examples.at(parts[1])
 
 
-def _rank(seed: int, identifier: str) -> bytes:
-    """Where an example stands in a seed's order; the parts of one question ("val-0:r") stand together."""
-    return hashlib.sha256(f"{seed}:{identifier.partition(':')[0]}".encode()).digest()
+def _rank(seed: int, question: str) -> bytes:
+    """Where an example stands in a seed's order; the parts of one question stand together."""
+    return hashlib.sha256(f"{seed}:{question}".encode()).digest()
 
 
 def low_shot(examples: Sequence[Example], shots: int | float, seed: int) -> Examples:
@@ -165,7 +201,7 @@ def low_shot(examples: Sequence[Example], shots: int | float, seed: int) -> Exam
     must not decide how many of the others are learned from.
 
     Subsets of one seed are nested: a larger one contains every smaller one, and adding examples
-    to the data set never reorders the others (each is ranked by a hash of seed and id). No example
+    to the data set never reorders the others (each is ranked by a hash of seed and question). No example
     is made to choose them.
 
     Raises:
@@ -188,7 +224,7 @@ def low_shot(examples: Sequence[Example], shots: int | float, seed: int) -> Exam
         count = max(1, round(shots * len(members))) if fraction else int(shots)
         if count > len(members):
             short.append(f"{stratum!r} ({len(members)})")
-        chosen += sorted(members, key=lambda i: _rank(seed, examples.ids[i]))[:count]
+        chosen += sorted(members, key=lambda i: _rank(seed, examples.questions[i]))[:count]
     if short:
         log.warning("shots=%s: all there are of %s, which have fewer", shots, ", ".join(short))
     return examples.at(sorted(chosen))
@@ -197,28 +233,3 @@ def low_shot(examples: Sequence[Example], shots: int | float, seed: int) -> Exam
 def save_manifest(path: Path, examples: Sequence[Example], shots: int | float, seed: int) -> None:
     """Writes which examples a run used, so that another run can use the same."""
     write_json(path, {"shots": shots, "seed": seed, "ids": list(Examples.of(examples).ids)})
-
-
-def load_manifest(path: Path, examples: Sequence[Example]) -> Examples:
-    """The examples that a manifest names, in its order.
-
-    Raises:
-        DataError: the manifest is missing or malformed, or names an id that the data set does not have.
-    """
-    examples = Examples.of(examples)
-    known = {identifier: position for position, identifier in enumerate(examples.ids)}
-    try:
-        ids = json.loads(Path(path).read_text(encoding="utf-8"))["ids"]
-        if not isinstance(ids, list) or not all(isinstance(identifier, str) for identifier in ids):
-            raise TypeError("ids is not a list of strings")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such manifest; expected the manifest.json of a run's folder") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: not a manifest ({error!r}); expected the manifest.json of a run") from None
-    missing = [identifier for identifier in ids if identifier not in known]
-    if missing:
-        raise DataError(
-            f"{path}: {len(missing)} of {len(ids)} ids are not in the data set (first: {missing[0]!r}); "
-            "the manifest belongs to another data set or split"
-        )
-    return examples.at([known[identifier] for identifier in ids])

@@ -277,17 +277,19 @@ def score(example: Example, prediction: int, labels: Sequence[str]) -> float:
     return float("nan") if example.label is None else float(prediction == example.label)
 
 
-def measures(config: RunConfig, ids: Sequence[str], values: Sequence[float]) -> dict[str, float]:
-    """The figures of one split: the task's own first (as a share), then its parts."""
+def measures(config: RunConfig, predictions: pd.DataFrame) -> dict[str, float]:
+    """The figures of one split: the task's own first (as a share), then its parts.
+
+    ``predictions`` has a row per example with columns ``question``, ``part`` and ``score``.
+    """
+    scores, metric = predictions["score"], task_of(config).metric
     if task_of(config).subtask != "both":
-        return {task_of(config).metric: float(np.mean(values))}
-    found = dict(zip(ids, values, strict=True))
+        return {metric: float(np.mean(scores))}
+    rationale = predictions["part"] != ""
     return {
-        TASKS["vcr"].metric: float(
-            np.mean(list(vcr.joint_hits({k: v > 0 for k, v in found.items()}).values()))
-        ),
-        TASKS["vcr_qa"].metric: float(np.mean([v for k, v in found.items() if ":r" not in k])),
-        TASKS["vcr_qar"].metric: float(np.mean([v for k, v in found.items() if ":r" in k])),
+        metric: float(np.mean(vcr.joint_scores(predictions)["score"])),
+        TASKS["vcr_qa"].metric: float(np.mean(scores[~rationale])),
+        TASKS["vcr_qar"].metric: float(np.mean(scores[rationale])),
     }
 
 
@@ -312,7 +314,7 @@ def write_submission(
                 f"task={config.task!r} answers half of what the leaderboard asks for; use task='vcr'"
             )
         path = folder / "submission.csv"
-        vcr.write_submission(path, dict(zip(examples.ids, probabilities.tolist(), strict=True)))
+        vcr.write_submission(path, examples, probabilities.tolist())
     elif data_set == "snli_ve":
         path = folder / "submission.jsonl"
         chosen = (int(i) for i in probabilities.argmax(-1))

@@ -10,10 +10,13 @@ import csv
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from tdlib.data.examples import Box, DataError, Example, Examples, Reference, Span, TextPart, join_parts
 from tdlib.core.files import whole_file
@@ -276,21 +279,32 @@ class VcrReader(Reader):
         parts = _parts(self.subtask, labelled=not unlabelled)
         relevance = SideFile(self.folder / f"{self.path.stem}.relevance.jsonl", "annot_id", self.what)
         positions = list(lines.values())
-        ids, strata = [], []
+        questions = [question for question in lines for _ in parts]
+        of_question = [*parts] * len(lines)
         several = len(parts) > 1
-        for identifier in lines:
-            stratum = types.get(identifier, "all")
-            ids += [identifier + (part if several else "") for part in parts]
-            strata += [sys.intern(stratum + (" rationale" if part and several else "")) for part in parts]
+        ids, strata = questions, [types.get(question, "all") for question in questions]
+        if several:
+            ids = [f"{question}:{part}" if part else question for question, part in
+                   zip(questions, of_question, strict=True)]  # fmt: skip
+            strata = [sys.intern(f"{stratum} rationale" if part else stratum) for stratum, part in
+                      zip(strata, of_question, strict=True)]  # fmt: skip
+            twice = [identifier for identifier, number in Counter(ids).items() if number > 1]
+            if twice:
+                raise DataError(
+                    f"{self.path}: annot_id {twice[0]!r} is also the id of another question's rationales "
+                    "(annot_id and ':r'); rename it"
+                )
 
         def make(index: int) -> Example:
             position = positions[index // len(parts)]
             record, where = records[position], records.where(position)
             found = relevance.find(record["annot_id"], position)
             marks = _Relevance.parse(*found) if found else _UNMARKED
-            return self._example(record, where, marks, ids[index], strata[index], parts[index % len(parts)])
+            part = of_question[index]
+            example = self._example(record, where, marks, strata[index], part)
+            return replace(example, id=ids[index], part=part if several else "")
 
-        return Examples(ids, strata, make, labelled=not unlabelled)
+        return Examples(ids, strata, make, not unlabelled, questions, of_question if several else None)
 
     def _types(self) -> dict[str, str]:
         """Question types by annot_id; a reworded split (val_shortcut) shares those of its source (val)."""
@@ -334,7 +348,7 @@ class VcrReader(Reader):
         return picture
 
     def _example(
-        self, record: dict[str, Any], where: str, marks: _Relevance, name: str, stratum: str, part: str
+        self, record: dict[str, Any], where: str, marks: _Relevance, stratum: str, part: str
     ) -> Example:
         where = f"{where} ({record['annot_id']})"
         picture = self._picture(record, where)
@@ -369,7 +383,7 @@ class VcrReader(Reader):
         start = 0
         if part:
             start = len(prompt.text) + 1
-            given = int(part[2:]) if part[2:] else label
+            given = int(part[1:]) if part[1:] else label
             if given is None:
                 raise DataError(
                     f"{where}: QA->R is conditioned on the right answer, but there is no answer_label"
@@ -377,7 +391,8 @@ class VcrReader(Reader):
             prompt, label = join_parts(prompt, choices[given]), label_of("rationale_label")
             choices = choices_of("rationale_choices", marks.rationale_choices)
         return Example(
-            id=name,
+            id=record["annot_id"],
+            question=record["annot_id"],
             image=picture.image,
             boxes=picture.boxes,
             names=picture.names,
@@ -391,8 +406,8 @@ class VcrReader(Reader):
 
 
 def _parts(subtask: str, labelled: bool) -> tuple[str, ...]:
-    """The examples that one question gives: "" its answers, ":r" its rationales, ":rK" given answer K."""
-    rationales = (":r",) if labelled else (":r0", ":r1", ":r2", ":r3")
+    """The examples that one question gives: "" its answers, "r" its rationales, "rK" given answer K."""
+    rationales = ("r",) if labelled else ("r0", "r1", "r2", "r3")
     return {"qa": ("",), "qar": rationales, "both": ("", *rationales)}[subtask]
 
 
@@ -419,24 +434,28 @@ def with_referred_objects(example: Example) -> Example:
     )
 
 
-def joint_hits(hits: Mapping[str, bool]) -> dict[str, bool]:
-    """Q->AR: per question, whether answer and rationale are both right (r2c, eval_q2ar.py).
+def joint_scores(predictions: pd.DataFrame, keys: Sequence[str] = ()) -> pd.DataFrame:
+    """Q->AR: a row per question, right if answer and rationale both are (r2c, eval_q2ar.py).
 
     Args:
-        hits: by example id, as of ``VcrReader(subtask="both")``.
+        predictions: rows of answers and rationales with columns ``question``, ``part`` and ``score``;
+            ``chance``, where it is there, is multiplied.
+        keys: columns that tell predictions of one question apart, such as the run.
+
+    Returns:
+        The answers' rows with the scores of their questions.
 
     Raises:
         ValueError: a question lacks one of the two.
     """
-    joint = {}
-    for identifier, hit in hits.items():
-        if not identifier.endswith(":r"):
-            if f"{identifier}:r" not in hits:
-                raise ValueError(f"{identifier}: Q->AR needs answers and rationales of the same questions")
-            joint[identifier] = bool(hit and hits[f"{identifier}:r"])
-    if 2 * len(joint) != len(hits):
+    keys = [*keys, "question"]
+    guessed = {"chance": ("chance", "prod")} if "chance" in predictions else {}
+    sizes = {"size": ("part", "size"), "parts": ("part", "nunique")}
+    joint = predictions.groupby(keys, sort=False).agg(score=("score", "min"), **guessed, **sizes)
+    if not (joint[["size", "parts"]] == 2).all(axis=None):
         raise ValueError("Q->AR needs answers and rationales of the same questions")
-    return joint
+    answers = predictions[predictions["part"] == ""].drop(columns=["score", *guessed])
+    return answers.merge(joint.drop(columns=["size", "parts"]).reset_index(), on=keys)
 
 
 SUBMISSION_COLUMNS = (
@@ -446,35 +465,42 @@ SUBMISSION_COLUMNS = (
 )
 
 
-def write_submission(path: Path, probabilities: Mapping[str, Sequence[float]]) -> int:
+def write_submission(path: Path, examples: Examples, probabilities: Sequence[Sequence[float]]) -> int:
     """Writes the leaderboard's CSV (annot_id and 20 columns); returns the number of questions.
+
+    Numbers are written so that reading them gives the same again: with fewer digits small ones tie.
 
     Args:
         path: the file, written under a temporary name first.
-        probabilities: four numbers by example id, as of ``VcrReader(subtask="both")`` on a test split.
+        examples: of ``VcrReader(subtask="both")`` on a test split.
+        probabilities: four numbers for each of them.
 
     Raises:
         DataError: a question lacks its answers or its rationales given one of the answers.
     """
+    found: dict[str, dict[str, Sequence[float]]] = {}
+    for question, part, numbers in zip(examples.questions, examples.parts, probabilities, strict=True):
+        found.setdefault(question, {})[part] = numbers
+    if not found:
+        raise DataError(f"{path}: no predictions to write")
+    wanted = _parts("both", labelled=False)
     rows = []
-    for identifier in probabilities:
-        if ":r" in identifier:
-            continue
-        parts = [identifier, *(f"{identifier}:r{k}" for k in range(4))]
-        missing = [part for part in parts if part not in probabilities]
-        if missing:
-            raise DataError(
-                f"{path}: no predictions for {missing[0]!r}; the leaderboard wants answers, and rationales "
-                "given each answer: predict the test split with task='vcr'"
+    for question, by_part in found.items():
+        for part in wanted:
+            what = f"the {'rationales' if part else 'answers'} of {question!r}" + (
+                f" given answer {part[1:]}" if part else ""
             )
-        for part in parts:
-            if len(probabilities[part]) != 4:
-                raise DataError(f"{path}: {part!r} has {len(probabilities[part])} predictions, expected 4")
-            if not all(math.isfinite(p) for p in probabilities[part]):
-                raise DataError(f"{path}: {part!r} has predictions that are not finite; was it trained?")
-        rows.append([identifier, *(f"{float(p):.6g}" for part in parts for p in probabilities[part])])
-    if 5 * len(rows) != len(probabilities) or not rows:
-        raise DataError(f"{path}: expected predictions for one or more questions, five for each")
+            if part not in by_part:
+                raise DataError(
+                    f"{path}: no predictions for {what}; the leaderboard wants answers, and rationales "
+                    "given each answer: predict the test split with task='vcr'"
+                )
+            numbers = by_part[part]
+            if len(numbers) != 4:
+                raise DataError(f"{path}: {len(numbers)} predictions for {what}, expected 4")
+            if not all(math.isfinite(number) for number in numbers):
+                raise DataError(f"{path}: predictions for {what} are not finite; was it trained?")
+        rows.append([question, *(repr(float(p)) for part in wanted for p in by_part[part])])
     with whole_file(path) as file:
         csv.writer(file, lineterminator="\n").writerows([SUBMISSION_COLUMNS, *rows])
     return len(rows)
@@ -516,12 +542,3 @@ def _is_finite(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
-
-
-def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
-    """Share of right choices in [0, 1] (the VCR leaderboard's Q->A or QA->R)."""
-    if len(predictions) != len(labels) or len(labels) == 0:
-        raise ValueError(
-            f"{len(predictions)} predictions for {len(labels)} labels: expected equal, non-zero numbers"
-        )
-    return sum(int(p == y) for p, y in zip(predictions, labels, strict=True)) / len(labels)

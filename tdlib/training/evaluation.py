@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tdlib.data.chance import chance_scores
-from tdlib.data.examples import Example, Examples
+from tdlib.data.examples import Example, Examples, path_names
 from tdlib.data.tasks import score
 from tdlib.students.base import student_inputs
 from tdlib.training.data import EncodedExamples, collate
@@ -38,7 +38,7 @@ def prediction_table(
     labels: Sequence[str] = (),
     constant: int | None = None,
 ) -> pd.DataFrame:
-    """One row per example: id, picture, stratum, label, prediction, score, chance, probabilities.
+    """One row per example: id, question, part, picture, stratum, label, prediction, score, chance, ...
 
     ``score`` and ``chance`` lie in [0, 1] and are missing where there is no label. ``chance`` is what
     guessing scores on the example (``data.chance``), given the answer that guessing always gives where
@@ -46,7 +46,7 @@ def prediction_table(
     """
     examples, predictions = Examples.of(examples), probabilities.argmax(-1)
     rows = [
-        (example.image.name, example.label, example.answer_type, score(example, int(prediction), labels))
+        (example.image, example.label, example.answer_type, score(example, int(prediction), labels))
         for example, prediction in zip(examples, predictions, strict=True)
     ]
     few = probabilities.shape[1] <= 16
@@ -54,7 +54,9 @@ def prediction_table(
         {
             "split": split,
             "id": examples.ids,
-            "image": [row[0] for row in rows],
+            "question": examples.questions,
+            "part": examples.parts,
+            "image": path_names([row[0] for row in rows]),
             "stratum": examples.strata,
             "answer_type": [row[2] for row in rows],
             "label": pd.array([row[1] for row in rows], dtype="Int64"),

@@ -304,7 +304,7 @@ def evaluate(
         probabilities = predict(student, encoded)
         table = prediction_table(split, examples, probabilities, materials.labels, constant)
         if examples.labelled:
-            of_split = measures(config, table["id"], table["score"])
+            of_split = measures(config, table)
             figures["accuracy"][split] = next(iter(of_split.values()))
             figures["measures"][split] = of_split
             figures["detail"][split] = detail(table)
