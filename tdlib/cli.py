@@ -127,7 +127,7 @@ def _execute(batch: "Batch", options: argparse.Namespace) -> None:
 
 
 def _best(batch: "Batch", options: argparse.Namespace) -> int:
-    from tdlib.analysis.protocol import ProtocolError
+    from tdlib.analysis.scores import ProtocolError
     from tdlib.analysis.tuning import CONTEXT, TUNED
 
     try:

@@ -11,32 +11,37 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tdlib.analysis.compare import joint_predictions
+from tdlib.analysis.compare import COLUMNS, compare_arms, compare_within, summarise
 from tdlib.analysis.protocol import (
     CLAIMS,
-    COLUMNS,
-    ProtocolError,
+    claim_sentences,
     claims_table,
-    collect,
-    compare_arms,
     power_note,
-    read_runs,
-    read_scores,
-    readable,
     sentences,
     shift_table,
     shots_table,
+    together,
     unfinished,
-    write_study,
+)
+from tdlib.analysis.scores import (
+    ProtocolError,
+    collect,
+    joint_predictions,
+    read_predictions,
+    read_runs,
+    read_scores,
+    with_strata,
 )
 from tdlib.analysis.statistics import bootstrap_interval, paired_difference, sign_flip_test
+from tdlib.analysis.study import lead_charts, readable, write_study
 from tdlib.analysis.tuning import rank_settings, write_tuned
 from tdlib.cli import main
 from tdlib.core.paths import ROOT
 from tdlib.data.examples import Example, TextPart, save_manifest
 from tdlib.runs import states as run_states
 from tdlib.training.evaluation import prediction_table
-from tdlib.views.figures.protocol import plot_shifts, plot_shots
+from tdlib.views.figures.differences import plot_differences
+from tdlib.views.figures.protocol import plot_shots
 from tdlib.views.figures.targets import to_png, to_svg
 
 CLASSES = ("yes", "no", "maybe")
@@ -217,13 +222,20 @@ def test_both_halves_of_a_question_count_as_one(tmp_path):
         write_run(tmp_path / "b", "vcr", arm, seed, share=0.5 if arm == "finetune" else 0.8)
     runs = read_runs(tmp_path / "b")
     scores = read_scores(tmp_path / "b", runs)
-    assert set(scores["chance"]) == {1 / 16} and len(scores) == 4 * 24
-    assert not scores["id"].str.endswith(":r").any()
+    joint = scores[scores["measure"] == "accuracy (Q->AR)"]
+    assert set(joint["chance"]) == {1 / 16} and len(joint) == 4 * 24
+    assert not joint["id"].str.endswith(":r").any()
+    for name, rationale in (("accuracy (Q->A)", False), ("accuracy (QA->R)", True)):
+        part = scores[scores["measure"] == name]
+        assert set(part["chance"]) == {1 / 4} and len(part) == 4 * 24
+        assert (part["id"].str.endswith(":r") == rationale).all()
     written = pd.read_parquet(next((tmp_path / "b" / "vcr-clip_td-0-12").rglob("predictions.parquet")))
     both = written.groupby("question")["score"].min()
-    own = scores[scores["run"] == "vcr-clip_td-0-12"].set_index("id")["score"]
+    own = joint[joint["run"] == "vcr-clip_td-0-12"].set_index("id")["score"]
     assert own.sort_index().equals(both.sort_index().rename_axis("id"))
-    assert compare_arms(runs, scores, resamples=50)["mean"].between(0.1, 0.8).all()
+    table = compare_arms(runs, scores, resamples=50)
+    assert len(table) == 3 * 2 and table["mean"].between(0.1, 0.9).all()
+    assert set(shots_table(table)["measure"]) == {"accuracy (Q->AR)"}, "a task's table has its own measure"
 
 
 def test_questions_and_pictures_are_told_apart_by_more_than_a_part_of_their_names():
@@ -495,6 +507,111 @@ def test_without_the_baseline_nothing_is_compared(tmp_path):
     assert np.isnan(row["difference"]) and row["mean"] > 0
 
 
+# Several worlds, kinds of examples, claims in words.
+
+
+@pytest.fixture(scope="module")
+def two_worlds(tmp_path_factory) -> Path:
+    """A batch of two worlds: re-pairing helps in both, the paper's reading hurts in one."""
+    shares = {"finetune": (0.4, 0.4), "clip_td": (0.4, 0.1), "clip_td_repaired": (0.9, 0.9)}
+    batch = tmp_path_factory.mktemp("batches") / "b"
+    for seed, world, arm in product(range(7), (0, 1), shares):
+        write_run(batch, arm=arm, seed=seed, share=shares[arm][world], more={"world_seed": world + 1})
+    return batch
+
+
+def test_worlds_are_compared_apart_and_together(two_worlds):
+    table = compare(two_worlds)
+    assert set(table["world"]) == {"1", "2", "all"} and set(table["setting"]) == {""}
+    apart = [row_of(table, arm="clip_td_repaired", world=world) for world in ("1", "2")]
+    whole = row_of(table, arm="clip_td_repaired", world="all")
+    assert whole["difference"] == pytest.approx(np.mean([row["difference"] for row in apart]))
+    assert (whole["seeds"], whole["pairs"]) == (14, 14) and apart[0]["pairs"] == 7
+    assert whole["p_value"] == 2 / 2**14 and whole["verdict"] == "better"
+    assert len(together(table)) == 3 and set(together(table)["world"]) == {"all"}
+    told = sentences(table[table["arm"] == "clip_td"])
+    assert [", world 1:" in told[0], ", world 2:" in told[1], ", all worlds:" in told[2]] == [True] * 3
+
+
+def test_claims_say_what_is_shown_where_and_what_repairing_adds(two_worlds):
+    runs = read_runs(two_worlds)
+    scores = read_scores(two_worlds, runs)
+    claims = claims_table(compare_arms(runs, scores, resamples=100))
+    few = row_of(claims, condition="low-shot", arm="clip_td_repaired")
+    assert (few["finding"], few["worlds"], few["pairs"]) == ("shown", "1, 2", 14)
+    read = row_of(claims, condition="low-shot", arm="clip_td")
+    assert (read["finding"], read["worlds"]) == ("contrary", "2"), "it hurts in the second world alone"
+    added = claims_table(compare_arms(runs, scores, "clip_td", ["clip_td_repaired"], resamples=100))
+    told = claim_sentences(claims, added)
+    assert len(told) == 7
+    assert told[0].startswith(
+        "**VCR, low-shot**: the paper says up to +51.9 % relative. Here: clip_td on vcr_qa"
+    )
+    assert "**contrary**, alone in world 2" in told[0] and "**shown**, alone in world 1, 2" in told[0]
+    gain = row_of(added, condition="low-shot", arm="clip_td_repaired")["difference"]
+    assert f"re-pairing adds {100 * gain:+.1f} points" in told[0]
+    assert told[2].endswith("Here: clip_td on vcr_qa: not run; clip_td_repaired on vcr_qa: not run.")
+    assert told[6] == "**VQA, fully supervised**: the paper says up to +1.3 % relative. Here: not run."
+
+
+def test_known_and_unknown_concepts_are_compared_apart(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = [
+        {"annot_id": f"val-{i}", "style": "flat" if i < 6 else "noir",
+         "right": {"concept": "a thing", "known": i < 12}} for i in range(24)
+    ]  # fmt: skip
+    (data / "val.concepts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for arm in ("finetune", "clip_td"):
+        write_run(tmp_path / "b", run=arm, arm=arm, share=SHARES[arm], more={"data_dir": str(data)})
+    runs = read_runs(tmp_path / "b")
+    scores = with_strata(runs, read_scores(tmp_path / "b", runs), tmp_path)
+    assert scores.groupby("concept")["id"].nunique().to_dict() == {"known": 12, "unknown": 12}
+    table = compare_within(runs, scores, "concept", resamples=50)
+    assert list(table["stratum"].unique()) == ["concept: known", "concept: unknown"]
+    row = row_of(table, stratum="concept: known", arm="clip_td")
+    wanted = scores[(scores["concept"] == "known") & scores["run"].str.contains("clip_td")]
+    assert row["mean"] == pytest.approx(wanted["score"].mean())
+    assert set(compare_within(runs, scores, "style", resamples=50)["stratum"]) == {
+        "style: flat",
+        "style: noir",
+    }
+    bare = with_strata(runs, scores.drop(columns=["concept", "style"]), tmp_path / "elsewhere")
+    assert compare_within(runs, bare, "concept").empty
+
+
+def test_a_summary_of_run_folders_has_the_numbers_of_the_comparison(reports):
+    folders = [
+        reports / "wide" / f"vcr_qa-{arm}-{seed}-24/output/{arm}-seed{seed}"
+        for seed, arm in product(range(3), ("finetune", "clip_td"))
+    ]
+    for folder in folders:
+        arm, seed = folder.name.split("-seed")
+        (folder / "config.json").write_text(json.dumps({"arm": arm, "seed": int(seed)}))
+    predictions = read_predictions(folders)
+    table = summarise(predictions)
+    for folder in folders:
+        (folder / "config.json").unlink()
+    row = row_of(table, arm="clip_td", split="val")
+    parts = {arm: rows for arm, rows in predictions[predictions["split"] == "val"].groupby("arm")}
+    wide = {arm: rows.pivot(index="seed", columns="id", values="score") for arm, rows in parts.items()}
+    pictures = parts["finetune"].drop_duplicates("id").set_index("id")["image"][wide["clip_td"].columns]
+    expected = paired_difference(wide["clip_td"].to_numpy(), wide["finetune"].to_numpy(), pictures.to_numpy())
+    assert (row["mean"], row["difference"], row["n"]) == pytest.approx(
+        (expected.mean, expected.difference, 3)
+    )
+    assert row["verdict"] == "too few pairs" and np.isnan(
+        row_of(table, arm="finetune", split="val")["difference"]
+    )
+
+
+def test_the_page_leads_with_differences_and_scores(two_worlds):
+    first, second = lead_charts(compare(two_worlds))
+    assert first.count("<circle") == 2 and second.count("<circle") == 3
+    assert "Difference to finetune" in first and "vcr_qa, 12 examples" in first
+    assert lead_charts(compare(two_worlds).iloc[:0]) == []
+
+
 # Tables, figures and the page.
 
 
@@ -508,7 +625,7 @@ def test_curves_and_shifts_come_from_the_batches_made_for_them(compared):
 
 
 def test_claims_are_read_in_cells_fixed_before_looking(compared):
-    claims = claims_table(compared)
+    claims = claims_table(compared, ["clip_td"])
     assert len(claims) == 3 * 3
     few = row_of(claims, task="vcr_qa", condition="low-shot")
     cell = row_of(compared, batch="low", task="vcr_qa", shots=12, split="val", arm="clip_td")
@@ -530,7 +647,7 @@ def test_a_size_that_has_hardly_begun_does_not_stand_for_one_that_is_done(compar
     begun["pairs"] = begun["pairs"].clip(upper=1)
     both = pd.concat([begun, compared], ignore_index=True)
     assert set(shift_table(both)["train_examples"]) == {24}
-    shift = row_of(claims_table(both), task="vcr_qa", condition="domain shift")
+    shift = row_of(claims_table(both, ["clip_td"]), task="vcr_qa", condition="domain shift")
     assert shift["where"].startswith("wide: 24 examples") and shift["pairs"] == 7
     half = compared.copy()
     half.loc[half["shots"] == 12, "seeds"] = 3
@@ -544,9 +661,9 @@ def test_words_and_numbers_for_readers(compared):
     table = readable(compared)
     row = compared[compared["arm"] == "clip_td"].iloc[0]
     shown = table.loc[row.name]
-    assert shown["mean"] == f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-    assert shown["difference"].startswith("+") and "setting" not in table and "low" not in table
-    assert table.loc[compared.index[compared["arm"] == "finetune"][0], "difference"] == ""
+    assert shown["mean (%)"] == f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+    assert shown["difference (%)"].startswith("+") and "setting" not in table and "low" not in table
+    assert table.loc[compared.index[compared["arm"] == "finetune"][0], "difference (%)"] == ""
 
 
 def test_a_study_is_written_whole_and_loads_nothing(compared, tmp_path):
@@ -580,7 +697,7 @@ def test_figures_draw_every_number_of_their_table(compared):
     drawn = {round(float(y), 6) for line in lines for y in line.get_ydata()}
     assert drawn == {round(100 * value, 6) for value in shots["mean"]}
     shifts = shift_table(compared)
-    figure = plot_shifts(shifts)
+    figure = plot_differences(shifts, "test")
     dots = [line for axes in figure.axes for line in axes.lines if len(line.get_xdata()) == 1]
     marks = [(round(float(dot.get_xdata()[0]), 6), dot.get_markerfacecolor() != "white") for dot in dots]
     wanted = shifts.dropna(subset=["difference"])
@@ -591,13 +708,13 @@ def test_figures_draw_every_number_of_their_table(compared):
 
 
 def test_figures_of_nothing_say_so(compared):
-    for plot in (plot_shots, plot_shifts):
+    for plot in (plot_shots, plot_differences):
         with pytest.raises(ValueError, match="no column"):
             plot(pd.DataFrame({"task": []}))
         with pytest.raises(ValueError, match="no rows"):
             plot(compared.iloc[:0])
     with pytest.raises(ValueError, match="no rows"):
-        plot_shifts(compared[compared["arm"] == "finetune"])
+        plot_differences(compared[compared["arm"] == "finetune"])
 
 
 # The notebook.

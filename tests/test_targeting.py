@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdlib.analysis import targeting
+from tdlib.analysis import masking, targeting
 from tdlib.analysis.statistics import bootstrap_interval
 from tdlib.core.facts import ground_truth, relevant_tokens
 from tdlib.core.records import TargetRecord, read_records, write_records
@@ -68,22 +68,6 @@ def test_auc_is_the_share_of_pairs_in_the_right_order(pairs):
         assert found == pytest.approx(np.mean(won))
 
 
-@given(rankings)
-def test_average_precision_is_the_sum_over_thresholds(pairs):
-    scores, positive = (np.array(column) for column in zip(*pairs, strict=True))
-    found = targeting.average_precision(scores, positive)
-    if not positive.any():
-        assert math.isnan(found)
-        return
-    total, recall_before = 0.0, 0.0
-    for threshold in sorted(set(scores), reverse=True):
-        taken = scores >= threshold
-        recall = positive[taken].sum() / positive.sum()
-        total += (recall - recall_before) * positive[taken].mean()
-        recall_before = recall
-    assert found == pytest.approx(total) and 0 < found <= 1
-
-
 @settings(deadline=None)
 @given(rankings)
 def test_expected_average_precision_is_the_mean_over_the_orders_of_ties(pairs):
@@ -97,10 +81,11 @@ def test_expected_average_precision_is_the_mean_over_the_orders_of_ties(pairs):
         for order in permutations(range(len(scores)))
         if all(scores[a] >= scores[b] for a, b in pairwise(order))
     ]
-    falling = -np.arange(len(scores))
-    assert found == pytest.approx(
-        np.mean([targeting.average_precision(falling, positive[list(order)]) for order in orders])
-    )
+    precisions = []  # of one order: the mean precision where a decisive token stands
+    for order in orders:
+        places = np.flatnonzero(positive[list(order)])
+        precisions.append(np.mean((np.arange(len(places)) + 1) / (places + 1)))
+    assert found == pytest.approx(np.mean(precisions))
 
 
 @settings(deadline=None)
@@ -368,26 +353,26 @@ def toy_scorer(worth):
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(2, 12))
 def test_curves_of_a_planted_scorer(worth, points):
     order = np.argsort(-np.array(worth), kind="stable")
-    curves = targeting.perturbation_curves(toy_scorer(worth), order, len(worth), points)
+    curves = masking.perturbation_curves(toy_scorer(worth), order, len(worth), points)
     assert curves.fraction[0] == 0 and curves.fraction[-1] == 1 and (np.diff(curves.fraction) > 0).all()
     assert (np.diff(curves.deletion) <= 0).all() and (np.diff(curves.insertion) >= 0).all()
     assert curves.deletion[0] == curves.insertion[-1] == sum(worth)
     assert curves.deletion[-1] == curves.insertion[0] == 0
-    other = targeting.perturbation_curves(toy_scorer(worth), order[::-1], len(worth), points)
+    other = masking.perturbation_curves(toy_scorer(worth), order[::-1], len(worth), points)
     assert curves.deletion_area <= other.deletion_area + 1e-9
     assert curves.insertion_area >= other.insertion_area - 1e-9
 
 
 def test_faithfulness_by_hand():
     chosen, candidates = np.array([1, 0, 0, 1], bool), np.array([1, 1, 0, 1], bool)
-    needed, enough = targeting.faithfulness(toy_scorer([4, 2, 1, 3]), chosen, candidates)
+    needed, enough = masking.faithfulness(toy_scorer([4, 2, 1, 3]), chosen, candidates)
     assert needed == 4 + 3 and enough == 2, "a token that is no candidate is never masked"
 
 
 def test_targeting_that_finds_the_planted_token_beats_chance():
     worth = np.zeros(SIZE)
     worth[[5, 9]] = 1.0
-    table = targeting.faithfulness_scores([make_record()], lambda _: toy_scorer(worth), draws=16)
+    table = masking.faithfulness_scores([make_record()], lambda _: toy_scorer(worth), draws=16)
     found = table.set_index(["modality", "metric", "source"])["value"]
     for modality in ("text", "visual"):
         assert found[modality, "comprehensiveness", "targeting"] == 1
@@ -397,7 +382,7 @@ def test_targeting_that_finds_the_planted_token_beats_chance():
         assert found[modality, "insertion", "targeting"] > found[modality, "insertion", "random"]
     quality = targeting.targeting_quality(table, resamples=50)
     assert set(quality["metric"]) == {"comprehensiveness", "sufficiency", "deletion", "insertion"}
-    assert targeting.faithfulness_scores(
+    assert masking.faithfulness_scores(
         [make_record(selected=np.zeros(SIZE, dtype=bool))], lambda _: toy_scorer(worth)
     ).empty
 
@@ -423,7 +408,7 @@ def setting(student_folder, world):
 
 def test_masked_scores_are_the_students_own(setting):
     student, encoder, _, data, batch, record = setting
-    scorer = targeting.masked_scorer(student, batch, record, encoder.tokenizer.mask_token_id, batch_size=2)
+    scorer = masking.masked_scorer(student, batch, record, encoder.tokenizer.mask_token_id, batch_size=2)
     texts = batch["input_ids"].shape[2]
     before = {name: value.clone() for name, value in batch.items()}
     keep = np.ones((4, len(record.tokens)), dtype=bool)
@@ -455,11 +440,11 @@ def test_a_batch_of_other_tokens_is_refused(setting):
     student, encoder, example, data, _, record = setting
     mask = encoder.tokenizer.mask_token_id
     with pytest.raises(ValueError, match="batch of 2 examples"):
-        targeting.masked_scorer(student, collate([data[0], data[0]], encoder), record, mask)
+        masking.masked_scorer(student, collate([data[0], data[0]], encoder), record, mask)
     short = replace(example, prompt=TextPart("Why?"), choices=(TextPart("a"),) * 4)
     other = collate([EncodedExamples([short], encoder)[0]], encoder)
     with pytest.raises(ValueError, match="the record others"):
-        targeting.masked_scorer(student, other, record, mask)
+        masking.masked_scorer(student, other, record, mask)
 
 
 def test_the_lift_is_what_it_was():
@@ -472,14 +457,14 @@ def test_the_lift_is_what_it_was():
 
 def test_curves_of_a_record_are_those_of_its_order():
     worth = np.arange(SIZE, dtype=float)
-    curves = targeting.record_curves(make_record(), toy_scorer(worth), "text", points=4, draws=8)
+    curves = masking.record_curves(make_record(), toy_scorer(worth), "text", points=4, draws=8)
     assert set(curves) == {"targeting", "random", "longest words", "frequency"}
     order = [5, 3, 4, 6, 1, 2]  # selected by weight, then by score, the earlier of equals first
-    expected = targeting.perturbation_curves(toy_scorer(worth), order, SIZE, 4)
+    expected = masking.perturbation_curves(toy_scorer(worth), order, SIZE, 4)
     np.testing.assert_array_equal(curves["targeting"].deletion, expected.deletion)
     np.testing.assert_array_equal(curves["frequency"].fraction, expected.fraction)
     with pytest.raises(ValueError, match="no text token"):
-        targeting.record_curves(make_record(distilled=np.zeros(SIZE, dtype=bool)), toy_scorer(worth), "text")
+        masking.record_curves(make_record(distilled=np.zeros(SIZE, dtype=bool)), toy_scorer(worth), "text")
 
 
 def test_regions_are_masked_by_their_features():
@@ -504,7 +489,7 @@ def test_regions_are_masked_by_their_features():
     record = make_record(label=1, spans=spans, boxes=boxes, tokens=("",) * 6)
     keep = np.ones((2, 6), dtype=bool)
     keep[1, [2, 5]] = False
-    found = targeting.masked_scorer(student, batch, record, mask_token_id=4)(keep)
+    found = masking.masked_scorer(student, batch, record, mask_token_id=4)(keep)
     with torch.inference_mode():
         whole = student(**batch).logits.softmax(-1)[0, 1]
         batch["input_ids"][0, 0, 2] = 4

@@ -19,7 +19,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import ViltConfig, get_cosine_schedule_with_warmup
 
-from tdlib.analysis.compare import read_predictions, summarise
+from tdlib.analysis.compare import summarise
+from tdlib.analysis.scores import read_predictions
 from tdlib.analysis.statistics import bootstrap_interval
 from tdlib.arms import ARMS
 from tdlib.config import RunConfig, apply_arm

@@ -20,7 +20,7 @@ from PIL import Image
 from test_views import EVIL, Page
 from transformers import TrainerCallback, VisualBertConfig
 
-from tdlib.analysis.targeting import Curves
+from tdlib.analysis.masking import Curves
 from tdlib.config import RunConfig
 from tdlib.core.records import END, TargetRecord, read_records, records_table, write_records
 from tdlib.data.examples import low_shot

@@ -1,80 +1,280 @@
-"""Tables of several runs: their predictions together, and each arm's mean beside the baseline's."""
+"""Arms compared: each arm's mean with its interval, and its paired difference to the baseline.
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+A *cell* is what arms are compared within: one batch, task, setting (whatever else differs between runs)
+and size of the training subset. Two runs are a pair where they are of one cell, one world and one seed;
+they must then have learned from the same examples and be tested on the same. Several worlds (MiniWorlds
+of different seeds) are compared apart and together: see ``statistics.pooled_difference``.
+"""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import pandas as pd
 
-from tdlib.analysis.statistics import adjusted_together, bootstrap_interval, paired_difference
-from tdlib.data.vcr import joint_scores
+from tdlib.analysis.scores import ProtocolError, joint_predictions
+from tdlib.analysis.statistics import (
+    ALPHA,
+    PairedDifference,
+    adjusted_together,
+    chance_corrected,
+    pooled_difference,
+    pooled_mean,
+)
+from tdlib.data.tasks import TASKS
+
+CELL = ["batch", "task", "setting", "shots"]
+USUAL = "usual"  # the test that is not shifted
+ALL_WORLDS = "all"
+COLUMNS = [
+    *CELL, "world", "train_examples", "measure", "split", "test", "arm", "seeds", "mean", "low", "high",
+    "chance", "over_chance", "pairs", "baseline_mean", "difference", "difference_low", "difference_high",
+    "relative", "relative_low", "relative_high", "gain_over_chance", "p_value", "p_adjusted", "arms_tested",
+    "verdict", "unpaired",
+]  # fmt: skip
 
 
-def read_predictions(folders: Sequence[Path]) -> pd.DataFrame:
-    """Predictions of several runs as one table with columns arm and seed."""
-    frames = []
-    for folder in folders:
-        config = json.loads((folder / "config.json").read_text())
-        frames.append(
-            pd.read_parquet(folder / "predictions.parquet").assign(arm=config["arm"], seed=config["seed"])
-        )
-    return pd.concat(frames, ignore_index=True)
+@dataclass(frozen=True)
+class Options:
+    """How arms are compared.
+
+    ``baseline`` is the arm that the others are held against. ``tested`` are the arms whose difference is
+    tested, all if empty; they are to be chosen before looking, as every further arm costs pairs
+    (``statistics.pairs_needed``), and others get intervals and the verdict "not tested". ``alpha`` is of the
+    verdicts, ``level`` of the intervals, ``resamples`` of the bootstrap.
+    """
+
+    baseline: str = "finetune"
+    tested: Sequence[str] = ()
+    alpha: float = ALPHA
+    level: float = 0.95
+    resamples: int = 2000
 
 
-def joint_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Q->AR rows (answer and rationale both right) from the rows of task "vcr", or the rows as they are."""
-    if "part" not in predictions or predictions["part"].isna().any():
-        # Runs of earlier versions did not record question and part; the end of the id told them.
-        part = predictions["id"].str.extract(r":(r)$")[0].fillna("")
-        predictions = predictions.assign(part=part, question=predictions["id"].str.removesuffix(":r"))
-    if (predictions["part"] == "").all():
-        return predictions
-    return joint_scores(predictions, ["arm", "seed", "split"])
+@dataclass(frozen=True)
+class Tested:
+    """Arms on one test of one world: scores (seeds, examples) of each, columns as in ``pictures``."""
+
+    arms: Mapping[str, pd.DataFrame]
+    pictures: pd.Series  # by example
+
+    @property
+    def clusters(self) -> np.ndarray:
+        """Pictures in the order of the examples."""
+        return self.pictures.to_numpy()
+
+    def paired(self, arm: str, baseline: str) -> pd.Index:
+        """Seeds that both arms have."""
+        none = pd.Index([], dtype=int)
+        there = arm in self.arms and baseline in self.arms
+        return self.arms[arm].index.intersection(self.arms[baseline].index) if there else none
+
+
+def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "finetune",
+                 tested: Sequence[str] = (), alpha: float = ALPHA, level: float = 0.95,
+                 resamples: int = 2000) -> pd.DataFrame:  # fmt: skip
+    """Every arm in every cell on every test: its score, and the paired difference to the baseline.
+
+    Columns: those of a cell, world ("all": all worlds together, where there are several), train_examples
+    (mean over runs), measure, split, test ("usual", or the shift), arm, seeds (of all worlds), mean, low,
+    high (over all seeds of the arm), chance, over_chance; then over the pairs alone: pairs,
+    baseline_mean, difference, difference_low, difference_high, relative, relative_low, relative_high,
+    gain_over_chance, p_value, p_adjusted (Holm over the tested arms of the cell and test), arms_tested,
+    verdict, and unpaired: seeds of arm or baseline that have no partner yet.
+
+    Args:
+        runs: of one or several batches, see ``scores.read_runs``.
+        scores: theirs, see ``scores.read_scores``.
+        baseline: see ``Options``, as all that follow.
+        tested: arms.
+        alpha: of the verdicts.
+        level: of the intervals.
+        resamples: of the bootstrap.
+
+    Raises:
+        ProtocolError: two runs of a cell and world have the same arm and seed, or a pair learned from or
+            was tested on other examples.
+    """
+    options = Options(baseline, tested, alpha, level, resamples)
+    done = runs[runs["state"] == "done"]
+    rows: list[dict[str, Any]] = []
+    for key, cell in done.groupby(CELL, sort=False):
+        where = dict(zip(CELL, key, strict=True))
+        for world, own in cell.groupby("world", sort=False):
+            _check_runs({**where, "world": world}, own, baseline)
+        of_cell = scores[(scores["batch"] == where["batch"]) & scores["run"].isin(cell["run"])]
+        for (measure, split), part in of_cell.groupby(["measure", "split"], sort=False):
+            shared = where | {
+                "train_examples": float(cell["train_examples"].mean()), "measure": measure, "split": split,
+                "test": name_of_test(str(where["task"]), str(split)),
+            }  # fmt: skip
+            worlds = {
+                str(world): _tested(f"{_place(where)}, split {split!r}", own, part)
+                for world, own in cell.groupby("world", sort=False)
+                if own["run"].isin(part["run"]).any()
+            }
+            chance = float(part["chance"].mean())
+            for world, of_world in worlds.items():
+                rows += [shared | {"world": world} | row for row in arm_rows([of_world], chance, options)]
+            if len(worlds) > 1:
+                pooled = arm_rows(list(worlds.values()), chance, options)
+                rows += [shared | {"world": ALL_WORLDS} | row for row in pooled]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def compare_within(runs: pd.DataFrame, scores: pd.DataFrame, by: str, **options: Any) -> pd.DataFrame:
+    """``compare_arms`` on each kind of examples by itself, kinds named by the column ``stratum``.
+
+    Args:
+        runs: as in ``compare_arms``.
+        scores: with a column that tells kinds of examples apart (``scores.with_strata``); rows where it
+            is empty are left out.
+        by: that column.
+        options: of ``compare_arms``. Holm's correction is over the arms of each kind.
+    """
+    frames = [
+        compare_arms(runs, rows, **options).assign(stratum=f"{by}: {kind}")
+        for kind, rows in scores[scores[by].fillna("") != ""].groupby(by, sort=True)
+    ]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*COLUMNS, "stratum"])
 
 
 def summarise(predictions: pd.DataFrame, baseline: str = "finetune") -> pd.DataFrame:
     """Mean score per arm and split with 95 % intervals, and the paired difference to the baseline.
 
     Columns: arm, split, mean, low, high, n (seeds), difference, difference_low, difference_high, and the
-    verdict of ``statistics.PairedDifference``, corrected for the number of arms on the same split.
-    Intervals: two-level bootstrap over seeds and over pictures. Splits without labels are left out;
+    verdict, corrected for the number of arms on the same split. Splits without labels are left out;
     for task "vcr" the score is Q->AR.
+
+    Args:
+        predictions: of runs of one setting, as ``scores.read_predictions`` gives them.
+        baseline: the arm that the others are held against.
     """
-    rows = []
-    predictions = predictions[~predictions["split"].isin(_unlabelled(predictions))]
-    for split, part in joint_predictions(predictions).groupby("split", sort=False):
-        tables = {
-            arm: own.pivot(index="seed", columns="id", values="score").astype(float)
+    rows: list[dict[str, Any]] = []
+    labelled = predictions.groupby("split")["score"].transform("count") > 0
+    for split, part in joint_predictions(predictions[labelled]).groupby("split", sort=False):
+        pictures = part.drop_duplicates("id").set_index("id")["image"]
+        arms = {
+            str(arm): own.pivot(index="seed", columns="id", values="score")[pictures.index].astype(float)
             for arm, own in part.groupby("arm", sort=False)
         }
-        images = part.drop_duplicates("id").set_index("id")["image"]
-        compared = {
-            arm: paired_difference(
-                table.to_numpy(),
-                tables[baseline].loc[table.index, table.columns].to_numpy(),
-                images[table.columns].to_numpy(),
-            )
-            for arm, table in tables.items()
-            if arm != baseline and baseline in tables
-        }
-        compared = adjusted_together(compared)
-        for arm, table in tables.items():
-            values = table.to_numpy()
-            low, high = bootstrap_interval(values, images[table.columns].to_numpy())
-            row = {
-                "arm": arm, "split": split, "mean": values.mean(), "low": low, "high": high, "n": len(table),
+        found = arm_rows([Tested(arms, pictures)], float("nan"), Options(baseline))
+        rows += [{"split": split, "n": row["seeds"]} | row for row in found]
+    columns = ["arm", "split", "mean", "low", "high", "n", "difference", "difference_low", "difference_high"]
+    return pd.DataFrame(rows, columns=[*columns, "verdict"])
+
+
+def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[dict[str, Any]]:
+    """A row per arm: mean and interval over all its seeds, and the paired difference to the baseline.
+
+    Args:
+        worlds: the same test in each world; one that is made of real data has one.
+        chance: what guessing scores.
+        options: see there.
+    """
+    arms = list(dict.fromkeys(arm for world in worlds for arm in world.arms))
+    differences: dict[str, PairedDifference] = {}
+    for arm in arms:
+        pairs = [
+            (*(world.arms[name].loc[seeds].to_numpy() for name in (arm, options.baseline)), world.clusters)
+            for world in worlds
+            if arm != options.baseline and len(seeds := world.paired(arm, options.baseline))
+        ]
+        if pairs:
+            differences[arm] = pooled_difference(pairs, chance, options.level, options.resamples)
+    asked = {arm: one for arm, one in differences.items() if not options.tested or arm in options.tested}
+    differences |= adjusted_together(asked)
+    rows = []
+    for arm in arms:
+        own = [(world.arms[arm].to_numpy(), world.clusters) for world in worlds if arm in world.arms]
+        mean, low, high = pooled_mean(own, options.level, options.resamples)
+        row: dict[str, Any] = {
+            "arm": arm, "seeds": sum(len(values) for values, _ in own), "mean": mean, "low": low,
+            "high": high, "chance": chance, "over_chance": chance_corrected(mean, chance), "pairs": 0,
+            "verdict": "", "unpaired": "",
+        }  # fmt: skip
+        if arm != options.baseline:
+            row |= {"verdict": "too few pairs", "unpaired": _unpaired(worlds, arm, options.baseline)}
+        if found := differences.get(arm):
+            row |= {
+                "pairs": found.pairs, "baseline_mean": found.baseline, "difference": found.difference,
+                "difference_low": found.low, "difference_high": found.high, "relative": found.relative,
+                "relative_low": found.relative_low, "relative_high": found.relative_high,
+                "gain_over_chance": found.gain_over_chance, "verdict": "not tested",
             }  # fmt: skip
-            if arm in compared:
-                gain = compared[arm]
+            if arm in asked:
                 row |= {
-                    "difference": gain.difference, "difference_low": gain.low, "difference_high": gain.high,
-                    "verdict": gain.verdict(),
+                    "p_value": found.p_value, "p_adjusted": found.p_adjusted, "arms_tested": found.arms,
+                    "verdict": found.verdict(options.alpha),
                 }  # fmt: skip
-            rows.append(row)
-    return pd.DataFrame(rows)
+        rows.append(row)
+    return rows
 
 
-def _unlabelled(predictions: pd.DataFrame) -> list[str]:
-    """Splits without labels: a test split's scores are all missing."""
-    known = predictions.groupby("split", sort=False)["score"].count()
-    return list(known[known == 0].index)
+def _unpaired(worlds: Sequence[Tested], arm: str, baseline: str) -> str:
+    """Seeds that only one of the two arms has."""
+    alone: set[int] = set()
+    for world in worlds:
+        both = [set(world.arms[name].index) if name in world.arms else set() for name in (arm, baseline)]
+        alone |= both[0] ^ both[1]
+    return ", ".join(str(seed) for seed in sorted(alone))
+
+
+# What cannot be compared is refused.
+
+
+def _check_runs(where: Mapping[str, Any], runs: pd.DataFrame, baseline: str) -> None:
+    """Raises ProtocolError where one arm and seed come twice, or a pair learned from other examples."""
+    twice = runs[runs.duplicated(["arm", "seed"], keep=False)]
+    if len(twice):
+        named = ", ".join(f"{r.run} ({r.arm}, seed {r.seed:g})" for r in twice.itertuples())
+        raise ProtocolError(f"{_place(where)}: several runs of one arm and seed: {named}; expected one")
+    usual = runs[runs["arm"] == baseline].set_index("seed")
+    for run in runs[runs["seed"].isin(usual.index)].itertuples():
+        partner = usual.loc[run.seed]
+        if run.subset != partner["subset"]:
+            raise ProtocolError(
+                f"{_place(where)}, seed {run.seed:g}: {run.arm} (run {run.run}) learned from "
+                f"{run.train_examples:g} examples, digest {run.subset}, but {baseline} "
+                f"(run {partner['run']}) from {partner['train_examples']:g}, digest {partner['subset']}; "
+                "a pair needs the same"
+            )
+
+
+def _tested(place: str, runs: pd.DataFrame, scores: pd.DataFrame) -> Tested:
+    """One world's scores as tables; ProtocolError unless all of its runs were tested on the same examples."""
+    scores = scores[scores["run"].isin(runs["run"])]
+    first: pd.Series | None = None
+    for run, rows in scores.groupby("run", sort=False):
+        pictures = rows.set_index("id")["image"].sort_index()
+        if first is None:
+            first, first_run = pictures, run
+        elif not pictures.equals(first):
+            one, other = set(pictures.items()), set(first.items())
+            lone = sorted(str(name) for name, _ in one ^ other) or ["the same ids more than once"]
+            raise ProtocolError(
+                f"{place}: runs {first_run} ({len(first)} examples) and {run} ({len(pictures)}) were tested "
+                f"on different examples (first: {lone[0]!r}); a pair needs the same"
+            )
+    assert first is not None
+    if not first.index.is_unique:
+        raise ProtocolError(f"{place}: run {first_run} has several rows of one example")
+    wide = scores.pivot(index="run", columns="id", values="score")[first.index].astype(float)
+    arms = {
+        str(arm): wide.loc[own["run"]].set_axis(own["seed"].astype(int).to_numpy(), axis="index").sort_index()
+        for arm, own in runs[runs["run"].isin(wide.index)].groupby("arm", sort=False)
+    }
+    return Tested(arms, first)
+
+
+def _place(where: Mapping[str, Any]) -> str:
+    setting = f", {where['setting']}" if where["setting"] else ""
+    world = f", world {where['world']}" if where.get("world") else ""
+    return f"batch {where['batch']}, {where['task']}, shots {where['shots']:g}{setting}{world}"
+
+
+def name_of_test(task: str, split: str) -> str:
+    """The test that a split is: "usual", or the shift's name."""
+    usual = TASKS[task].evaluated
+    return USUAL if split == usual else split.removeprefix(f"{usual}_")

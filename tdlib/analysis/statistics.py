@@ -2,12 +2,13 @@
 
 Arrays in, numbers out; knows no runs, arms or files. Rows are seeds: each is one training subset, one
 head and one data order. Columns are examples, which come in clusters (those that share a picture).
+Several worlds, each with its own seeds and examples, are pooled as strata: see ``pooled_difference``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,7 +30,6 @@ def bootstrap_interval(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-    method: Literal["bca", "percentile"] = "bca",
 ) -> tuple[float, float]:
     """Interval of the mean of ``correct`` (seeds, examples), resampled on two levels.
 
@@ -43,15 +43,33 @@ def bootstrap_interval(
     acceleration from leaving out each seed and each cluster: for independent samples i of n_i members,
     ``a = Σ_i Σ_j (l_ij / n_i)³ / (6 (Σ_i Σ_j (l_ij / n_i)²)^(3/2))`` with the jackknife's influences
     ``l_ij`` (Davison and Hinkley 1997, section 5.3.2). A level with a single member has none; without
-    any, ``a`` is 0 and the interval bias-corrected only. "percentile" takes the plain quantiles.
+    any, ``a`` is 0 and the interval bias-corrected only.
 
     With few seeds every bootstrap is too narrow: it knows only the seeds that were run.
 
     Raises:
         ValueError: shapes disagree, there is nothing to resample, or a value is not finite.
     """
-    draws = _Draws.of([correct], clusters, resamples, seed)
-    return draws.interval(lambda means: means[0], level, method)
+    return _Draws.of([correct], clusters, resamples, seed).interval(lambda means: means[0], level)
+
+
+def pooled_mean(
+    worlds: Sequence[tuple[np.ndarray, np.ndarray]],
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean over several worlds, each counting alike, and its interval; each world is resampled by itself.
+
+    Args:
+        worlds: scores (seeds, examples) and clusters (examples,) of each.
+        level: of the interval.
+        resamples: of each world.
+        seed: of the draws.
+    """
+    draws = _pooled([_Draws.of([values], clusters, resamples, seed + place)
+                     for place, (values, clusters) in enumerate(worlds)])  # fmt: skip
+    return float(draws.observed[0]), *draws.interval(lambda means: means[0], level)
 
 
 @dataclass(frozen=True)
@@ -105,20 +123,26 @@ class _Draws:
             left_out.append(rest / (sizes.sum() - sizes))
         return cls(by_seed.mean(-1), resampled, left_out)
 
-    def interval(
-        self, statistic: Callable[[np.ndarray], np.ndarray], level: float, method: str = "bca"
-    ) -> tuple[float, float]:
+    def interval(self, statistic: Callable[[np.ndarray], np.ndarray], level: float) -> tuple[float, float]:
         """Limits of a statistic of the tables' means (first axis)."""
         if not 0 < level < 1:
             raise ValueError(f"level={level}: expected a share between 0 and 1, such as 0.95")
         observed, resampled = statistic(self.observed), statistic(self.resampled)
         shares = [(1 - level) / 2, (1 + level) / 2]
-        if method == "bca":
-            shares = _bca_shares(observed, resampled, [statistic(means) for means in self.left_out], shares)
-        elif method != "percentile":
-            raise ValueError(f"method={method!r}: expected 'bca' or 'percentile'")
+        shares = _bca_shares(observed, resampled, [statistic(means) for means in self.left_out], shares)
         low, high = np.quantile(resampled, shares)
         return float(low), float(high)
+
+
+def _pooled(worlds: Sequence[_Draws]) -> _Draws:
+    """The mean over worlds of everything; leaving out a member of one world leaves the others whole."""
+    if len(worlds) == 1:
+        return worlds[0]
+    number, total = len(worlds), np.sum([world.observed for world in worlds], axis=0)
+    left_out = [
+        ((total - world.observed)[:, None] + means) / number for world in worlds for means in world.left_out
+    ]
+    return _Draws(total / number, np.mean([world.resampled for world in worlds], axis=0), left_out)
 
 
 def _drawn(rng: np.random.Generator, resamples: int, members: int) -> np.ndarray:
@@ -211,7 +235,7 @@ def chance_corrected(accuracy: float, chance: float) -> float:
 
 
 class TooFewPairs(ValueError):
-    """So few pairs cannot tell a difference from luck, whatever they are: no word on significance."""
+    """Too few pairs: even if all differences had the same sign, the test could not reach alpha."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +322,34 @@ def paired_difference(
     Raises:
         ValueError: as ``bootstrap_interval``.
     """
-    draws = _Draws.of([arm, baseline], clusters, resamples, seed)
+    return pooled_difference([(arm, baseline, clusters)], chance, level, resamples, seed)
+
+
+def pooled_difference(
+    worlds: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    chance: float = 0.0,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> PairedDifference:
+    """``paired_difference`` over several worlds: what holds in worlds like these, each counting alike.
+
+    Means, differences and their intervals are of the mean over worlds; each world's seeds and pictures are
+    resampled by themselves, as strata. The worlds themselves are not resampled: a few of them cannot say
+    how much a world matters. The sign-flip test takes the pairs of all worlds together.
+
+    Args:
+        worlds: arm, baseline and clusters of each, as in ``paired_difference``.
+        chance: accuracy of guessing.
+        level: of the intervals.
+        resamples: of each world.
+        seed: of the draws.
+
+    Raises:
+        ValueError: as ``bootstrap_interval``.
+    """
+    draws = _pooled([_Draws.of([arm, baseline], clusters, resamples, seed + place)
+                     for place, (arm, baseline, clusters) in enumerate(worlds)])  # fmt: skip
     mean, usual = (float(value) for value in draws.observed)
     low, high = draws.interval(lambda means: means[0] - means[1], level)
     relative = relative_low = relative_high = float("nan")
@@ -307,9 +358,10 @@ def paired_difference(
         relative_low, relative_high = draws.interval(lambda means: means[0] / means[1] - 1, level)
     elif usual > 0:  # no interval: the baseline has nothing right in some resamples
         relative = mean / usual - 1
-    p_value = sign_flip_test(np.mean(np.asarray(arm, float) - np.asarray(baseline, float), axis=1))
+    by_pair = [np.mean(np.asarray(arm, float) - np.asarray(other, float), axis=1) for arm, other, _ in worlds]
+    p_value = sign_flip_test(np.concatenate(by_pair))
     return PairedDifference(
-        pairs=len(arm), mean=mean, baseline=usual, difference=mean - usual, low=low, high=high,
+        pairs=sum(map(len, by_pair)), mean=mean, baseline=usual, difference=mean - usual, low=low, high=high,
         relative=relative, relative_low=relative_low, relative_high=relative_high,
         gain_over_chance=chance_corrected(mean, chance) - chance_corrected(usual, chance),
         p_value=p_value, p_adjusted=p_value,

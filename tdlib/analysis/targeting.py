@@ -1,23 +1,21 @@
-"""Does the targeting fall on the tokens that decide?
+"""Measures whether the targeting falls on the tokens that decide, where the data know these.
 
-Measured against the ground truth where the data know it (``targeting_scores``), and by what masking
-tokens does to a student's answer where they do not (``faithfulness_scores``); each beside baselines
-that look at one modality alone. Does not own the records (``records``) nor any figure.
+Each measure stands beside baselines that look at one modality alone. Data that do not say what decides
+are measured by ``masking``, in the same tables.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from tdlib.analysis.statistics import bootstrap_interval
 from tdlib.core.facts import relevant_tokens
 from tdlib.core.records import TargetRecord
-from tdlib.method.priors import WORD, Idf
+
+if TYPE_CHECKING:
+    from tdlib.method.priors import Idf
 
 
 def decisive_tokens(record: TargetRecord) -> np.ndarray:
@@ -63,23 +61,8 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - m * (m + 1) / 2) / (m * (n - m)))
 
 
-def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """``sum_n (R_n - R_(n-1)) P_n`` over the distinct scores, highest first; tied tokens enter together.
-
-    Arguments as in ``roc_auc``. In [0, 1]; nan without a decisive token.
-    """
-    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
-    if not positive.any():
-        return float("nan")
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
-    hits = np.cumsum(positive[order])[last]
-    gained = np.diff(hits, prepend=0) / positive.sum()
-    return float((gained * hits / (last + 1)).sum())
-
-
 def expected_average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Mean of ``average_precision`` over all orders of tied tokens, where each stands by itself.
+    """Average precision ``sum_n (R_n - R_(n-1)) P_n``, as its mean over all orders of tied tokens.
 
     So that a score that says nothing gets what a random order gets, not the share of decisive tokens.
     Arguments as in ``roc_auc``. In [0, 1]; nan without a decisive token.
@@ -148,13 +131,15 @@ def precision_recall(scores: np.ndarray, positive: np.ndarray, size: int) -> tup
 PLACES = 5  # what rounding of boxes leaves different is a tie
 
 
-def _nothing(record: TargetRecord, idf: Idf | None) -> np.ndarray:
+def _nothing(record: TargetRecord, idf: "Idf | None") -> np.ndarray:
     """All alike: a random order."""
     return np.zeros(len(record.tokens))
 
 
-def _size(record: TargetRecord, idf: Idf | None) -> np.ndarray:
+def _size(record: TargetRecord, idf: "Idf | None") -> np.ndarray:
     """Letters of the word that a text token is part of; area of a visual token."""
+    from tdlib.method.priors import WORD  # the method's modules load torch
+
     words = [match.span() for match in WORD.finditer(record.text)]
     letters = np.zeros(len(record.tokens))
     for i in np.flatnonzero(record.is_text):
@@ -164,19 +149,22 @@ def _size(record: TargetRecord, idf: Idf | None) -> np.ndarray:
     return np.where(record.is_text, letters, sides.prod(1).round(PLACES))
 
 
-def _frequency(record: TargetRecord, idf: Idf | None) -> np.ndarray:
+def _frequency(record: TargetRecord, idf: "Idf | None") -> np.ndarray:
     """Rareness of a text token's word (idf; the record's own prior if none is given); 0 elsewhere."""
-    prior = record.prior if idf is None else idf.prior(record.text, torch.as_tensor(record.spans)).numpy()
-    return np.where(record.is_text, prior, 0)
+    if idf is None:
+        return np.where(record.is_text, record.prior, 0)
+    import torch  # is loaded where word statistics are
+
+    return np.where(record.is_text, idf.prior(record.text, torch.as_tensor(record.spans)).numpy(), 0)
 
 
-def _centre(record: TargetRecord, idf: Idf | None) -> np.ndarray:
+def _centre(record: TargetRecord, idf: "Idf | None") -> np.ndarray:
     """Nearness of a visual token to the picture's centre; 0 elsewhere."""
     middle = (record.boxes[:, :2] + record.boxes[:, 2:]) / 2
     return np.where(record.is_text, 0, -np.linalg.norm(middle - 0.5, axis=1).round(PLACES))
 
 
-Baseline = Callable[[TargetRecord, Idf | None], np.ndarray]
+Baseline = Callable[[TargetRecord, Optional["Idf"]], np.ndarray]
 BASELINES: dict[str, dict[str, Baseline]] = {
     "text": {"random": _nothing, "longest words": _size, "frequency": _frequency},
     "visual": {"random": _nothing, "largest": _size, "centre": _centre},
@@ -187,7 +175,7 @@ BASELINES: dict[str, dict[str, Baseline]] = {
 
 
 def targeting_scores(
-    records: Sequence[TargetRecord], idf: Idf | None = None, draws: int = 32, seed: int = 0
+    records: Sequence[TargetRecord], idf: "Idf | None" = None, draws: int = 32, seed: int = 0
 ) -> pd.DataFrame:
     """How well each record's targeting finds the decisive tokens, beside baselines.
 
@@ -206,7 +194,7 @@ def targeting_scores(
     rows = []
     for record in records:
         decisive = decisive_tokens(record)
-        for modality, tokens in _modalities(record).items():
+        for modality, tokens in modality_tokens(record).items():
             truth = decisive[tokens]
             if truth.all() or not truth.any():  # also without any token
                 continue
@@ -230,11 +218,11 @@ def targeting_scores(
                         for _ in range(draws)
                     ]
                     found[name]["iou"] = float(np.mean([area_iou(part, relevant) for part in chosen]))
-            rows += _rows(record, modality, found, record.truth)
+            rows += score_rows(record, modality, found, record.truth)
     return pd.DataFrame(rows, columns=SCORE_COLUMNS)
 
 
-def _modalities(record: TargetRecord) -> dict[str, np.ndarray]:
+def modality_tokens(record: TargetRecord) -> dict[str, np.ndarray]:
     """Positions of the tokens that can be targeted."""
     return {
         "text": np.flatnonzero(record.is_text & record.distilled),
@@ -253,9 +241,10 @@ def _ranking(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 SCORE_COLUMNS = ["example_id", "choice", "image", "truth", "modality", "metric", "source", "value"]
 
 
-def _rows(
+def score_rows(
     record: TargetRecord, modality: str, found: dict[str, dict[str, float]], truth: str = ""
 ) -> list[tuple]:
+    """Rows with ``SCORE_COLUMNS`` of one record and modality, from values by source and metric."""
     name = record.example_id, record.choice, str(record.image), truth, modality
     return [(*name, metric, source, v) for source, own in found.items() for metric, v in own.items()]
 
@@ -369,233 +358,3 @@ def _interval(
 ) -> tuple[float, float, float]:
     numbers = values.to_numpy(dtype=float)
     return float(numbers.mean()), *bootstrap_interval(numbers[None], pictures, level, resamples)
-
-
-# Without ground truth: what the student makes of statements and pictures with tokens masked.
-
-Scorer = Callable[[np.ndarray], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Curves:
-    """A score while tokens go (``deletion``) and while they come (``insertion``), highest first.
-
-    All (points,): ``fraction`` of the tokens that are gone, or there, from 0 to 1; both curves have
-    their two ends in common: ``deletion[0] = insertion[-1]`` is the score of all tokens.
-    """
-
-    fraction: np.ndarray
-    deletion: np.ndarray
-    insertion: np.ndarray
-
-    @property
-    def deletion_area(self) -> float:
-        """Mean height of the curve; low where the first tokens matter."""
-        return float(np.trapezoid(self.deletion, self.fraction))
-
-    @property
-    def insertion_area(self) -> float:
-        """Mean height of the curve; high where the first tokens suffice."""
-        return float(np.trapezoid(self.insertion, self.fraction))
-
-
-def perturbation_curves(
-    scorer: Scorer, order: Sequence[int] | np.ndarray, tokens: int, points: int = 11
-) -> Curves:
-    """Deletion and insertion (Petsiuk et al. 2018) of tokens in an order.
-
-    Args:
-        scorer: scores of masks (variants, tokens), True on tokens that are kept: (variants,).
-        order: positions of the tokens that go or come, first to last; all others are always kept.
-        tokens: how many tokens a mask has.
-        points: of the curves, both ends included; fewer where there are fewer tokens.
-    """
-    order = np.asarray(order, dtype=int)
-    counts = np.unique(np.linspace(0, len(order), points).round().astype(int))
-    keep = np.ones((2, len(counts), tokens), dtype=bool)
-    for row, count in enumerate(counts):
-        keep[0, row, order[:count]] = False
-        keep[1, row, order[count:]] = False
-    scores = np.asarray(scorer(keep.reshape(-1, tokens)), dtype=float).reshape(2, -1)
-    return Curves(counts / max(1, len(order)), *scores)
-
-
-def faithfulness(scorer: Scorer, chosen: np.ndarray, candidates: np.ndarray) -> tuple[float, float]:
-    """Comprehensiveness and sufficiency of chosen tokens (DeYoung et al. 2020, ERASER, section 4.2).
-
-    ``p(all) - p(all but chosen)``, high where they are needed, and ``p(all) - p(chosen alone)``, low
-    where they are enough.
-
-    Args:
-        scorer: as in ``perturbation_curves``.
-        chosen: (tokens,) boolean.
-        candidates: (tokens,) boolean, the tokens that may be masked at all.
-    """
-    whole = np.ones_like(chosen, dtype=bool)
-    everything, without, alone = scorer(
-        np.stack([whole, ~(chosen & candidates), ~candidates | (chosen & candidates)])
-    )
-    return float(everything - without), float(everything - alone)
-
-
-def faithfulness_scores(
-    records: Sequence[TargetRecord],
-    scorer_of: Callable[[TargetRecord], Scorer],
-    modalities: Sequence[str] = ("text", "visual"),
-    points: int = 11,
-    idf: Idf | None = None,
-    draws: int = 4,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """What masking the targeted tokens does to a student's answer, beside baselines.
-
-    Rows as ``targeting_scores`` gives them, for ``targeting_quality``. Metrics, all in units of
-    the scorer: "comprehensiveness" and "sufficiency" of the selected tokens (see ``faithfulness``),
-    "deletion" and "insertion", the mean heights of the curves (see ``perturbation_curves``) in the
-    order of the targeting: selected tokens by weight, then the others by score.
-    A modality at a time is masked, of the tokens with a teacher target. Baselines mask as many tokens;
-    ties are broken at random, and values averaged over ``draws`` orders from ``seed``. Records
-    without a selected token of a modality are left out of it.
-
-    Args:
-        records: what was targeted.
-        scorer_of: the scorer of a record, such as ``masked_scorer``.
-        modalities: some of "text" and "visual".
-        points: of each curve.
-        idf: word statistics of the training split; without them the record's prior.
-        draws: orders per baseline.
-        seed: of the draws.
-    """
-    rng = np.random.default_rng(seed)
-    rows = []
-    for record in records:
-        scorer, parts = scorer_of(record), _modalities(record)
-        for modality in modalities:
-            size = int(record.selected[parts[modality]].sum())
-            if not size:
-                continue
-            found = {}
-            for name, orders in _orders(record, modality, idf, draws, rng).items():
-                measured = [_masked(scorer, record, order, size, points) for order in orders]
-                found[name] = pd.DataFrame(measured).mean().to_dict()
-            rows += _rows(record, modality, found)
-    return pd.DataFrame(rows, columns=SCORE_COLUMNS)
-
-
-def _orders(
-    record: TargetRecord, modality: str, idf: Idf | None, draws: int, rng: np.random.Generator
-) -> dict[str, list[np.ndarray]]:
-    """Positions of a modality's tokens, first to last to be masked; ``draws`` orders of each baseline."""
-    tokens = _modalities(record)[modality]
-    own = (record.score, record.weight, record.selected.astype(float))
-    orders = {"targeting": [tokens[np.lexsort([-values[tokens] for values in own])]]}
-    for name, baseline in BASELINES[modality].items():
-        scores = baseline(record, idf)[tokens]
-        orders[name] = [tokens[np.lexsort((rng.random(len(tokens)), -scores))] for _ in range(draws)]
-    return orders
-
-
-def record_curves(
-    record: TargetRecord,
-    scorer: Scorer,
-    modality: str,
-    points: int = 11,
-    idf: Idf | None = None,
-    draws: int = 4,
-    seed: int = 0,
-) -> dict[str, Curves]:
-    """Deletion and insertion of one record's tokens in the order of the targeting and of each baseline.
-
-    Arguments as in ``faithfulness_scores``; a baseline's curves are means over its orders.
-
-    Raises:
-        ValueError: the record has no token of this modality with a teacher target.
-    """
-    rng = np.random.default_rng(seed)
-    found = {}
-    for name, orders in _orders(record, modality, idf, draws, rng).items():
-        if not len(orders[0]):
-            raise ValueError(f"{record.example_id}: no {modality} token has a teacher target")
-        every = [perturbation_curves(scorer, order, len(record.tokens), points) for order in orders]
-        means = [np.mean([getattr(c, part) for c in every], axis=0) for part in ("deletion", "insertion")]
-        found[name] = Curves(every[0].fraction, *means)
-    return found
-
-
-def _masked(
-    scorer: Scorer, record: TargetRecord, order: np.ndarray, size: int, points: int
-) -> dict[str, float]:
-    chosen, candidates = np.zeros((2, len(record.tokens)), dtype=bool)
-    chosen[order[:size]], candidates[order] = True, True
-    comprehensiveness, sufficiency = faithfulness(scorer, chosen, candidates)
-    curves = perturbation_curves(scorer, order, len(record.tokens), points)
-    return {
-        "comprehensiveness": comprehensiveness,
-        "sufficiency": sufficiency,
-        "deletion": curves.deletion_area,
-        "insertion": curves.insertion_area,
-    }
-
-
-def masked_scorer(
-    student: Any,
-    batch: Mapping[str, Tensor],
-    record: TargetRecord,
-    mask_token_id: int,
-    batch_size: int = 32,
-) -> Scorer:
-    """A student's probability of a record's answer, with tokens masked.
-
-    Text tokens become the tokenizer's mask, in the record's statement alone (so [CLS], [SEP] and
-    the order stay); visual tokens become the mean colour of the student's normalisation (pixel value
-    0) within their box, or a region without features. The probability is that of the record's choice,
-    or of its label (else its prediction) where the task has a label set.
-
-    Args:
-        student: any student; it is used in evaluation mode.
-        batch: one example as the student's inputs, from ``training.collate``.
-        record: says which choice and where visual tokens lie; of the same example and student.
-        mask_token_id: ``encoder.tokenizer.mask_token_id``.
-        batch_size: variants per forward.
-
-    Raises:
-        ValueError: the batch holds several examples, or other tokens than the record.
-    """
-    texts = batch["input_ids"].shape[2]
-    if len(batch["input_ids"]) != 1:
-        raise ValueError(f"a batch of {len(batch['input_ids'])} examples; expected one, that of the record")
-    if not np.array_equal(batch["spans"][0, record.choice].numpy(), record.spans[:texts]):
-        raise ValueError(
-            f"{record.example_id}: the batch has {texts} text tokens, the record others; make the batch of "
-            "the record's example with the record's encoder"
-        )
-    has_choices = batch["input_ids"].shape[1] > 1
-    target = record.choice if has_choices else record.label if record.label is not None else record.prediction
-    device = next(student.parameters()).device
-    inputs = {name: batch[name].to(device) for name in student.inputs}
-
-    def variants(keep: np.ndarray) -> dict[str, Tensor]:
-        gone = torch.as_tensor(~keep, device=device)
-        own = {name: value.expand(len(keep), *value.shape[1:]).clone() for name, value in inputs.items()}
-        own["input_ids"][:, record.choice][gone[:, :texts]] = mask_token_id
-        if "region_features" in own:
-            own["region_features"][gone[:, texts:]] = 0
-        else:
-            shown = batch["pixel_mask"][0] if "pixel_mask" in batch else batch["pixel_values"][0, 0] * 0 + 1
-            height, width = int(shown.amax(1).sum()), int(shown.amax(0).sum())
-            places = (record.boxes * [width, height, width, height]).round().astype(int)
-            for row, token in zip(*np.nonzero(~keep[:, texts:]), strict=True):
-                left, top, right, bottom = places[texts + token]
-                own["pixel_values"][row, :, top:bottom, left:right] = 0
-        return own
-
-    @torch.inference_mode()
-    def scorer(keep: np.ndarray) -> np.ndarray:
-        student.eval()
-        parts = [
-            student(**variants(keep[start : start + batch_size])).logits.float().softmax(-1)[:, target]
-            for start in range(0, len(keep), batch_size)
-        ]
-        return torch.cat(parts).cpu().numpy()
-
-    return scorer

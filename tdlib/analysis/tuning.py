@@ -1,8 +1,8 @@
-"""Settings for each arm, chosen with equal effort and without a test.
+"""Chooses settings for each arm with equal effort and without a test.
 
 Reads a finished batch whose runs were evaluated on pictures set aside (``held_out``), ranks the settings
-that each arm has tried, and writes what was chosen to ``tuned.json`` in the batch's folder; a batch with
-``tuned: NAME`` trains with it. Trains nothing and plans nothing (``batch_plan``).
+that each arm has tried, and writes the chosen ones to ``tuned.json`` in the batch's folder; a batch with
+``tuned: NAME`` trains with them.
 """
 
 import json
@@ -12,12 +12,12 @@ from typing import Any
 
 import pandas as pd
 
-from tdlib.analysis.protocol import ProtocolError, read_runs, read_scores
-from tdlib.analysis.statistics import bootstrap_interval
+from tdlib.analysis.scores import ProtocolError, read_runs, read_scores
+from tdlib.analysis.statistics import pooled_mean
 from tdlib.arms import ARMS
 from tdlib.config import parameters_with
 from tdlib.core.files import write_json
-from tdlib.data.tasks import HELD_OUT
+from tdlib.data.tasks import HELD_OUT, TASKS
 from tdlib.runs.report import recorded_runs
 
 TUNED = "tuned.json"
@@ -74,28 +74,26 @@ def rank_settings(
     _check_effort(folder, context, groups, parameters, uneven)
     rows = []
     for where, tried in groups.items():
-        found = []
+        ranked = []
         for setting, own in tried.items():
-            wide = scores[scores["run"].isin(own)].pivot(index="run", columns="id", values="score")
-            if wide.isna().any(axis=None):
-                raise ProtocolError(f"{folder}: runs {', '.join(own)} were evaluated on different examples")
-            pictures = scores[scores["run"] == own[0]].set_index("id")["image"][wide.columns].to_numpy()
-            values = wide.to_numpy(dtype=float)
-            low, high = bootstrap_interval(values, pictures, level, resamples)
             row = dict(zip(context, json.loads(where), strict=True)) | json.loads(setting)
-            row |= {
-                "settings": len(tried),
-                "seeds": len(own),
-                "mean": values.mean(),
-                "low": low,
-                "high": high,
-            }
-            found.append(row)
-        found.sort(key=lambda row: -row["mean"])
-        for number, row in enumerate(found):
-            rows.append(row | {"chosen": number == 0, "edge": "" if number else _edge(row, found, tuned)})
+            measured = _measured(folder, scores[scores["run"].isin(own)], level, resamples)
+            ranked.append(row | {"settings": len(tried), "seeds": len(own)} | measured)
+        ranked.sort(key=lambda row: -row["mean"])
+        for number, row in enumerate(ranked):
+            rows.append(row | {"chosen": number == 0, "edge": "" if number else _edge(row, ranked, tuned)})
     order = [*context, *tuned, "settings", "seeds", "mean", "low", "high", "chosen", "edge"]
     return pd.DataFrame(rows).reindex(columns=order)
+
+
+def _measured(folder: Path, scores: pd.DataFrame, level: float, resamples: int) -> dict[str, float]:
+    """Mean and interval of one setting's runs."""
+    wide = scores.pivot(index="run", columns="id", values="score")
+    if wide.isna().any(axis=None):
+        raise ProtocolError(f"{folder}: runs {', '.join(wide.index)} were evaluated on different examples")
+    pictures = scores.drop_duplicates("id").set_index("id")["image"][wide.columns].to_numpy()
+    mean, low, high = pooled_mean([(wide.to_numpy(dtype=float), pictures)], level, resamples)
+    return {"mean": mean, "low": low, "high": high}
 
 
 def write_tuned(folder: Path, ranked: pd.DataFrame) -> Path:
@@ -138,6 +136,8 @@ def _setting(parameters: Mapping[str, Any], tuned: Sequence[str]) -> str:
 
 def _held_out_scores(folder: Path, runs: pd.DataFrame, split: str) -> pd.DataFrame:
     scores = read_scores(folder, runs)
+    tasks = scores["run"].map(runs.set_index("run")["task"])
+    scores = scores[scores["measure"] == tasks.map(lambda task: TASKS[task].metric)]
     splits = sorted(scores["split"].unique())
     wanted = [name for name in splits if name == split or (not split and name.endswith(HELD_OUT))]
     if not wanted or (not split and wanted != splits):

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tdlib.analysis.targeting import Curves
+from tdlib.analysis.masking import Curves
 from tdlib.core.records import END, TargetRecord
 from tdlib.data.examples import GROUND_TRUTH
 from tdlib.method.alignment import align

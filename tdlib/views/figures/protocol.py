@@ -1,15 +1,9 @@
-"""Figures of a study: accuracy over training examples, differences to the baseline under shift.
-
-Draws tables of ``protocol`` and owns no numbers of its own. Beside ``plots``, whose style it shares,
-and ``run_plots``, the only module that imports matplotlib. Nothing is told by colour alone: arms have
-their own marks, and a filled mark is a difference that the test found.
-"""
+"""Draws accuracy over training examples. Arms differ by mark and line style, not by colour alone."""
 
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
 from tdlib.views.figures.targets import (
     GREY,
@@ -27,7 +21,6 @@ from tdlib.views.figures.targets import (
 )
 
 MARKS = ["o", "s", "^", "D", "v", "P", "X"]
-FOUND = ("better", "worse")  # verdicts that fill a mark
 TICKS = 8  # sizes beyond which not every one is written below the axis
 
 
@@ -61,48 +54,6 @@ def plot_shots(shots: pd.DataFrame) -> Figure:
         axes.set_xlabel("training examples", fontsize=TEXT)
         axes.set_ylabel("accuracy (%)", fontsize=TEXT)
         _finish(axes, _heading(key, rows))
-    _shared_legend(figure, panels)
-    return _settled(figure)
-
-
-def plot_shifts(shifts: pd.DataFrame) -> Figure:
-    """Draw each arm's paired difference to the baseline on each test: a panel per task.
-
-    ``shifts`` is a table of ``protocol.shift_table``: task, setting, test, arm, difference,
-    difference_low, difference_high (shares) and verdict. The baseline has no difference and is not
-    drawn. Raises ValueError for a missing column or a table without differences.
-    """
-    columns = ["task", "setting", "test", "arm", "verdict", "difference", "difference_low", "difference_high"]
-    _need(shifts, columns, "plot_shifts")
-    drawn = shifts.dropna(subset=["difference"])
-    _need(drawn, columns, "plot_shifts")
-    arms = list(dict.fromkeys(drawn["arm"]))
-    groups = list(drawn.groupby(["task", "setting"], sort=False))
-    most = max(rows["test"].nunique() for _, rows in groups)
-    height = 0.9 + most * (0.2 + 0.16 * len(arms))
-    figure, panels = _panels(len(groups), height, sharex=False, sharey=False)
-    for axes, (key, rows) in zip(panels, groups, strict=True):
-        tests = list(dict.fromkeys(rows["test"]))
-        for row in rows.itertuples():
-            place = arms.index(row.arm)
-            y = tests.index(row.test) + (place - (len(arms) - 1) / 2) * 0.7 / len(arms)
-            style = _style(place + 1)  # the first is the baseline's in plot_shots
-            axes.hlines(
-                y, 100 * row.difference_low, 100 * row.difference_high, color=style["color"], linewidth=1.5
-            )
-            filled = style["color"] if row.verdict in FOUND else "white"
-            axes.plot(
-                100 * row.difference, y, style["marker"], color=style["color"], markerfacecolor=filled,
-                markersize=5.5,
-            )  # fmt: skip
-        axes.axvline(0, color="black", linewidth=1)
-        axes.set_yticks(range(len(tests)), [_plain(test) for test in tests])
-        axes.set_ylim(len(tests) - 0.5, -0.5)
-        axes.set_xlabel("difference to the baseline (points)", fontsize=TEXT)
-        _finish(axes, _heading(key, rows))
-    for place, arm in enumerate(arms):
-        style = _style(place + 1)
-        panels[0].add_line(Line2D([], [], label=_plain(arm), markerfacecolor="white", **style))
     _shared_legend(figure, panels)
     return _settled(figure)
 

@@ -1,0 +1,245 @@
+"""Measures targeting without ground truth: what masking the targeted tokens does to a student's answer.
+
+Perturbation curves (Petsiuk et al. 2018) and faithfulness (DeYoung et al. 2020) of any scorer of masks,
+and the scorer that a trained student is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tdlib.analysis.targeting import BASELINES, SCORE_COLUMNS, modality_tokens, score_rows
+from tdlib.core.records import TargetRecord
+from tdlib.method.priors import Idf
+
+Scorer = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A score while tokens go (``deletion``) and while they come (``insertion``), highest first.
+
+    All (points,): ``fraction`` of the tokens that are gone, or there, from 0 to 1; both curves have
+    their two ends in common: ``deletion[0] = insertion[-1]`` is the score of all tokens.
+    """
+
+    fraction: np.ndarray
+    deletion: np.ndarray
+    insertion: np.ndarray
+
+    @property
+    def deletion_area(self) -> float:
+        """Mean height of the curve; low where the first tokens matter."""
+        return float(np.trapezoid(self.deletion, self.fraction))
+
+    @property
+    def insertion_area(self) -> float:
+        """Mean height of the curve; high where the first tokens suffice."""
+        return float(np.trapezoid(self.insertion, self.fraction))
+
+
+def perturbation_curves(
+    scorer: Scorer, order: Sequence[int] | np.ndarray, tokens: int, points: int = 11
+) -> Curves:
+    """Deletion and insertion (Petsiuk et al. 2018) of tokens in an order.
+
+    Args:
+        scorer: scores of masks (variants, tokens), True on tokens that are kept: (variants,).
+        order: positions of the tokens that go or come, first to last; all others are always kept.
+        tokens: how many tokens a mask has.
+        points: of the curves, both ends included; fewer where there are fewer tokens.
+    """
+    order = np.asarray(order, dtype=int)
+    counts = np.unique(np.linspace(0, len(order), points).round().astype(int))
+    keep = np.ones((2, len(counts), tokens), dtype=bool)
+    for row, count in enumerate(counts):
+        keep[0, row, order[:count]] = False
+        keep[1, row, order[count:]] = False
+    scores = np.asarray(scorer(keep.reshape(-1, tokens)), dtype=float).reshape(2, -1)
+    return Curves(counts / max(1, len(order)), *scores)
+
+
+def faithfulness(scorer: Scorer, chosen: np.ndarray, candidates: np.ndarray) -> tuple[float, float]:
+    """Comprehensiveness and sufficiency of chosen tokens (DeYoung et al. 2020, ERASER, section 4.2).
+
+    ``p(all) - p(all but chosen)``, high where they are needed, and ``p(all) - p(chosen alone)``, low
+    where they are enough.
+
+    Args:
+        scorer: as in ``perturbation_curves``.
+        chosen: (tokens,) boolean.
+        candidates: (tokens,) boolean, the tokens that may be masked at all.
+    """
+    whole = np.ones_like(chosen, dtype=bool)
+    everything, without, alone = scorer(
+        np.stack([whole, ~(chosen & candidates), ~candidates | (chosen & candidates)])
+    )
+    return float(everything - without), float(everything - alone)
+
+
+def faithfulness_scores(
+    records: Sequence[TargetRecord],
+    scorer_of: Callable[[TargetRecord], Scorer],
+    modalities: Sequence[str] = ("text", "visual"),
+    points: int = 11,
+    idf: Idf | None = None,
+    draws: int = 4,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What masking the targeted tokens does to a student's answer, beside baselines.
+
+    Rows as ``targeting_scores`` gives them, for ``targeting_quality``. Metrics, all in units of
+    the scorer: "comprehensiveness" and "sufficiency" of the selected tokens (see ``faithfulness``),
+    "deletion" and "insertion", the mean heights of the curves (see ``perturbation_curves``) in the
+    order of the targeting: selected tokens by weight, then the others by score.
+    A modality at a time is masked, of the tokens with a teacher target. Baselines mask as many tokens;
+    ties are broken at random, and values averaged over ``draws`` orders from ``seed``. Records
+    without a selected token of a modality are left out of it.
+
+    Args:
+        records: what was targeted.
+        scorer_of: the scorer of a record, such as ``masked_scorer``.
+        modalities: some of "text" and "visual".
+        points: of each curve.
+        idf: word statistics of the training split; without them the record's prior.
+        draws: orders per baseline.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    rows = []
+    for record in records:
+        scorer, parts = scorer_of(record), modality_tokens(record)
+        for modality in modalities:
+            size = int(record.selected[parts[modality]].sum())
+            if not size:
+                continue
+            found = {}
+            for name, orders in _orders(record, modality, idf, draws, rng).items():
+                measured = [_masked(scorer, record, order, size, points) for order in orders]
+                found[name] = pd.DataFrame(measured).mean().to_dict()
+            rows += score_rows(record, modality, found)
+    return pd.DataFrame(rows, columns=SCORE_COLUMNS)
+
+
+def _orders(
+    record: TargetRecord, modality: str, idf: Idf | None, draws: int, rng: np.random.Generator
+) -> dict[str, list[np.ndarray]]:
+    """Positions of a modality's tokens, first to last to be masked; ``draws`` orders of each baseline."""
+    tokens = modality_tokens(record)[modality]
+    own = (record.score, record.weight, record.selected.astype(float))
+    orders = {"targeting": [tokens[np.lexsort([-values[tokens] for values in own])]]}
+    for name, baseline in BASELINES[modality].items():
+        scores = baseline(record, idf)[tokens]
+        orders[name] = [tokens[np.lexsort((rng.random(len(tokens)), -scores))] for _ in range(draws)]
+    return orders
+
+
+def record_curves(
+    record: TargetRecord,
+    scorer: Scorer,
+    modality: str,
+    points: int = 11,
+    idf: Idf | None = None,
+    draws: int = 4,
+    seed: int = 0,
+) -> dict[str, Curves]:
+    """Deletion and insertion of one record's tokens in the order of the targeting and of each baseline.
+
+    Arguments as in ``faithfulness_scores``; a baseline's curves are means over its orders.
+
+    Raises:
+        ValueError: the record has no token of this modality with a teacher target.
+    """
+    rng = np.random.default_rng(seed)
+    found = {}
+    for name, orders in _orders(record, modality, idf, draws, rng).items():
+        if not len(orders[0]):
+            raise ValueError(f"{record.example_id}: no {modality} token has a teacher target")
+        every = [perturbation_curves(scorer, order, len(record.tokens), points) for order in orders]
+        means = [np.mean([getattr(c, part) for c in every], axis=0) for part in ("deletion", "insertion")]
+        found[name] = Curves(every[0].fraction, *means)
+    return found
+
+
+def _masked(
+    scorer: Scorer, record: TargetRecord, order: np.ndarray, size: int, points: int
+) -> dict[str, float]:
+    chosen, candidates = np.zeros((2, len(record.tokens)), dtype=bool)
+    chosen[order[:size]], candidates[order] = True, True
+    comprehensiveness, sufficiency = faithfulness(scorer, chosen, candidates)
+    curves = perturbation_curves(scorer, order, len(record.tokens), points)
+    return {
+        "comprehensiveness": comprehensiveness,
+        "sufficiency": sufficiency,
+        "deletion": curves.deletion_area,
+        "insertion": curves.insertion_area,
+    }
+
+
+def masked_scorer(
+    student: Any,
+    batch: Mapping[str, Tensor],
+    record: TargetRecord,
+    mask_token_id: int,
+    batch_size: int = 32,
+) -> Scorer:
+    """A student's probability of a record's answer, with tokens masked.
+
+    Text tokens become the tokenizer's mask, in the record's statement alone (so [CLS], [SEP] and
+    the order stay); visual tokens become the mean colour of the student's normalisation (pixel value
+    0) within their box, or a region without features. The probability is that of the record's choice,
+    or of its label (else its prediction) where the task has a label set.
+
+    Args:
+        student: any student; it is used in evaluation mode.
+        batch: one example as the student's inputs, from ``training.collate``.
+        record: says which choice and where visual tokens lie; of the same example and student.
+        mask_token_id: ``encoder.tokenizer.mask_token_id``.
+        batch_size: variants per forward.
+
+    Raises:
+        ValueError: the batch holds several examples, or other tokens than the record.
+    """
+    texts = batch["input_ids"].shape[2]
+    if len(batch["input_ids"]) != 1:
+        raise ValueError(f"a batch of {len(batch['input_ids'])} examples; expected one, that of the record")
+    if not np.array_equal(batch["spans"][0, record.choice].numpy(), record.spans[:texts]):
+        raise ValueError(
+            f"{record.example_id}: the batch has {texts} text tokens, the record others; make the batch of "
+            "the record's example with the record's encoder"
+        )
+    has_choices = batch["input_ids"].shape[1] > 1
+    target = record.choice if has_choices else record.label if record.label is not None else record.prediction
+    device = next(student.parameters()).device
+    inputs = {name: batch[name].to(device) for name in student.inputs}
+
+    def variants(keep: np.ndarray) -> dict[str, Tensor]:
+        gone = torch.as_tensor(~keep, device=device)
+        own = {name: value.expand(len(keep), *value.shape[1:]).clone() for name, value in inputs.items()}
+        own["input_ids"][:, record.choice][gone[:, :texts]] = mask_token_id
+        if "region_features" in own:
+            own["region_features"][gone[:, texts:]] = 0
+        else:
+            shown = batch["pixel_mask"][0] if "pixel_mask" in batch else batch["pixel_values"][0, 0] * 0 + 1
+            height, width = int(shown.amax(1).sum()), int(shown.amax(0).sum())
+            places = (record.boxes * [width, height, width, height]).round().astype(int)
+            for row, token in zip(*np.nonzero(~keep[:, texts:]), strict=True):
+                left, top, right, bottom = places[texts + token]
+                own["pixel_values"][row, :, top:bottom, left:right] = 0
+        return own
+
+    @torch.inference_mode()
+    def scorer(keep: np.ndarray) -> np.ndarray:
+        student.eval()
+        parts = [
+            student(**variants(keep[start : start + batch_size])).logits.float().softmax(-1)[:, target]
+            for start in range(0, len(keep), batch_size)
+        ]
+        return torch.cat(parts).cpu().numpy()
+
+    return scorer

@@ -1,0 +1,276 @@
+"""What finished runs have scored: batches and run folders read into tables, a row per run or per example.
+
+Every comparison starts here. Reads states, parameters, manifests and predictions; scrapes no notebook and
+loads no model.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tdlib.core.paths import ROOT
+from tdlib.data.tasks import TASKS
+from tdlib.data.vcr import joint_scores
+from tdlib.runs.report import batch_record, open_results, recorded_runs
+
+RUN_COLUMNS = [
+    "batch", "run", "state", "reason", "task", "shots", "arm", "seed", "world", "setting", "train_examples",
+    "subset", "tuned",
+]  # fmt: skip
+SCORE_COLUMNS = ["batch", "run", "measure", "split", "id", "question", "image", "score", "chance"]
+DESCRIBED = ("task", "shots", "arm", "seed")  # parameters that have a column of their own
+# The parts of VCR that a run of both has answered, beside its own measure.
+_PARTS = {"vcr_qa": "", "vcr_qar": "r"}
+
+
+class ProtocolError(ValueError):
+    """Runs that cannot be compared: names them, what differs, and what was expected."""
+
+
+# Batches.
+
+
+def read_runs(folder: Path) -> pd.DataFrame:
+    """Every run of a batch, finished or not.
+
+    Columns: batch, run, state, reason, task, shots, arm, seed, world, setting, train_examples, subset, tuned.
+    ``world`` is the seed of the MiniWorld, "" for a user's own data; ``setting`` names the other
+    parameters in which runs of one task differ; ``tuned`` those that were chosen for each arm, and so are
+    part of it; ``subset`` is a digest of the ids in manifest.json, empty for runs that are not done. Of a
+    run that never began, and that the batch's file no longer describes, only batch, run and state are known.
+
+    Raises:
+        FileNotFoundError: no batch was ever run in the folder.
+        ProtocolError: the batch's template does not train arms, or a finished run has no manifest.
+    """
+    folder = Path(folder)
+    rows, described = [], {}
+    tuned = batch_record(folder).get("tuned", [])
+    for entry in recorded_runs(folder).to_dict("records"):
+        row: dict[str, Any] = {"batch": folder.name, "world": "", "subset": "", "tuned": ""}
+        row |= {name: entry[name] for name in ("run", "state", "reason")}
+        parameters = entry["parameters"]
+        if parameters is not None:
+            lacking = [name for name in DESCRIBED if name not in parameters]
+            if lacking:
+                raise ProtocolError(
+                    f"{folder}: its template has no parameter {', '.join(lacking)}; "
+                    "expected a batch of 04_distill or of a notebook with its parameters"
+                )
+            row |= {name: parameters[name] for name in DESCRIBED}
+            if not parameters.get("data_dir"):
+                row["world"] = str(parameters.get("world_seed", ""))
+            row["tuned"] = ", ".join(f"{name}={json.dumps(parameters.get(name))}" for name in tuned)
+            hidden = (*DESCRIBED, "world_seed", "interactive", entry["output"], *tuned)
+            described[entry["run"]] = {n: json.dumps(v) for n, v in parameters.items() if n not in hidden}
+        if entry["state"] == "done":
+            ids = _training_ids(folder / entry["run"])
+            digest = hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:12]
+            row |= {"train_examples": len(ids), "subset": digest}
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=RUN_COLUMNS)
+    settings = _settings(table, described)
+    table["setting"] = [settings.get(run, "") for run in table["run"]]
+    return table
+
+
+def _settings(runs: pd.DataFrame, described: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """What tells each run from others of its task, as "name=value, ..."."""
+    settings: dict[str, str] = {}
+    for _, own in runs.groupby("task"):
+        parameters = {run: described[run] for run in own["run"]}
+        names = dict.fromkeys(name for known in parameters.values() for name in known)
+        varied = [n for n in names if len({known.get(n) for known in parameters.values()}) > 1]
+        for run, known in parameters.items():
+            settings[run] = ", ".join(f"{name}={known.get(name)}" for name in varied)
+    return settings
+
+
+def _training_ids(folder: Path) -> list[str]:
+    manifests = sorted((folder / "output").rglob("manifest.json"))
+    if len(manifests) != 1:
+        raise ProtocolError(
+            f"{folder}: a finished run with {len(manifests)} files manifest.json in its output; expected one"
+        )
+    return json.loads(manifests[0].read_text(encoding="utf-8"))["ids"]
+
+
+def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Runs and scores of several batches, and a sentence for each that has nothing to show yet.
+
+    Args:
+        reports: folder under which the batches' own lie.
+        batches: names of batches.
+
+    Returns:
+        ``read_runs`` and ``read_scores`` of all batches, and what is missing, each with its command.
+    """
+    runs, scores, missing = [], [], []
+    for name in dict.fromkeys(batches):
+        folder = Path(reports) / name
+        if not (folder / "batch.json").is_file():
+            missing.append(f"{name}: was not run here ({folder}); `tdlib batch run {name}` does it")
+            continue
+        own = read_runs(folder)
+        left = int((own["state"] != "done").sum())
+        if left:
+            missing.append(
+                f"{name}: {left} of {len(own)} runs are not done; `tdlib batch status {name}` says why, "
+                f"`tdlib batch resume {name}` goes on"
+            )
+        runs.append(own)
+        if left < len(own):
+            scores.append(read_scores(folder, own))
+    if not runs:
+        return pd.DataFrame(columns=RUN_COLUMNS), pd.DataFrame(columns=SCORE_COLUMNS), missing
+    every = pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(columns=SCORE_COLUMNS)
+    return pd.concat(runs, ignore_index=True), every, missing
+
+
+def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
+    """What every finished run scored on every labelled example.
+
+    Columns: batch, run, measure, split, id, question, image, score in [0, 1], chance. ``measure`` is the
+    task's (``Task.metric``). A run of task "vcr" has three: Q->AR, where a row is a question, right if answer
+    and rationale are, and its parts Q->A and QA->R. ``chance`` is what guessing scores on the example
+    (``data.chance``), as the run has recorded it; missing where it did not and the task has a label set.
+
+    Args:
+        folder: of the batch.
+        runs: as ``read_runs`` gives them.
+
+    Raises:
+        ProtocolError: a finished run has left no predictions, or has some scores missing.
+    """
+    with open_results(folder, runs[["run", "state"]]) as connection:
+        there = connection.execute("SELECT view_name FROM duckdb_views()").fetchall()
+        if ("predictions",) not in there:
+            predictions = pd.DataFrame(columns=["run", "split", "id", "image", "score", "chance"])
+        else:
+            columns = connection.execute("SELECT column_name FROM (DESCRIBE predictions)").fetchall()
+            parts = [name for name in ("question", "part") if (name,) in columns]
+            wanted = ", ".join(["run", "split", "id", *parts, "image", "score"])
+            predictions = connection.execute(
+                f"SELECT {wanted}, {_chance_column(columns)} FROM predictions"
+            ).df()
+    predictions = _with_parts(predictions)
+    done = runs[runs["state"] == "done"].set_index("run")
+    without = sorted(set(done.index) - set(predictions["run"]))
+    if without:
+        raise ProtocolError(f"{folder}: finished without predictions.parquet: {', '.join(without)}")
+    frames = []
+    for (run, split), rows in predictions.groupby(["run", "split"], sort=False):
+        labelled = rows["score"].notna()
+        if not labelled.any():
+            continue  # a test without labels
+        if not labelled.all():
+            raise ProtocolError(
+                f"{folder / str(run)}: {(~labelled).sum()} of {len(rows)} scores of split {split!r} are "
+                f"missing (first: {rows.loc[~labelled, 'id'].iloc[0]!r}); expected all of them, or none"
+            )
+        task = done.at[run, "task"]
+        measured = {task: rows}
+        if task == "vcr":
+            measured = {task: joint_predictions(rows)}
+            measured |= {name: rows[rows["part"] == part] for name, part in _PARTS.items()}
+        for name, own in measured.items():
+            frames.append(own.assign(batch=folder.name, measure=TASKS[name].metric)[SCORE_COLUMNS])
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=SCORE_COLUMNS)
+
+
+def _chance_column(columns: Sequence[tuple[str]]) -> str:
+    """Older runs have recorded no chance: where there are choices it is known all the same."""
+    guessed = "CASE WHEN answer = '' THEN 1 / len(probabilities) END"
+    return f"coalesce(chance, {guessed}) AS chance" if ("chance",) in columns else f"{guessed} AS chance"
+
+
+# Run folders.
+
+
+def read_predictions(folders: Sequence[Path]) -> pd.DataFrame:
+    """Predictions of several runs as one table with columns arm and seed."""
+    frames = []
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        frames.append(
+            pd.read_parquet(folder / "predictions.parquet").assign(arm=config["arm"], seed=config["seed"])
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def joint_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Q->AR rows (``vcr.joint_scores``) from the rows of task "vcr"; rows of other tasks stay as they are.
+
+    Predictions of several runs are told apart by the columns run, or arm and seed.
+    """
+    predictions = _with_parts(predictions)
+    if (predictions["part"] == "").all():
+        return predictions
+    return joint_scores(predictions, [n for n in ("run", "arm", "seed", "split") if n in predictions])
+
+
+def _with_parts(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Runs of earlier versions did not record question and part; the end of the id told them."""
+    if "part" in predictions and not predictions["part"].isna().any():
+        return predictions
+    part = predictions["id"].str.extract(r":(r)$")[0].fillna("")
+    return predictions.assign(part=part, question=predictions["id"].str.removesuffix(":r"))
+
+
+# What is known of examples beside their scores.
+
+
+def with_strata(runs: pd.DataFrame, scores: pd.DataFrame, reports: Path) -> pd.DataFrame:
+    """Scores with what side files of the data say of each example, to compare within kinds of examples.
+
+    Adds columns ``concept`` ("known" or "unknown": whether the corpus that the mini students learned from
+    has what the right answer is about) and ``style`` (of the picture). Both are "" for examples
+    without such a file: the MiniWorld has it for some tasks, real data have none.
+
+    Args:
+        runs: as ``read_runs`` gives them.
+        scores: theirs.
+        reports: folder under which the batches' own lie.
+    """
+    tables: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
+    columns: dict[str, list[str]] = {"concept": [], "style": []}
+    folders = {(run.batch, run.run): _data_folder(reports, run.batch, run.run) for run in runs.itertuples()}
+    for row in scores.itertuples():
+        folder = folders[row.batch, row.run]
+        if (folder, row.split) not in tables:
+            tables[folder, row.split] = _concepts(Path(folder), row.split) if folder else {}
+        concept, style = tables[folder, row.split].get(row.question, ("", ""))
+        columns["concept"].append(concept)
+        columns["style"].append(style)
+    return scores.assign(**columns)
+
+
+def _data_folder(reports: Path, batch: str, run: str) -> str:
+    """Where the data of a run lie, if they still do; "" if not. Nothing is written for this."""
+    try:
+        began = json.loads((Path(reports) / batch / run / "parameters.json").read_text(encoding="utf-8"))
+        parameters = began["parameters"]
+        place = parameters.get("data_dir") or (
+            f"data/miniworld/seed{parameters['world_seed']}/{TASKS[parameters['task']].data_set}"
+        )
+    except (OSError, ValueError, KeyError):
+        return ""
+    folder = ROOT / place
+    return str(folder) if folder.is_dir() else ""
+
+
+def _concepts(folder: Path, split: str) -> dict[str, tuple[str, str]]:
+    """Concept and style by example of a split; a reworded split has the lines of its source."""
+    for stem in (split, split.split("_")[0]):
+        path = folder / f"{stem}.concepts.jsonl"
+        if path.is_file():
+            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            return {
+                line["annot_id"]: ("known" if line["right"]["known"] else "unknown", line["style"])
+                for line in lines
+            }
+    return {}

@@ -1,0 +1,145 @@
+"""A study as files: tables for readers and for programs, figures, and one page that leads with the result."""
+
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tdlib.analysis.compare import USUAL
+from tdlib.analysis.protocol import main_measure, together
+from tdlib.core.files import whole_file, whole_path, write_json
+from tdlib.core.pages import Html, Section, interval_chart, is_missing, link, page_html, table_html
+
+PERCENT = {
+    "mean", "low", "high", "chance", "over_chance", "baseline_mean", "difference", "difference_low",
+    "difference_high", "relative", "relative_low", "relative_high", "gain_over_chance", "paper", "largest",
+}  # fmt: skip
+SIGNED = {name for name in PERCENT if name.startswith(("difference", "relative"))} | {
+    "gain_over_chance", "paper", "largest",
+}  # fmt: skip
+INTERVALS = {
+    "mean": ("low", "high"), "difference": ("difference_low", "difference_high"),
+    "relative": ("relative_low", "relative_high"),
+}  # fmt: skip
+# Columns that a table shows only where they say something.
+SILENT = {"setting", "world", "worlds", "unpaired", "tuned", "reason"}
+FOUND = ("better", "worse")  # verdicts that fill a mark
+MANY_ROWS = 40  # a page shows a larger table only when it is asked for
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The table for readers: shares in per cent, intervals beside their value, no column without a word."""
+    limits = {name for pair in INTERVALS.values() for name in pair}
+    found: dict[str, list[str]] = {}
+    for name in table:
+        if name in limits and any(value in table and name in pair for value, pair in INTERVALS.items()):
+            continue
+        values = [_shown(name, value) for value in table[name]]
+        pair = INTERVALS.get(name)
+        if pair and set(pair) <= set(table.columns):
+            bounds = zip(table[pair[0]], table[pair[1]], strict=True)
+            values = [
+                f"{value} [{_shown(name, low)}, {_shown(name, high)}]" if low == low else value
+                for value, (low, high) in zip(values, bounds, strict=True)
+            ]
+        if name not in SILENT or any(values):
+            found[name.replace("_", " ") + (" (%)" if name in PERCENT else "")] = values
+    return pd.DataFrame(found, index=table.index)
+
+
+def _shown(name: str, value: Any) -> str:
+    if is_missing(value):
+        return ""
+    if name in PERCENT:
+        return f"{100 * value:{'+' if name in SIGNED else ''}.1f}"
+    if name.startswith("p_"):
+        return f"{value:.3g}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def lead_charts(compared: pd.DataFrame, baseline: str = "finetune") -> list[Html]:
+    """What a study found, drawn: each arm's score on the usual test, and its difference to the baseline.
+
+    A group per task, setting and size; the worlds together. A filled mark is a difference that the paired
+    test found. Empty where there is nothing to draw.
+
+    Args:
+        compared: as ``compare.compare_arms`` gives it.
+        baseline: the arm that the others were held against.
+    """
+    rows = main_measure(together(compared))
+    rows = rows[rows["test"] == USUAL]
+    if rows.empty:
+        return []
+    group = rows["task"] + ", " + rows["train_examples"].map("{:.0f} examples".format)
+    group += rows["setting"].map(lambda setting: f", {setting}" if setting else "")
+    rows = rows.assign(group=group, label=rows["arm"])
+    scores = interval_chart(rows.assign(value=rows["mean"]), "Score on the usual test, in per cent")
+    parts = [_figure(scores, "Score on the usual test (%) with 95 % intervals over seeds and pictures.")]
+    apart = rows.dropna(subset=["difference"])
+    if len(apart):
+        named = {"value": "difference", "low": "difference_low", "high": "difference_high"}
+        drawn = apart.assign(filled=apart["verdict"].isin(FOUND), **{k: apart[v] for k, v in named.items()})
+        chart = interval_chart(drawn, f"Difference to {baseline}, in points", zero=True)
+        said = f"Difference to {baseline} (points) on the usual test; filled: found by the paired test."
+        parts.insert(0, _figure(chart, said))
+    return parts
+
+
+def _figure(drawing: str, caption: str) -> Html:
+    return Html(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>")
+
+
+def write_study(
+    folder: Path,
+    tables: Mapping[str, tuple[str, pd.DataFrame]],
+    figures: Mapping[str, tuple[str, str, bytes, str]],
+    title: str,
+    notes: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None,
+    lead: Sequence[str] = (),
+) -> Path:
+    """Writes tables, figures and one page that loads nothing; returns the page.
+
+    Each table becomes NAME.csv (full numbers), NAME.parquet and NAME.html (a fragment, readable), each
+    figure NAME.png and NAME.svg. Every file appears whole; others in the folder are left alone.
+
+    Args:
+        folder: made if it is not there.
+        tables: caption and table, by name.
+        figures: caption, name of the table with its numbers, PNG and SVG, by name.
+        title: of the page.
+        notes: sentences below what the page leads with.
+        facts: what the tables were made with; study.json.
+        lead: what the page says first: text, or ``Html`` such as ``lead_charts``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for name, (caption, source, png, svg) in figures.items():
+        with whole_path(folder / f"{name}.png") as partial:
+            partial.write_bytes(png)
+        with whole_file(folder / f"{name}.svg") as out:
+            out.write(svg)
+        image = b64encode(svg.encode()).decode()
+        shown = f'<img alt="{escape(caption)}" src="data:image/svg+xml;base64,{image}">'
+        numbers = link(f"{source}.csv", f"{source}.csv")
+        parts.append(Section(caption, f"<figure>{shown}<figcaption>Numbers: {numbers}</figcaption></figure>"))
+    for name, (caption, table) in tables.items():
+        with whole_file(folder / f"{name}.csv") as out:
+            table.to_csv(out, index=False)
+        with whole_path(folder / f"{name}.parquet") as partial:
+            table.to_parquet(partial, index=False)
+        body = table_html(readable(table), sorts=True)
+        with whole_file(folder / f"{name}.html") as out:
+            out.write(f"<h2>{escape(caption)}</h2>{body}\n")
+        files = f"<p>{link(f'{name}.csv', 'CSV')}, {link(f'{name}.parquet', 'Parquet')}</p>"
+        parts.append(Section(caption, body + files, folded=len(table) > MANY_ROWS))
+    write_json(folder / "study.json", dict(facts or {}))
+    page = folder / "index.html"
+    with whole_file(page) as out:
+        out.write(page_html(title, [*lead, *notes], parts))
+    return page
