@@ -439,7 +439,7 @@ def _cache() -> list[tuple[str, str]]:
     materials = prepare(RunConfig.from_parameters(shots=16), whole_splits=False)
     assert materials.builder is not None
     with tempfile.TemporaryDirectory() as folder:
-        cache = TeacherCache(Path(folder), materials.builder.cache.teacher, checked_records=0)
+        cache = TeacherCache(Path(folder), materials.builder.cache.teacher)
         example = materials.train[0]
         cache.add([s.text for s in example.statements()], [example.image])
         text = example.statements()[0].text

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import tdlib.teacher.cache
+from tdlib.core import store
 from tdlib.core.files import file_digest
 from tdlib.data.examples import DataError
 from tdlib.data.pictures import open_picture
+from tdlib.teacher import cache as module
 from tdlib.teacher.cache import CacheError, TeacherCache
 from tdlib.teacher.model import EXTRAS, Teacher, TeacherError
 
@@ -33,6 +35,13 @@ HALF = {"rtol": 0, "atol": 1e-3}
 @pytest.fixture(scope="module")
 def pictures(world) -> list[Path]:
     return sorted(path for path in (world / "vcr1images").rglob("*.*") if path.suffix != ".json")[:4]
+
+
+@pytest.fixture
+def small_shards(monkeypatch) -> None:
+    """Shards of two texts or pictures."""
+    monkeypatch.setattr(module, "SHARD_BYTES", 1)
+    monkeypatch.setattr(module, "STEP", dict.fromkeys(module.STEP, 2))
 
 
 @pytest.fixture
@@ -98,8 +107,9 @@ def test_cached_equals_live(filled, teacher, pictures):
 def test_a_reopened_cache_reads_the_same_without_computing_it_anew(
     filled, teacher, pictures, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(module, "SAMPLE", 1)
     asked = counted(monkeypatch, teacher)
-    again = TeacherCache(tmp_path, teacher, checked_records=1)
+    again = TeacherCache(tmp_path, teacher)
     assert len(asked["texts"]) == len(asked["pictures"]) == 1  # the check
     again.add(TEXTS, pictures)
     assert len(asked["texts"]) == len(asked["pictures"]) == 1
@@ -157,10 +167,9 @@ def assert_extras_live(cache: TeacherCache, teacher: Teacher, texts, pictures) -
 
 def test_a_signal_asked_for_later_is_added_to_what_is_there(filled, teacher, pictures, tmp_path, monkeypatch):
     before = {path.name: file_digest(path) for path in filled.folder.glob("*.safetensors")}
-    asked, told = counted(monkeypatch, teacher), []
-    filled.add(["new", *TEXTS], pictures, extras=("vv",), progress=lambda *args: told.append(args))
+    asked = counted(monkeypatch, teacher)
+    filled.add(["new", *TEXTS], pictures, extras=("vv",))
     assert sorted(asked["texts"]) == sorted(["new", *TEXTS]) and len(asked["pictures"]) == len(pictures)
-    assert told[-1] == ("pictures", 4, 4) and told[-2] == ("texts", 6, 6)
     filled.add(["new", *TEXTS], pictures, extras=("vv",))
     assert len(asked["texts"]) == 6  # nothing twice
     filled.add(TEXTS, pictures, extras=EXTRAS)
@@ -191,12 +200,7 @@ def test_stored_signals_that_differ_from_the_live_ones_are_refused(filled, teach
             tensors = load_file(filled.folder / entry["file"])
             tensors[name] = 1 - tensors[name]
             save_file(tensors, filled.folder / entry["file"])
-
-    def sign(manifest):
-        for entry in manifest["shards"]:
-            entry["sha256"] = file_digest(filled.folder / entry["file"])
-
-    change_manifest(filled, sign)
+    sign(filled)
     refused(filled, teacher, filled.folder)
 
 
@@ -205,11 +209,11 @@ def test_pairs_are_stored_once_and_read_back(tmp_path, teacher, pictures, monkey
     monkeypatch.setattr(teacher, "pair_relevance", lambda texts, x: asked.extend(texts) or real(texts, x))
     cache = TeacherCache(tmp_path, teacher)
     pairs = [(text, path) for text in TEXTS[:3] for path in pictures[:2]]
-    cache.add_pairs([*pairs, *pairs], shard_size=4)
+    cache.add_pairs([*pairs, *pairs])
     cache.add_pairs(pairs[:2])
     assert len(asked) == 6
-    again = TeacherCache(tmp_path, teacher, checked_records=1)
-    assert len(asked) == 7  # the check
+    again = TeacherCache(tmp_path, teacher)
+    assert len(asked) == 6 + module.SAMPLE  # the check
     for text, path in pairs:
         ((words, patches),) = real([text], open_picture(path))
         assert_close(again.pair(text, path), torch.cat([words, patches]), rtol=0, atol=3e-3)
@@ -230,11 +234,10 @@ def test_a_teacher_without_the_signal_stores_nothing(tmp_path, teacher, monkeypa
     assert len(cache) == 0
 
 
-def test_shards_are_cut_to_size_and_progress_is_told(tmp_path, teacher):
-    cache, told = TeacherCache(tmp_path, teacher), []
-    cache.add(TEXTS, shard_size=2, progress=lambda *args: told.append(args))
-    assert told == [("texts", 2, 5), ("texts", 4, 5), ("texts", 5, 5)]
-    assert [len(entry["keys"]) for entry in manifest_of(cache)["shards"]] == [2, 2, 1]
+def test_a_shard_is_written_whenever_enough_is_in_memory(tmp_path, teacher, small_shards):
+    cache = TeacherCache(tmp_path, teacher)
+    cache.add(TEXTS)
+    assert [entry["records"] for entry in manifest_of(cache)["shards"]] == [2, 2, 1]
     assert_live(TeacherCache(tmp_path, teacher), teacher, TEXTS, [])
 
 
@@ -296,9 +299,7 @@ def test_damaged_shards_are_named(filled, teacher, kind, damage):
     refused(filled, teacher, path)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", "null", '{"format": 1, "fingerprint": "x"}', "\xff"]
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"format": 2, "owner": "x"}', "\xff"])
 def test_a_malformed_manifest_is_named(filled, teacher, content):
     path = filled.folder / "manifest.json"
     path.write_text(content, encoding="latin-1")
@@ -308,12 +309,11 @@ def test_a_malformed_manifest_is_named(filled, teacher, content):
 BROKEN_ENTRIES = {
     "no list": lambda manifest: manifest.update(shards=None),
     "no entry": lambda manifest: manifest["shards"].append(3),
-    "no keys": lambda manifest: manifest["shards"][0].pop("keys"),
-    "no list of keys": lambda manifest: manifest["shards"][0].update(keys=7),
+    "no checksum": lambda manifest: manifest["shards"][0].pop("sha256"),
     "file no name": lambda manifest: manifest["shards"][0].update(file=5),
     "unknown kind": lambda manifest: manifest["shards"][0].update(kind="sounds"),
     "another format": lambda manifest: manifest.update(format=99),
-    "another teacher": lambda manifest: manifest.update(fingerprint="0" * 64),
+    "another teacher": lambda manifest: manifest.update(owner="0" * 64),
 }
 
 
@@ -323,10 +323,19 @@ def test_a_manifest_with_a_broken_entry_is_named(filled, teacher, case):
     refused(filled, teacher, filled.folder / "manifest.json")
 
 
-@pytest.mark.parametrize("field", ["keys", "sources"])
-def test_a_manifest_that_lists_other_numbers_is_refused(filled, teacher, field):
-    change_manifest(filled, lambda manifest: manifest["shards"][0][field].pop())
+def test_a_manifest_that_lists_another_number_of_records_is_refused(filled, teacher):
+    change_manifest(filled, lambda manifest: manifest["shards"][0].update(records=4))
     refused(filled, teacher, shard_of(filled, "texts"))
+
+
+def sign(cache: TeacherCache) -> None:
+    """Makes the manifest's checksums those of the files as they are now."""
+
+    def update(manifest):
+        for entry in manifest["shards"]:
+            entry["sha256"] = file_digest(cache.folder / entry["file"])
+
+    change_manifest(cache, update)
 
 
 @pytest.mark.parametrize("kind", ["texts", "pictures"])
@@ -337,17 +346,16 @@ def test_stored_features_that_differ_from_the_live_ones_are_refused(filled, teac
     tensors = load_file(path)
     tensors[name] = tensors[name].roll(1, -1)
     save_file(tensors, path)
-
-    def sign(manifest):
-        for entry in manifest["shards"]:
-            entry["sha256"] = file_digest(filled.folder / entry["file"])
-
-    change_manifest(filled, sign)
+    sign(filled)
     refused(filled, teacher, filled.folder)
 
 
 def test_records_under_each_others_keys_are_refused(filled, teacher):
-    change_manifest(filled, lambda manifest: manifest["shards"][0]["sources"].reverse())
+    path = shard_of(filled, "texts")
+    tensors = load_file(path)
+    tensors["keys"] = tensors["keys"].flip(0).contiguous()
+    save_file(tensors, path)
+    sign(filled)
     refused(filled, teacher, filled.folder)
 
 
@@ -382,11 +390,11 @@ def test_an_exception_while_writing_leaves_the_cache_as_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"tdlib.teacher.cache.{moment}", stop)
+        patch.setattr(f"tdlib.core.store.{moment}", stop)
         with pytest.raises(KeyboardInterrupt):
             filled.add(["one more"])
     assert (filled.folder / "manifest.json").read_bytes() == before
-    left = {path.name for path in filled.folder.iterdir()} - set(names)
+    left = {path.name for path in filled.folder.iterdir()} - {*names, ".lock"}
     assert not [name for name in left if not name.endswith(".safetensors")]  # a whole, unlisted shard at most
     filled.add(["one more"])
     assert_live(TeacherCache(tmp_path, teacher), teacher, [*TEXTS, "one more"], pictures)
@@ -406,7 +414,7 @@ def test_a_second_writer_damages_nothing(tmp_path, teacher):
 
 def kill_writer(cache: TeacherCache, texts: list[str], moment: str, call: int, after: bool) -> None:
     """A child process adds texts and is killed around one call of a function of the cache's."""
-    owner, name = (os, "replace") if moment == "replace" else (tdlib.teacher.cache, moment)
+    owner, name = (os, "replace") if moment == "replace" else (store, moment)
     real, calls = getattr(owner, name), []
 
     def kill(*args, **options):
@@ -423,7 +431,7 @@ def kill_writer(cache: TeacherCache, texts: list[str], moment: str, call: int, a
     if not child:
         try:
             setattr(owner, name, kill)
-            cache.add(texts, shard_size=2)
+            cache.add(texts)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -442,7 +450,9 @@ def kill_writer(cache: TeacherCache, texts: list[str], moment: str, call: int, a
         ("_sync", 4, False, 2),
     ],
 )
-def test_a_killed_writer_leaves_a_cache_that_can_be_completed(tmp_path, teacher, moment, call, after, stored):
+def test_a_killed_writer_leaves_a_cache_that_can_be_completed(
+    tmp_path, teacher, small_shards, moment, call, after, stored
+):
     new = [f"text number {i}" for i in range(6)]
     cache = TeacherCache(tmp_path, teacher)
     cache.add(TEXTS)
@@ -454,14 +464,14 @@ def test_a_killed_writer_leaves_a_cache_that_can_be_completed(tmp_path, teacher,
     assert len(again) == len(TEXTS) + len(new)
 
 
-def test_a_writer_killed_at_any_time(tmp_path, teacher):
+def test_a_writer_killed_at_any_time(tmp_path, teacher, small_shards):
     texts = [f"text number {i}" for i in range(300)]
     for seconds in (0.01, 0.03, 0.08):
         cache = TeacherCache(tmp_path, teacher)
         child = os.fork()
         if not child:
             try:
-                cache.add(texts, shard_size=2)
+                cache.add(texts)
             finally:
                 os._exit(1)
         time.sleep(seconds)
@@ -471,3 +481,88 @@ def test_a_writer_killed_at_any_time(tmp_path, teacher):
     cache.add(texts)
     assert_live(TeacherCache(tmp_path, teacher), teacher, texts[::30], [])
     assert len(cache) == len(texts)
+
+
+# Numbers that are not finite
+
+
+@pytest.fixture
+def spoiling(teacher, monkeypatch):
+    """The teacher makes of chosen texts and pictures what a damaged or overflowing model would."""
+    texts, pictures, spoiled = teacher.encode_texts, teacher.encode_pictures, set()
+
+    def spoil(records, sources):
+        return [
+            replace(record, projected=record.projected * torch.nan) if source in spoiled else record
+            for record, source in zip(records, sources, strict=True)
+        ]
+
+    monkeypatch.setattr(teacher, "encode_texts", lambda x, **o: spoil(texts(x, **o), x))
+    monkeypatch.setattr(
+        teacher, "encode_pictures", lambda x, **o: spoil(pictures(x, **o), [picture.size for picture in x])
+    )
+    return spoiled
+
+
+@pytest.mark.parametrize("kind", ["text", "picture"])
+def test_features_that_are_not_finite_are_refused_and_the_others_kept(tmp_path, teacher, spoiling, kind):
+    path = tmp_path / "odd.png"
+    Image.new("RGB", (31, 17), "red").save(path)
+    spoiling.add((31, 17) if kind == "picture" else TEXTS[2])
+    cache = TeacherCache(tmp_path / "cache", teacher)
+    with pytest.raises(TeacherError) as caught:
+        cache.add(TEXTS, [path])
+    told = str(caught.value)
+    assert f"teacher {teacher.name!r} in float32: 'projected' of the {kind} " in told
+    assert repr(str(path) if kind == "picture" else TEXTS[2]) in told and "leave this out of the data" in told
+    again = TeacherCache(tmp_path / "cache", teacher)
+    assert len(again) == (len(TEXTS) if kind == "picture" else len(TEXTS) - 1)
+    spoiling.clear()
+    again.add(TEXTS, [path])
+    assert_live(again, teacher, TEXTS, [path])
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path, teacher_folder):
+    teacher = Teacher(f"local-dir:{teacher_folder}")
+    teacher.model.text_projection[0, 0] = torch.nan
+    with pytest.raises(TeacherError, match=r"1 of its weights are not either \(text_projection\)"):
+        TeacherCache(tmp_path, teacher).add(TEXTS[:1])
+
+
+def test_an_overflow_in_half_precision_is_named(tmp_path, teacher, spoiling, monkeypatch):
+    spoiling.add(TEXTS[0])
+    weights = [("weight", torch.zeros(2).half())]
+    monkeypatch.setattr(teacher.model, "named_parameters", lambda: weights)
+    with pytest.raises(TeacherError, match=r"in float16: .* load the weights in float32"):
+        TeacherCache(tmp_path, teacher).add(TEXTS[:1])
+
+
+@pytest.mark.parametrize("kind", ["texts", "pictures"])
+def test_a_cache_that_holds_such_features_is_repaired(filled, teacher, pictures, monkeypatch, kind, caplog):
+    path = shard_of(filled, kind)
+    tensors = load_file(path)
+    tensors["projected"][tensors["offsets"][1]] = torch.nan  # of the second record
+    save_file(tensors, path)
+    sign(filled)
+    again = TeacherCache(filled.folder.parent, teacher)
+    assert "1 records are not finite" in caplog.text
+    assert len(again) == len(filled) - 1
+    asked = counted(monkeypatch, teacher)
+    again.add(TEXTS, pictures)
+    assert len(asked[kind]) == 1 and sum(map(len, asked.values())) == 1
+    assert_live(TeacherCache(filled.folder.parent, teacher), teacher, TEXTS, pictures)
+
+
+# Texts beyond the context
+
+
+def test_what_the_teacher_cuts_is_stored(tmp_path, teacher):
+    long, longer = "word " * 44 + "a cup", "word " * 60 + "a cup"
+    cache = TeacherCache(tmp_path, teacher)
+    cache.add([*TEXTS, long, longer])
+    for view in (cache, TeacherCache(tmp_path, teacher)):
+        for text in (*TEXTS, long, longer):
+            assert view.cut(text) == view.text(text).cut == teacher.encode_texts([text])[0].cut
+        assert view.cut(TEXTS[0]) == 0 and view.cut(longer) - view.cut(long) > 15
+    with pytest.raises(CacheError, match="no features of 'new'"):
+        cache.cut("new")

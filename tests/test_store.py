@@ -118,7 +118,7 @@ def test_a_record_that_is_not_finite_as_it_is_stored_is_refused(store, column, v
     before = sorted(path.name for path in store.folder.iterdir())
     with pytest.raises(NotFiniteError, match=f"{column} of 'made of 5' is not finite") as caught:
         store.append("cells", [record_key("4"), record_key("5")], [record_of(4), record], ["", "made of 5"])
-    assert (caught.value.source, caught.value.column) == ("made of 5", column)
+    assert (caught.value.rows, caught.value.source, caught.value.column) == ([1], "made of 5", column)
     assert sorted(path.name for path in store.folder.iterdir()) == before
     assert len(store.missing("cells", [record_key("4"), record_key("5")])) == 2
 

@@ -23,12 +23,11 @@ from tdlib.data.pictures import open_picture
 from tdlib.teacher.model import (
     Teacher,
     TeacherError,
-    TextTokenizer,
     choice_logits,
     encode_text_tokens,
     patch_boxes,
-    spans_in_raw,
 )
+from tdlib.teacher.text import TextTokenizer, open_tokenizer, spans_in_raw
 
 TEXTS = [
     "a person in a red shirt holds an umbrella",
@@ -265,6 +264,33 @@ def test_spans_point_into_the_raw_text(simple, text, words):
     assert re.sub(r"\s|amp;", "", text) == whole
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("q\u0307\u0323 x", ["q\u0307\u0323", "x"]),  # marks in the order that normalisation changes
+        ("a\u0302\u0323b cats", ["a\u0302\u0323", "b", "cats"]),
+        ("n\u0303o\u0308 end", ["n\u0303", "o\u0308", "end"]),
+        ("a  Ｃｕｐ　ｏｆ tea", ["a", "Ｃｕｐ", "ｏｆ", "tea"]),  # full width, with its own space
+        ("ﾊﾞｽ  bus", ["ﾊﾞ", "ｽ", "bus"]),  # half width, the mark a letter of its own
+        ("＆ ！ ａｂ", ["＆", "！", "ａｂ"]),
+        ("the  oﬃce", ["the", "oﬃ", "ﬃce"]),  # one character of three letters, of which a token holds one
+        ("\u212bngstro\u0308m", ["\u212b", "ngstr", "o\u0308", "m"]),
+    ],
+)
+def test_letters_that_cleaning_rewrites_keep_their_place(simple, text, words):
+    ids, spans = simple(text)
+    assert_open_clips_ids(simple, text, ids)
+    pieces = [text[start:end] for start, end in spans[1:-1]]
+    assert all(pieces), "a token lost its place"
+    starts = {start for start, _ in spans[1:-1]} | {len(text)}
+    for word in words[:-1] if "ﬃ" in text else words:
+        start = text.index(word)
+        assert start in starts, (word, pieces)
+        assert any(piece in word or word in piece for piece in pieces)
+    covered = "".join(text[i] for i in range(len(text)) if any(a <= i < b for a, b in spans[1:-1]))
+    assert covered == re.sub(r"\s", "", text)
+
+
 def test_every_byte_piece_of_a_character_has_its_span(simple):
     text = "a 👍 b"
     _, spans = simple(text)
@@ -291,6 +317,26 @@ def test_long_texts_are_cut_at_the_context_length(simple, teacher):
         check_spans(text, ids, spans)
     (record,) = teacher.encode_texts([text])
     assert len(record.positions) == 46
+
+
+def test_what_is_cut_at_the_context_length_is_counted(simple, teacher):
+    for number in (1, 75, 76, 200):
+        assert simple.read("cup " * number).cut == max(0, number - 75)
+    whole = teacher.tokenize.tokenizer.tokenizer
+    for text in (*TEXTS, "a cup and a dog " * 20):
+        tokens = len(whole(text, add_special_tokens=False)["input_ids"])
+        assert teacher.tokenize.read(text).cut == teacher.encode_texts([text])[0].cut == max(0, tokens - 46)
+
+
+def test_a_tokenizer_opens_without_the_weights(teacher, teacher_folder, tmp_path):
+    folder = shutil.copytree(teacher_folder, tmp_path / "clip")
+    (folder / "open_clip_model.safetensors").unlink()
+    tokenize = open_tokenizer(f"local-dir:{folder}")
+    assert [tokenize(text) for text in TEXTS] == [teacher.tokenize(text) for text in TEXTS]
+    assert open_tokenizer("ViT-B-16").tokenizer.context_length == 77
+    for name in ("local-dir:/no/such/folder", "ViT-Nothing"):
+        with pytest.raises(TeacherError, match=re.escape(repr(name))):
+            open_tokenizer(name)
 
 
 @given(st.text(max_size=30), st.text(max_size=30))

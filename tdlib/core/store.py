@@ -51,11 +51,11 @@ class CacheError(RuntimeError):
 
 
 class NotFiniteError(CacheError):
-    """A record was refused: ``source`` names what it was made of, ``column`` what is not finite in it."""
+    """Records were refused: ``rows`` are those of the call, ``column`` what is not finite in the first."""
 
-    def __init__(self, source: Any, column: str):
-        super().__init__(f"{column} of {source!r} is not finite in half precision; nothing was stored")
-        self.source, self.column = source, column
+    def __init__(self, rows: Sequence[int], column: str, source: Any):
+        super().__init__(f"{column} of {source!r} is not finite as it is stored; nothing was stored")
+        self.rows, self.column, self.source = rows, column, source
 
 
 @dataclass(frozen=True)
@@ -168,17 +168,18 @@ class _Shard:
         """Records that hold a number which is not finite."""
         bad: set[int] = set()
         for name, column in columns.items():
-            dtype, shape, _ = self._places[name]
-            if not dtype.is_floating_point:
-                continue
+            shape = self._places[name][1]
             step = max(1, _BLOCK // max(1, int(np.prod(shape[1:]))))
             for start in range(0, shape[0], step):
-                whole = self.rows(name, start, min(start + step, shape[0])).flatten(1).isfinite().all(1)
-                rows = start + (~whole).nonzero()[:, 0].numpy()
-                bad.update(
-                    (np.searchsorted(self.offsets, rows, "right") - 1 if column.ragged else rows).tolist()
-                )
-        return sorted(map(int, bad))
+                values = self.rows(name, start, min(start + step, shape[0]))
+                bad |= set(_not_finite(values, column, self.offsets, start))
+        return sorted(bad)
+
+
+def _not_finite(values: Tensor, column: Column, offsets: np.ndarray, first: int = 0) -> list[int]:
+    """Records of which some of these rows of a column, the ``first`` and following, are not finite."""
+    rows = first + (~values[..., None].isfinite().flatten(1).all(1)).nonzero()[:, 0].numpy()
+    return (np.searchsorted(offsets, rows, "right") - 1 if column.ragged else rows).tolist()
 
 
 class _Files(OrderedDict[Path, _File]):
@@ -376,21 +377,17 @@ class Store:
 def _pack(
     columns: Mapping[str, Column], records: Sequence[Mapping[str, Tensor]], sources: Sequence[Any]
 ) -> dict[str, Tensor]:
-    packed, lengths = {}, torch.zeros(len(records), dtype=torch.long)
+    packed: dict[str, Tensor] = {"offsets": torch.zeros(len(records) + 1, dtype=torch.long)}
     for name, column in columns.items():
         values = [record[name] for record in records]
+        if column.ragged:
+            packed["offsets"][1:] = torch.tensor([len(value) for value in values]).cumsum(0)
         whole = torch.cat(values) if column.ragged else torch.stack(values)
         packed[name] = whole.half() if column.half else whole
-        if column.ragged:
-            lengths = torch.tensor([len(value) for value in values])
-        if not packed[name].isfinite().all():
-            bad = next(i for i, value in enumerate(values) if not _stored(value, column).isfinite().all())
-            raise NotFiniteError(sources[bad], name)
-    return {**packed, "offsets": torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])}
-
-
-def _stored(value: Tensor, column: Column) -> Tensor:
-    return value.half() if column.half else value
+    for name, column in columns.items():
+        if bad := _not_finite(packed[name], column, packed["offsets"].numpy()):
+            raise NotFiniteError(sorted(set(bad)), name, sources[bad[0]])
+    return packed
 
 
 def _sync(path: Path) -> None:

@@ -1,341 +1,248 @@
 """The teacher's features on disk: each distinct picture and text once, verified, never silently wrong.
 
 A cache folder belongs to one teacher (its name carries the fingerprint of weights, preprocessing,
-tokenizer and layer). It holds shards: safetensors files of packed, ragged records in half precision,
-read memory-mapped. A record's key is the SHA-256 of the picture file's bytes or of the raw text.
-What only some relevance variants read lies in shards of its own, under the same keys: nobody else
-computes it, and asking for it later adds it to what is there. Relevance that belongs to a text and a
-picture together has the key of both.
-``manifest.json`` lists the shards with their checksums and is replaced last, so that a killed
-writer leaves the cache as it was.
+tokenizer and layer) and is a ``core.store``, which owns files, checksums and the index in memory. A
+record's key is the SHA-256 of the picture file's bytes or of the raw text. What only some relevance
+variants read lies in shards of its own, under the same keys: nobody else computes it, and asking for it
+later adds it to what is there. Relevance that belongs to a text and a picture together has a key of both.
 """
 
-import hashlib
-import json
 import logging
-import os
-import random
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tdlib.core.files import file_digest
+from tdlib.core.store import EXACT, CacheError, Column, FileDigests, NotFiniteError, Store, record_key
 from tdlib.data.pictures import open_picture
-from tdlib.teacher.model import EXTRAS, Teacher, TeacherRecord
+from tdlib.teacher.model import EXTRAS, Teacher, TeacherError, TeacherRecord
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-_BASE = ("projected", "value", "positions", "pooled")
-_KINDS: dict[str, tuple[str, ...]] = {  # what a shard of each kind holds
-    "texts": _BASE, "pictures": _BASE,
-    **{f"{kind}:{extra}": (extra,) for kind in ("texts", "pictures") for extra in EXTRAS},
-    "pairs": ("gradient",),
-}  # fmt: skip
+SHARD_BYTES = 2**28  # computed features are written when they take this much memory
+STEP = {"texts": 512, "pictures": 128, "pairs": 512}  # sources in memory at once
+SAMPLE = 4  # stored records of each kind that are computed again on opening
+
+_BASE = {"projected": Column(), "value": Column(), "positions": EXACT, "pooled": Column(ragged=False)}
+LAYOUT: dict[str, dict[str, Column]] = {  # what a shard of each kind holds
+    "texts": {**_BASE, "cut": Column(half=False, ragged=False)},
+    "pictures": _BASE,
+    **{f"{kind}:{extra}": {extra: Column()} for kind in ("texts", "pictures") for extra in EXTRAS},
+    "pairs": {"gradient": Column()},
+}
 
 
-class CacheError(RuntimeError):
-    """The cache is damaged or belongs to another teacher: says which file and the remedy."""
+def text_key(text: str) -> bytes:
+    return record_key(text)
 
 
-def text_key(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def pair_key(text_key: str, picture_key: str) -> str:
-    return hashlib.sha256(f"{text_key} {picture_key}".encode()).hexdigest()
-
-
-def _pack(names: Sequence[str], records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    packed = {}
-    for name in names:
-        values = [record[name] for record in records]
-        whole = torch.stack(values) if name == "pooled" else torch.cat(values)
-        packed[name] = whole if name == "positions" else whole.half()
-    lengths = torch.tensor([0, *(len(record[names[0]]) for record in records)])
-    return {**packed, "offsets": lengths.cumsum(0)}
-
-
-class _Shard:
-    """One memory-mapped file of records."""
-
-    def __init__(self, path: Path, names: Sequence[str]):
-        self.file = safe_open(path, framework="pt")
-        self.offsets = self.file.get_tensor("offsets").tolist()
-        self.slices = {name: self.file.get_slice(name) for name in names}
-
-    def record(self, row: int) -> dict[str, Tensor]:
-        start, end = self.offsets[row], self.offsets[row + 1]
-        found = {
-            name: values[row : row + 1][0] if name == "pooled" else values[start:end]
-            for name, values in self.slices.items()
-        }
-        return {name: value if name == "positions" else value.float() for name, value in found.items()}
+def pair_key(text_key: bytes, picture_key: bytes) -> bytes:
+    return record_key(text_key.hex(), picture_key.hex())
 
 
 def _agree(name: str, stored: Tensor, live: Tensor) -> bool:
     """Whether a stored tensor is the live one up to half precision and the machine's rounding."""
     if stored.shape != live.shape:
         return False
-    if name == "positions":
+    if name in ("positions", "cut"):
         return torch.allclose(stored, live, rtol=0, atol=1e-3)
     if name in ("attention", "rollout", "gradient"):
         return bool(((stored - live).abs() < 0.02).all())
     return bool(((stored * live).sum(-1) > 0.99).all())
 
 
+def _tensors(record: TeacherRecord) -> dict[str, Tensor]:
+    tensors = {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
+    return {**tensors, "cut": torch.tensor(record.cut)}
+
+
 class TeacherCache:
     """Features of one teacher under ``root``; opening it verifies it.
+
+    Checksums are compared, a sample of what is stored is computed again, and records whose numbers are
+    not finite are dropped, so that the next ``add`` makes them anew.
 
     Args:
         root: where caches of all teachers lie; this one is ``root/<fingerprint>``.
         teacher: the live teacher; it computes what is missing and a sample of what is there.
-        checked_records: how many stored records of each kind are recomputed on opening.
 
     Raises:
         CacheError: a checksum, the format, the fingerprint or a recomputed record does not agree.
     """
 
-    def __init__(self, root: Path | str, teacher: Teacher, checked_records: int = 4):
+    def __init__(self, root: Path | str, teacher: Teacher):
         self.teacher = teacher
-        self.folder = Path(root) / teacher.fingerprint[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._rows: dict[str, dict[str, tuple[str, int]]] = {kind: {} for kind in _KINDS}
-        self._shards: dict[str, _Shard] = {}
-        self._sources: dict[str, dict[str, Any]] = {kind: {} for kind in _KINDS}
-        self._digests: dict[str, tuple[tuple[int, int], str]] = {}
-        for entry in self._open_manifest()["shards"]:
-            self._open_shard(entry, verify=True)
-        for kind in _KINDS:
-            self._check_records(kind, checked_records)
+        self.store = Store(Path(root) / teacher.fingerprint[:16], teacher.fingerprint, LAYOUT)
+        self.folder = self.store.folder
+        self._digests = FileDigests()
+        for kind in LAYOUT:
+            self._check_records(kind)
 
     def __len__(self) -> int:
         """Number of texts and pictures stored."""
-        return len(self._rows["texts"]) + len(self._rows["pictures"])
+        return self.store.count("texts") + self.store.count("pictures")
 
-    def _remedy(self) -> str:
-        return f"delete {self.folder} and run again; it is rebuilt from the data"
-
-    def _open_manifest(self) -> dict:
-        path = self.folder / "manifest.json"
-        if not path.is_file():
-            return {"format": FORMAT, "fingerprint": self.teacher.fingerprint, "shards": []}
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            found = manifest["format"], manifest["fingerprint"]
-            for entry in manifest["shards"]:
-                kind, keys, sources = entry["kind"], entry["keys"], entry["sources"]
-                _ = self.folder / entry["file"], entry["sha256"]
-                if kind not in _KINDS or not (isinstance(keys, list) and isinstance(sources, list)):
-                    raise ValueError(f"shard of kind {kind!r}, keys or sources that are no list")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CacheError(f"{path}: not a cache manifest ({error!r}); {self._remedy()}") from None
-        if found != (FORMAT, self.teacher.fingerprint):
-            raise CacheError(
-                f"{path}: format and teacher are {found}, expected {(FORMAT, self.teacher.fingerprint)}; "
-                f"{self._remedy()}"
-            )
-        return manifest
-
-    def _open_shard(self, entry: dict, verify: bool) -> None:
-        path = self.folder / entry["file"]
-        if verify:
-            if not path.is_file():
-                raise CacheError(f"{path}: shard is missing; {self._remedy()}")
-            if file_digest(path) != entry["sha256"]:
-                raise CacheError(f"{path}: checksum differs, the file is damaged; {self._remedy()}")
-        try:
-            shard = _Shard(path, _KINDS[entry["kind"]])
-        except (SafetensorError, OSError) as error:
-            raise CacheError(f"{path}: not a readable shard ({error}); {self._remedy()}") from None
-        if not len(shard.offsets) - 1 == len(entry["keys"]) == len(entry["sources"]):
-            raise CacheError(
-                f"{path}: {len(shard.offsets) - 1} records, but the manifest lists {len(entry['keys'])} keys "
-                f"and {len(entry['sources'])} sources; {self._remedy()}"
-            )
-        self._shards[entry["file"]] = shard
-        rows = self._rows[entry["kind"]]
-        for row, (key, source) in enumerate(zip(entry["keys"], entry["sources"], strict=True)):
-            rows[key] = (entry["file"], row)
-            self._sources[entry["kind"]][key] = source
-
-    def _check_records(self, kind: str, count: int) -> None:
-        """Recomputes some records whose source is still at hand; the live teacher must agree."""
-        sources = self._sources[kind]
-        keys = random.Random(len(sources)).sample(sorted(sources), min(4 * count, len(sources)))
-        keys = [key for key in keys if self._at_hand(kind, key, sources[key])][:count]
-        if not keys:
+    def _check_records(self, kind: str) -> None:
+        """Computes some records anew whose source is still at hand; the live teacher must agree."""
+        drawn = self.store.sample(kind, 4 * SAMPLE)
+        sample = [(key, source) for key, source in drawn if self._at_hand(kind, key, source)][:SAMPLE]
+        if not sample:
             return
-        live = self._compute(kind, [sources[key] for key in keys])
-        for key, record in zip(keys, live, strict=True):
-            stored = self._get(kind, key)
-            if not all(_agree(name, stored[name], record[name]) for name in stored):
+        live = self._compute(kind, [source for _, source in sample])
+        for (key, source), record in zip(sample, live, strict=True):
+            stored = self.store.read(kind, key)
+            misplaced = kind.startswith("texts") and key != text_key(source)
+            if misplaced or not all(_agree(name, stored[name], record[name]) for name in stored):
                 raise CacheError(
-                    f"{self.folder}: the stored features of {sources[key]!r} ({kind}) differ from the live "
-                    f"teacher's; {self._remedy()}"
+                    f"{self.folder}: the stored features of {source!r} ({kind}) differ from the live "
+                    f"teacher's; {self.store.remedy}"
                 )
 
-    @staticmethod
-    def _at_hand(kind: str, key: str, source: Any) -> bool:
+    def _at_hand(self, kind: str, key: bytes, source: Any) -> bool:
         """Whether the picture that a record was made of is still there, unchanged."""
         if kind.startswith("texts"):
             return True
         path = Path(source[1] if kind == "pairs" else source)
         if not path.is_file():
             return False
-        digest = file_digest(path)
-        return key == (pair_key(text_key(source[0]), digest) if kind == "pairs" else digest)
+        picture = self.picture_key(path)
+        return key == (pair_key(text_key(source[0]), picture) if kind == "pairs" else picture)
 
     def _compute(
         self, kind: str, sources: Sequence[Any], extras: Sequence[str] = ()
-    ) -> list[Mapping[str, Tensor]]:
+    ) -> list[dict[str, Tensor]]:
         """Records of one kind, with further signals beside them."""
         kind, _, extra = kind.partition(":")
         if kind == "pairs":
             return self._compute_pairs(sources)
         extras = [*extras, extra] if extra else extras
         if kind == "texts":
-            return [vars(record) for record in self.teacher.encode_texts(sources, extras=extras)]
+            return [_tensors(record) for record in self.teacher.encode_texts(sources, extras=extras)]
         pictures = [open_picture(Path(source)) for source in sources]
-        return [vars(record) for record in self.teacher.encode_pictures(pictures, extras=extras)]
+        return [_tensors(record) for record in self.teacher.encode_pictures(pictures, extras=extras)]
 
-    def _compute_pairs(self, sources: Sequence[tuple[str, str]]) -> list[Mapping[str, Tensor]]:
+    def _compute_pairs(self, sources: Sequence[tuple[str, str]]) -> list[dict[str, Tensor]]:
         of_picture = defaultdict(list)
         for row, (_, path) in enumerate(sources):
             of_picture[path].append(row)
-        found: dict[int, Tensor] = {}
+        relevance: dict[int, Tensor] = {}
         for path, rows in of_picture.items():
             texts = [sources[row][0] for row in rows]
             pairs = self.teacher.pair_relevance(texts, open_picture(Path(path)))
-            found |= {row: torch.cat(pair) for row, pair in zip(rows, pairs, strict=True)}
-        return [{"gradient": found[row]} for row in range(len(sources))]
+            relevance |= {row: torch.cat(pair) for row, pair in zip(rows, pairs, strict=True)}
+        return [{"gradient": relevance[row]} for row in range(len(sources))]
 
-    def _get(self, kind: str, key: str) -> dict[str, Tensor]:
-        file, row = self._rows[kind][key]
-        return self._shards[file].record(row)
-
-    def picture_key(self, path: Path) -> str:
+    def picture_key(self, path: Path) -> bytes:
         """SHA-256 of a picture file; remembered while size and time of change stay the same."""
-        name = str(path)
         try:
-            status = path.stat()
+            return bytes.fromhex(self._digests(path))
         except FileNotFoundError:
             open_picture(path)  # raises with the remedy
             raise
-        stamp = status.st_size, status.st_mtime_ns
-        if name not in self._digests or self._digests[name][0] != stamp:
-            self._digests[name] = stamp, file_digest(path)
-        return self._digests[name][1]
 
     def add(
-        self, texts: Iterable[str] = (), pictures: Iterable[Path] = (), shard_size: int = 4096,
-        progress: Callable[[str, int, int], None] | None = None, extras: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self, texts: Iterable[str] = (), pictures: Iterable[Path] = (), extras: Sequence[str] = ()
+    ) -> None:
         """Computes and stores what is not there yet, each distinct text and picture once.
 
         Args:
             texts: raw strings.
             pictures: files.
-            shard_size: records of a file.
-            progress: called as ``progress(kind, done, total)`` after every shard.
             extras: further signals to store, of ``teacher.EXTRAS``.
 
         Raises:
-            TeacherError: the teacher cannot give one of ``extras``.
+            TeacherError: the teacher cannot give one of ``extras``, or makes numbers that are not finite
+                of a text or picture.
         """
         for extra in extras:
             self.teacher.check(extra)
-        wanted = {
+        wanted: dict[str, dict[bytes, str]] = {
             "texts": {text_key(text): text for text in texts},
             "pictures": {self.picture_key(path): str(path) for path in dict.fromkeys(pictures)},
         }
         for kind, sources in wanted.items():
             parts = [kind, *(f"{kind}:{extra}" for extra in extras)]
+            absent = {part: set(self.store.missing(part, sources)) for part in parts}
             groups = defaultdict(list)  # of keys that lack the same
             for key in sources:
-                if lacking := tuple(part for part in parts if key not in self._rows[part]):
+                if lacking := tuple(part for part in parts if key in absent[part]):
                     groups[lacking].append(key)
-            done, total = 0, sum(map(len, groups.values()))
             for lacking, keys in groups.items():
-                for start in range(0, len(keys), shard_size):
-                    part = keys[start : start + shard_size]
-                    self._write_shards(lacking, part, [sources[key] for key in part])
-                    done += len(part)
-                    if progress:
-                        progress(kind, done, total)
+                self._fill(lacking, keys, [sources[key] for key in keys])
 
-    def add_pairs(
-        self, pairs: Iterable[tuple[str, Path]], shard_size: int = 4096,
-        progress: Callable[[str, int, int], None] | None = None,
-    ) -> None:  # fmt: skip
+    def add_pairs(self, pairs: Iterable[tuple[str, Path]]) -> None:
         """Computes and stores the gradient relevance of texts with pictures, each distinct pair once.
 
         Costs a forward and a backward pass through both towers per pair.
 
         Raises:
-            TeacherError: the teacher's attention cannot be read.
+            TeacherError: the teacher's attention cannot be read, or its gradient is not finite.
         """
         self.teacher.check("gradient")
         sources = {
             pair_key(text_key(text), self.picture_key(path)): (text, str(path)) for text, path in pairs
         }
-        missing = [key for key in sources if key not in self._rows["pairs"]]
-        for start in range(0, len(missing), shard_size):
-            part = missing[start : start + shard_size]
-            self._write_shards(("pairs",), part, [sources[key] for key in part])
-            if progress:
-                progress("pairs", start + len(part), len(missing))
+        keys = self.store.missing("pairs", sources)
+        self._fill(["pairs"], keys, [sources[key] for key in keys])
 
-    def _write_shards(self, kinds: Sequence[str], keys: list[str], sources: list[Any]) -> None:
-        """One shard of each kind, all of the same records, which are computed once."""
-        step = 512  # pictures in memory at once
+    def _fill(self, kinds: Sequence[str], keys: Sequence[bytes], sources: Sequence[Any]) -> None:
+        """Computes records once and writes a shard of each kind whenever enough of them are in memory."""
         extras = [kind.partition(":")[2] for kind in kinds if ":" in kind]
         base = kinds[0].partition(":")[0]
-        records = [
-            record
-            for i in range(0, len(sources), step)
-            for record in self._compute(base, sources[i : i + step], extras)
-        ]
+        held: list[dict[str, Tensor]] = []
+        first = size = 0
+        try:
+            for start in range(0, len(keys), STEP[base]):
+                records = self._compute(base, sources[start : start + STEP[base]], extras)
+                held += records
+                size += sum(value.nbytes for record in records for value in record.values())
+                if size >= SHARD_BYTES:
+                    done, held, size = held, [], 0
+                    self._write(kinds, keys[first:], done, sources[first:])
+                    first += len(done)
+        finally:  # what was computed is kept, whatever stopped it
+            if held:
+                self._write(kinds, keys[first:], held, sources[first:])
+
+    def _write(
+        self, kinds: Sequence[str], keys: Sequence[bytes], records: Sequence[Mapping[str, Tensor]],
+        sources: Sequence[Any],
+    ) -> None:  # fmt: skip
+        """Stores records under the first of these keys; refuses those that are not finite after the rest."""
+        refused: NotFiniteError | None = None
         for kind in kinds:
-            self._write_shard(kind, keys, sources, records)
+            rows = list(range(len(records)))
+            while rows:
+                try:
+                    self.store.append(
+                        kind, [keys[row] for row in rows], [records[row] for row in rows],
+                        [sources[row] for row in rows],
+                    )  # fmt: skip
+                    break
+                except NotFiniteError as error:
+                    refused = refused or error
+                    rows = [row for place, row in enumerate(rows) if place not in set(error.rows)]
+        if refused is not None:
+            raise TeacherError(self._why_not_finite(kinds[0].partition(":")[0], refused)) from None
 
-    def _write_shard(
-        self, kind: str, keys: list[str], sources: list[Any], records: list[Mapping[str, Tensor]]
-    ) -> None:
-        handle, partial = tempfile.mkstemp(prefix=".partial-", dir=self.folder)
-        os.close(handle)
-        try:
-            metadata = {"fingerprint": self.teacher.fingerprint, "kind": kind}
-            save_file(_pack(_KINDS[kind], records), partial, metadata=metadata)
-            _sync(Path(partial))
-            digest = file_digest(Path(partial))
-            name = kind.replace(":", "-")
-            file = f"{name}-{digest[:16]}.safetensors"  # so that two writers never overwrite each other's
-            entry = {"file": file, "kind": kind, "sha256": digest, "keys": keys, "sources": sources}
-            os.replace(partial, self.folder / file)
-        finally:
-            Path(partial).unlink(missing_ok=True)
-        self._append_to_manifest(entry)
-        self._open_shard(entry, verify=False)
-
-    def _append_to_manifest(self, entry: dict) -> None:
-        manifest = self._open_manifest()  # anew: another process may have added shards
-        manifest["shards"].append(entry)
-        partial = self.folder / f".manifest-{os.getpid()}.json"
-        try:
-            partial.write_text(json.dumps(manifest), encoding="utf-8")
-            _sync(partial)
-            os.replace(partial, self.folder / "manifest.json")
-        finally:
-            partial.unlink(missing_ok=True)
+    def _why_not_finite(self, kind: str, error: NotFiniteError) -> str:
+        name = {"texts": "text", "pictures": "picture", "pairs": "text and picture"}[kind]
+        weights = dict(self.teacher.model.named_parameters())
+        spoiled = [name for name, weight in weights.items() if not weight.isfinite().all()]
+        precision = " and ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()}))
+        if spoiled:
+            reason = f"{len(spoiled)} of its weights are not either ({spoiled[0]}): copy their file again"
+        elif precision != "float32":
+            reason = "its numbers overflow in this precision: load the weights in float32"
+        else:
+            reason = "its weights are finite: leave this out of the data, or choose another teacher"
+        return (
+            f"teacher {self.teacher.name!r} in {precision}: {error.column!r} of the {name} {error.source!r} "
+            f"is not finite; {reason}. Nothing of it was stored"
+        )
 
     def text(self, text: str, extras: Sequence[str] = ()) -> TeacherRecord:
         """The stored features of a text, with further signals if asked for.
@@ -359,29 +266,39 @@ class TeacherCache:
         Raises:
             CacheError: the pair was never added.
         """
-        key = pair_key(text_key(text), self.picture_key(path))
-        if key not in self._rows["pairs"]:
+        try:
+            return self.store.read("pairs", pair_key(text_key(text), self.picture_key(path)))["gradient"]
+        except KeyError:
             raise CacheError(
                 f"{self.folder}: no gradient relevance of {text!r} with {path}; call add_pairs() with "
                 "both first"
-            )
-        return self._get("pairs", key)["gradient"]
+            ) from None
 
-    def _record(self, kind: str, key: str, source: str, extras: Sequence[str]) -> TeacherRecord:
-        if key not in self._rows[kind]:
-            raise CacheError(f"{self.folder}: no features of {source!r}; call add({kind}=...) with it first")
-        record = TeacherRecord(**self._get(kind, key))
+    def cut(self, text: str) -> int:
+        """How many tokens of a text the teacher has not seen, for want of room.
+
+        Raises:
+            CacheError: it was never added.
+        """
+        return int(self._read("texts", text_key(text), text, ["cut"])["cut"])
+
+    def _record(self, kind: str, key: bytes, source: str, extras: Sequence[str]) -> TeacherRecord:
+        columns: dict[str, Any] = self._read(kind, key, source)
+        columns["cut"] = int(columns.get("cut", 0))
         for extra in extras:
-            part = f"{kind}:{extra}"
-            if key not in self._rows[part]:
+            try:
+                columns |= self.store.read(f"{kind}:{extra}", key)
+            except KeyError:
                 raise CacheError(
                     f"{self.folder}: no {extra!r} of {source!r}; call add({kind}=..., extras=({extra!r},)) "
                     "with it first"
-                )
-            record = replace(record, **self._get(part, key))
-        return record
+                ) from None
+        return TeacherRecord(**columns)
 
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    def _read(self, kind: str, key: bytes, source: str, columns: Sequence[str] = ()) -> dict[str, Tensor]:
+        try:
+            return self.store.read(kind, key, columns)
+        except KeyError:
+            raise CacheError(
+                f"{self.folder}: no features of {source!r}; call add({kind}=...) with it first"
+            ) from None

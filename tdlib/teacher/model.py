@@ -1,13 +1,10 @@
 """The frozen teacher: per-token features of any open_clip model, in its joint space.
 
-Loading, tokens with character offsets and patches with boxes stand here; how the towers of each
-family give tokens, in ``teacher_towers``. Storing features is ``cache``'s business.
+Loading, encoding and the boxes of patches are here; ``text`` knows the characters of text tokens,
+``families`` how the towers of each family give tokens, ``cache`` how features are stored.
 """
 
 import copy
-import difflib
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +13,6 @@ from typing import Any, cast
 
 import open_clip
 import torch
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
@@ -25,12 +21,16 @@ from torch.nn import functional as F
 
 from tdlib.core.devices import usual_device
 from tdlib.core.paths import resolve
+from tdlib.core.store import fingerprint
+from tdlib.teacher.text import TextTokenizer, open_tokenizer
 from tdlib.teacher.towers import EXTRAS as EXTRAS
 from tdlib.teacher.towers import Seen, Tower, image_tower, text_tower
 from tdlib.teacher.towers import TeacherError as TeacherError
 from tdlib.teacher.towers import encode_text_tokens as encode_text_tokens
 
 log = logging.getLogger(__name__)
+
+FEATURES = 2  # changes when this package makes other features, or other spans, of the same model
 
 Preprocess = Callable[[Image.Image], Tensor]  # a picture as pixels (3, height, width)
 
@@ -40,8 +40,10 @@ class TeacherRecord:
     """The tokens of one text or one picture in the joint space, L2-normalised, without special tokens.
 
     ``positions`` are character spans (tokens, 2) of the raw string, or boxes (tokens, 4) normalised
-    to the original picture. ``pooled`` is CLIP's global embedding. The last three (``EXTRAS``) are
-    there only if asked for; scalars are divided by the record's largest, so they lie in [0, 1].
+    to the original picture. ``pooled`` is CLIP's global embedding. ``vv``, ``attention`` and ``rollout``
+    (``EXTRAS``) are there only if asked for; scalars are divided by the record's largest, so they lie in
+    [0, 1]. ``cut`` counts the tokens of a text that its context has no room for: where it is not 0, the
+    record is that of a shorter text.
     """
 
     projected: Tensor  # (tokens, teacher_dim)
@@ -51,6 +53,7 @@ class TeacherRecord:
     vv: Tensor | None = None  # (tokens, teacher_dim), value-value attention
     attention: Tensor | None = None  # (tokens,), the pooled position's attention in the last layer
     rollout: Tensor | None = None  # (tokens,), the same through all layers
+    cut: int = 0
 
 
 def patch_boxes(
@@ -98,86 +101,6 @@ def _crop_start(resized: int, wanted: int) -> int:
     return round((resized - wanted) / 2) if resized >= wanted else -((wanted - resized) // 2)
 
 
-def spans_in_raw(raw: str, cleaned: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Character spans of a cleaned-up text as spans of the raw text it came from.
-
-    Tokenizers lower-case, collapse white space and repair characters first; the two strings are
-    matched character by character, and a token of an unmatched stretch takes the stretch around it.
-    """
-    if len(raw) == len(cleaned) and raw.casefold() == cleaned.casefold():
-        return list(spans)
-    start_of = [0] * len(cleaned)
-    end_of = [0] * len(cleaned)
-    matcher = difflib.SequenceMatcher(None, raw.lower(), cleaned.lower(), autojunk=False)
-    if len(raw.lower()) != len(raw) or len(cleaned.lower()) != len(cleaned):
-        matcher = difflib.SequenceMatcher(None, raw, cleaned, autojunk=False)
-    for _, raw_from, raw_to, clean_from, clean_to in matcher.get_opcodes():
-        equal = raw_to - raw_from == clean_to - clean_from
-        for position in range(clean_from, clean_to):
-            shift = position - clean_from
-            start_of[position] = raw_from + shift if equal else raw_from
-            end_of[position] = raw_from + shift + 1 if equal else raw_to
-    return [(start_of[start], end_of[end - 1]) if end > start else (0, 0) for start, end in spans]
-
-
-class TextTokenizer:
-    """Ids of an open_clip tokenizer together with the characters that each id stands for."""
-
-    def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, name: str):
-        if not isinstance(tokenizer, SimpleTokenizer | HFTokenizer):
-            raise TeacherError(f"{name}: tokenizer {type(tokenizer).__name__} has no character offsets here")
-        if getattr(tokenizer, "tokenizer_mode", ""):
-            raise TeacherError(
-                f"{name}: tokenizer_mode {tokenizer.tokenizer_mode!r} has no character offsets here"
-            )
-        self.tokenizer = tokenizer
-        self.padding = 0 if isinstance(tokenizer, SimpleTokenizer) else tokenizer.tokenizer.pad_token_id or 0
-
-    def __call__(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids with start and end token, and their spans in ``text`` ((0, 0) for special tokens)."""
-        clean = " ".join(self.tokenizer.clean_fn(text).split())
-        pieces = self._simple(clean) if isinstance(self.tokenizer, SimpleTokenizer) else self._fast(clean)
-        ids, spans = pieces
-        return ids, spans_in_raw(text, clean, spans)
-
-    def _simple(self, clean: str) -> tuple[list[int], list[tuple[int, int]]]:
-        tokenizer = self.tokenizer
-        ids, spans = [tokenizer.sot_token_id], [(0, 0)]
-        for match in tokenizer.pat.finditer(clean):
-            word = match.group()
-            mapped = "".join(tokenizer.byte_encoder[byte] for byte in word.encode("utf-8"))
-            ends, total = [], 0  # byte position after each character of the word
-            for character in word:
-                total += len(character.encode("utf-8"))
-                ends.append(total)
-            start_byte = 0
-            for piece in tokenizer.bpe(mapped).split(" "):
-                end_byte = start_byte + len(piece.removesuffix("</w>"))
-                first = next(i for i, end in enumerate(ends) if end > start_byte)
-                last = next(i for i, end in enumerate(ends) if end >= end_byte)
-                ids.append(tokenizer.encoder[piece])
-                spans.append((match.start() + first, match.start() + last + 1))
-                start_byte = end_byte
-        limit = tokenizer.context_length - 1
-        return [*ids[:limit], tokenizer.eot_token_id], [*spans[:limit], (0, 0)]
-
-    def _fast(self, clean: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.tokenizer.tokenizer(
-            clean, truncation=True, max_length=self.tokenizer.context_length, return_offsets_mapping=True
-        )
-        ids = list(encoded["input_ids"])
-        if self.tokenizer.strip_sep_token:
-            ids = [0 if token == self.tokenizer.tokenizer.sep_token_id else token for token in ids]
-        return ids, [_without_space(clean, start, end) for start, end in encoded["offset_mapping"]]
-
-
-def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
-    """A span without the white space that some tokenizers count to the word behind it."""
-    while start < end and text[start].isspace():
-        start += 1
-    return start, end
-
-
 class Teacher:
     """A frozen open_clip model that yields per-token features.
 
@@ -215,7 +138,6 @@ class Teacher:
                     name, pretrained=pretrained or None, device=device,
                     require_pretrained=random_weights is None, **options,
                 )  # fmt: skip
-            tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # open_clip lets through what json, torch and safetensors raise
             raise TeacherError(
                 f"teacher {name!r} (pretrained={pretrained!r}) cannot be loaded: {error}. Expected an "
@@ -227,7 +149,7 @@ class Teacher:
         self.name, self.device = name, torch.device(device)
         self.model = model.eval().requires_grad_(False)
         self.text, self.image = text_tower(model, repr(name)), image_tower(model.visual, repr(name))
-        self.tokenize = TextTokenizer(tokenizer, name)
+        self.tokenize = open_tokenizer(name)
         self.fingerprint = self._fingerprint()
 
     @cached_property
@@ -246,25 +168,19 @@ class Teacher:
         return 0.0 if self.model.logit_bias is None else float(self.model.logit_bias)
 
     def _fingerprint(self) -> str:
-        """SHA-256 over weights, architecture, preprocessing, tokenizer kind and library version."""
-        total = hashlib.sha256()
-        for key, value in sorted(self.model.state_dict().items()):
-            if not key.startswith("text_decoder."):  # CoCa's, which no feature passes
-                total.update(key.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
-        settings = {
-            "model": str(self.model),  # activations and norms are not in the weights
-            "heads": [
-                m.num_heads for m in self.model.modules() if isinstance(getattr(m, "num_heads", None), int)
-            ],
-            "towers": self._tower_settings(),
-            "preprocess": str(self.preprocess),
-            "tokenizer": type(self.tokenize.tokenizer).__name__,
-            "sample": self.tokenize("The quick brown fox, 1.5 dogs."),
-            "open_clip": open_clip.__version__,
-            "layer": "last",
-        }
-        total.update(json.dumps(settings, sort_keys=True).encode())
-        return total.hexdigest()
+        """SHA-256 over weights, architecture, preprocessing, tokenizer, and library version."""
+        heads = [m.num_heads for m in self.model.modules() if isinstance(getattr(m, "num_heads", None), int)]
+        return fingerprint(
+            self.model,
+            without="text_decoder.",  # CoCa's, which no feature passes
+            heads=heads,
+            towers=self._tower_settings(),
+            preprocess=str(self.preprocess),
+            tokenizer=type(self.tokenize.tokenizer).__name__,
+            sample=self.tokenize("The quick brown fox, 1.5 dogs."),
+            open_clip=open_clip.__version__,
+            features=FEATURES,
+        )
 
     def _tower_settings(self) -> list[dict[str, Any]]:
         """What neither weights nor module names tell: kinds of pooling, masks, prefix tokens."""
@@ -301,17 +217,17 @@ class Teacher:
         Raises:
             TeacherError: the text tower cannot give one of ``extras``.
         """
-        encoded = [self.tokenize(text) for text in texts]
-        order = sorted(range(len(texts)), key=lambda i: len(encoded[i][0]))
+        encoded = [self.tokenize.read(text) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids))
         records: dict[int, TeacherRecord] = {}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            pooled, signals = self.text.encode(self.text_ids([encoded[i][0] for i in chosen]), extras)
+            pooled, signals = self.text.encode(self.text_ids([encoded[i].ids for i in chosen]), extras)
             for row, i in enumerate(chosen):
-                spans = torch.tensor(encoded[i][1])
+                spans = torch.tensor(encoded[i].spans)
                 real = spans[:, 1] > spans[:, 0]
                 own = {name: signal[row, : len(spans)].cpu()[real] for name, signal in signals.items()}
-                records[i] = _record(own, spans[real], pooled[row])
+                records[i] = _record(own, spans[real], pooled[row], encoded[i].cut)
         return [records[i] for i in range(len(texts))]
 
     @torch.inference_mode()
@@ -418,13 +334,13 @@ def _largest_is_one(scalars: Tensor) -> Tensor:
     return scalars / scalars.max() if scalars.numel() and scalars.max() > 0 else scalars
 
 
-def _record(signals: dict[str, Tensor], positions: Tensor, pooled: Tensor) -> TeacherRecord:
+def _record(signals: dict[str, Tensor], positions: Tensor, pooled: Tensor, cut: int = 0) -> TeacherRecord:
     """A record of one text's or picture's signals."""
     scaled = {
         name: F.normalize(signal, dim=-1) if signal.dim() == 2 else _largest_is_one(signal)
         for name, signal in signals.items()
     }
-    return TeacherRecord(positions=positions, pooled=F.normalize(pooled.cpu(), dim=-1), **scaled)
+    return TeacherRecord(positions=positions, pooled=F.normalize(pooled.cpu(), dim=-1), cut=cut, **scaled)
 
 
 def _relevancies(text: Tower, seen_text: Seen, image: Tower, seen_image: Seen) -> tuple[Tensor, Tensor]:
