@@ -24,6 +24,9 @@ def test_a_table_escapes_text_keeps_links_and_shows_shares_in_per_cent():
     assert "<script" not in html and "&lt;script&gt;" in html
     assert '<a href="a&quot;b/c.csv">&lt;data&gt;</a>' in html and "name &amp; more" in html
     assert "accuracy (%)" in html and '<td class="n" data-v="0.5">50.0</td>' in html and ">12.3</td>" in html
+    assert '<td class="n" data-v="-34.1">-34.1 [-31.4, 36.7]</td>' in table_html(
+        pd.DataFrame({"a": ["-34.1 [-31.4, 36.7]", "34 things"]})
+    )
     assert html.count('data-v=""') == 2, "both kinds of missing value are empty"
     assert "x" * 160 + "…" in html and "x" * 161 not in html
     assert '<tr class="n7">' in html and html.count('class="sorts"') == 4 and "overflow-x:auto" in STYLE

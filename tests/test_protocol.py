@@ -662,8 +662,8 @@ def test_words_and_numbers_for_readers(compared):
     row = compared[compared["arm"] == "clip_td"].iloc[0]
     shown = table.loc[row.name]
     assert shown["mean (%)"] == f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-    assert shown["difference (%)"].startswith("+") and "setting" not in table and "low" not in table
-    assert table.loc[compared.index[compared["arm"] == "finetune"][0], "difference (%)"] == ""
+    assert shown["difference (points)"].startswith("+") and "setting" not in table and "low" not in table
+    assert table.loc[compared.index[compared["arm"] == "finetune"][0], "difference (points)"] == ""
 
 
 def test_a_study_is_written_whole_and_loads_nothing(compared, tmp_path):

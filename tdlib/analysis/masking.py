@@ -182,11 +182,7 @@ def _masked(
 
 
 def masked_scorer(
-    student: Any,
-    batch: Mapping[str, Tensor],
-    record: TargetRecord,
-    mask_token_id: int,
-    batch_size: int = 32,
+    student: Any, batch: Mapping[str, Tensor], record: TargetRecord, mask_token_id: int, batch_size: int = 32
 ) -> Scorer:
     """A student's probability of a record's answer, with tokens masked.
 
@@ -197,7 +193,7 @@ def masked_scorer(
 
     Args:
         student: any student; it is used in evaluation mode.
-        batch: one example as the student's inputs, from ``training.collate``.
+        batch: one example as the student's inputs, from ``training.data.collate``.
         record: says which choice and where visual tokens lie; of the same example and student.
         mask_token_id: ``encoder.tokenizer.mask_token_id``.
         batch_size: variants per forward.

@@ -20,12 +20,17 @@ PERCENT = {
 SIGNED = {name for name in PERCENT if name.startswith(("difference", "relative"))} | {
     "gain_over_chance", "paper", "largest",
 }  # fmt: skip
+POINTS = {"difference", "gain_over_chance"}
 INTERVALS = {
     "mean": ("low", "high"), "difference": ("difference_low", "difference_high"),
     "relative": ("relative_low", "relative_high"),
 }  # fmt: skip
 # Columns that a table shows only where they say something.
 SILENT = {"setting", "world", "worlds", "unpaired", "tuned", "reason"}
+# Columns that only files hold: a page says less at a time.
+ONLY_IN_FILES = [
+    "split", "over_chance", "baseline_mean", "gain_over_chance", "p_value", "arms_tested", "subset", "shots",
+]  # fmt: skip
 FOUND = ("better", "worse")  # verdicts that fill a mark
 MANY_ROWS = 40  # a page shows a larger table only when it is asked for
 
@@ -46,7 +51,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
                 for value, (low, high) in zip(values, bounds, strict=True)
             ]
         if name not in SILENT or any(values):
-            found[name.replace("_", " ") + (" (%)" if name in PERCENT else "")] = values
+            unit = " (points)" if name in POINTS else " (%)" if name in PERCENT else ""
+            found[name.replace("_", " ") + unit] = values
     return pd.DataFrame(found, index=table.index)
 
 
@@ -87,6 +93,12 @@ def lead_charts(compared: pd.DataFrame, baseline: str = "finetune") -> list[Html
         said = f"Difference to {baseline} (points) on the usual test; filled: found by the paired test."
         parts.insert(0, _figure(chart, said))
     return parts
+
+
+def _for_page(table: pd.DataFrame) -> pd.DataFrame:
+    """What a page shows of a table; of one batch or measure its name is not repeated in every row."""
+    alike = [name for name in ("batch", "measure") if name in table and table[name].nunique() < 2]
+    return table.drop(columns=[*ONLY_IN_FILES, *alike], errors="ignore")
 
 
 def _figure(drawing: str, caption: str) -> Html:
@@ -133,10 +145,10 @@ def write_study(
             table.to_csv(out, index=False)
         with whole_path(folder / f"{name}.parquet") as partial:
             table.to_parquet(partial, index=False)
-        body = table_html(readable(table), sorts=True)
+        body = table_html(readable(_for_page(table)), sorts=True)
         with whole_file(folder / f"{name}.html") as out:
             out.write(f"<h2>{escape(caption)}</h2>{body}\n")
-        files = f"<p>{link(f'{name}.csv', 'CSV')}, {link(f'{name}.parquet', 'Parquet')}</p>"
+        files = f"<p>All columns: {link(f'{name}.csv', 'CSV')}, {link(f'{name}.parquet', 'Parquet')}</p>"
         parts.append(Section(caption, body + files, folded=len(table) > MANY_ROWS))
     write_json(folder / "study.json", dict(facts or {}))
     page = folder / "index.html"

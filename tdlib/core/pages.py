@@ -5,6 +5,7 @@ escaped, except what is marked as ``Html``.
 """
 
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -55,6 +56,7 @@ def is_missing(value: Any) -> bool:
 
 # Tables.
 
+_NUMBER = re.compile(r"([-+]?\d+(?:\.\d+)?(?:e-?\d+)?)(?: \[[^\]]*\])?$")
 _INLINE = {
     "table": "border-collapse: collapse; color: #1b1b1b; font-size: 12px",
     "tr": "background-color: #ffffff",
@@ -107,6 +109,8 @@ def _cell(value: Any, percent: bool, look: str) -> str:
         shown = f"{100 * value:.1f}" if percent else f"{value:.6g}"
         return f'<td class="n" data-v="{value}"{look}>{shown}</td>'
     text = str(value)
+    if number := _NUMBER.match(text):  # with its interval: sorts by the number and stays on one line
+        return f'<td class="n" data-v="{number[1]}"{look}>{escape(text)}</td>'
     return f"<td{look}>{escape(text if len(text) <= LONGEST else text[:LONGEST] + '…')}</td>"
 
 
