@@ -64,7 +64,7 @@ def teacher_folder(tmp_path_factory, captions_texts) -> Path:
     import open_clip
     from safetensors.torch import save_file
 
-    from tdlib.make.pretraining import train_clip_tokenizer
+    from tdlib.make.vocabulary import train_clip_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "clip"
     tokenizer = train_clip_tokenizer(captions_texts, 300)
@@ -94,7 +94,7 @@ def student_folder(tmp_path_factory, captions_texts) -> Path:
     """A transformers model folder: a ViLT of two layers with random weights."""
     from transformers import ViltConfig, ViltImageProcessor
 
-    from tdlib.make.pretraining import train_wordpiece_tokenizer
+    from tdlib.make.vocabulary import train_wordpiece_tokenizer
     from tdlib.students.vilt import ViltForMultipleChoice
 
     folder = tmp_path_factory.mktemp("models") / "vilt"

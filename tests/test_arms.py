@@ -13,7 +13,7 @@ from tdlib.config import RunConfig, apply_arm
 from tdlib.core.paths import ConfigError
 from tdlib.data.examples import low_shot
 from tdlib.data.tasks import TASKS
-from tdlib.make.pretraining import train_wordpiece_tokenizer
+from tdlib.make.vocabulary import train_wordpiece_tokenizer
 from tdlib.method.selection import SELECTORS
 from tdlib.regions.backbones import MiniDetector, save_detector
 from tdlib.students.base import student_inputs

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tdlib.config import RunConfig
-from tdlib.make.pretraining import train_wordpiece_tokenizer
+from tdlib.make.vocabulary import train_wordpiece_tokenizer
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
 from tdlib.training import prepare as experiments
 from tdlib.training.prepare import prepare

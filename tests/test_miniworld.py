@@ -173,6 +173,7 @@ def test_the_files_of_a_folder(vcr):
     assert names == {
         "vcr1images", "miniworld.json", *(f"{split}.jsonl" for split in SPLITS),
         *(f"{split}.relevance.jsonl" for split in SPLITS), *(f"{split}.types.jsonl" for split in OWN),
+        *(f"{split}.concepts.jsonl" for split in OWN),
     }  # fmt: skip
 
 
@@ -185,6 +186,34 @@ def test_side_files_have_a_line_for_each_example(vcr, records):
         assert [record["annot_id"] for record in types] == ids
         assert {record["type"] for record in types} <= set(TYPES)
     assert {record["type"] for record in read(vcr / "val.types.jsonl")} == set(TYPES)
+
+
+def test_side_files_say_which_concepts_the_curated_corpus_has(vcr, records):
+    """Every table's own word for a concept is in the answers about it; what is known is what the tables say."""
+    tables = {"doing": HELD, "next": HELD, "consequence": HELD, "need": WEATHER, "mood": MOODS}
+    tables |= {"place": PLACES, "role": ROLES}
+    rules = {"birthday": True, "party": False, "departure": False, "call": False}
+    found = {True: 0, False: 0}
+    for split in SPLITS:
+        lines = read_concepts(vcr, split)
+        assert list(lines) == [record["annot_id"] for record in records[split]]
+        for record in records[split]:
+            line = lines[record["annot_id"]]
+            style = scene_of(record, split).style
+            assert line["style"] == style and line["style_known"] == (style == "flat")
+            assert len(line["wrong"]) == 3
+            for said in (line["right"], *line["wrong"]):
+                table = tables.get(line["family"]) or (THINGS | WEATHER)
+                value = said["concept"]
+                known = rules[value] if value in rules else table[value].curated
+                assert said["known"] == known
+                found[known] += 1
+            if split != "test" and line["family"] in ("mood", "place", "role"):
+                right = record["answer_choices"][record["answer_label"]]
+                inference = tables[line["family"]][line["right"]["concept"]].inference
+                assert inference in " ".join(word for word in right if isinstance(word, str))
+    assert min(found.values()) > 100
+    assert read_concepts(vcr, "train2014") == {}
 
 
 def test_the_test_file_tells_no_answers(records):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tdlib.make.pretraining import train_wordpiece_tokenizer
+from tdlib.make.vocabulary import train_wordpiece_tokenizer
 from tdlib.teacher.model import EXTRAS, Teacher, TeacherError, choice_logits, patch_boxes
 from tdlib.teacher.towers import Tower, attention_weights, take_apart, text_tower
 

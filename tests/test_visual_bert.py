@@ -20,7 +20,7 @@ from transformers import VisualBertForMultipleChoice as StockForMultipleChoice
 
 from tdlib.data.examples import Example, Reference, TextPart
 from tdlib.data.vcr import VcrReader
-from tdlib.make.pretraining import train_wordpiece_tokenizer
+from tdlib.make.vocabulary import train_wordpiece_tokenizer
 from tdlib.regions.computed import Regions
 from tdlib.students.base import StudentError
 from tdlib.students.visual_bert import (

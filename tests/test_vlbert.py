@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from tdlib.data.examples import Example, Reference, TextPart
 from tdlib.data.vcr import VcrReader, render
-from tdlib.make.pretraining import train_wordpiece_tokenizer
+from tdlib.make.vocabulary import train_wordpiece_tokenizer
 from tdlib.regions.computed import Regions
 from tdlib.students.base import StudentError
 from tdlib.students.vlbert import (

@@ -1,12 +1,13 @@
 """How the committed mini detector was made: names and attributes of things in given boxes.
 
-It learns from the curated corpus only, as the students do. ``python -m tdlib.make.detector``
-trains it and writes weights, parameters, seed, checksum and held-out figures.
+It learns from the curated corpus only, as the students do. ``python -m tdlib.make detector`` trains
+it and writes weights, parameters, seed, checksum and held-out figures.
 """
 
-import argparse
 import logging
+import math
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdlib.core.files import write_json
-from tdlib.core.paths import ROOT
 from tdlib.data.examples import Box
-from tdlib.make.pretraining import batches, learning_rate, make_optimizer, mixed_precision, note_figures
+from tdlib.make.loop import make_optimizer, mixed_precision
 from tdlib.miniworld.drawing import SIZE, Drawn, Picture, draw
 from tdlib.miniworld.scenes import HELD, MOODS, PLACES, POSES, ROLES, SHIRTS, THINGS, WEATHER, Scene
 from tdlib.miniworld.writers import VERSION, scene_at
@@ -70,7 +70,7 @@ def labelled_boxes(scene: Scene, picture: Picture) -> list[tuple[Box, dict[str, 
     ]
 
 
-def _render(job: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def render_boxes(job: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     seed, start, stop, size = job
     pictures = np.empty((stop - start, 3, size, size), np.uint8)
     boxes = np.zeros((stop - start, _MOST, 4), np.float32)
@@ -97,7 +97,7 @@ def boxes_corpus(seed: int, number: int, size: int, workers: int = 2) -> tuple[T
     step = max(1, min(500, -(-number // workers)))
     jobs = [(seed, start, min(start + step, number), size) for start in range(0, number, step)]
     with ProcessPoolExecutor(workers) as pool:
-        parts = list(pool.map(_render, jobs))
+        parts = list(pool.map(render_boxes, jobs))
     pictures, boxes, labels = (
         torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)
     )
@@ -120,6 +120,24 @@ def attribute_loss(logits: dict[str, Tensor], labels: Tensor) -> Tensor:
     return torch.stack(terms).sum()
 
 
+def batches(number: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Indices of shuffled batches, epoch after epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(number, generator=generator)
+    for _ in range(steps):
+        if len(order) < batch:
+            order = torch.cat([order, torch.randperm(number, generator=generator)])
+        yield order[:batch]
+        order = order[batch:]
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then half a cosine."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
 def train_mini_detector(
     folder: Path, scenes: int = 16_000, steps: int = 500, batch: int = 96, peak: float = 3e-3, seed: int = 0,
     size: int = 96,
@@ -138,7 +156,7 @@ def train_mini_detector(
     log.info("corpus: %d scenes in %.0f s", scenes, time.time() - started)
     detector = MiniDetector(ATTRIBUTES, size).to(memory_format=torch.channels_last).train()
     log.info("%d parameters", sum(p.numel() for p in detector.parameters()))
-    optimizer = make_optimizer(detector, 0.05)
+    optimizer = make_optimizer(detector, 0.05, fused=False)
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     for step, index in enumerate(batches(scenes, batch, steps, seed)):
@@ -183,19 +201,3 @@ def evaluate_detector(folder: Path, scenes: int = 1_000, seed: int = 500) -> dic
             real = truth[:, column] >= 0
             hits[name].append(votes[real].argmax(1) == truth[real, column])
     return {name: round(float(torch.cat(found).float().mean()), 3) for name, found in hits.items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=ROOT / "data/models/mini-detector")
-    parser.add_argument("--scenes", type=int)
-    parser.add_argument("--steps", type=int)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    given = {name: value for name in ("scenes", "steps") if (value := getattr(options, name))}
-    train_mini_detector(options.folder, **given)
-    note_figures(options.folder, evaluate_detector(options.folder))
-
-
-if __name__ == "__main__":
-    main()

@@ -327,6 +327,11 @@ def _curated_values(family: str) -> list[str]:
     return [name for name, row in tables.get(family, HELD).items() if row.curated]
 
 
+def curated_knows(family: str, value: str) -> bool:
+    """Whether the curated corpus has the concept that a value of a family of answers is about."""
+    return value in _curated_values(family)
+
+
 def _altered(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene with one thing changed to another that the curated corpus knows."""
 

@@ -15,9 +15,11 @@ import numpy as np
 from tdlib.core.files import write_folder
 from tdlib.data.examples import DataError
 from tdlib.miniworld.drawing import SIZE, Picture, draw
-from tdlib.miniworld.scenes import Scene, reserved, sample_scene
+from tdlib.miniworld.language import curated_knows
+from tdlib.miniworld.scenes import STYLES, Scene, reserved, sample_scene
 
-VERSION = 2  # raise it when the same seed would give other bytes
+VERSION = 2  # raise it when the same seed would give other pictures or texts
+SIDE_FILES = 2  # raise it when other files would lie beside them: 2 has *.concepts.jsonl
 TRAIN_STYLES = ("flat", "pastel", "sketch")  # "noir" is kept for the style shift
 _CAPTIONS = ("web", "curated", "held_out")
 STREAMS = {
@@ -77,6 +79,40 @@ def regions(scene: Scene, picture: Picture) -> dict[str, list[float]]:
     return {name: [round(float(value), 1) for value in box] for name, box in boxes.items()}
 
 
+def concepts(identifier: str, scene: Scene, family: str, values: Sequence[str]) -> dict[str, Any]:
+    """What answers are about, and whether the curated corpus, which students learn from, has it.
+
+    Args:
+        identifier: of the example.
+        scene: what its picture shows.
+        family: of values that compete as answers.
+        values: the right answer's, then the wrong ones'.
+
+    Returns:
+        A line of ``*.concepts.jsonl``.
+    """
+    right, *wrong = ({"concept": value, "known": curated_knows(family, value)} for value in values)
+    return {
+        "annot_id": identifier, "family": family, "right": right, "wrong": wrong, "style": scene.style,
+        "style_known": STYLES[scene.style],
+    }  # fmt: skip
+
+
+def read_concepts(folder: Path, split: str) -> dict[str, dict[str, Any]]:
+    """What the answers of a split are about, by the example's id; nothing where no such file lies.
+
+    A line has ``right`` and ``wrong`` (each {"concept", "known"}, in no order of the choices) and the
+    picture's ``style`` with ``style_known``. "known" is what the curated corpus has, from which the mini
+    students learn. A reworded split ("val_shortcut") shares the lines of its source ("val").
+    """
+    for stem in (split, split.split("_")[0]):
+        path = Path(folder) / f"{stem}.concepts.jsonl"
+        if path.is_file():
+            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            return {line["annot_id"]: line for line in lines}
+    return {}
+
+
 class Deck(Generic[Item]):
     """Deals (scene, item) pairs in random order, each once before any comes again.
 
@@ -121,7 +157,8 @@ def refuse_foreign(folder: Path, marker: str) -> None:
 
 def describe_world(data: str, seed: int, size: Any, **options: Any) -> dict[str, Any]:
     """What is written beside a world, to know it again."""
-    return {"generator": VERSION, "data": data, "seed": seed, "size": vars(size), **options}
+    about = {"generator": VERSION, "side_files": SIDE_FILES, "data": data, "seed": seed}
+    return about | {"size": vars(size), **options}
 
 
 def write_world(folder: Path, description: dict[str, Any], fill: Callable[[Path], None]) -> Path:

@@ -21,6 +21,7 @@ from tdlib.miniworld.language import (
 from tdlib.miniworld.scenes import HELD, THINGS, Scene, reserved_people
 from tdlib.miniworld.worlds import (
     STREAMS,
+    concepts,
     describe_world,
     has_world,
     regions,
@@ -211,6 +212,8 @@ def _split(
                 write(f"{split}{twin}.jsonl", record | ids)
                 write(f"{split}{twin}.relevance.jsonl", {"annot_id": ids["annot_id"], **decisive})
             write(f"{split}.types.jsonl", {"annot_id": ids["annot_id"], "type": question.type})
+            named = [value for value, _ in values]
+            write(f"{split}.concepts.jsonl", concepts(ids["annot_id"], scene.scene, question.family, named))
 
 
 def _record(
@@ -268,8 +271,9 @@ def write_vcr(
 ) -> Path:
     """Writes a VCR folder: {train,val,test}.jsonl, vcr1images/, and the MiniWorld's side files.
 
-    Side files: ``*.relevance.jsonl`` (which tokens and boxes decide each example) and
-    ``*.types.jsonl`` (question types, which VCR does not publish). Shifts: ``val_shortcut`` and
+    Side files: ``*.relevance.jsonl`` (which tokens and boxes decide each example),
+    ``*.types.jsonl`` (question types, which VCR does not publish) and ``*.concepts.jsonl`` (what the
+    answers are about, and whether students met it: see ``read_concepts``). Shifts: ``val_shortcut`` and
     ``val_balanced`` are val with other wordings (the wrong answers repeat the question and the right
     one does not; or all equally often), ``val_style`` and ``val_composition`` have other pictures.
 

@@ -2,7 +2,7 @@
 
 The mini detector plays the part of the Faster R-CNN behind the region features of UNITER or VL-BERT
 (Anderson et al. 2018: trained on names and attributes of objects), without proposing boxes.
-``pretraining_detector`` trains it on the MiniWorld.
+``tdlib.make.detector`` trains it on the MiniWorld.
 """
 
 import difflib
@@ -233,7 +233,7 @@ def load_detector(name: Path | str) -> MiniDetector:
     except Exception as error:  # json, safetensors and torch raise what they like
         raise DataError(
             f"{folder}: not a mini detector ({str(error)[:300]}); expected a folder with config.json and "
-            "model.safetensors that pretraining_detector wrote, or MODEL@WEIGHTS (resnet50@resnet50.pth)"
+            "model.safetensors that tdlib.make.detector wrote, or MODEL@WEIGHTS (resnet50@resnet50.pth)"
         ) from None
     return detector.eval()
 

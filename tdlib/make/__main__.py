@@ -1,0 +1,68 @@
+"""Makes a mini model, measures it and writes both into its folder: see ``tdlib.make``."""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+from tdlib.core.paths import ROOT
+from tdlib.make.clip import make_clip
+from tdlib.make.detector import evaluate_detector, train_mini_detector
+from tdlib.make.loop import note_figures
+from tdlib.make.measure import measure_clip, measure_student
+from tdlib.make.students import KINDS, make_student
+
+FOLDERS = {name: kind.folder for name, kind in KINDS.items()} | {
+    "clip": "mini-clip",
+    "detector": "mini-detector",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tdlib.make", description=__doc__)
+    parser.add_argument("model", choices=list(FOLDERS))
+    parser.add_argument(
+        "--minutes", type=float, help="processor time that training takes (default: 80; not of the detector)"
+    )
+    parser.add_argument("--steps", type=int, help="how many steps it takes, in place of minutes")
+    parser.add_argument("--out", type=Path, help="folder to write (default: data/models/mini-...)")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "data/cache/make", help="where corpora and checkpoints lie"
+    )
+    parser.add_argument("--detector", type=Path, default=ROOT / "data/models/mini-detector")
+    parser.add_argument("--scenes", type=int, help="of each corpus (default: 48000; detector: 16000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--measure", action="store_true", help="only measure what lies in the folder")
+    options = parser.parse_args(arguments)
+    if options.steps and options.minutes:
+        parser.error("give --steps or --minutes, not both")
+    if options.model == "detector" and options.minutes:
+        parser.error("the detector is made in a number of steps: give --steps")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    folder = options.out or ROOT / "data/models" / FOLDERS[options.model]
+    given = {name: value for name in ("scenes", "steps") if (value := getattr(options, name))}
+    if not options.measure:
+        if options.model == "detector":
+            train_mini_detector(folder, seed=options.seed, **given)
+        else:
+            given |= {"seed": options.seed, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+            given |= {} if options.steps else {"minutes": options.minutes or 80.0}
+            if options.model == "clip":
+                make_clip(folder, options.work, **given)
+            else:
+                make_student(options.model, folder, options.work, options.detector, **given)
+    if options.model == "detector":
+        figures = evaluate_detector(folder)
+    elif options.model == "clip":
+        figures = measure_clip(folder)
+    else:
+        figures = measure_student(folder, options.detector)
+    note_figures(folder, figures)
+    logging.getLogger("tdlib.make").info("held out: %s", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The maker of the mini teacher: a CLIP on the web corpus, which has all concepts and all styles.
+
+Two phases. "words": the image tower alone learns to recognise the words of a picture's captions (CatLIP,
+Mehta et al. 2024), each from the surest patch (multiple-instance learning, Fang et al. 2015). "contrast":
+both towers learn CLIP's loss (Radford et al. 2021) with the words kept on, also read from the pooled
+picture. Contrast alone taught so small a model places and weather, but nothing small: held things, moods
+and hats stayed near chance. The words' head is dropped.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.transformer import VisionTransformer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from tdlib.core.files import write_folder, write_json
+from tdlib.make import corpus
+from tdlib.make.loop import Position, machine, mixed_precision, train
+from tdlib.miniworld.writers import VERSION
+from tdlib.teacher.towers import encode_text_tokens
+
+MINI_CLIP: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {
+        "image_size": corpus.SIZE, "layers": 4, "width": 128, "head_width": 32, "patch_size": 12,
+    },
+    "text_cfg": {
+        "context_length": corpus.CLIP_LONGEST, "vocab_size": 0, "width": 128, "heads": 4, "layers": 3,
+        "hf_tokenizer_name": "mini-clip",
+    },
+}  # fmt: skip
+PHASES = (("words", 0.3), ("contrast", 0.7))
+BATCH = {"words": 128, "contrast": 256}
+CAPTIONS = 2  # of each picture in a step of "contrast": a caption costs a third of its picture
+_SORTED = 4  # batches whose captions are sorted by length together
+
+
+def patch_words(visual: VisionTransformer, pixels: Tensor, word_head: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Picture features (batch, dim), and log-odds of words (batch, vocabulary) of the surest patch."""
+    output = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
+    votes = word_head(output["image_intermediates"][-1] @ visual.proj)
+    return output["image_features"], votes.float().amax(dim=1)
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """Mean of the cross-entropies of both directions, nats (Radford et al. 2021, figure 3).
+
+    ``images`` and ``texts`` (batch, dim) need not be normalised; row i of both belongs together;
+    ``scale`` multiplies cosines.
+    """
+    logits = scale * F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+class ClipJob:
+    """Training of the mini CLIP; see the module.
+
+    Args:
+        folder: of the model: holds the tokenizer, with which the texts must have been made.
+        home: where the corpus lies, and is made where it is missing.
+        scenes: of the web corpus.
+        seed: of the corpus and of all random numbers.
+        batch: pictures per step, by phase.
+        device: "cpu" or "cuda".
+
+    Raises:
+        DataError: the folder's tokenizer is another one than that of the texts.
+    """
+
+    phases: ClassVar = PHASES
+
+    def __init__(
+        self, folder: Path, home: Path, scenes: int, seed: int = 0, batch: dict[str, int] | None = None,
+        device: str = "cpu",
+    ):  # fmt: skip
+        self.seed, self.scenes, self.device, self.batch = seed, scenes, device, batch or BATCH
+        self.texts = corpus.texts("clip", home, seed, scenes)
+        self.pictures = corpus.pictures("web", home, seed, scenes)["pictures"]
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        corpus.check_tokens(tokenizer, self.texts.digest, str(folder))
+        self.pad = tokenizer.pad_token_id
+        self.config = json.loads(json.dumps(MINI_CLIP))
+        self.config["text_cfg"]["vocab_size"] = len(tokenizer)
+        torch.manual_seed(seed)
+        self.model = open_clip.CLIP(**self.config)
+        self.head = nn.Linear(self.config["embed_dim"], len(tokenizer))
+        said = corpus.said_words(self.texts.ids, len(tokenizer))
+        share = said[:10_000].mean(0)
+        asked = ((share > 0.01) & (share < 0.3)).nonzero()[0]  # mostly nouns; function words are frequent
+        self.asked, self.said = self.put(asked), self.put(said[:, asked])
+        mean, spread = (
+            torch.tensor(value, device=device).view(3, 1, 1) * 255
+            for value in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        )
+        self.mean, self.spread = mean, spread
+        self.module = nn.ModuleDict({"model": self.model, "head": self.head}).to(device)
+        self.settings = {
+            "kind": "clip", "world": VERSION, "scenes": scenes, "seed": seed, "batch": self.batch,
+            "tokenizer": self.texts.digest, "phases": self.phases,
+        }  # fmt: skip
+        self.memory: dict[str, Any] = {}
+
+    def put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def rows(self, phase: str, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scenes of a batch and which of their captions are read: (batch,) and (batch, captions)."""
+        number = [name for name, _ in self.phases].index(phase)
+        group, member = divmod(place, _SORTED)
+        size = self.batch[phase]
+        large = min(size * _SORTED, self.scenes // size * size)
+        rows = next(corpus.batches(self.scenes, large, 1000 * self.seed + number, group))
+        rng = np.random.default_rng([self.seed, number, group])
+        readings = self.texts.ids.shape[1]
+        reading = rng.random((len(rows), readings)).argsort(1)[:, :CAPTIONS]
+        lengths = (self.texts.ids[rows[:, None], reading] != self.pad).sum(-1).max(1)
+        order = lengths.argsort(kind="stable").reshape(-1, size)
+        part = order[rng.permutation(len(order))][member % len(order)]
+        return rows[part], reading[part]
+
+    def loss(self, phase: str, place: int, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        number = [name for name, _ in self.phases].index(phase)
+        rng = np.random.default_rng([self.seed, number, place, 1])
+        rows, reading = self.rows(phase, place)
+        down, right = rng.integers(-3, 4, 2).tolist()
+        pixels = torch.roll(self.put(self.pictures[rows]), (down, right), (-2, -1))
+        present = self.said[self.put(rows)].float()
+        with mixed_precision(self.device):
+            image, votes = patch_words(self.model.visual, (pixels - self.mean) / self.spread, self.head)
+            loss = F.binary_cross_entropy_with_logits(votes[:, self.asked], present)
+            figures = {"votes": loss.detach()}
+            if phase == "contrast":
+                guesses = self.head(image).float()[:, self.asked]
+                loss = 10 * (loss + F.binary_cross_entropy_with_logits(guesses, present))
+                scale = self.model.logit_scale.clamp(0, math.log(100)).exp()
+                terms = []
+                for caption in reading.T:
+                    ids = self.texts.ids[rows, caption]
+                    ids = ids[:, : int((ids != self.pad).sum(1).max())].astype(np.int64)
+                    text = encode_text_tokens(self.model, self.put(ids))[0]
+                    terms.append(contrastive_loss(image, text, scale))
+                contrast = torch.stack(terms).mean()
+                figures["contrast"] = contrast.detach()
+                loss = loss + contrast
+        return loss, figures
+
+
+def make_clip(
+    folder: Path, work: Path, *, steps: int | None = None, minutes: float | None = None, seed: int = 0,
+    scenes: int = 48_000, peak: float = 1e-3, batch: dict[str, int] | None = None, device: str = "cpu",
+    **options: Any,
+) -> Position:  # fmt: skip
+    """Trains the mini CLIP and writes an open_clip model folder; arguments as in ``make_student``."""
+    home, draft = work / "corpus", work / f"clip-{seed}"
+    texts = corpus.texts("clip", home, seed, scenes)
+    (draft / "model").mkdir(parents=True, exist_ok=True)
+    for path in texts.tokenizer.iterdir():
+        shutil.copy(path, draft / "model")
+    job = ClipJob(draft / "model", home, scenes, seed, batch, device)
+    position = train(
+        job, draft / "checkpoint.safetensors", steps=steps, minutes=minutes, peak=peak, **options
+    )
+
+    def fill(partial: Path) -> None:
+        for path in (draft / "model").iterdir():
+            shutil.copy(path, partial)
+        preprocess = {
+            "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
+            "interpolation": "bicubic", "resize_mode": "shortest",
+        }  # fmt: skip
+        write_json(partial / "open_clip_config.json", {"model_cfg": job.config, "preprocess_cfg": preprocess})
+        with torch.no_grad():
+            job.model.logit_scale.clamp_(0, math.log(100))
+        weights = {name: value.half().cpu().contiguous() for name, value in job.model.state_dict().items()}
+        save_file(weights, partial / "open_clip_model.safetensors", metadata={"format": "pt"})
+        write_json(partial / "provenance.json", {
+            "made_by": "tdlib.make.clip.make_clip", "corpus": "web", **job.settings,
+            "peak_learning_rate": peak, "steps": position.steps, "minutes": round(position.seconds / 60, 1),
+            "final": {name: round(value, 3) for name, value in position.averages.items()},
+            "machine": machine(),
+        })  # fmt: skip
+
+    if options.get("stop_after") is None or position.step != options["stop_after"]:
+        write_folder(folder, fill)
+    return position

@@ -1,0 +1,247 @@
+"""The training loop of all makers: phases by share of the time, one schedule, checkpoints, progress lines."""
+
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tdlib.core.files import file_digest, whole_path, write_json
+from tdlib.data.examples import DataError
+
+log = logging.getLogger("tdlib.make")
+
+# Whether the CPU multiplies bfloat16; where it is emulated, it is many times slower than float32.
+HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def mixed_precision(device: str = "cpu") -> torch.autocast:
+    """bfloat16 where the machine multiplies it, else float32."""
+    enabled = HAS_BFLOAT16 if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=enabled)
+
+
+def learning_rate(step: int, progress: float, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up over the first steps, times half a cosine over the whole run.
+
+    ``progress`` is the share of the run that is done, 0 to 1.
+    """
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(model: nn.Module, weight_decay: float, fused: bool = True) -> torch.optim.AdamW:
+    """AdamW that decays matrices only; the learning rate is set at every step."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=fused)
+
+
+class Job(Protocol):
+    """What is trained: everything but the loop.
+
+    ``module`` holds all parameters; ``phases`` are names with shares of the run that sum to 1;
+    ``settings`` tell whether a checkpoint belongs to it; ``memory`` is what it remembers between steps
+    and a checkpoint has to keep (JSON).
+    """
+
+    module: nn.Module
+    phases: Sequence[tuple[str, float]]
+    settings: dict[str, Any]
+    memory: dict[str, Any]
+
+    def loss(self, phase: str, place: int, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of step ``place`` of a phase, and figures to report.
+
+        Data and random choices are functions of these arguments and of ``memory`` alone.
+        """
+        ...
+
+
+@dataclass
+class Position:
+    """How far a run is. ``averages`` of what is reported run over about the last hundred steps."""
+
+    step: int = 0
+    seconds: float = 0.0
+    steps: dict[str, int] = field(default_factory=dict)  # by phase
+    averages: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, position: Position,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """Writes parameters, optimizer and position as one safetensors file, atomically."""
+    tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_path(path) as partial:
+        text = {"position": json.dumps(asdict(position)), "settings": json.dumps(settings)}
+        save_file(tensors, partial, metadata=text)
+
+
+def load_checkpoint(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+) -> Position:
+    """Puts parameters and optimizer where a checkpoint left them.
+
+    Raises:
+        DataError: the checkpoint belongs to a run with other settings.
+    """
+    with safe_open(path, framework="pt") as file:
+        text = file.metadata()
+        found, expected = json.loads(text["settings"]), json.loads(json.dumps(settings))
+        if found != expected:
+            unlike = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+            raise DataError(
+                f"{path}: a checkpoint of a run with other {', '.join(unlike)} "
+                f"({', '.join(str(found.get(k)) for k in unlike)}; asked for "
+                f"{', '.join(str(expected.get(k)) for k in unlike)}); give the same options to continue it, "
+                "or delete it"
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    module.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items() if k[0] == "m"})
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".", 2)
+            state.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return Position(**json.loads(text["position"]))
+
+
+def phase_at(phases: Sequence[tuple[str, float]], progress: float) -> str:
+    """The phase in which a run is when a share of it is done."""
+    total = 0.0
+    for name, share in phases:
+        total += share
+        if progress < total - 1e-9:
+            return name
+    return phases[-1][0]
+
+
+def train(
+    job: Job, checkpoint: Path, *, steps: int | None = None, minutes: float | None = None,
+    peak: float = 1e-3, weight_decay: float = 0.05, save_every: float = 180, log_every: float = 30,
+    stop_after: int | None = None,
+) -> Position:  # fmt: skip
+    """Trains a job to its end, from its checkpoint where there is one.
+
+    Phases and learning rate follow the share of the run that is done: of a number of ``steps`` (then
+    the result is a function of the settings), or of ``minutes`` of training, those before a
+    continuation counted in. A continuation may name others than the start did: phases and learning
+    rate then go on from the share that is done of the new ones.
+
+    Args:
+        job: what is trained.
+        checkpoint: file to continue from and to write every ``save_every`` seconds.
+        steps: of the whole run; or
+        minutes: of the processor's time (on a GPU, of the clock's).
+        peak: highest learning rate.
+        weight_decay: of matrices.
+        save_every: seconds between checkpoints.
+        log_every: seconds between lines of progress.
+        stop_after: step after which to stop with a checkpoint, as if ended from outside.
+
+    Raises:
+        ValueError: not exactly one of steps and minutes is given.
+        DataError: the checkpoint belongs to another run.
+        FloatingPointError: a loss is not finite.
+    """
+    if (steps is None) == (minutes is None):
+        raise ValueError(f"steps={steps}, minutes={minutes}: give exactly one of the two")
+    module = job.module.train()
+    optimizer = make_optimizer(module, weight_decay)
+    parameters = list(module.parameters())
+    settings = job.settings | {"peak": peak, "weight_decay": weight_decay}
+    position = Position()
+    if checkpoint.is_file():
+        position = load_checkpoint(checkpoint, module, optimizer, settings)
+        job.memory.update(position.memory)
+        log.info("continues at step %d, after %.0f s", position.step, position.seconds)
+    # On a CPU its own time counts, not the wall's: other work beside it slows a run down but does not
+    # shorten it. (With several threads their times add up. A GPU's work is not in the process's time.)
+    clock = time.monotonic if next(module.parameters()).is_cuda else time.process_time
+    before, began = position.seconds, clock()
+    logged = saved = time.monotonic()
+
+    def progress() -> float:
+        if steps is not None:
+            return position.step / steps
+        assert minutes is not None
+        return position.seconds / (60 * minutes)
+
+    while (share := progress()) < 1:
+        phase = phase_at(job.phases, share)
+        place = position.steps.get(phase, 0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(position.step, share, peak)
+        loss, figures = job.loss(phase, place, share)
+        if not loss.isfinite():
+            raise FloatingPointError(f"step {position.step} ({phase}): the loss is {float(loss.detach())}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        for name, value in figures.items():
+            now, past = float(value), position.averages.get(f"{phase} {name}")
+            if math.isfinite(now):
+                position.averages[f"{phase} {name}"] = now if past is None else 0.98 * past + 0.02 * now
+        position.step += 1
+        position.steps[phase] = place + 1
+        now = time.monotonic()
+        position.seconds = before + clock() - began
+        position.memory = dict(job.memory)
+        stops = position.step == stop_after
+        done = progress()
+        if now - logged > log_every or done >= 1:
+            logged = now
+            left = position.seconds * (1 / done - 1) if steps else 60 * (minutes or 0) - position.seconds
+            shown = {k.split()[1]: round(v, 3) for k, v in position.averages.items() if k.startswith(phase)}
+            log.info(
+                "%s step %d (%.0f %%) %s, %.1f min, %.1f min left",
+                phase, position.step, 100 * done, shown, position.seconds / 60, max(0, left) / 60,
+            )  # fmt: skip
+        if now - saved > save_every or done >= 1 or stops:
+            saved = now
+            save_checkpoint(checkpoint, module, optimizer, position, settings)
+        if stops:
+            break
+    return position
+
+
+def machine() -> dict[str, Any]:
+    """What a model was made on."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux
+    found = {
+        "processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "bfloat16": HAS_BFLOAT16,
+    }  # fmt: skip
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def note_figures(folder: Path, figures: dict[str, Any]) -> None:
+    """Adds held-out figures and the weights' checksum to a model folder's provenance."""
+    path = folder / "provenance.json"
+    made = json.loads(path.read_text(encoding="utf-8"))
+    weights = next(folder.glob("*.safetensors"))
+    write_json(path, made | {"held_out": figures, "weights": weights.name, "sha256": file_digest(weights)})

@@ -1,0 +1,63 @@
+"""Tokenizers of the mini models: CLIP's byte pairs and BERT's word pieces, both learned from web texts."""
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tdlib.miniworld.writers import captioned_scene
+
+
+def train_clip_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTrainedTokenizerFast:
+    """A lower-cased byte-pair tokenizer whose end token has the highest id, as CLIP's pooling expects."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    special = ["<pad>", "<unk>"]
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, end_of_word_suffix="</w>")
+    )
+    tokenizer.add_special_tokens(["<start_of_text>", "<end_of_text>"])
+    start, end = tokenizer.token_to_id("<start_of_text>"), tokenizer.token_to_id("<end_of_text>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start_of_text> $A <end_of_text>",
+        special_tokens=[("<start_of_text>", start), ("<end_of_text>", end)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<start_of_text>",
+        eos_token="<end_of_text>",
+    )  # fmt: skip
+
+
+def train_wordpiece_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTrainedTokenizerFast:
+    """A BERT tokenizer (lower case, WordPiece), the same for the same texts.
+
+    The trainer numbers pieces such as "##a" in the order of a hash table, another one in every run, and
+    breaks ties by these numbers. So all letters get theirs beforehand.
+    """
+
+    def empty(model: models.WordPiece) -> Tokenizer:
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        return tokenizer
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    learner = empty(models.WordPiece(unk_token="[UNK]"))
+    letters = sorted(set("".join(map(learner.normalizer.normalize_str, texts)).replace(" ", "")))
+    numbered = [*special, *letters, *(f"##{letter}" for letter in letters)]
+    learner.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=numbered, show_progress=False)
+    )
+    tokenizer = empty(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
+    cls, sep = special.index("[CLS]"), special.index("[SEP]")
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", mask_token="[MASK]",
+    )  # fmt: skip
+
+
+def vocabulary_texts(seed: int, number: int = 6_000) -> list[str]:
+    """Web texts that vocabularies are learned from: those of another seed than the corpora's."""
+    return [captioned_scene("web", seed + 1, index)[1] for index in range(number)]

@@ -1,0 +1,388 @@
+"""The makers of the mini models: what they read is what readers read, and they continue where they ended."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from tdlib.data.examples import DataError, Reference
+from tdlib.make import corpus, loop, measure, students
+from tdlib.make.clip import contrastive_loss, make_clip
+from tdlib.make.detector import train_mini_detector
+from tdlib.make.students import KINDS, StudentJob, check_reader, make_student, matching_loss
+from tdlib.make.vocabulary import train_wordpiece_tokenizer
+from tdlib.miniworld.worlds import scene_at
+from tdlib.miniworld.write_vcr import VcrSize
+from tdlib.regions.computed import open_regions
+from tdlib.students.registry import load_student
+from tdlib.students.vlbert import load_vlbert
+
+SCENES = 24
+BATCH = {"text": 4, "words": 4, "contrast": 4, "fusion": 4}
+TINY = {"scenes": SCENES, "batch": BATCH, "pairs": 2}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, captions_texts) -> Path:
+    """Where corpora and checkpoints lie, with a vocabulary of few texts."""
+    corpus._tokenizer.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "vocabulary_texts", lambda seed: captions_texts)
+        yield tmp_path_factory.mktemp("make")
+    corpus._tokenizer.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("detector")
+    train_mini_detector(folder, scenes=8, steps=1, batch=4, size=corpus.SIZE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(work, detector, tmp_path_factory) -> dict[str, Path]:
+    """A folder of each kind of student after six steps, two of them fusion or more."""
+    home = tmp_path_factory.mktemp("made")
+    for kind in KINDS:
+        make_student(kind, home / kind, work, detector, steps=6, **TINY)
+    return {kind: home / kind for kind in KINDS}
+
+
+def job_of(kind: str, made: dict[str, Path], work: Path, detector: Path) -> StudentJob:
+    return StudentJob(kind, made[kind], work / "corpus", detector, SCENES, 0, BATCH, 2)
+
+
+# The corpora
+
+
+def test_ids_are_of_a_question_and_what_follows_it(work):
+    texts = corpus.texts("curated", work / "corpus", 0, SCENES)
+    tokenizer = corpus._tokenizer(False, 0)
+    assert corpus.two_parts("Where is Riley? On a farm.") == ("Where is Riley?", "On a farm.")
+    assert corpus.two_parts("Is it? Yes. No?") == ("Is it?", "Yes. No?")
+    ids, named = corpus.tokenize(tokenizer, ["Where is Riley? Near Casey.", "A man and Casey wave."])
+    words = tokenizer.convert_ids_to_tokens(ids[0].tolist())
+    ends = [place for place, word in enumerate(words) if word == "[SEP]"]
+    assert words[0] == "[CLS]" and len(ends) == 2 and set(words[ends[1] + 1 :]) == {"[PAD]"}
+    assert tokenizer.convert_ids_to_tokens(ids[1].tolist()).count("[SEP]") == 1
+    parts = [tokenizer.decode(ids[0, 1 : ends[0]]), tokenizer.decode(ids[0, ends[0] + 1 : ends[1]])]
+    assert [part.replace(" ", "") for part in parts] == ["whereisriley?", "nearcasey."]
+    riley, casey = ({place for place, person in enumerate(named[0]) if person == index} for index in (1, 0))
+    assert tokenizer.decode(ids[0, sorted(riley)]).replace(" ", "") == "riley"
+    assert tokenizer.decode(ids[0, sorted(casey)]).replace(" ", "") == "casey"
+    assert set(named[0].tolist()) == {-1, 0, 1}
+    assert texts.ids.shape == (SCENES, 6, corpus.LONGEST) == texts.named.shape == texts.replaced.shape
+
+
+def test_long_texts_lose_the_end_of_their_longest_part(work):
+    tokenizer = corpus._tokenizer(False, 0)
+    ids, _ = corpus.tokenize(tokenizer, ["Where? " + "a " * 80], longest=12)
+    assert (ids[0] != tokenizer.pad_token_id).all() and ids[0, -1] == tokenizer.sep_token_id
+    assert (ids[0] == tokenizer.sep_token_id).sum() == 2
+
+
+def test_only_false_captions_have_replaced_words(work):
+    texts = corpus.texts("curated", work / "corpus", 0, SCENES)
+    assert not texts.replaced[:, :3].any() and texts.replaced[:, 3:].any(-1).mean() > 0.8
+    for true, false, changed in zip(texts.ids[0, :3], texts.ids[0, 3:], texts.replaced[0, 3:], strict=True):
+        assert set(false[~changed].tolist()) <= set(true.tolist())
+
+
+def test_arrays_are_made_once_and_anew_for_another_detector(work, detector, tmp_path):
+    home = work / "corpus"
+    corpus.regions(home, 0, SCENES, detector)
+    path = next(home.glob("curated-regions-*")) / "features.npy"
+    before = path.stat().st_mtime_ns
+    corpus.regions(home, 0, SCENES, detector)
+    assert path.stat().st_mtime_ns == before
+    train_mini_detector(tmp_path, scenes=8, steps=2, batch=4, size=corpus.SIZE)
+    other = corpus.regions(home, 0, SCENES, tmp_path)["features"]
+    assert len(list(home.glob("curated-regions-*"))) == 2
+    assert not np.array_equal(other, np.load(path))
+    train_mini_detector(tmp_path, scenes=8, steps=1, batch=4, size=48)
+    with pytest.raises(DataError, match="48 pixels"):
+        corpus._see(next(home.glob("curated-pictures-*")), tmp_path, 0, 2)
+
+
+def test_regions_are_those_of_the_source(work, detector, tmp_path):
+    """As a set: only the order of things may differ."""
+    seen = corpus.regions(work / "corpus", 0, SCENES, detector)
+    source = open_regions(f"boxes+grid:{detector}")
+    examples = measure.curated_pictures(tmp_path, 0, 6)
+    for index, example in enumerate(examples):
+        real = np.concatenate([[True], seen["real"][index], np.ones(36, bool)])
+        expected = source(example)
+        assert seen["people"][index] == example.names.count("person")
+        own, theirs = (
+            sorted((1e4 * np.asarray(boxes)).round().tolist())
+            for boxes in (seen["boxes"][index][real], expected.boxes)
+        )
+        assert own == theirs
+        distances = torch.cdist(
+            torch.from_numpy(seen["features"][index][real]).double(), expected.features.double()
+        )
+        size = expected.features.norm(dim=1).mean()  # pictures on disk are JPEG: not to the last digit
+        assert distances.min(0).values.mean() < 0.1 * size
+        assert not seen["features"][index][~real].any()
+
+
+def test_batches_have_every_row_once_an_epoch_and_start_anywhere():
+    stream = corpus.batches(20, 6, seed=1)
+    first = [next(stream) for _ in range(6)]
+    assert len(set(np.concatenate(first[:3]).tolist())) == 18
+    assert not np.array_equal(np.concatenate(first[:3]), np.concatenate(first[3:]))
+    later = corpus.batches(20, 6, seed=1, start=4)
+    assert np.array_equal(next(later), first[4]) and np.array_equal(next(later), first[5])
+
+
+# What students read
+
+
+@each_kind
+def test_training_reads_captions_as_readers_do(kind, made, work, detector):
+    job = job_of(kind, made, work, detector)
+    check_reader(job, made[kind], SCENES)
+    job.kind = replace(job.kind, answer_type=0)
+    with pytest.raises(DataError, match="token_type_ids of .*disagree"):
+        check_reader(job, made[kind], SCENES)
+
+
+def test_a_student_is_not_trained_on_ids_of_another_tokenizer(made, work, detector, captions_texts, tmp_path):
+    train_wordpiece_tokenizer(captions_texts, 280).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="tokenizer .* is not the one"):
+        job_of("uniter", {"uniter": tmp_path}, work, detector)
+
+
+def test_views_hide_objects_or_cells(made, work, detector):
+    job = job_of("uniter", made, work, detector)
+    rows, rng = np.arange(8), np.random.default_rng(0)
+    whole, few, bare = (job.sight.view(rows, view, rng) for view in ("all", "few", "bare"))
+    objects = int(job.sight.real[rows].sum(1).max())
+    lengths = [view["region_features"].shape[1] for view in (whole, few, bare)]
+    assert lengths == [1 + objects + 36, 1 + objects + students.CELLS, 1 + 36]
+    real = torch.from_numpy(job.sight.real[rows]).sum(1)
+    for view in (whole, few):
+        assert torch.equal((view["region_objects"] >= 0).sum(1), real)
+        assert torch.equal(view["region_mask"].sum(1), real + view["region_mask"].shape[1] - objects)
+    assert bare["region_objects"].eq(-1).all() and bare["region_mask"].all()
+    assert not job.sight.people(rows, bare).any()
+    assert job.sight.people(rows, few).tolist() == [len(scene_at(0, "curated", i).people) for i in rows]
+    cells = [set(map(tuple, boxes.tolist())) for boxes in few["region_boxes"][:, 1 + objects :]]
+    assert all(len(found) == students.CELLS for found in cells) and cells[0] != cells[1]
+    assert_close(bare["region_features"][:, 1:], whole["region_features"][:, 1 + objects :])
+
+
+def test_texts_of_a_batch_are_of_like_length(made, work, detector):
+    job = job_of("vilt", made, work, detector)
+    parts = [job.rows("fusion", place) for place in range(6)]
+    assert sorted(np.concatenate([rows for rows, _ in parts]).tolist()) == list(range(SCENES))
+    spans = []
+    for rows, reading in parts:
+        both = np.stack([job.curated.ids[rows, reading], job.curated.ids[rows, reading + 3]])
+        lengths = (both != job.pad).sum(-1).max(0)
+        spans.append((lengths.min(), lengths.max()))
+    for (_, high), (low, _) in zip(sorted(spans), sorted(spans)[1:], strict=False):
+        assert high <= low
+    again = job_of("vilt", made, work, detector)
+    assert np.array_equal(again.rows("fusion", 4)[0], parts[4][0])
+
+
+# What is learned
+
+
+def test_matching_asks_which_is_true_and_whether_each_is():
+    right, wrong, shifted = (torch.tensor([pair]) for pair in ([3.0, -3.0], [-3.0, 3.0], [9.0, 3.0]))
+    assert matching_loss(right) < 0.1 < 6 < matching_loss(wrong)
+    assert matching_loss(shifted) > matching_loss(right) + 1  # both are called true
+    expected = np.log1p(np.exp(-3.0)) + np.log1p(np.exp(-6.0))
+    assert_close(float(matching_loss(right)), expected)
+
+
+def test_contrast_is_least_where_pairs_agree():
+    images = torch.eye(3)
+    scale = torch.tensor(10.0)
+    assert contrastive_loss(images, 5 * images, scale) < 0.01
+    assert contrastive_loss(images, images.roll(1, 0), scale) > 5
+    assert_close(contrastive_loss(torch.ones(3, 3), images, scale), torch.log(torch.tensor(3.0)))
+
+
+@each_kind
+@pytest.mark.parametrize("phase", [name for name, _ in students.PHASES])
+def test_every_phase_teaches_what_it_is_about(kind, phase, made, work, detector):
+    """A loss is finite, the same for the same place, and moves the parameters that it should."""
+    job = job_of(kind, made, work, detector)
+    job.memory["hardened"] = 300
+    loss, figures = job.loss(phase, 0, 0.5)
+    again, _ = job.loss(phase, 0, 0.5)
+    other, _ = job.loss(phase, 1, 0.5)
+    assert loss.isfinite() and all(value.isfinite() for name, value in figures.items() if name != "plain")
+    assert float(loss.detach()) == float(again.detach()) != float(other.detach())
+    loss.backward()
+    moved = {name for name, value in job.module.named_parameters() if value.grad is not None}
+    assert ("heads.truth.weight" in moved) == (phase == "fusion")
+    assert ("heads.transform.dense.weight" in moved) == (phase in ("text", "fusion"))
+    assert ("heads.votes.0.weight" in moved) == (phase != "text")
+    assert ("heads.scale" in moved) == (phase in ("contrast", "fusion"))
+    assert any("classifier" in name for name in moved) == (phase == "fusion")
+
+
+def test_hard_captions_come_when_easy_ones_are_mastered(made, work, detector):
+    job = job_of("vilt", made, work, detector)
+    assert "hard" in job.loss("fusion", 1, 0.5)[1]
+    assert job.memory["hardened"] == 0 and job.loss("fusion", 1, 0.5)[1]["hard"].isnan()
+    job.memory["matched"] = 0.9
+    job.loss("fusion", 1, 0.5)
+    assert job.memory["hardened"] == 1
+    job.memory["hardened"], job.hard = 500, 1.0
+    assert job.loss("fusion", 1, 0.5)[1]["plain"].isnan()  # all are false in one point
+
+
+# The loop
+
+
+def test_phases_follow_their_shares():
+    phases = (("a", 0.25), ("b", 0.75))
+    assert [loop.phase_at(phases, share) for share in (0.0, 0.24, 0.25, 0.99, 1.0)] == [
+        "a",
+        "a",
+        "b",
+        "b",
+        "b",
+    ]
+    assert loop.learning_rate(0, 0.0, 1.0) == 0.01 and loop.learning_rate(500, 0.5, 1.0) == pytest.approx(0.5)
+    assert loop.learning_rate(500, 1.0, 1.0) == 0
+
+
+@pytest.mark.parametrize("kind", ["uniter", "vilt"])
+def test_a_continued_run_equals_one_that_never_ended(kind, made, work, detector, tmp_path):
+    partly = tmp_path / "work"
+    partly.mkdir()
+    (partly / "corpus").symlink_to(work / "corpus")
+    position = make_student(kind, tmp_path / "new", partly, detector, steps=6, stop_after=3, **TINY)
+    assert position.step == 3 and not (tmp_path / "new").exists()
+    position = make_student(kind, tmp_path / "new", partly, detector, steps=6, **TINY)
+    assert position.step == 6 and sum(position.steps.values()) == 6
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "new" / name).read_bytes() == (made[kind] / name).read_bytes()
+
+
+def test_a_checkpoint_of_other_settings_is_refused(made, work, detector):
+    with pytest.raises(DataError, match=r"checkpoint of a run with other pairs \(2; asked for 3\)"):
+        make_student("vilt", work / "no", work, detector, steps=6, **TINY | {"pairs": 3})
+
+
+class Runaway:
+    """A job whose loss is not finite from its third step on."""
+
+    phases = (("only", 1.0),)
+
+    def __init__(self):
+        self.module = torch.nn.Linear(1, 1)
+        self.settings, self.memory = {}, {}
+
+    def loss(self, phase, place, progress):
+        return self.module.weight.sum() * (float("nan") if place == 2 else 1.0), {}
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step 2 \(only\)"):
+        loop.train(Runaway(), tmp_path / "c.safetensors", steps=5)
+    for budget in ({}, {"steps": 3, "minutes": 1.0}):
+        with pytest.raises(ValueError, match="exactly one"):
+            loop.train(Runaway(), tmp_path / "c.safetensors", **budget)
+
+
+# What is written
+
+
+@each_kind
+def test_the_folder_loads_and_is_measured_through_its_reader(kind, made, detector):
+    folder = made[kind]
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert sum(provenance["steps"].values()) == 6 and provenance["corpus"].startswith("curated")
+    assert {"seed", "scenes", "tokenizer", "machine", "minutes", "final", "world"} <= set(provenance)
+    weights = load_file(folder / "model.safetensors")
+    assert all(value.dtype == torch.half for value in weights.values() if value.is_floating_point())
+    figures = measure.matching(folder, detector, scenes=6)
+    views = ("",) if kind == "vilt" else ("", "_bare")
+    assert set(figures) == {f"matching{hard}{view}" for hard in ("", "_hard") for view in views}
+    assert all(0 <= value <= 1 for value in figures.values())
+    loop.note_figures(folder, figures)
+    assert json.loads((folder / "provenance.json").read_text())["held_out"] == figures
+
+
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "vilt"])
+def test_a_score_is_that_of_the_batch_in_training(kind, made, work, detector, tmp_path):
+    """The reader that runs use and the maker's own batches give the same logit of the same statement."""
+    job = job_of(kind, made, work, detector)
+    seen, view = job.sight, job.sight.view(np.arange(3), "all", np.random.default_rng(0))
+    student = load_student(str(made[kind])).eval()
+    pictures = measure.curated_pictures(tmp_path, 0, 3)
+    _, encoder = measure.open_student(made[kind], detector, tmp_path / "regions")
+    examples = [
+        measure.statement(picture, corpus.curated_texts(0, index)[0])
+        for index, picture in enumerate(pictures)
+    ]
+    encoder.prepare(examples)
+    found = measure.scores(student, encoder, examples)
+    job.sight = lambda rows, rng, progress: view  # as evaluation shows pictures
+    job.sight.people = seen.people
+    visual, people = job.look(np.arange(3), np.random.default_rng(0), 0.5)
+    with torch.no_grad():
+        named = job.curated.named[:3, 0]
+        named = np.where(named < people[:, None], named, -1)
+        text = job.text(job.as_read(job.curated.ids[:3, 0])[:, None], named[:, None])
+        own = students.read(student, text, visual).logits[:, 0]
+    assert_close(found, own, rtol=0, atol=0.02)  # pictures on disk are JPEG
+    assert found.std() > 0
+
+
+def test_types_without_captions_start_as_those_of_answers(made):
+    rows = load_file(made["uniter"] / "model.safetensors")[KINDS["uniter"].types]
+    assert torch.equal(rows[3], rows[2]) and len(rows.unique(dim=0)) == 3
+
+
+def test_a_classifier_of_vlbert_starts_from_the_word_predictor(made):
+    kept = load_file(made["vl-bert"] / "model.safetensors")["classifier.0.dense.weight"]
+    labelled = [load_vlbert(str(made["vl-bert"]), seed, labels=("no", "yes")) for seed in (0, 1)]
+    for model in labelled:
+        assert torch.equal(model.classifier[0].dense.weight, kept.float())
+    assert not torch.equal(labelled[0].classifier[2].weight, labelled[1].classifier[2].weight)
+
+
+def test_names_refer_to_people_that_the_picture_shows():
+    assert measure._named("A man and Riley, near Casey.", 2).references == (
+        Reference(10, 15, (1,)),
+        Reference(22, 27, (0,)),
+    )
+    assert measure._named("Riley waves.", 1).references == ()
+
+
+def test_zero_shot_is_split_by_what_the_curated_corpus_knows(made, detector):
+    size = VcrSize(train=0, val=30, test=0, shifted=0)
+    figures = measure.student_zero_shot(made["vilt"], detector, 3, size, ["val_balanced"])
+    assert {"vcr_val_balanced", "vcr_val_balanced_known", "vcr_val_balanced_unknown"} <= set(figures)
+    assert all(0 <= value <= 1 for value in figures.values())
+
+
+def test_the_teacher_continues_loads_and_is_measured(work, tmp_path):
+    given = {"scenes": SCENES, "batch": {"words": 4, "contrast": 6}, "steps": 4}
+    for name, stop in (("whole", None), ("parted", 2)):
+        home = tmp_path / f"work-{name}"
+        home.mkdir()
+        (home / "corpus").symlink_to(work / "corpus")
+        if stop:
+            make_clip(tmp_path / name, home, stop_after=stop, **given)
+            assert not (tmp_path / name).exists()
+        make_clip(tmp_path / name, home, **given)
+    whole, parted = ((tmp_path / name / "open_clip_model.safetensors") for name in ("whole", "parted"))
+    assert whole.read_bytes() == parted.read_bytes()
+    size = VcrSize(train=0, val=10, test=0, shifted=0)
+    figures = measure.measure_clip(tmp_path / "whole", 8, 3, size)
+    assert {"picture_of_8", "caption_of_8", "vcr_val", "vcr_val_shortcut"} == set(figures)
