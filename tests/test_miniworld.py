@@ -34,6 +34,7 @@ from tdlib.miniworld.scenes import (
     reserved,
     reserved_people,
 )
+from tdlib.miniworld.worlds import read_concepts
 from tdlib.miniworld.write_snli_ve import LABELS, claims
 from tdlib.miniworld.write_vqa import QUESTION_TYPES, asks, prior
 from tdlib.miniworld.writers import (
@@ -189,7 +190,7 @@ def test_side_files_have_a_line_for_each_example(vcr, records):
 
 
 def test_side_files_say_which_concepts_the_curated_corpus_has(vcr, records):
-    """Every table's own word for a concept is in the answers about it; what is known is what the tables say."""
+    """What is known is what the tables of concepts say, and the concepts are those of the answers."""
     tables = {"doing": HELD, "next": HELD, "consequence": HELD, "need": WEATHER, "mood": MOODS}
     tables |= {"place": PLACES, "role": ROLES}
     rules = {"birthday": True, "party": False, "departure": False, "call": False}
