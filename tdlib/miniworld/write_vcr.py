@@ -213,7 +213,9 @@ def _split(
                 write(f"{split}{twin}.relevance.jsonl", {"annot_id": ids["annot_id"], **decisive})
             write(f"{split}.types.jsonl", {"annot_id": ids["annot_id"], "type": question.type})
             named = [value for value, _ in values]
-            write(f"{split}.concepts.jsonl", concepts(ids["annot_id"], scene.scene, question.family, named))
+            write(
+                f"{split}.concepts.jsonl", concepts(str(ids["annot_id"]), scene.scene, question.family, named)
+            )
 
 
 def _record(
