@@ -1,8 +1,10 @@
 """Hashes of what a result depends on: the library's code, and values. (``training.provenance``: data.)"""
 
+import ast
 import hashlib
 import json
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from tdlib.core.paths import ROOT
 # A run's id depends on these packages alone: a change of how runs are started, compared or drawn must
 # not make finished runs unfindable. `miniworld` is here because it writes the data.
 RESULT_PACKAGES = ("core", "method", "data", "miniworld", "teacher", "regions", "students", "training")
+NO_RESULT = ("core/facts.py", "core/pages.py")  # what views, reports and tables read and write
 
 
 def digest(value: Any) -> str:
@@ -19,17 +22,39 @@ def digest(value: Any) -> str:
 
 
 def code_version() -> str:
-    """Hash of the library's sources that can change a run's result: whole packages, and no views."""
+    """Hash of the library's code that can change a run's result: whole packages, and no views.
+
+    What Python executes counts, so that a corrected comment or docstring leaves finished runs their ids
+    and checkpoints their use. (Another version of Python parses to another tree and makes new ids, as it
+    may make other numbers.)
+    """
     home = Path(__file__).resolve().parents[1]
     sources = [home / "config.py", home / "arms.py"]
     for package in RESULT_PACKAGES:
         sources += sorted((home / package).rglob("*.py"))
-    return digest(
-        [
-            [path.relative_to(home).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()]
-            for path in sources
-        ]
-    )
+    named = {path.relative_to(home).as_posix(): path for path in sources}
+    return digest([[name, _code_of(path)] for name, path in named.items() if name not in NO_RESULT])
+
+
+def _code_of(path: Path) -> str:
+    state = path.stat()
+    return _parsed(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)  # a batch asks for every run
+def _parsed(path: Path, size: int, changed: int) -> str:
+    return executed_code(path.read_text(encoding="utf-8"))
+
+
+def executed_code(source: str) -> str:
+    """Hash of a module's syntax tree without docstrings; comments and layout are not in it either."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            match node.body:
+                case [ast.Expr(value=ast.Constant(value=str())), *others]:
+                    node.body = others
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 def git_version() -> str | None:
