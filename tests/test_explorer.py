@@ -1,6 +1,7 @@
 """The explorer: runs are found, examples pass filters, one example is read alone, views show the data."""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,18 @@ def look(runs) -> Look:
 
 
 # Runs
+
+
+def test_a_folder_may_look_like_a_pattern(runs, tmp_path):
+    for name in ("runs[v2]", "runsv"):  # the pattern fits the second, which must not be read
+        shutil.copytree(runs[0].folder, tmp_path / name / "clip_td-seed0")
+    (run,) = find_runs(["runs[v2]"], tmp_path)
+    assert run.folder == (tmp_path / "runs[v2]" / "clip_td-seed0").resolve()
+    assert len(run.index) == len(runs[0].index)
+    shutil.rmtree(tmp_path / "runsv")
+    assert find_runs(["runs[[]v2]/*"], tmp_path)[0].folder == run.folder
+    assert find_runs([tmp_path / "runs[v2]"])[0].folder == run.folder
+    assert find_runs(["*"], tmp_path / "runs[v2]")[0].folder == run.folder
 
 
 def test_runs_are_found_by_folder_parent_and_glob(runs):

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from glob import escape as escape_glob
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -360,4 +361,5 @@ def open_results(folder: Path, runs: pd.DataFrame | None = None) -> "duckdb.Duck
 
 
 def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
+    """A path in SQL; DuckDB reads what looks like a pattern, ``runs[v2]``, as one."""
+    return "'" + escape_glob(str(path)).replace("'", "''") + "'"

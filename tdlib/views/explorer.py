@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from glob import escape as escape_glob
 from glob import glob
 from html import escape
 from pathlib import Path
@@ -123,7 +124,11 @@ def find_runs(patterns: Sequence[str | Path], home: Path = ROOT) -> list[Run]:
     folders: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        hits = sorted(map(Path, glob(str(path if path.is_absolute() else home / path), recursive=True)))
+        # A folder of this very name goes before a glob: "runs[v2]" is a name that people give.
+        hits = [home / path] if (home / path).exists() else []
+        if not hits:
+            start = "" if path.is_absolute() else f"{escape_glob(str(home))}/"
+            hits = sorted(map(Path, glob(f"{start}{path}", recursive=True)))
         if not hits:
             raise ExplorerError(f"{pattern}: no such folder (looked in {home}); give run folders or globs")
         found = [file.parent for hit in hits for file in _selections(hit)]
@@ -209,7 +214,7 @@ def read_index(path: Path, labels: Sequence[str] = ()) -> pd.DataFrame:
         GROUP BY split, example_id ORDER BY min(file_row_number)
     """
     with duckdb.connect() as database:
-        index = database.execute(query, [str(path), *([last] if has_step else [])]).df()
+        index = database.execute(query, [escape_glob(str(path)), *([last] if has_step else [])]).df()
     index = index.astype({"label": "Int64", "prediction": "Int64"})
     index = index.astype({"p_T": float, "p_S": float, "c": float})
     if labels:
