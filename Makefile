@@ -9,6 +9,10 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Keeps tags and cell ids; strips outputs, counts and what a run or an editor leaves in the metadata.
 STRIP := $(BIN)/nbstripout --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill metadata.language_info.version"
+# What git compares and commits of a notebook, so that running one in JupyterLab changes nothing tracked.
+# Where nothing is installed, git takes the file as it is.
+CLEAN := test -x $(BIN)/nbstripout && exec $(STRIP) || exec cat
+FILTER := git config filter.notebook.clean '$(CLEAN)' 2>/dev/null || true
 
 .DEFAULT_GOAL := help
 .PHONY: help run test gpu lab lint types bench format clean lock
@@ -32,6 +36,7 @@ gpu: $(INSTALLED) ## Run the tests of what a GPU changes
 	TDLIB_TEST_GPU=1 $(BIN)/python -m pytest tests/test_gpu.py $(ARGS)
 
 lab: $(INSTALLED) ## Open JupyterLab on the notebooks
+	@$(FILTER)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
 lint: $(INSTALLED) ## Check style, formatting and that notebooks are stripped
@@ -83,4 +88,5 @@ $(INSTALLED): pyproject.toml requirements.lock
 	@echo "Installing requirements.lock into .venv (the first time this downloads for some minutes) ..."
 	$(BIN)/python -m pip install -q -r requirements.lock
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@$(FILTER)
 	@touch $@

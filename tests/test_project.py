@@ -131,7 +131,6 @@ FLOORS = [
 # Imports that still go upward. An entry that is no longer needed fails the test, so the list only shrinks.
 UPWARD = {
     ("data/tasks.py", "tdlib.miniworld"),
-    ("runs/batch.py", "tdlib.analysis.tuning"),
 }
 
 # Fences: which library may be imported where.
@@ -139,7 +138,7 @@ UPWARD = {
 FENCES = {
     "open_clip": ["teacher/*.py", "make/*.py"],
     "transformers": ["students/*.py", "training/*.py", "make/*.py"],
-    "papermill": ["runs/batch.py", "runs/worker.py", "cli.py"],
+    "papermill": ["runs/notebook.py", "runs/worker.py"],
     "ray": ["runs/engines.py", "cli.py"],
     "ipywidgets": ["views/widgets.py"],
     "anywidget": ["views/widgets.py"],
@@ -355,6 +354,37 @@ def test_make_help_describes_every_target_and_is_the_default():
     assert {"run", "test", "lab", "lint", "types", "bench", "clean", "lock"} <= set(listed)
     assert set(listed) == set(targets)
     assert make() == make("help")
+
+
+def test_running_a_notebook_changes_nothing_that_git_tracks(tmp_path):
+    """The filter that `make` sets up, in a repository of its own."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    command = make("--eval", "$(info $(CLEAN))", "help").splitlines()[0]
+    git("init", "-q")
+    git("config", "filter.notebook.clean", command)
+    (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
+    (tmp_path / ".gitattributes").write_bytes((ROOT / ".gitattributes").read_bytes())
+    (tmp_path / "notebooks").mkdir()
+    path = tmp_path / "notebooks" / "04_distill.ipynb"
+    path.write_bytes((ROOT / "notebooks" / path.name).read_bytes())
+    git("add", "notebooks")
+    committed = git("show", f":notebooks/{path.name}")
+    assert committed == (ROOT / "notebooks" / path.name).read_text(encoding="utf-8")
+    notebook = nbformat.read(path, as_version=4)
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        cell.execution_count = number
+        cell.outputs = [nbformat.v4.new_output("stream", text="seen")]
+    notebook.metadata.language_info = {"name": "python", "version": "3.12.0"}
+    nbformat.write(notebook, path)
+    assert git("diff", "--name-only") == ""
+    code_cells(notebook)[1].source += "\nchanged = True"
+    nbformat.write(notebook, path)
+    assert git("diff", "--name-only") == f"notebooks/{path.name}\n", "a change of the source is one"
 
 
 INDEX_ADDRESS = re.compile(
