@@ -1,6 +1,8 @@
 """The command ``tdlib``: run a notebook, or a batch, as experiments; write the MiniWorld; check data."""
 
+# What takes time to import is imported by the command that needs it, after its first line is printed.
 import argparse
+import importlib.metadata
 import json
 import shlex
 import sys
@@ -13,35 +15,89 @@ from tdlib.data.examples import DataError
 if TYPE_CHECKING:
     from tdlib.runs.batch import Batch
 
+FIRST = "00_start_here"
 
-def _literal(text: str) -> Any:
+
+def pairs_of(pairs: list[tuple[str, str]], option: str) -> dict[str, str]:
+    """Names and texts of a repeatable option.
+
+    Raises:
+        ConfigError: a name is given twice; one of the two would be lost.
+    """
+    for number, (name, text) in enumerate(pairs):
+        earlier = [other for known, other in pairs[:number] if known == name]
+        if earlier:
+            raise ConfigError(f"{option} {name}: given twice, as {earlier[0]!r} and as {text!r}; keep one")
+    return dict(pairs)
+
+
+def _value(name: str, text: str) -> Any:
     """A value from the command line: JSON where it parses, else the string itself."""
+    from tdlib.core.files import parse_json
+
     try:
-        return json.loads(text)
+        return parse_json(text, name)
     except json.JSONDecodeError:
         return text
 
 
-def _run(options: argparse.Namespace) -> int:
-    from tdlib.runs.batch import NotebookFailed, notebook_parameters, run_notebook
+# One notebook.
 
-    name = options.notebook
-    path = Path(name) if name.endswith(".ipynb") else ROOT / "notebooks" / f"{name}.ipynb"
-    parameters = {key: _literal(value) for key, value in options.parameters}
+
+def _run(options: argparse.Namespace) -> int:
+    if options.help:
+        named = options.notebook
+        options.parser.epilog = parameters_help(named) if named else notebooks_help()
+        options.parser.print_help()
+        return 0
+    from tdlib.runs.notebook import NotebookFailed, run_notebook
+    from tdlib.runs.template import find_notebook, read_template
+
+    path = find_notebook(options.notebook or FIRST, Path.cwd())
+    template = read_template(path)
+    given = pairs_of(options.parameters, "-p")
+    parameters = {name: template.from_text(name, text) for name, text in given.items()}
     folder = Path(options.folder) if options.folder else ROOT / "reports" / path.stem
     try:
         page = run_notebook(path, folder.resolve(), parameters)
-        runs = ROOT / str((notebook_parameters(path) | parameters).get("runs_dir", ""))
     except NotebookFailed as error:
         print(f"tdlib run: {error}", file=sys.stderr)
         return 1
     print(f"page:      {page}\nnotebook:  {page.with_suffix('.ipynb')}")
+    runs = ROOT / str((template.defaults | parameters).get("runs_dir", ""))
     if runs != ROOT:
         print(f"runs:      {runs} ({len(list(runs.glob('*/metrics.json')))} folders)")
     return 0
 
 
+def notebooks_help() -> str:
+    """One line per notebook: its name and its title."""
+    lines = ["notebooks (`tdlib run NAME --help` lists a notebook's parameters):"]
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        words = "".join(cells[0]["source"]).strip().splitlines() if cells else []
+        lines.append(f"  {path.stem:<16} {words[0].lstrip('# ') if words else ''}")
+    return "\n".join(lines)
+
+
+def parameters_help(name: str) -> str:
+    """A notebook's parameters with their defaults and comments."""
+    from tdlib.runs.template import find_notebook, read_template
+
+    template = read_template(find_notebook(name, Path.cwd()))
+    lines = [f"parameters of {name}, each set by -p NAME VALUE:"]
+    for known in template.parameters.values():
+        lines.append(f"  {known.name:<22} {known.kind or known.annotation:<6} {known.source}")
+        if known.comment:
+            lines.append(f"{'':>32}{known.comment}")
+    return "\n".join(lines)
+
+
+# Data.
+
+
 def _world(options: argparse.Namespace) -> int:
+    print(f"writing {options.kind}, {options.pictures} pictures, seed {options.seed} ...", flush=True)
     from tdlib.miniworld import writers
 
     folder, seed, pictures = Path(options.folder), options.seed, options.pictures
@@ -60,6 +116,7 @@ def _world(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    print(f"checking {options.folder} ...", flush=True)
     from tdlib.data.tasks import check_folder
 
     bad = 0
@@ -73,19 +130,24 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _mask(options: argparse.Namespace) -> int:
+    print(f"masking {options.shift} by the student of {options.folder} ...", flush=True)
     from tdlib.training.masked_sets import write_masked
 
     print(write_masked(Path(options.folder), options.shift))
     return 0
 
 
+# Batches.
+
+
 def _batch(options: argparse.Namespace) -> int:
     """Every command of ``tdlib batch``; 0 where nothing failed."""
-    from tdlib.runs import report as batch_reports
-    from tdlib.runs.batch import Batch
+    from tdlib.runs.batch import Batch, find_batch
 
+    print(f"batch {options.action}: reading {find_batch(options.file)}", file=sys.stderr, flush=True)
     reports = Path(options.folder) if options.folder else None
-    resources = {key: _literal(value) for key, value in getattr(options, "resources", [])}
+    wanted = pairs_of(getattr(options, "resources", []), "-r")
+    resources = {name: _value(name, text) for name, text in wanted.items()}
     batch = Batch(options.file, reports=reports, resources=resources)
     if options.action == "plan":
         return _plan(batch)
@@ -101,8 +163,10 @@ def _batch(options: argparse.Namespace) -> int:
         return int(bool(left))
     if options.action != "status":
         _execute(batch, options)
+    from tdlib.runs.report import summary
+
     states = batch.states()
-    print(batch_reports.summary(batch.plan, states, batch.file, batch.folder))
+    print(summary(batch.plan, states, batch.file, batch.folder))
     try:
         print(f"page: {batch.write_reports()}")
     except OSError as error:
@@ -122,16 +186,17 @@ def _execute(batch: "Batch", options: argparse.Namespace) -> None:
             raise ConfigError("say what to try again: --failed, or the ids of runs")
         batch.retry(options.runs, options.engine, **engine)
     else:
-        where = {key: _literal(value) for key, value in options.where}
+        where = {name: _value(name, text) for name, text in pairs_of(options.where, "-w").items()}
         (batch.run if options.action == "run" else batch.resume)(options.engine, where, **engine)
 
 
 def _best(batch: "Batch", options: argparse.Namespace) -> int:
     from tdlib.analysis.scores import ProtocolError
-    from tdlib.analysis.tuning import CONTEXT, TUNED
+    from tdlib.analysis.tuning import CONTEXT, rank_settings, write_tuned
 
     try:
-        table = batch.best(options.split, options.uneven)
+        table = rank_settings(batch.folder, options.split, options.uneven)
+        file = write_tuned(batch.folder, table)
     except (ProtocolError, FileNotFoundError) as error:
         print(f"tdlib batch: {error}", file=sys.stderr)
         return 1
@@ -140,7 +205,7 @@ def _best(batch: "Batch", options: argparse.Namespace) -> int:
     for row in beyond.to_dict("records"):
         where = " ".join(str(row[name]) for name in table if name in CONTEXT)
         print(f"at the edge of what was tried, so that better may lie beyond: {where} {row['edge']}")
-    print(f"chosen: {batch.folder / TUNED}; a batch file takes it with tuned: {batch.plan.name}")
+    print(f"chosen: {file}; a batch file takes it with tuned: {batch.plan.name}")
     return 0
 
 
@@ -164,7 +229,29 @@ def _plan(batch: "Batch") -> int:
         print(f"about {hours:.2g} hours here, {at_once} at once (from the durations of earlier runs)")
     for problem in engine.check(wanted):
         print(f"not on this machine: {problem}")
+    for note in batch.plan.notes:
+        print(f"note: {note}")
     return 0
+
+
+# The parser.
+
+
+def version() -> str:
+    """The package's version, and the commit where the project is a checkout."""
+    from tdlib.core.provenance import git_version
+
+    known, commit = importlib.metadata.version("clip-td-workbench"), git_version()
+    return f"{known}, commit {commit}" if commit else known
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        print(f"tdlib {version()}")
+        parser.exit()
+
+
+_PAIR: Any = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
 
 
 def _add_batch(commands: Any) -> None:
@@ -194,13 +281,12 @@ def _add_batch(commands: Any) -> None:
             action.add_argument("--uneven", action="store_true", help="arms may have tried unequal numbers")
         if name in ("run", "resume"):
             action.add_argument(
-                "-w", "--where", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                "-w", "--where", **_PAIR,
                 help="only runs with this value of a parameter, or one of a list: -w shots '[12, 24]'",
             )  # fmt: skip
         if name in ("plan", "run", "resume", "retry"):
             action.add_argument(
-                "-r", "--resource", dest="resources", nargs=2, action="append", default=[],
-                metavar=("NAME", "VALUE"),
+                "-r", "--resource", dest="resources", **_PAIR,
                 help="of each run, in place of the file's cpus, gpus, memory or time: -r gpus 0.25",
             )  # fmt: skip
         if name in ("run", "resume", "retry"):
@@ -212,16 +298,24 @@ def _add_batch(commands: Any) -> None:
         action.set_defaults(call=_batch)
 
 
+def _add_run(commands: Any) -> None:
+    text = "execute a notebook and write it, its page and its runs under reports/"
+    run = commands.add_parser(
+        "run", help=text, description=text, add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    run.add_argument("notebook", nargs="?", default="", help=f"name in notebooks/, or a path ({FIRST})")
+    run.add_argument("-h", "--help", action="store_true", help="this; with a notebook: its parameters")
+    run.add_argument("-p", dest="parameters", **_PAIR, help="a parameter of the notebook; may be repeated")
+    run.add_argument("--folder", help="where the results go (default: reports/<notebook>)")
+    run.set_defaults(call=_run, parser=run)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tdlib", description=__doc__)
+    parser.add_argument("--version", action=_Version, nargs=0, help="version and commit")
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser(
-        "run", help="execute a notebook and write it, its page and its runs under reports/"
-    )
-    run.add_argument("notebook", nargs="?", default="00_start_here", help="name in notebooks/, or a path")
-    run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    run.add_argument("--folder", help="where the results go (default: reports/<notebook>)")
-    run.set_defaults(call=_run)
+    _add_run(commands)
     world = commands.add_parser("world", help="write MiniWorld data in the official formats")
     world.add_argument("kind", choices=["vcr", "snli_ve", "vqa_v2", "vqa_cp_v2", "web", "curated"])
     world.add_argument("folder")

@@ -6,6 +6,7 @@ killed.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,13 +26,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbclient import NotebookClient
 
+from tdlib.arms import ARMS
+from tdlib.core import provenance
 from tdlib.core.paths import ROOT, ConfigError
-from tdlib.core.provenance import code_version
+from tdlib.core.provenance import code_version, executed_code
 from tdlib.runs import report as batch_reports
 from tdlib.runs import states as run_states
-from tdlib.runs.batch import Batch, open_results
+from tdlib.runs.batch import Batch
+from tdlib.runs.checks import RunConfig, check_parameters, differences
 from tdlib.runs.engines import GpuLeases, LocalEngine, Resources
-from tdlib.runs.plan import RunConfig, check_parameters, expand, plan_batch, read_batch
+from tdlib.runs.plan import expand, plan_batch, read_batch
+from tdlib.runs.report import open_results
+from tdlib.runs.template import UNKNOWN, declared_in, read_template
 from tdlib.training.provenance import data_manifest
 
 PARAMETERS = """\
@@ -317,13 +323,236 @@ def test_the_batches_that_come_along_are_right(path, reports_with_tuned):
         assert run.parameters["arm"] and set(run.overrides) <= set(RunConfig.model_fields)
 
 
-def test_a_function_of_the_templates_own_may_be_named(tmp_path):
+def training_template(folder: Path, own: str, name: str = "own.ipynb") -> Path:
+    """The training template with a cell of one's own behind the parameters."""
     template = nbformat.read(ROOT / "notebooks" / "04_distill.ipynb", as_version=4)
-    template.cells.append(nbformat.v4.new_code_cell('SELECTORS["mine"] = lambda *given: given'))
-    nbformat.write(template, tmp_path / "own.ipynb")
-    description = {"template": "own.ipynb", "parameters": {"selector": "mine"}}
+    (place,) = [n for n, cell in enumerate(template.cells) if cell.source == "# your own functions"]
+    template.cells[place].source = own
+    nbformat.write(template, folder / name)
+    return folder / name
+
+
+OWN_SELECTOR = """\
+from tdlib.method.selection import SELECTORS
+
+def above_mean(scores, valid, options, generator=None):
+    mean = (scores * valid).sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
+    return valid & (scores > mean)
+
+SELECTORS["above_mean"] = above_mean
+"""
+
+
+def test_a_function_that_the_template_registers_may_be_named(tmp_path):
+    training_template(tmp_path, OWN_SELECTOR)
+    description = {"template": "own.ipynb", "grid": {"selector": ["nucleus", "above_mean"]}}
+    plan = plan_batch(description, "b", tmp_path)
+    assert not plan.problems and not plan.notes and len(plan.runs) == 2
+    # its prose shows the recipe, but no cell of the template itself registers anything
+    elsewhere = {"template": "04_distill", "parameters": {"selector": "best_three"}}
+    (problem,) = plan_batch(elsewhere, "b").problems
+    assert problem.startswith("selector='best_three': expected one of nucleus, ")
+
+
+@pytest.mark.parametrize(
+    "own",
+    ["SELECTORS.update(mine=f)", "for f in (mine,):\n    SELECTORS[f.__name__] = f", "SELECTORS |= found"],
+)
+def test_a_function_that_code_may_register_is_a_note(tmp_path, own):
+    training_template(tmp_path, f"from tdlib.method.selection import SELECTORS\n{own}")
+    plan = plan_batch({"template": "own.ipynb", "parameters": {"selector": "mine"}}, "b", tmp_path)
+    assert not plan.problems and len(plan.notes) == 1 and plan.notes[0].startswith("selector='mine': nothing")
+    assert plan_batch({"template": "own.ipynb", "parameters": {"prior": "mine"}}, "b", tmp_path).problems
+
+
+def test_an_arm_that_the_template_registers_may_be_named(tmp_path):
+    training_template(
+        tmp_path, 'from tdlib.arms import ARMS\nARMS["mine"] = {"selector": "first", "mass": 2.0}'
+    )
+    problems = plan_batch({"template": "own.ipynb", "parameters": {"arm": "mine"}}, "b", tmp_path).problems
+    assert len(problems) == 1 and problems[0].startswith("mass=2.0"), "its settings are checked"
+
+
+def test_a_cell_that_overrides_what_is_planned_is_found_before_anything_starts(tmp_path):
+    training_template(tmp_path, OWN_SELECTOR + 'selector = "above_mean"\n')
+    description = {"template": "own.ipynb", "grid": {"selector": ["nucleus", "above_mean"]}}
+    (problem,) = plan_batch(description, "b", tmp_path).problems
+    assert problem.startswith("selector='nucleus': a cell of own.ipynb sets selector = 'above_mean'")
+    assert "(1 of 2 runs)" in problem
+    description |= {"grid": {"selector": ["above_mean"]}}
     assert not plan_batch(description, "b", tmp_path).problems
-    assert plan_batch(description | {"template": "04_distill"}, "b", tmp_path).problems
+
+
+def test_a_parameter_that_nothing_reads_is_found(tmp_path):
+    path = training_template(tmp_path, "")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].source += "\nlr: float = 1e-3  # of nothing"
+    nbformat.write(notebook, path)
+    (problem,) = plan_batch({"template": "own.ipynb", "parameters": {"lr": 0.1}}, "b", tmp_path).problems
+    assert problem.startswith("lr=0.1: nothing in own.ipynb reads this parameter")
+
+
+# What a run would have written: selector and mass as a cell has set them, whatever was planned.
+CONFIG = """\
+from tdlib.config import RunConfig, apply_arm
+import json
+from pathlib import Path
+{own}
+config = apply_arm(RunConfig.from_notebook(globals()))
+folder = Path(runs_dir) / "run"
+folder.mkdir(parents=True)
+(folder / "config.json").write_text(json.dumps(config.model_dump()))
+(folder / "metrics.json").write_text("{{}}")
+(folder / "student").mkdir()
+(folder / "student" / "config.json").write_text('{{"hidden_size": 3, "selector": "none"}}')
+"""
+SETTINGS = """\
+arm: str = "clip_td"  # an arm
+selector: str = "nucleus"  # a selector
+mass: float = 0.6  # of the nucleus
+shots: float = 48  # examples
+runs_dir: str = ""  # results go here
+"""
+
+
+def config_template(folder: Path, own: str) -> Path:
+    new = nbformat.v4.new_code_cell
+    cells = [new(SETTINGS, metadata={"tags": ["parameters"]}), new(CONFIG.format(own=own))]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / "template.ipynb")
+    return folder / "template.ipynb"
+
+
+def test_a_run_that_was_not_run_as_planned_has_failed(tmp_path):
+    config_template(tmp_path, 'if selector == "nucleus":\n    selector, mass = "top_k", mass + 0.1')
+    batch = make_batch(tmp_path, grid={"selector": ["nucleus", "first"]}, parameters={"shots": 24.0})
+    batch.run()
+    (changed, state), (kept, other) = by_run(batch)
+    assert (changed.overrides["selector"], kept.overrides["selector"]) == ("nucleus", "first")
+    assert (state["state"], other["state"]) == ("failed", "done"), state
+    assert "selector: planned 'nucleus', run with 'top_k'" in state["reason"]
+    assert "mass: planned 0.6, run with 0.7" in state["reason"] and "arm:" not in state["reason"]
+
+
+def test_settings_of_an_arm_are_as_planned(tmp_path):
+    template = read_template(config_template(tmp_path, ""))
+    planned = template.defaults | {"arm": "naive"}
+    for arm, selector, expected in (
+        ("naive", "all", []),
+        ("naive", "nucleus", ["selector: planned 'all', run with 'nucleus'"]),
+        ("clip_td", "nucleus", ["arm: planned 'naive', run with 'clip_td'"]),
+    ):
+        ran = RunConfig(arm=arm).model_dump() | ARMS[arm] | {"selector": selector}
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.json").write_text(json.dumps(ran))
+        found = differences(template, planned, tmp_path / "run")
+        assert [line.partition(" (")[0] for line in found] == expected
+    assert differences(template, planned, tmp_path / "run", since=time.time() + 60) == []
+    (tmp_path / "run" / "config.json").write_text('{"arm": ')
+    assert "is not whole JSON" in differences(template, planned, tmp_path / "run")[0]
+
+
+def test_a_variable_that_has_a_parameter_s_name_is_not_a_setting(tmp_path):
+    """05_tokens calls the modality of its views so, whose values a run's modality does not have."""
+    tokens = read_template(ROOT / "notebooks" / "05_tokens.ipynb")
+    assert tokens.builds_config and "modality" not in tokens.settings
+    check_parameters(tokens, {"modality": "visual", "example": "1500000"})
+    assert "modality" in read_template(ROOT / "notebooks" / "04_distill.ipynb").settings
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("00_start_here", {"arms": ["finetune", "clip_dt"]}, "arm='clip_dt': expected one of"),
+        ("00_start_here", {"seeds": [0, -1]}, "seed=-1"),
+        ("01_data", {"tasks": ["vcr", "snli"]}, "did you mean 'snli_ve'?"),
+        ("03_students", {"students": ["data/models/mini-vlt"]}, "did you mean 'data/models/mini-vilt'?"),
+        ("04_distill", {"arm": "clip_dt"}, "did you mean 'clip_td'?"),
+        ("04_distill", {"task": "vcr_q"}, "did you mean 'vcr_qa'?"),
+        ("04_distill", {"student": "data/models/mini-vlt"}, "there is no"),
+        ("04_distill", {"student": "mini-vilt"}, "did you mean 'data/models/mini-vilt'?"),
+        ("04_distill", {"student": "reports/runs/nothing/student"}, "there is no"),
+        ("04_distill", {"teacher": "ViT-B16"}, "open_clip knows no model of that name; did you mean 'ViT-B"),
+        ("04_distill", {"teacher": "data/models/mini-clip"}, "'local-dir:data/models/mini-clip'"),
+        ("04_distill", {"teacher": "local-dir:data/models/mini-clp"}, "did you mean 'local-dir:data/models/"),
+        ("04_distill", {"regions": "boxes:data/models/mini-detectr"}, "did you mean 'boxes:data/models/"),
+        ("04_distill", {"data_dir": "nowhere"}, "there is no"),
+        ("04_distill", {"shift": "prior"}, "does not apply to task='vcr_qa'"),
+        ("04_distill", {"shots": 1.0}, "Write 1 for one, 0 for all"),
+        ("06_targeting", {"relevances": ["valu"]}, "did you mean 'value'?"),
+    ],
+)
+def test_what_only_a_kernel_used_to_find_is_found_before_it_starts(name, given, expected):
+    template = read_template(ROOT / "notebooks" / f"{name}.ipynb")
+    with pytest.raises(ConfigError) as error:
+        check_parameters(template, given)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"teacher": "ViT-B-16", "teacher_pretrained": "openai"}, {"teacher": "ViT-B/32"},
+        {"teacher": "hf-hub:laion/CLIP-ViT-B-32"}, {"student": "dandelin/vilt-b32-mlm"},
+        {"student": "teacher"}, {"regions": "clip"}, {"shots": 0.1}, {"shots": 24.0},
+        {"relevance": "entropy"}, {"eval_splits": ["val", "val_style"]},
+    ],
+)  # fmt: skip
+def test_what_is_right_passes(given):
+    assert check_parameters(read_template(ROOT / "notebooks" / "04_distill.ipynb"), given) == []
+
+
+def test_parameters_may_be_arithmetic_unannotated_and_beside_other_code():
+    declared = declared_in(
+        "import os\n%load_ext autoreload\n!ls\n"
+        'a: int = 2 * 3  # of a\nhome = os.environ["HOME"]\nseed = 3\nrates = [1e-3, 2 ** -10]\n'
+        'where: str = os.environ["DATA"]  # a folder\nnothing: int\nbad = 1 / 0\n'
+    )
+    assert list(declared) == ["a", "home", "seed", "rates", "where", "bad"]
+    assert declared["a"].default == 6 and declared["a"].comment == "of a"
+    assert declared["seed"].kind == "int" and declared["rates"].default == [1e-3, 2**-10]
+    assert declared["home"].default is declared["where"].default is declared["bad"].default is UNKNOWN
+    assert (
+        declared["where"].problem(3)
+        and not declared["where"].problem("x")
+        and not declared["home"].problem(3)
+    )
+
+
+def test_a_default_that_only_a_kernel_can_tell_is_set_by_the_batch(tmp_path):
+    parameters = PARAMETERS + 'import os\nhome = os.environ["HOME"]\n'
+    write_template(tmp_path, "print(home)\n" + RESULT, parameters)
+    (problem,) = make_batch(tmp_path).problems
+    assert problem.startswith("home: its default, os.environ['HOME'], can be told only by a kernel")
+    assert not make_batch(tmp_path, parameters={"home": str(tmp_path)}).problems
+
+
+def test_a_cell_of_parameters_that_is_no_python_names_its_line(tmp_path):
+    write_template(tmp_path, parameters="a: int = 1\nseed: int = = 3\n")
+    (problem,) = make_batch(tmp_path).problems
+    assert "line 2: invalid syntax: seed: int = = 3" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("mode", "1500000", "1500000"), ("mode", "null", "null"), ("mode", '"x"', "x"),
+        ("mode", "1e3", "1e3"),
+        ("mode", "[1]", "[1]"), ("a", "3", 3), ("seconds", "5e-1", 0.5), ("a", "010", "010"), ("a", "x", "x"),
+        ("other", "3", 3),
+    ],
+)  # fmt: skip
+def test_values_of_the_command_line_have_the_parameter_s_type(tmp_path, name, text, value):
+    found = read_template(write_template(tmp_path)).from_text(name, text)
+    assert found == value and type(found) is type(value)
+
+
+def test_truth_may_be_spelt_as_python_does():
+    template = read_template(ROOT / "notebooks" / "04_distill.ipynb")
+    assert [template.from_text("submission", text) for text in ("true", "True", "no")] == [True, True, "no"]
+    with pytest.raises(ConfigError, match="eval_splits: 'a' stands 2 times in one object"):
+        template.from_text("eval_splits", '[{"a": 1, "a": 2}]')
 
 
 def test_numbers_of_a_file_are_numbers(tmp_path):
@@ -334,6 +563,40 @@ def test_numbers_of_a_file_are_numbers(tmp_path):
     assert list(read_batch(file)["parameters"].values()) == [
         5e-4, 1000.0, 2.5e-4, -100.0, 12, 1.5, "e5", "5e", "1e3",
     ]  # fmt: skip
+
+
+def test_a_file_is_read_as_yaml_1_2(tmp_path):
+    file = tmp_path / "b.yaml"
+    file.write_text(
+        "parameters:\n  [no, yes, on, Off, y, 1:30, 2026-01-02, 1_000, 0o17, 0x1F, true, False, ~, null, "
+        ".inf, -.5, +3, '010', 190:20:30]\n"
+    )
+    assert read_batch(file)["parameters"] == [
+        "no", "yes", "on", "Off", "y", "1:30", "2026-01-02", "1_000", 15, 31, True, False, None, None,
+        float("inf"), -0.5, 3, "010", "190:20:30",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("grid: {a: [1]}\nseeds: 2\ngrid: {mode: [x]}\n", "b.yaml:3: 'grid' stands here and in line 1"),
+        ("parameters:\n  a: 1\n  mode: x\n  a: 2\n", "b.yaml:4: 'a' stands here and in line 2"),
+        ("include:\n  - {a: 1,\n     a: 1}\n", "b.yaml:3: 'a' stands here and in line 2"),
+        ("parameters:\n  epochs: 010\n", "b.yaml:2: 010: a number with a leading zero; write 10, or '010'"),
+        ("grid: {a: [1, -007]}\n", "b.yaml:1: -007: a number with a leading zero"),
+    ],
+)
+def test_what_a_file_says_twice_or_in_two_ways_is_refused_with_its_line(tmp_path, text, expected):
+    (tmp_path / "b.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_batch(tmp_path / "b.yaml")
+    assert expected in str(error.value)
+
+
+def test_parts_of_a_file_may_be_shared_by_an_anchor(tmp_path):
+    (tmp_path / "b.yaml").write_text("parameters: &base {a: 1}\ninclude:\n  - {<<: *base, a: 2, mode: x}\n")
+    assert read_batch(tmp_path / "b.yaml")["include"] == [{"a": 2, "mode": "x"}]
 
 
 @pytest.mark.parametrize(
@@ -350,7 +613,7 @@ def test_a_file_that_is_none(tmp_path, source, expected):
 
 
 def test_types_of_parameters(tmp_path):
-    template = write_template(tmp_path)
+    template = read_template(write_template(tmp_path))
     check_parameters(template, {"a": 2, "seconds": 1, "mode": "x"})
     for wrong in ({"a": 1.5}, {"a": True}, {"mode": 3}, {"seconds": "1"}, {"modus": "x"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -444,6 +707,37 @@ def test_an_id_changes_with_what_a_result_depends_on_and_with_nothing_else(tmp_p
     training = (ROOT / "notebooks" / "04_distill.ipynb").read_bytes()
     code = run_states.identity(training, {})["code"]
     assert code == code_version() and not run_states.identity(template.read_bytes(), {})["code"]
+
+
+SOURCE = '"""Of a module."""\nimport math\n\n\ndef f(x):\n    """Doubles."""\n    return 2 * x  # why\n'
+
+
+def test_the_code_of_an_id_is_what_is_executed():
+    same = ['import math\ndef f(x):\n    """Twice."""\n\n    # another reason\n    return (2 *\n  x)']
+    other = [SOURCE.replace("2 * x", "3 * x"), SOURCE.replace("import math", "")]
+    other.append(SOURCE.replace("2 * x", '"2 * x"'))
+    assert all(executed_code(text) == executed_code(SOURCE) for text in same)
+    assert len({executed_code(text) for text in [SOURCE, *other]}) == 4
+
+
+def test_an_id_depends_on_the_packages_that_can_change_a_result(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "tdlib", tmp_path / "tdlib", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "tdlib" / "core" / "provenance.py"))
+    before = provenance.code_version()
+    packages = {path.parent.name for path in (ROOT / "tdlib").glob("*/__init__.py")}
+    assert packages >= set(provenance.RESULT_PACKAGES) and {"views", "analysis", "runs", "make"} <= packages
+    files = [f"{package}/__init__.py" for package in sorted(packages)]
+    for file in [*files, "cli.py", "config.py", "arms.py", *provenance.NO_RESULT]:
+        with (tmp_path / "tdlib" / file).open("a") as source:
+            source.write("\nCHANGED = 1\n")
+        matters = file.partition("/")[0].removesuffix(".py") in (
+            *provenance.RESULT_PACKAGES,
+            "config",
+            "arms",
+        )
+        after = provenance.code_version()
+        assert (after != before) == (matters and file not in provenance.NO_RESULT), file
+        before = after
 
 
 def test_a_claim_is_exclusive_and_ends_with_its_owner(tmp_path):
@@ -558,6 +852,16 @@ def test_tables_and_sql(finished):
     assert connection.execute(query).fetchall() == [(0, 3.0), (1, 3.0)]
     with pytest.raises(FileNotFoundError, match="batch status"):
         open_results(batch.reports)
+
+
+def test_a_batch_s_folder_may_look_like_a_pattern(finished, tmp_path):
+    batch, _ = finished
+    for name in ("runs[v2]", "runsv"):  # the pattern fits the second, which must not be read
+        shutil.copytree(batch.folder, tmp_path / name / "small")
+    pd.DataFrame({"run": [], "state": []}).to_parquet(tmp_path / "runsv" / "small" / "results.parquet")
+    connection = open_results(tmp_path / "runs[v2]" / "small")
+    assert connection.execute("SELECT count(*) FROM runs").fetchone() == (7,)
+    assert connection.execute("SELECT count(DISTINCT run) FROM predictions").fetchone() == (2,)
 
 
 class _Page(HTMLParser):
@@ -694,7 +998,8 @@ def test_whoever_is_killed_the_run_is_made_once_and_is_the_same(tmp_path, undist
     runner.communicate()
     wait_for(lambda: not run_states.processes(batch.folder_of(run)), 15)
     assert states_of(batch)[0] in (["lost"] if victim == "runner and worker" else ["killed"])
-    assert list(batch.run()["state"]) != ["done"], "only resume goes on with what was killed"
+    text = command(batch, "run").communicate()[0]
+    assert "left alone: 1 " in text and "`tdlib batch resume` executes them again" in text, text
     assert list(batch.resume()["state"]) == ["done"]
     assert results_of(batch) == undisturbed
     assert batch.states()[run.id]["attempt"] == 2

@@ -24,7 +24,7 @@ import pytest
 from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT
 from tdlib.core.records import END, read_records, write_records
-from tdlib.runs.batch import export_html, run_notebook
+from tdlib.runs.notebook import export_html, run_notebook
 from tdlib.training.run import compare
 from tdlib.views import explorer
 from tdlib.views.view import percent
@@ -102,7 +102,7 @@ def executed(runs, own_cache, tmp_path_factory) -> Path:
     """The notebook as papermill leaves it, with its page beside it."""
     home = tmp_path_factory.mktemp("executed")
     source = copied(runs, own_cache, home / "05_tokens.ipynb")
-    return run_notebook(source, home / "report", {}, progress=False).with_suffix(".ipynb")
+    return run_notebook(source, home / "report", {}).with_suffix(".ipynb")
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,21 @@
 """The command line and the notebooks, executed for real on tiny models and a tiny world."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import nbformat
 import pytest
 
 from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT, ConfigError
-from tdlib.runs.batch import check_parameters, notebook_parameters, run_notebook
+from tdlib.runs.checks import check_parameters
+from tdlib.runs.notebook import run_notebook
+from tdlib.runs.template import read_template
 
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -111,23 +115,84 @@ def test_data_check_lists_problems_and_says_so_by_its_status(worlds, tmp_path):
     assert nothing.returncode == 1 and "no data set there" in nothing.stderr
 
 
-def test_failing_cell_fails_the_command_and_leaves_no_folder(tiny, tmp_path):
-    parameters = tiny | {"data_dir": str(tmp_path / "nowhere"), "runs_dir": str(tmp_path / "runs")}
-    done = tdlib("run", "04_distill", "--folder", str(tmp_path / "page"), *arguments_of(parameters))
+def own_notebook(folder: Path, *sources: str) -> Path:
+    """The training template's parameters, and other cells behind them."""
+    notebook = nbformat.read(NOTEBOOKS / "04_distill.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    notebook.cells = cells + [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(notebook, folder / "own.ipynb")
+    return folder / "own.ipynb"
+
+
+def test_failing_cell_fails_the_command_and_leaves_no_folder(tmp_path):
+    notebook = own_notebook(tmp_path, 'raise ValueError("no good")')
+    done = tdlib("run", str(notebook), "--folder", str(tmp_path / "page"))
     assert done.returncode == 1
-    assert "DataError" in done.stderr and "nowhere" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "page").exists() and not (tmp_path / "runs").exists()
+    assert "ValueError: no good" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "page").exists()
     assert (tmp_path / "page-failed.ipynb").is_file()
 
 
+def test_data_that_are_not_there_are_found_before_a_kernel_starts(tmp_path):
+    given = ["-p", "data_dir", str(tmp_path / "nowhere"), "-p", "arm", "clip_dt"]
+    done = tdlib("run", "04_distill", "--folder", str(tmp_path / "page"), *given)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"there is no {tmp_path / 'nowhere'}" in done.stderr and "did you mean 'clip_td'?" in done.stderr
+    assert not list(tmp_path.iterdir()), "no kernel was started"
+
+
 def test_killed_kernel_is_a_failure(tmp_path):
-    source = nbformat.read(NOTEBOOKS / "04_distill.ipynb", as_version=4)
-    source.cells = [cell for cell in source.cells if "parameters" in cell.metadata.get("tags", [])]
-    source.cells.append(nbformat.v4.new_code_cell("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
-    nbformat.write(source, tmp_path / "killed.ipynb")
-    done = tdlib("run", str(tmp_path / "killed.ipynb"), "--folder", str(tmp_path / "page"))
+    notebook = own_notebook(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    done = tdlib("run", str(notebook), "--folder", str(tmp_path / "page"))
     assert done.returncode == 1 and "kernel" in done.stderr
     assert not (tmp_path / "page").exists()
+
+
+def test_a_run_that_was_not_run_as_asked_fails(tmp_path):
+    own = 'from tdlib.method.selection import SELECTORS\nSELECTORS["mine"] = SELECTORS["all"]\n'
+    own += 'selector = str("mine")  # no literal: only the run can tell'
+    config = (
+        "from pathlib import Path\nfrom tdlib.config import RunConfig\n"
+        "config = RunConfig.from_notebook(globals())\n"
+        'Path(runs_dir).mkdir()\n(Path(runs_dir) / "config.json").write_text(config.model_dump_json())'
+    )
+    notebook = own_notebook(tmp_path, own, config)
+    runs = ["-p", "runs_dir", str(tmp_path / "runs"), "--folder", str(tmp_path / "page")]
+    done = tdlib("run", str(notebook), "-p", "selector", "nucleus", *runs)
+    assert done.returncode == 1 and "selector: planned 'nucleus', run with 'mine'" in done.stderr
+    assert not (tmp_path / "page").exists() and (tmp_path / "page-failed.ipynb").is_file()
+    shutil.rmtree(tmp_path / "runs")
+    done = tdlib("run", str(notebook), "-p", "selector", "mine", *runs)
+    assert done.returncode == 0, done.stderr
+    assert "encrypt" not in done.stdout + done.stderr and "\r" not in done.stderr, "a log is no terminal"
+
+
+def test_help_lists_notebooks_and_their_parameters():
+    every = tdlib("run", "--help").stdout
+    assert "04_distill" in every and "Training template: one student" in every
+    one = tdlib("run", "04_distill", "--help").stdout
+    for known in read_template(NOTEBOOKS / "04_distill.ipynb").parameters.values():
+        assert f"  {known.name} " in one and known.comment in one
+    assert tdlib("run", "04_distil", "--help").returncode == 1
+
+
+def test_the_version_is_told():
+    assert re.fullmatch(r"tdlib \d+\.\d+\.\d+(, commit \S+)?\n", tdlib("--version").stdout)
+
+
+def test_a_parameter_that_is_given_twice_is_refused():
+    done = tdlib("run", "04_distill", "-p", "seed", "1", "-p", "seed", "2")
+    assert done.returncode == 1 and "-p seed: given twice, as '1' and as '2'" in done.stderr
+
+
+def test_commands_load_no_torch_before_they_must():
+    source = (
+        "import pkgutil, sys, tdlib.runs, tdlib.cli\n"
+        "for module in pkgutil.iter_modules(tdlib.runs.__path__):\n"
+        "    __import__(f'tdlib.runs.{module.name}')\n"
+        "assert not {'torch', 'transformers', 'open_clip'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +206,7 @@ def test_killed_kernel_is_a_failure(tmp_path):
 )
 def test_bad_parameters_fail_before_anything_runs(parameters, expected):
     with pytest.raises(ConfigError, match=expected):
-        check_parameters(NOTEBOOKS / "04_distill.ipynb", parameters)
+        check_parameters(read_template(NOTEBOOKS / "04_distill.ipynb"), parameters)
 
 
 def test_unknown_notebook_names_the_known_ones():
@@ -151,7 +216,7 @@ def test_unknown_notebook_names_the_known_ones():
 
 
 def test_template_defaults_are_the_library_defaults():
-    declared = notebook_parameters(NOTEBOOKS / "04_distill.ipynb")
+    declared = read_template(NOTEBOOKS / "04_distill.ipynb").defaults
     defaults = RunConfig().model_dump()
     shared = {name: value for name, value in declared.items() if name in defaults}
     assert len(shared) >= 25

@@ -5,10 +5,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+from tdlib.core.paths import ConfigError
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
@@ -65,6 +68,23 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON under a temporary name and renames it."""
     with whole_file(path) as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text; of two values under one key Python would keep the last without a word.
+
+    Raises:
+        ConfigError: an object has a key twice; names ``where`` the text is from.
+        ValueError: it is no JSON.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ConfigError(f"{where}: {key!r} stands {count} times in one object; keep one of them")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -1,114 +1,27 @@
-"""Executing notebooks as experiments, one or a batch of them: papermill with its silences made loud.
+"""A batch of experiments: plan it, run it, look at it.
 
-A batch's runs are folders under ``reports/batches/NAME/``. ``batch_plan`` says what is to run,
-``batch_runner`` has an engine (``engines``) start a worker process for each (``run_worker``),
-``run_states`` knows how each stands, ``batch_reports`` makes tables and pages.
+Its runs are folders under ``reports/batches/NAME/``. ``plan`` says what is to run, ``runner`` has an
+engine (``engines``) start a ``worker`` process for each, ``states`` knows how each stands, ``report``
+makes tables and pages.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import nbformat
-import pandas as pd
-import papermill
-from nbclient.exceptions import DeadKernelError
-from nbconvert import HTMLExporter
-
-from tdlib.core.files import whole_file, write_folder, write_json
+from tdlib.core.files import write_json
 from tdlib.core.paths import ROOT, ConfigError
-from tdlib.runs import report as batch_reports
 from tdlib.runs import states as run_states
 from tdlib.runs.engines import ENGINES, Engine
-from tdlib.runs.plan import (
-    Plan,
-    PlannedRun,
-    check_parameters,
-    estimate,
-    matches,
-    notebook_parameters,
-    plan_batch,
-    read_batch,
-)
-from tdlib.runs.report import open_results
+from tdlib.runs.plan import Plan, PlannedRun, estimate, matches, plan_batch, read_batch
 from tdlib.runs.runner import POLL, Runner
 
-__all__ = [
-    "Batch", "NotebookFailed", "check_parameters", "export_html", "notebook_parameters", "open_results",
-    "run_notebook",
-]  # fmt: skip
-
-
-WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-class NotebookFailed(RuntimeError):
-    """A cell raised or the kernel died: says which notebook, where the partial copy is, and the error."""
-
-
-def export_html(notebook: Path, page: Path) -> None:
-    """The executed notebook as one page that loads nothing from the network.
-
-    Controls and progress bars are left out: they do nothing on a page, and drawing them would need the
-    network.
-    """
-    content = nbformat.read(notebook, as_version=4)
-    content.metadata.pop("widgets", None)
-    for cell in content.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
-    exporter = HTMLExporter(
-        template_name="lab", mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url=""
-    )
-    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    exporter.embed_images = True
-    body, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.stem}})
-    with whole_file(page) as file:
-        file.write(body)
-
-
-def run_notebook(path: Path, folder: Path, parameters: dict[str, Any], progress: bool = True) -> Path:
-    """Executes a notebook into ``folder`` as executed .ipynb and .html; returns the page.
-
-    The folder appears (or replaces its predecessor) only after success.
-
-    Raises:
-        ConfigError: bad parameters, before anything runs.
-        NotebookFailed: a cell raised, or the kernel was killed.
-    """
-    check_parameters(path, parameters)
-
-    def fill(partial: Path) -> None:
-        executed = partial / path.name
-        failed = folder.with_name(f"{folder.name}-failed.ipynb")
-        try:
-            papermill.execute_notebook(
-                str(path), str(executed), parameters=parameters, cwd=str(ROOT / "notebooks"),
-                kernel_name="python3",
-                progress_bar=progress, log_output=False, request_save_on_cell_execute=True,
-            )  # fmt: skip
-        except papermill.PapermillExecutionError as error:
-            os.replace(executed, failed)
-            raise NotebookFailed(
-                f"{path.name}: {error.ename}: {error.evalue}\nExecuted so far: {failed}"
-            ) from None
-        except DeadKernelError as error:
-            os.replace(executed, failed)
-            raise NotebookFailed(
-                f"{path.name}: the kernel was killed ({error}); out of memory? {failed}"
-            ) from None
-        failed.unlink(missing_ok=True)
-        export_html(executed, partial / f"{path.stem}.html")
-
-    return write_folder(folder, fill) / f"{path.stem}.html"
-
-
-# Batches.
+if TYPE_CHECKING:
+    import pandas as pd
 
 BEGIN = ("queued",)
 RESUME = ("queued", "killed", "lost")
@@ -119,7 +32,7 @@ class Batch:
     """A batch of experiments: plan it, run it, look at it. The same as ``tdlib batch`` on the command line.
 
     Args:
-        source: a YAML file, or its content as a dict (see ``batch_plan``).
+        source: a YAML file, or its content as a dict (see ``plan``).
         name: of the batch; the file's stem if "".
         reports: folder under which the batch's own lies; ``reports/batches`` if None.
         resources: of each run, in place of those in the file (they change no result).
@@ -174,8 +87,10 @@ class Batch:
                     earlier.append((known["parameters"], state["seconds"]))
         return estimate(self.plan, earlier)
 
-    def planned(self) -> pd.DataFrame:
+    def planned(self) -> "pd.DataFrame":
         """One row per run: id, state, the parameters in which runs differ, expected seconds."""
+        import pandas as pd
+
         seconds, states = self.estimates(), self.states()
         rows = [
             {"run": run.id, "state": states[run.id]["state"]}
@@ -185,17 +100,21 @@ class Batch:
         ]
         return pd.DataFrame(rows)
 
-    def table(self) -> pd.DataFrame:
-        """One row per run, failures first; columns as in ``batch_reports.results_table``."""
+    def table(self) -> "pd.DataFrame":
+        """One row per run, failures first; columns as in ``report.results_table``."""
+        from tdlib.runs import report as batch_reports  # loads pandas, which planning does not need
+
         return batch_reports.results_table(self.plan, self.states())
 
     def write_reports(self) -> Path:
         """Writes results.parquet and index.html; returns the page."""
+        from tdlib.runs import report as batch_reports
+
         return batch_reports.write_reports(self.folder, self.plan, self.states(), self.file)
 
     def run(
         self, engine: str | Engine = "local", where: Mapping[str, Any] | None = None, **options: Any
-    ) -> pd.DataFrame:
+    ) -> "pd.DataFrame":
         """Executes what has not begun; returns the table.
 
         Args:
@@ -210,7 +129,7 @@ class Batch:
 
     def resume(
         self, engine: str | Engine = "local", where: Mapping[str, Any] | None = None, **options: Any
-    ) -> pd.DataFrame:
+    ) -> "pd.DataFrame":
         """Executes what has not begun, was killed or was lost, of those like ``where``; returns the table."""
         return self._run(RESUME, engine, options, self._like(where))
 
@@ -221,7 +140,9 @@ class Batch:
             raise ConfigError(f"{dict(where)}: no run of {self.plan.name} is like that")
         return chosen if where else None
 
-    def retry(self, only: Sequence[str] = (), engine: str | Engine = "local", **options: Any) -> pd.DataFrame:
+    def retry(
+        self, only: Sequence[str] = (), engine: str | Engine = "local", **options: Any
+    ) -> "pd.DataFrame":
         """Executes what failed or ran out of time again (or the runs with these ids); returns the table."""
         chosen = [run for run in self.plan.runs if any(run.id.startswith(start) for start in only)]
         lacking = [start for start in only if not any(run.id.startswith(start) for run in self.plan.runs)]
@@ -229,20 +150,6 @@ class Batch:
             raise ConfigError(f"{', '.join(lacking)}: no such run in {self.plan.name}")
         states = tuple(set(run_states.FINAL) - {"done"}) if only else RETRY
         return self._run(states, engine, options, chosen if only else None)
-
-    def best(self, split: str = "", uneven: bool = False) -> pd.DataFrame:
-        """Every setting that each arm has tried, best first; writes the chosen ones to tuned.json.
-
-        Arguments and columns as in ``tuning.rank_settings``.
-
-        Raises:
-            ProtocolError: the batch is not done, or its runs cannot be compared fairly.
-        """
-        from tdlib.analysis.tuning import rank_settings, write_tuned
-
-        ranked = rank_settings(self.folder, split, uneven)
-        write_tuned(self.folder, ranked)
-        return ranked
 
     def cancel(self, patience: float = 30.0) -> list[str]:
         """Stops the batch, whoever runs it; returns the runs that did not end within ``patience`` seconds."""
@@ -268,6 +175,8 @@ class Batch:
         if len(found) != 1:
             known = ", ".join(run.id for run in self.plan.runs)
             raise ConfigError(f"{start!r}: {len(found)} runs begin like that; expected one of {known}")
+        from tdlib.runs.notebook import write_prepared
+
         folder = self.folder_of(found[0]) / "interactive"
         folder.mkdir(parents=True, exist_ok=True)
         parameters = dict(found[0].overrides)
@@ -276,15 +185,13 @@ class Batch:
         if "interactive" in found[0].parameters:
             parameters["interactive"] = True
         target = folder / self.plan.template.name
-        papermill.execute_notebook(
-            str(self.plan.template), str(target), parameters=parameters, prepare_only=True, progress_bar=False
-        )
+        write_prepared(self.plan.template, target, parameters)
         return target
 
     def _run(
         self, states: Sequence[str], engine: str | Engine, options: dict[str, Any],
         chosen: list[PlannedRun] | None = None,
-    ) -> pd.DataFrame:  # fmt: skip
+    ) -> "pd.DataFrame":  # fmt: skip
         self.check()
         if isinstance(engine, str) and engine not in ENGINES:
             raise ConfigError(f"engine={engine!r}: expected one of {', '.join(ENGINES)}")
@@ -328,7 +235,7 @@ def _live_table(batch: Batch) -> Callable[[], None]:
         return lambda: None
     from IPython.display import display
 
-    def table() -> pd.DataFrame:
+    def table() -> "pd.DataFrame":
         whole = batch.table()
         return whole[["run", "state", *batch.plan.varied, "seconds", "reason"]].dropna(axis=1, how="all")
 

@@ -49,6 +49,7 @@ class Runner:
         self.waiting = {run.id: run for run in runs}
         self.active: dict[str, _Active] = {}
         self.tries: Counter[str] = Counter()
+        self.left: Counter[str] = Counter()  # states of runs that this command does not touch
         self.began = time.time()
         self.stopping = ""  # why nothing more is started
         self.interrupts = 0
@@ -73,6 +74,7 @@ class Runner:
             finally:
                 for active in self.active.values():  # only after an error of the runner itself
                     active.started.kill()
+        self._say_what_is_left()
         if self.stopping:
             self.say(f"stopped: {self.stopping}; `tdlib batch resume` goes on")
 
@@ -95,8 +97,7 @@ class Runner:
         folder = self.batch.folder_of(run)
         recorded = run_states.recorded_state(folder)["state"]
         if recorded not in (*self.states, "running", "done") and not self.tries[run.id]:
-            del self.waiting[run.id]  # not asked for
-            return True
+            return self._leave(run, recorded)
         lock = run_states.claim(folder)
         if lock is None:
             return False
@@ -109,8 +110,7 @@ class Runner:
             elif state["state"] == "done" and run_states.damaged(folder, state):
                 state = {"state": "lost"}
             if state["state"] not in self.states and not self.tries[run.id]:
-                del self.waiting[run.id]
-                return True
+                return self._leave(run, state["state"])
             if state["state"] == "queued" and (other := run_states.adopt(folder)):
                 del self.waiting[run.id]
                 self.say(f"{run.id} done: the same run as in batch {other.parent.name}")
@@ -133,6 +133,17 @@ class Runner:
         self.active[run.id] = _Active(run, started, self.tries[run.id])
         self.say(f"{run.id} started: {self._words(run)}")
         return True
+
+    def _leave(self, run: PlannedRun, state: str) -> bool:
+        del self.waiting[run.id]
+        self.left[state] += 1
+        return True
+
+    def _say_what_is_left(self) -> None:
+        for states, command in ((("killed", "lost"), "resume"), (("failed", "timed_out"), "retry --failed")):
+            counts = [f"{self.left[state]} {state}" for state in states if self.left[state]]
+            if counts:
+                self.say(f"left alone: {', '.join(counts)}; `tdlib batch {command}` executes them again")
 
     def _words(self, run: PlannedRun) -> str:
         return ", ".join(f"{name}={run.parameters[name]}" for name in self.batch.plan.varied) or "one run"

@@ -26,14 +26,16 @@ from typing import Any
 import psutil
 
 from tdlib.core.files import write_json
-from tdlib.core.paths import ROOT
+from tdlib.core.provenance import git_version
 from tdlib.runs import states as run_states
+from tdlib.runs.checks import difference_reason, differences
 from tdlib.runs.engines import BUSY
+from tdlib.runs.notebook import ANSI, kernel_options
 from tdlib.runs.states import LOG, NOTEBOOK, OUTPUT
+from tdlib.runs.template import read_template
 
 TICK = 0.25  # seconds between looks at the run
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class _Run:
@@ -80,18 +82,10 @@ class _Run:
         # jsonschema reads a grammar of IRIs for 0.8 s, if it is there; no notebook's schema speaks of them
         sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
         import papermill
-        from jupyter_client.manager import AsyncKernelManager
         from nbclient.exceptions import DeadKernelError
-        from traitlets.config import Config
 
-        run = self
-
-        class Kernel(AsyncKernelManager):
-            async def _async_launch_kernel(self, kernel_cmd: list[str], **options: Any) -> None:
-                await super()._async_launch_kernel(kernel_cmd, **options)
-                run.process = getattr(self.provisioner, "process", None)
-
-            _launch_kernel = _async_launch_kernel
+        def launched(process: subprocess.Popen | None) -> None:
+            self.process = process
 
         partial = self.folder / f".{NOTEBOOK}"
         parameters = dict(self.spec["overrides"])
@@ -103,17 +97,16 @@ class _Run:
             executed = papermill.execute_notebook(
                 str(checked), str(partial), parameters=parameters, kernel_name="python3",
                 cwd=self.spec["cwd"], progress_bar=False, start_timeout=300, stdout_file=sys.stdout,
-                stderr_file=sys.stderr, config=Config({"KernelManager": self.sockets()}),
-                kernel_manager_class=Kernel,
+                stderr_file=sys.stderr, **kernel_options(Path(self.scratch), launched),
             )  # fmt: skip
         except papermill.PapermillExecutionError as error:
-            text = _ANSI.sub("", "\n".join(error.traceback))
+            text = ANSI.sub("", "\n".join(error.traceback))
             full = _DISK_FULL.search(str(error.evalue))
             return {
                 "state": "killed" if full else "failed",
                 "reason": "the disk is full" if full else f"{error.ename}: {error.evalue}",
                 "error": {
-                    "name": error.ename, "value": _ANSI.sub("", str(error.evalue)), "traceback": text[-8000:],
+                    "name": error.ename, "value": ANSI.sub("", str(error.evalue)), "traceback": text[-8000:],
                     "cell": error.cell_index, "source": error.source,
                 },
             }  # fmt: skip
@@ -126,6 +119,9 @@ class _Run:
         ]
         if left:
             return {"state": "failed", "reason": f"the notebook left off before cell {left[0]}"}
+        planned = self.spec["parameters"]
+        if lines := differences(read_template(checked), planned, self.folder / OUTPUT):
+            return {"state": "failed", "reason": difference_reason(lines)}
         return {"state": "done"}
 
     def _dead_kernel(self, error: Exception) -> dict[str, Any]:
@@ -162,15 +158,6 @@ class _Run:
                 "traceback": "".join(traceback.format_exception(error))[-8000:],
             },
         }  # fmt: skip
-
-    def sockets(self) -> dict[str, str]:
-        """Files of this run's own, in place of ports (which others may take) and of "kernel-ipc-1" in the
-        working directory (jupyter's default, at which all runs would meet)."""
-        return {
-            "transport": "ipc",
-            "ip": f"{self.scratch}/kernel",
-            "connection_file": f"{self.scratch}/kernel.json",
-        }
 
     # The watching thread.
 
@@ -279,16 +266,10 @@ def _flatten(values: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
 
 def environment() -> dict[str, Any]:
     """Machine and installed packages."""
-    commit = None
-    with suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=ROOT, capture_output=True, text=True, check=True, timeout=30,
-        ).stdout.strip()  # fmt: skip
     packages = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
     return {
         "host": socket.gethostname(), "python": platform.python_version(), "platform": platform.platform(),
-        "commit": commit, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "commit": git_version(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "threads": os.environ.get("OMP_NUM_THREADS"), "packages": dict(sorted(packages.items())),
     }  # fmt: skip
 

@@ -1,0 +1,276 @@
+"""What is wrong with a run's parameters, before a kernel starts; and what it was run with, afterwards.
+
+``tdlib run`` and batches ask the same questions here, without loading torch: names, types, choices, own
+functions, files, splits. After a run ``differences`` holds the ``config.json`` files that it wrote
+against what was planned, because a notebook's cells may change any variable.
+"""
+
+import difflib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tdlib.arms import ARMS
+from tdlib.config import RunConfig, apply_arm
+from tdlib.core.paths import ROOT, ConfigError, did_you_mean
+from tdlib.method import registry
+from tdlib.runs.template import Template
+from tdlib.training.provenance import named_path
+
+FIELDS = RunConfig.model_fields
+
+
+def check_parameters(template: Template, given: Mapping[str, Any]) -> list[str]:
+    """Checks what is set for one run of a notebook; returns notes on what only the run can tell.
+
+    Raises:
+        ConfigError: lists everything that is wrong.
+    """
+    problems = [text for name, value in given.items() if (text := template.problem(name, value))]
+    values = template.defaults | {name: value for name, value in given.items() if name in template.parameters}
+    if not problems:
+        problems = run_problems(template, values, given)
+    if problems:
+        unknown = any(name not in template.parameters for name in given)
+        declared = f"\ndeclared: {', '.join(template.parameters)}" if unknown else ""
+        raise ConfigError("bad parameters:\n" + "\n".join(f"- {line}" for line in problems) + declared)
+    return notes(template, values)
+
+
+def notes(template: Template, values: Mapping[str, Any]) -> list[str]:
+    """Parameters that name a function which may be registered when the notebook runs."""
+    return [
+        f"{name}={value!r}: nothing of that name is known yet; cells of {template.path.name} register some"
+        for name, value in values.items()
+        if name in template.settings
+        and _unknown_function(name, value)
+        and template.own_function(name, value) is None
+    ]
+
+
+def run_problems(
+    template: Template, values: Mapping[str, Any], given: Collection[str], gpus: float | None = None
+) -> list[str]:
+    """Everything that is wrong with one run's parameters but their names and types.
+
+    Args:
+        template: the notebook.
+        values: all parameters of the run.
+        given: those that were set for it; a notebook's defaults are its author's matter.
+        gpus: that the run is to have; None: those that it sees.
+    """
+    problems = [text for name in given if (text := _ignored(template, name, values))]
+    problems += _missing_files(template, values, given)
+    if template.builds_config:
+        problems += _config_problems(template, values)
+        if gpus is not None:
+            problems += _gpu_problems(values, gpus)
+    return list(dict.fromkeys(problems))
+
+
+def _ignored(template: Template, name: str, values: Mapping[str, Any]) -> str:
+    """Why a parameter that was set would change nothing."""
+    if name in template.overridden and template.overridden[name] != values[name]:
+        return (
+            f"{name}={values[name]!r}: a cell of {template.path.name} sets {name} = "
+            f"{template.overridden[name]!r} after the parameters, so this would not be run; take that line "
+            "out (a cell registers a function, the parameter names it)"
+        )
+    if name not in template.settings and not template.reads(name):
+        return f"{name}={values[name]!r}: nothing in {template.path.name} reads this parameter"
+    return ""
+
+
+# Files.
+
+
+def _missing_files(template: Template, values: Mapping[str, Any], given: Collection[str]) -> list[str]:
+    """Of what the run sets itself, and of teacher and student, which every run reads.
+
+    ``data_dir`` is read; other parameters that end so, ``runs_dir``, are written to.
+    """
+    problems = []
+    for name, value in values.items():
+        if name not in given and name not in ("teacher", "student"):
+            continue
+        if name.endswith("_dir") and name != "data_dir":
+            continue
+        for one in value if isinstance(value, list) and name.endswith("s") else [value]:
+            if isinstance(one, str) and one:
+                problems += _file_problem(template, name.removesuffix("s") if one is not value else name, one)
+    return problems
+
+
+def _file_problem(template: Template, name: str, value: str) -> list[str]:
+    path = named_path(value, anything=name == "data_dir")
+    if path and path.exists():
+        if name == "data_dir" and path.is_file():
+            return [f"{name}={value!r}: is a file, expected a data set's folder"]
+        if name == "teacher" and path.is_dir() and ":" not in value:
+            return [f"{name}={value!r}: a folder is named 'local-dir:{value}'"]
+        return []
+    if path and (name == "data_dir" or _is_local(value)):
+        return [f"{name}={value!r}: there is no {path}{_similar_path(value)}"]
+    if name == "student" and value != "teacher" and "/" not in value and not (ROOT / value).exists():
+        near = difflib.get_close_matches(value, [path.name for path in (ROOT / "data/models").glob("*")], n=1)
+        hint = f"; did you mean 'data/models/{near[0]}'?" if near else ""
+        return [f"{name}={value!r}: there is no such folder, and a hub id is OWNER/NAME{hint}"]
+    if name == "teacher" and ":" not in value and not any("add_model_config" in c for c in template.cells):
+        known = _open_clip_names()
+        if known and value.replace("/", "-") not in known:
+            return [
+                f"{name}={value!r}: open_clip knows no model of that name{did_you_mean(value, known)} (its "
+                "names, 'local-dir:FOLDER' or 'hf-hub:OWNER/NAME')"
+            ]
+    return []
+
+
+def _is_local(value: str) -> bool:
+    """True for a path in this project or an absolute one; a hub's OWNER/NAME is none."""
+    name = value.rpartition(":")[2].rpartition("@")[2]
+    first = name.partition("/")[0]
+    return name[:1] in ("/", ".", "~") or first == "data" or ("/" in name and (ROOT / first).is_dir())
+
+
+def _similar_path(value: str) -> str:
+    """The name beside a missing one that is most like it."""
+    kind, colon, name = value.rpartition(":")
+    path = ROOT / Path(name).expanduser()
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    return f"; did you mean {kind + colon + str(Path(name).with_name(near[0]))!r}?" if near else ""
+
+
+def _open_clip_names() -> list[str]:
+    """Names of open_clip's models, from the files that it reads them from: importing it loads torch."""
+    spec = find_spec("open_clip")
+    homes = [Path(place) / "model_configs" for place in (spec and spec.submodule_search_locations) or ()]
+    return sorted(path.stem for home in homes for path in home.glob("*.json"))
+
+
+# Settings.
+
+
+def _unknown_function(name: str, value: Any) -> bool:
+    known = list(ARMS) if name == "arm" else registry.names(name) if name in registry.TABLES else None
+    return known is not None and isinstance(value, str) and value not in known
+
+
+def _config_problems(template: Template, values: Mapping[str, Any]) -> list[str]:
+    """What ``RunConfig`` refuses: each setting, each entry of a list of them, and combinations."""
+    settings = {name: value for name, value in values.items() if name in template.settings}
+    lists = {name: value for name, value in values.items() if name not in FIELDS and isinstance(value, list)}
+    cases = [{}] + [
+        {name.removesuffix("s"): entry}
+        for name, entries in lists.items()
+        if name.removesuffix("s") in FIELDS and name.endswith("s")
+        for entry in entries
+    ]  # `arms` is a list of `arm`, `seeds` one of `seed`
+    return list(
+        dict.fromkeys(p for case in cases for p in _setting_problems(template, settings | case, values))
+    )
+
+
+def _setting_problems(template: Template, settings: dict[str, Any], values: Mapping[str, Any]) -> list[str]:
+    from tdlib.data.tasks import splits_of, submission_split
+
+    for name in [name for name, value in settings.items() if _unknown_function(name, value)]:
+        if template.own_function(name, settings[name]) is not False:
+            own = settings.pop(name)
+            settings |= template.own_arm(own) or {} if name == "arm" else {}
+    try:
+        config = apply_arm(RunConfig.from_parameters(**settings))
+        train, evaluated = splits_of(config)
+        asked = [train, *evaluated, submission_split(config.task) if values.get("submission") else ""]
+        return _split_problems(config, [split for split in asked if split])
+    except ConfigError as error:
+        lines = [line.removeprefix("- ") for line in str(error).splitlines()]
+        return [line for line in lines if line != "bad parameters:"]
+    except OSError as error:
+        return [str(error)]
+
+
+def _split_problems(config: RunConfig, splits: Iterable[str]) -> list[str]:
+    """Splits that a named data set lacks. Sets that rules make of others are not made here."""
+    from tdlib.data.examples import DataError
+    from tdlib.data.tasks import HELD_OUT, data_folder, reader
+    from tdlib.data.vcr_shifts import RULES
+
+    if not config.data_dir or not data_folder(config).is_dir():
+        return []
+    problems = []
+    for split in dict.fromkeys(splits):
+        source = split.removesuffix(HELD_OUT)
+        for rule in RULES:
+            source = source.removesuffix(f"_{rule}")
+        try:
+            reader(config, source)
+        except DataError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _gpu_problems(values: Mapping[str, Any], gpus: float) -> list[str]:
+    """Settings that need other GPUs than a run is to have."""
+    problems, processes = [], values.get("processes", 1)
+    if 0 < gpus < processes > 1:
+        problems.append(
+            f"processes={processes}: each needs a GPU; set resources.gpus to {processes}, or to 0 for the CPU"
+        )
+    if values.get("precision") == "fp16" and not gpus:
+        problems.append("precision='fp16' needs a GPU; set resources.gpus")
+    return problems
+
+
+# Afterwards.
+
+
+def differences(
+    template: Template, planned: Mapping[str, Any], folder: Path, since: float = 0.0
+) -> list[str]:
+    """Parameters that a run was not run with as planned, from every ``config.json`` that it wrote.
+
+    The settings of the arm that a configuration names count as planned.
+
+    Args:
+        template: the notebook.
+        planned: all parameters of the run.
+        folder: that its results are in, at any depth; a hidden folder holds none.
+        since: time in seconds; files that are older were there before.
+    """
+    lines = []
+    for file in sorted(folder.rglob("config.json")) if folder.is_dir() else []:
+        if (
+            any(part.startswith(".") for part in file.relative_to(folder).parts)
+            or file.stat().st_mtime < since
+        ):
+            continue
+        try:
+            ran = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            lines.append(f"{file}: is not whole JSON ({error})")
+            continue
+        if not isinstance(ran, dict) or ran.keys() != FIELDS.keys():
+            continue  # a student's, say
+        arm = ARMS.get(ran["arm"], template.own_arm(ran["arm"]))
+        expected = {name: value for name, value in planned.items() if name in template.settings}
+        expected = (
+            expected | (arm or {}) if arm is not None else {n: v for n, v in expected.items() if n == "arm"}
+        )
+        lines += [
+            f"{name}: planned {value!r}, run with {ran[name]!r} ({file})"
+            for name, value in expected.items()
+            if ran[name] != value
+        ]
+    return lines
+
+
+def difference_reason(lines: Iterable[str]) -> str:
+    """The sentence that a failed run says of them."""
+    return (
+        f"it was not run as planned, because a cell changes what the parameters say: {'; '.join(lines)}. Let "
+        "cells register functions and parameters name them"
+    )

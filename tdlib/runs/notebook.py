@@ -1,0 +1,138 @@
+"""Executing one notebook as an experiment: papermill, with its silences made loud."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tdlib.core.files import whole_file, write_folder
+from tdlib.core.paths import ROOT
+from tdlib.runs.checks import check_parameters, difference_reason, differences
+from tdlib.runs.template import read_template
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class NotebookFailed(RuntimeError):
+    """A cell raised or the kernel died: says which notebook, where the partial copy is, and the error."""
+
+
+def run_notebook(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
+    """Executes a notebook into ``folder`` as executed .ipynb and .html; returns the page.
+
+    The folder appears (or replaces its predecessor) only after success.
+
+    Raises:
+        ConfigError: bad parameters, before anything runs.
+        NotebookFailed: a cell raised, the kernel was killed, or what was run is not what was asked for.
+    """
+    template = read_template(path)
+    for note in check_parameters(template, parameters):
+        print(f"note: {note}", flush=True)
+    asked = template.defaults | parameters
+    print(f"{path.stem}: executing; its page goes to {folder}", flush=True)
+    import papermill  # with nbconvert it takes a second to load, and bad parameters need neither
+    from nbclient.exceptions import DeadKernelError
+
+    def fill(partial: Path) -> None:
+        executed = partial / path.name
+        failed = folder.with_name(f"{folder.name}-failed.ipynb")
+
+        def give_up(reason: str, file: str) -> NotebookFailed:
+            os.replace(executed, failed)
+            return NotebookFailed(f"{path.name}: {reason}{file}{failed}")
+
+        began, scratch = time.time(), Path(tempfile.mkdtemp(prefix="tdlib-"))
+        try:
+            papermill.execute_notebook(
+                str(path), str(executed), parameters=parameters, cwd=str(ROOT / "notebooks"),
+                kernel_name="python3", progress_bar=sys.stderr.isatty(), log_output=False,
+                request_save_on_cell_execute=True,
+                **kernel_options(scratch, bars=bool(asked.get("interactive"))),
+            )  # fmt: skip
+        except papermill.PapermillExecutionError as error:
+            raise give_up(f"{error.ename}: {error.evalue}", "\nExecuted so far: ") from None
+        except DeadKernelError as error:
+            raise give_up(f"the kernel was killed ({error}); out of memory?", " ") from None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if runs := str(asked.get("runs_dir") or ""):
+            # A second of tolerance: some file systems keep whole seconds.
+            if lines := differences(template, asked, ROOT / runs, since=began - 1):
+                raise give_up(difference_reason(lines), "\nExecuted: ")
+        failed.unlink(missing_ok=True)
+        export_html(executed, partial / f"{path.stem}.html")
+
+    return write_folder(folder, fill) / f"{path.stem}.html"
+
+
+def kernel_options(
+    scratch: Path,
+    launched: Callable[[subprocess.Popen | None], None] = lambda process: None,
+    bars: bool = False,
+) -> dict[str, Any]:
+    """How papermill is to start a kernel, as arguments of ``execute_notebook``.
+
+    The kernel talks through files in ``scratch``: others cannot take a file as they may take a port, and
+    nothing has to be encrypted (with ports, kernels warn about that in every run).
+
+    Args:
+        scratch: a folder of this run with a short path: paths of sockets may have 107 characters.
+        launched: is given the kernel's process.
+        bars: let libraries draw progress bars; into a log they draw hundreds of halves.
+    """
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets.config import Config
+
+    class Kernel(AsyncKernelManager):
+        async def _async_launch_kernel(self, kernel_cmd: list[str], **options: Any) -> None:
+            if not bars:
+                quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+                options["env"] = {**(options.get("env") or os.environ), **quiet}
+            await super()._async_launch_kernel(kernel_cmd, **options)
+            launched(getattr(self.provisioner, "process", None))
+
+        _launch_kernel = _async_launch_kernel
+
+    sockets = {"transport": "ipc", "ip": f"{scratch}/kernel", "connection_file": f"{scratch}/kernel.json"}
+    return {"config": Config({"KernelManager": sockets}), "kernel_manager_class": Kernel}
+
+
+def write_prepared(path: Path, target: Path, parameters: dict[str, Any]) -> None:
+    """Writes a notebook with parameters put in, without executing it."""
+    import papermill
+
+    papermill.execute_notebook(
+        str(path), str(target), parameters=parameters, prepare_only=True, progress_bar=False
+    )
+
+
+def export_html(notebook: Path, page: Path) -> None:
+    """The executed notebook as one page that loads nothing from the network.
+
+    Controls and progress bars are left out: they do nothing on a page, and drawing them would need the
+    network.
+    """
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    content = nbformat.read(notebook, as_version=4)
+    content.metadata.pop("widgets", None)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    exporter = HTMLExporter(
+        template_name="lab", mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url=""
+    )
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    exporter.embed_images = True
+    body, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.stem}})
+    with whole_file(page) as file:
+        file.write(body)

@@ -1,0 +1,262 @@
+"""What a notebook declares: its parameters, and the functions that its cells register.
+
+Reads the file and executes nothing. Whether values for the parameters are right is ``checks``' matter.
+"""
+
+import ast
+import io
+import json
+import re
+import tokenize
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tdlib.config import RunConfig
+from tdlib.core.files import parse_json
+from tdlib.core.paths import ROOT, ConfigError, did_you_mean
+from tdlib.method import registry
+
+UNKNOWN = object()  # a default that only the kernel can compute, such as os.environ["DATA"]
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "list": (list,), "dict": (dict,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter, as the notebook's cell declares it.
+
+    Attributes:
+        name: of the variable.
+        annotation: "" where it has none.
+        default: its value, or ``UNKNOWN``.
+        source: of the default.
+        comment: behind it: meaning, unit, choices.
+    """
+
+    name: str
+    annotation: str
+    default: Any
+    source: str
+    comment: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The type that values must have, a key of ``_KINDS``; "" where anything may come."""
+        named = re.split(r"[\[|\s]", self.annotation.strip())[0].lower()
+        if named in _KINDS or self.default is None or self.default is UNKNOWN:
+            return named if named in _KINDS else ""
+        return type(self.default).__name__ if type(self.default).__name__ in _KINDS else ""
+
+    def problem(self, value: Any) -> str:
+        """What is wrong with a value's type; "" if nothing is."""
+        allowed = _KINDS.get(self.kind)
+        if allowed is None or (value is None and (self.default is None or "None" in self.annotation)):
+            return ""
+        if isinstance(value, allowed) and isinstance(value, bool) == (self.kind == "bool"):
+            return ""
+        return f"{self.name}={value!r}: expected {self.annotation or self.kind}, like {self.source}"
+
+    def from_text(self, text: str) -> Any:
+        """A value from the command line: JSON, except that a parameter that holds text takes it as it is.
+
+        Raises:
+            ConfigError: an object in it has a key twice.
+        """
+        try:
+            value = parse_json(text, self.name)
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            spelt = {"True": True, "False": False} if self.kind == "bool" else {}
+            return spelt.get(text, text)
+        return text if self.kind == "str" and not isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class Template:
+    """A notebook that runs are made of: its file as it was read, its code cells, its parameters."""
+
+    path: Path
+    content: bytes
+    cells: tuple[str, ...]  # source of each code cell
+    first: int  # number of the cell of parameters among them
+    parameters: Mapping[str, Parameter]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Default of each parameter, without those that only the kernel can compute."""
+        return {n: known.default for n, known in self.parameters.items() if known.default is not UNKNOWN}
+
+    @property
+    def builds_config(self) -> bool:
+        """True where it makes a ``RunConfig``."""
+        return any("RunConfig" in cell for cell in self.cells)
+
+    @cached_property
+    def settings(self) -> frozenset[str]:
+        """Parameters that reach a ``RunConfig`` under their own name and as they are.
+
+        ``05_tokens`` makes a configuration too, but its ``modality`` is another thing than a run's.
+        """
+        reach: set[str] = set()
+        for call in (node for cell in self.cells for node in ast.walk(parse_cell(cell))):
+            if not isinstance(call, ast.Call) or "RunConfig" not in ast.unparse(call.func):
+                continue
+            keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+            reach |= {n for n, value in keywords.items() if n and getattr(value, "id", "") == n}
+            if None in keywords or ast.unparse(call.func).endswith(".from_notebook"):
+                reach |= RunConfig.model_fields.keys() - keywords.keys()
+        return frozenset(reach & self.parameters.keys())
+
+    def problem(self, name: str, value: Any) -> str:
+        """What is wrong with a parameter's name or its value's type; "" if nothing is."""
+        if name not in self.parameters:
+            return f"{name}: unknown parameter of {self.path.name}{did_you_mean(name, self.parameters)}"
+        return self.parameters[name].problem(value)
+
+    def from_text(self, name: str, text: str) -> Any:
+        """A parameter's value from the command line; see ``Parameter.from_text``."""
+        return self.parameters.get(name, Parameter(name, "", None, "")).from_text(text)
+
+    @cached_property
+    def registered(self) -> dict[str, dict[str, ast.expr]]:
+        """What cells put into tables, ``SELECTORS["mine"] = ...``: by table and name, the expression."""
+        entries: dict[str, dict[str, ast.expr]] = {}
+        for cell in self.cells:
+            for node in ast.walk(parse_cell(cell)):
+                if not isinstance(node, ast.Assign):
+                    continue
+                for target in node.targets:
+                    if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
+                        table = ast.unparse(target.value).rpartition(".")[2]
+                        entries.setdefault(table, {})[str(target.slice.value)] = node.value
+        return entries
+
+    def own_function(self, parameter: str, name: str) -> bool | None:
+        """True if a cell registers what the parameter names; None if one may, by code that must run."""
+        tables = (
+            ["ARMS"] if parameter == "arm" else [table.name for table in registry.TABLES.get(parameter, ())]
+        )
+        if any(name in self.registered.get(table, ()) for table in tables):
+            return True
+        changed = rf"\b(?:{'|'.join(tables)})\b(?:\.(?:update|setdefault)|\[[^\]'\"]+\]\s*=[^=]|\s*\|=)"
+        return None if tables and any(re.search(changed, cell) for cell in self.cells) else False
+
+    def own_arm(self, name: str) -> dict[str, Any] | None:
+        """Settings of an arm that a cell registers; None if none does, or not as a literal."""
+        try:
+            return ast.literal_eval(self.registered.get("ARMS", {})[name])
+        except (KeyError, ValueError, TypeError):
+            return None
+
+    @cached_property
+    def overridden(self) -> dict[str, Any]:
+        """Parameters that a later cell, before it builds the configuration, sets to a literal."""
+        fixed = {}
+        for cell in self.cells[self.first + 1 :]:
+            for node in parse_cell(cell).body:
+                if isinstance(node, ast.Assign) and len(node.targets) == 1:
+                    name = getattr(node.targets[0], "id", "")
+                    if name in self.parameters and (value := _constant(node.value)) is not UNKNOWN:
+                        fixed[name] = value
+            if "RunConfig." in cell:
+                break
+        return fixed
+
+    def reads(self, name: str) -> bool:
+        """True if code after the parameters' cell names the parameter."""
+        return any(re.search(rf"\b{re.escape(name)}\b", cell) for cell in self.cells[self.first + 1 :])
+
+
+def find_notebook(name: str, folder: Path = ROOT) -> Path:
+    """A notebook by its name in notebooks/, or by its path, relative to ``folder`` or to the project."""
+    if not name.endswith(".ipynb"):
+        return ROOT / "notebooks" / f"{name}.ipynb"
+    places = [folder / name, ROOT / name, ROOT / "notebooks" / name]
+    return next((place.resolve() for place in places if place.is_file()), places[0])
+
+
+def read_template(path: Path) -> Template:
+    """Reads a notebook.
+
+    Raises:
+        ConfigError: there is no such notebook, it is none, it has not exactly one cell tagged
+            ``parameters``, or that cell is no Python.
+    """
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.ipynb"))
+        raise ConfigError(
+            f"{path}: no such notebook{did_you_mean(path.stem, known)}; there are: "
+            f"{', '.join(known) or 'none'}"
+        )
+    content = path.read_bytes()
+    try:
+        cells = [cell for cell in json.loads(content)["cells"] if cell["cell_type"] == "code"]
+        tagged = [n for n, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", [])]
+        sources = tuple("".join(cell["source"]) for cell in cells)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: is no notebook ({type(error).__name__}: {error})") from None
+    if len(tagged) != 1:
+        raise ConfigError(f"{path}: {len(tagged)} cells are tagged 'parameters', expected one")
+    try:
+        parameters = declared_in(sources[tagged[0]])
+    except SyntaxError as error:
+        raise ConfigError(
+            f"{path}: the cell of parameters is no Python: line {error.lineno}: {error.msg}: "
+            f"{(error.text or '').strip()}"
+        ) from None
+    return Template(path, content, sources, tagged[0], parameters)
+
+
+def declared_in(source: str) -> dict[str, Parameter]:
+    """The parameters of a cell: every ``name = value``, annotated or not; other statements declare none."""
+    comments = {}
+    plain = without_magics(source)
+    for token in tokenize.generate_tokens(io.StringIO(plain).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ")
+    declared = {}
+    for node in ast.parse(plain).body:
+        match node:
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                annotation = ast.unparse(node.annotation)
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                annotation = ""
+            case _:
+                continue
+        text, comment = ast.unparse(value), comments.get(node.end_lineno or node.lineno, "")
+        declared[name] = Parameter(name, annotation, _constant(value), text, comment)
+    return declared
+
+
+def without_magics(source: str) -> str:
+    """A cell with IPython's own lines (``%magic``, ``!command``) as comments, so that Python can parse it."""
+    return re.sub(r"^(\s*)(?=[%!])", r"\1pass  # ", source, flags=re.MULTILINE)
+
+
+def parse_cell(source: str) -> ast.Module:
+    """A cell's syntax tree; an empty one where it is not plain Python (its run will tell)."""
+    try:
+        return ast.parse(without_magics(source))
+    except SyntaxError:
+        return ast.Module([], [])
+
+
+_ARITHMETIC = (
+    ast.Expression, ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.List, ast.Tuple,
+    ast.Dict, ast.Set, ast.Load,
+)  # fmt: skip
+
+
+def _constant(value: ast.expr) -> Any:
+    """The value of literals and of arithmetic on them, such as ``2 * 3``; ``UNKNOWN`` for all else."""
+    if not all(isinstance(node, _ARITHMETIC) for node in ast.walk(value)):
+        return UNKNOWN
+    try:
+        return eval(compile(ast.Expression(value), "<parameter>", "eval"), {"__builtins__": {}})
+    except Exception:  # 1 / 0: the kernel will say so
+        return UNKNOWN
