@@ -6,9 +6,11 @@ ARGS    ?=
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# What JupyterLab tells of the kernel that it happened to use.
+LANGUAGE := version codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer
 # Keeps tags and cell ids; strips outputs, counts and what a run or an editor leaves in the metadata.
 STRIP := $(BIN)/nbstripout --keep-id \
-	--extra-keys "metadata.papermill cell.metadata.papermill metadata.language_info.version"
+	--extra-keys "metadata.papermill cell.metadata.papermill $(addprefix metadata.language_info.,$(LANGUAGE))"
 # What git compares and commits of a notebook, so that running one in JupyterLab changes nothing tracked.
 # Where nothing is installed, git takes the file as it is.
 CLEAN := test -x $(BIN)/nbstripout && exec $(STRIP) || exec cat

@@ -364,7 +364,7 @@ def test_running_a_notebook_changes_nothing_that_git_tracks(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    command = make("--eval", "$(info $(CLEAN))", "help").splitlines()[0]
+    (command,) = set(re.findall(r"git config filter\.notebook\.clean '(.*)' 2>", make("-n", "lab")))
     git("init", "-q")
     git("config", "filter.notebook.clean", command)
     (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
@@ -379,7 +379,12 @@ def test_running_a_notebook_changes_nothing_that_git_tracks(tmp_path):
     for number, cell in enumerate(code_cells(notebook), start=1):
         cell.execution_count = number
         cell.outputs = [nbformat.v4.new_output("stream", text="seen")]
-    notebook.metadata.language_info = {"name": "python", "version": "3.12.0"}
+    notebook.metadata.language_info = {  # as JupyterLab writes it
+        "codemirror_mode": {"name": "ipython", "version": 3}, "file_extension": ".py", "version": "3.12.0",
+        "mimetype": "text/x-python", "name": "python", "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+    }  # fmt: skip
+    notebook.metadata.kernelspec.display_name = "Python 3 (ipykernel)"
     nbformat.write(notebook, path)
     assert git("diff", "--name-only") == ""
     code_cells(notebook)[1].source += "\nchanged = True"
