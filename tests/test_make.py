@@ -149,13 +149,13 @@ def test_training_reads_captions_as_readers_do(kind, made, work, detector):
     job = job_of(kind, made, work, detector)
     check_reader(job, made[kind], SCENES)
     job.kind = replace(job.kind, answer_type=0)
-    with pytest.raises(DataError, match="token_type_ids of .*disagree"):
+    with pytest.raises(DataError, match=r"token_type_ids of .*disagree"):
         check_reader(job, made[kind], SCENES)
 
 
 def test_a_student_is_not_trained_on_ids_of_another_tokenizer(made, work, detector, captions_texts, tmp_path):
     train_wordpiece_tokenizer(captions_texts, 280).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="tokenizer .* is not the one"):
+    with pytest.raises(DataError, match=r"tokenizer .* is not the one"):
         job_of("uniter", {"uniter": tmp_path}, work, detector)
 
 
@@ -386,3 +386,29 @@ def test_the_teacher_continues_loads_and_is_measured(work, tmp_path):
     size = VcrSize(train=0, val=10, test=0, shifted=0)
     figures = measure.measure_clip(tmp_path / "whole", 8, 3, size)
     assert {"picture_of_8", "caption_of_8", "vcr_val", "vcr_val_shortcut"} == set(figures)
+
+
+def test_the_command_line_makes_measures_and_notes(monkeypatch, tmp_path):
+    from tdlib.make import __main__ as command
+
+    called = []
+
+    def make(kind, folder, work, detector, **options):
+        called.append((kind, options["minutes"], options["scenes"]))
+        folder.mkdir()
+        (folder / "provenance.json").write_text('{"steps": 3}')
+        (folder / "model.safetensors").write_bytes(b"weights")
+
+    monkeypatch.setattr(command, "make_student", make)
+    monkeypatch.setattr(command, "measure_student", lambda folder, detector: {"matching": len(called)})
+    folder = tmp_path / "made"
+    command.main(["vilt", "--minutes", "2", "--scenes", "50", "--out", str(folder)])
+    assert called == [("vilt", 2.0, 50)]
+    made = json.loads((folder / "provenance.json").read_text())
+    assert made["held_out"] == {"matching": 1} and made["steps"] == 3 and len(made["sha256"]) == 64
+    called.append("again")
+    command.main(["vilt", "--measure", "--out", str(folder)])
+    assert json.loads((folder / "provenance.json").read_text())["held_out"] == {"matching": 2}
+    for wrong in (["vilt", "--minutes", "2", "--steps", "3"], ["detector", "--minutes", "2"], ["bert"]):
+        with pytest.raises(SystemExit):
+            command.main(wrong)
