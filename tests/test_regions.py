@@ -281,6 +281,20 @@ def test_files_are_asked_in_turn(tmp_path):
         assert_close(source(example_of(name)).features, torch.tensor(seen(name)[0]))
 
 
+def test_a_comma_in_a_folders_name_does_not_split_it(tmp_path):
+    records = {name: seen(name) for name in NAMES}
+    first, *_ = records
+    for folder, names in (("a,b", [first]), ("c , d", list(records)[1:])):
+        (tmp_path / folder).mkdir()
+        write_npz(tmp_path / folder, {name: records[name] for name in names})
+    both = open_regions(f"npz:{tmp_path / 'a,b'}, {tmp_path / 'c , d'}")
+    for name, (features, _) in records.items():
+        assert_close(both(example_of(name)).features, torch.from_numpy(features))
+    assert len(open_regions(f"npz:{tmp_path / 'a,b'}")(example_of(first)).boxes) == 12
+    with pytest.raises(DataError, match="a: no such file"):
+        open_regions(f"npz:{tmp_path / 'a'},{tmp_path / 'c , d'}")
+
+
 def test_names_of_pictures():
     assert picture_keys(Path("x/COCO_val2014_000000000042.jpg")) == ["COCO_val2014_000000000042", "42"]
     assert picture_keys(Path("1000092795.jpg")) == ["1000092795"]
@@ -643,10 +657,12 @@ def test_weights_may_lack_the_classifier_and_nothing_else(resnet, tmp_path, exam
     save_file({k: v for k, v in body.items() if "layer4" not in k}, tmp_path / "less.safetensors")
     save_file(body | {"conv1.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "damaged.pth").write_bytes(b"no")
+    torch.save({"state_dict": body, "path": Path("x")}, tmp_path / "objects.pth")
     for name, file, message in (
         ("resnet18", "less.safetensors", r"cannot be loaded into resnet18 .*\n?.*Missing key.*layer4"),
         ("resnet18", "other.safetensors", r"cannot be loaded into resnet18 .*\n?.*size mismatch for conv1"),
         ("resnet18", "damaged.pth", "cannot be loaded"),
+        ("resnet18", "objects.pth", "could run any code and are not read"),
         ("resnet18", "nowhere.pth", "cannot be loaded"),
         ("resnet81", "body.safetensors", "one such as resnet18"),
         ("squeezenet1_1", "body.safetensors", "no map before an avgpool"),
@@ -680,6 +696,18 @@ def test_the_whole_picture_comes_first_then_boxes_then_cells(detector_folder, ex
     assert len(without.boxes) == 1 + 6 * ("grid" in layout)
     assert_close(without.features[0], regions.features[0])
     assert not regions.features.is_inference()  # a student trains on them
+
+
+@pytest.mark.parametrize("size", [(4000, 8), (1, 120), (1, 1)])
+def test_the_longest_and_thinnest_pictures_have_regions(detector_folder, resnet, example, tmp_path, size):
+    Image.new("RGB", size, "red").save(tmp_path / "thin.png")
+    thin = replace(example, image=tmp_path / "thin.png")
+    spec = f"boxes+grid:{detector_folder}"
+    detected = open_regions(spec)(thin)
+    seen_by_resnet = open_regions(f"boxes+grid:resnet18@{resnet[1]}")(thin)
+    for regions in (detected, seen_by_resnet):
+        assert regions.features.isfinite().all() and len(regions.features) == 1 + len(thin.boxes) + 36
+        assert regions.size == size
 
 
 def test_regions_are_what_their_boxes_show(detector_folder, example):

@@ -565,7 +565,7 @@ def test_what_pretraining_on_vcr_has_learnt_is_kept(tmp_path, tokenizer_folder):
 QUERY = "uniter.encoder.layer.1.attention.self.query.weight"
 REFUSED = {  # what is done to a good state dict, and what the message says
     "missing": (lambda s: s.pop(QUERY), rf"1 missing \({re.escape(QUERY)}\)"),
-    "unknown": (lambda s: s.update({"vqa_output.0.bias": torch.ones(2)}), r"1 unknown \(vqa_output.0.bias\)"),
+    "unknown": (lambda s: s.update({"own_head.bias": torch.ones(2)}), r"1 unknown \(own_head.bias\).*--drop"),
     "unknown layer": (lambda s: s.update({"uniter.x": torch.ones(1)}), r"unknown \(uniter.x\)"),
     "a gap": (
         lambda s: [s.pop(name) for name in list(s) if "layer.0.attention" in name],
@@ -605,10 +605,19 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path, tokenizer_folder, cas
     assert not (tmp_path / "converted").exists()
 
 
-def test_unknown_heads_can_be_dropped(tmp_path, tokenizer_folder):
-    state = {**official_state(), "ITM.weight": torch.ones(2, 64)}
-    _, dropped = convert(state, tmp_path, tokenizer_folder, drop=["ITM."])
-    assert "ITM.weight" in dropped
+def test_a_finetuned_checkpoint_is_converted_without_its_head(tmp_path, tokenizer_folder, monkeypatch):
+    """The authors' heads are known; others are named, also to the command."""
+    heads = {"vqa_output.0.weight": torch.ones(128, 64), "vcr_output.3.bias": torch.ones(2)}
+    backbone = {name: value for name, value in official_state().items() if name.startswith("uniter.")}
+    folder, dropped = convert({**backbone, **heads}, tmp_path, tokenizer_folder)
+    assert set(dropped) == {*heads, "uniter.img_embeddings.mask_embedding.weight"}
+    torch.save({**backbone, "ITM.weight": torch.ones(2, 64), "own.bias": torch.ones(2)}, tmp_path / "own.pt")
+    arguments = ["convert", "uniter", str(tmp_path / "own.pt"), str(tmp_path / "own"), "--tokenizer",
+                 str(tokenizer_folder), "--drop", "ITM.", "--drop", "own."]  # fmt: skip
+    monkeypatch.setattr("sys.argv", arguments)
+    convert_command()
+    same, other = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "own"))
+    assert same.keys() == other.keys() and all(torch.equal(same[name], other[name]) for name in same)
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path, tokenizer_folder):

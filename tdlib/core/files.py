@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections import Counter
@@ -106,3 +107,20 @@ def remove_tree(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
+
+
+def why_unreadable(error: BaseException) -> str:
+    """What to say of a file of weights that does not load.
+
+    torch advises to unpickle a file that holds other objects than tensors all the same, which would run
+    whatever code is in it; this says what to do instead.
+    """
+    reason: BaseException | None = error
+    while reason is not None:
+        if isinstance(reason, pickle.UnpicklingError):
+            return (
+                "damaged, or with Python objects beside its tensors, which could run any code and are not "
+                "read; ask its authors for the state dict alone, or for safetensors"
+            )
+        reason = reason.__cause__ or reason.__context__
+    return str(error)

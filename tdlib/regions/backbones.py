@@ -23,7 +23,7 @@ from torchvision.ops import roi_align
 from torchvision.transforms.functional import normalize, to_tensor
 
 from tdlib.core.devices import usual_device
-from tdlib.core.files import write_json
+from tdlib.core.files import why_unreadable, write_json
 from tdlib.core.paths import resolve
 from tdlib.data.examples import DataError
 
@@ -136,8 +136,8 @@ def load_weights(model: nn.Module, name: str, path: Path) -> None:
         model.load_state_dict({k: v for k, v in state.items() if k.partition(".")[0] not in _HEADS})
     except Exception as error:  # torch lets through what pickle, zip and safetensors raise
         raise DataError(
-            f"{path}: cannot be loaded into {name} ({str(error)[:300]}); expected its state dict as .pth or "
-            ".safetensors"
+            f"{path}: cannot be loaded into {name} ({why_unreadable(error)[:300]}); expected its state dict "
+            "as .pth or .safetensors"
         ) from None
 
 

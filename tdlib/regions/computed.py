@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tdlib.core.files import file_digest
+from tdlib.core.paths import resolve
 from tdlib.data.examples import DataError, Example
 from tdlib.data.pictures import open_picture
 from tdlib.regions.backbones import Backbone, open_backbone
@@ -231,6 +232,17 @@ class CachedRegions:
         return Regions(features.float(), boxes, objects)
 
 
+def listed_paths(where: str) -> list[str]:
+    """The paths of a list with commas; a path with a comma in its name is one if it is there."""
+    parts, paths = where.split(","), []
+    while parts:
+        whole = (",".join(parts[:length]).strip() for length in range(len(parts), 1, -1))
+        path = next((path for path in whole if Path(resolve(path)).exists()), parts[0].strip())
+        del parts[: path.count(",") + 1]
+        paths += [path] if path else []
+    return paths
+
+
 def open_regions(
     spec: str, *, cache: TeacherCache | None = None, grid: tuple[int, int] = (6, 6), device: str = ""
 ) -> RegionSource:
@@ -260,7 +272,7 @@ def open_regions(
     }  # fmt: skip
     kind, _, where = spec.partition(":")
     if kind in doors and where:
-        return doors[kind](*filter(None, (path.strip() for path in where.split(","))))
+        return doors[kind](*listed_paths(where))
     if kind in ("boxes", "grid", "boxes+grid") and where:
         return BackboneRegions(open_backbone(where, device), kind, grid)  # type: ignore[arg-type]
     if kind == "clip" and not where:

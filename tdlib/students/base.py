@@ -4,7 +4,7 @@ A student is a ``PreTrainedModel``; which tokens it sees where (characters, boxe
 output, so that the method never needs to know the architecture.
 """
 
-import pickle
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import ModelOutput
 
+from tdlib.core.files import why_unreadable
 from tdlib.core.paths import resolve
 from tdlib.data.examples import Example, TextPart
 from tdlib.method.tokens import Tokens
+
+log = logging.getLogger(__name__)
 
 
 class StudentError(ValueError):
@@ -120,6 +123,10 @@ class StudentEncoder(ABC):
         """Ids and spans of the statements (prompt with each choice, or the prompt) of one example."""
 
     @abstractmethod
+    def lengths(self, example: Example) -> list[int]:
+        """How many tokens each statement of one example has before it is cut, special ones counted."""
+
+    @abstractmethod
     def visual(self, example: Example) -> dict[str, Tensor]:
         """The visual side of one example."""
 
@@ -140,6 +147,38 @@ class StudentEncoder(ABC):
         self.tokenizer.save_pretrained(folder)
 
 
+@dataclass(frozen=True)
+class TextLengths:
+    """How many ``statements`` were measured, how many of them are ``cut``, and the tokens of the longest."""
+
+    statements: int
+    cut: int
+    longest: int
+
+
+def text_lengths(encoder: StudentEncoder, examples: Sequence[Example], most: int = 20_000) -> TextLengths:
+    """Measures the statements of examples as a student reads them, of at most ``most`` examples.
+
+    Where there are more, every n-th one is measured: all of VCR's would take minutes.
+    """
+    step = -(-len(examples) // most) or 1
+    lengths = [n for index in range(0, len(examples), step) for n in encoder.lengths(examples[index])]
+    cut = sum(length > encoder.max_text_tokens for length in lengths)
+    return TextLengths(len(lengths), cut, max(lengths, default=0))
+
+
+def report_cut(encoder: StudentEncoder, examples: Sequence[Example], split: str) -> int:
+    """How many statements of a split the student reads without their end; also says so in the log."""
+    texts = text_lengths(encoder, examples)
+    if texts.cut:
+        log.warning(
+            "%d of %d statements of split %s are longer than max_text_tokens=%d and lose their end (the "
+            "longest has %d tokens)", texts.cut, texts.statements, split, encoder.max_text_tokens,
+            texts.longest,
+        )  # fmt: skip
+    return texts.cut
+
+
 def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ()) -> Any:
     """A student in float32; parameters of its head that are not stored are drawn from ``seed``.
 
@@ -147,8 +186,8 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
         kind: the student's class, a ``PreTrainedModel``; a checkpoint need not hold its ``may_lack``.
         name: folder or hub id.
         seed: of new parameters.
-        labels: names of the classes, where the head is a classifier; a stored head of another
-            shape is then replaced.
+        labels: names of the classes, where the head is a classifier. A stored classifier is fitted to
+            them by name, see ``fit_classifier``.
 
     Raises:
         StudentError: the checkpoint is missing, of another architecture or of another shape.
@@ -169,6 +208,7 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
         torch.manual_seed(seed)
         transformers.utils.logging.set_verbosity_error()  # what is missing is checked below
         try:
+            stored = kind.config_class.from_pretrained(name).id2label if labels else {}
             model, report = kind.from_pretrained(
                 name,
                 output_loading_info=True,
@@ -178,7 +218,8 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
             )
         except Exception as error:  # transformers lets through what json, torch and safetensors raise
             raise StudentError(
-                f"student {name!r} cannot be loaded: {error}. Expected a folder or hub id of a {what}"
+                f"student {name!r} cannot be loaded: {why_unreadable(error)}. Expected a folder or hub id of "
+                f"a {what}"
             ) from error
         finally:
             transformers.utils.logging.set_verbosity(chatter)
@@ -191,7 +232,58 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
             f"student {name!r}: not a {what} checkpoint of its own config's shape "
             f"(missing {sorted(missing)[:3]}, mismatched {sorted(mismatched)[:3]})"
         )
+    last = f"classifier.{len(model.classifier) - 1}.weight" if labels else ""
+    if labels and last not in report["missing_keys"]:
+        if any(last in str(key) for key in report["mismatched_keys"]):
+            named = not all(str(label).startswith("LABEL_") for label in stored.values())
+            log.log(  # a head that scores choices has no named outputs, and nobody expects it to stay
+                logging.WARNING if named else logging.INFO,
+                "student %s: its head has another number of outputs than the %d labels, so its last layer is "
+                "drawn anew", name, len(labels),
+            )  # fmt: skip
+        else:
+            fit_classifier(model, stored, labels, seed, name)
     return model
+
+
+def fit_classifier(
+    model: Any, stored: Mapping[int, str], labels: Sequence[str], seed: int, where: str
+) -> None:
+    """Gives every label the output that was trained for it; says so in the log where that changes anything.
+
+    An output belongs to the label of its name, whatever its number: two runs, or an official checkpoint,
+    may list the same labels in another order. Where the names are not the same ones (capitals aside), what
+    the outputs mean is not known, and the last layer is drawn from ``seed``.
+
+    Args:
+        model: a student whose ``classifier`` ends in a linear layer with an output per label.
+        stored: names of the outputs as its configuration has them.
+        labels: the names that are wanted.
+        seed: of new parameters.
+        where: what messages call the student.
+    """
+    names = [str(stored.get(index)) for index in range(len(labels))]
+    if names == list(labels):
+        return
+    last = model.classifier[-1]
+    rows = {name.casefold(): row for row, name in enumerate(names)}
+    if rows.keys() == {label.casefold() for label in labels} and len(rows) == len(labels):
+        order = [rows[label.casefold()] for label in labels]
+        if order != sorted(order):
+            log.warning("student %s: its classifier's outputs are put in the order of the labels", where)
+        with torch.no_grad():
+            last.weight.copy_(last.weight[order])
+            last.bias.copy_(last.bias[order])
+        return
+    log.warning(
+        "student %s: its classifier's outputs are called %s, ..., the labels %s, ...: its last layer is "
+        "drawn anew. To keep it, name its outputs as the labels in id2label of its config.json",
+        where, ", ".join(names[:3]), ", ".join(labels[:3]),
+    )  # fmt: skip
+    model.classifier[-1] = nn.Linear(last.in_features, last.out_features)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model._init_weights(model.classifier[-1])
 
 
 def read_checkpoint(path: Path | str, key: str) -> dict[str, Tensor]:
@@ -203,10 +295,9 @@ def read_checkpoint(path: Path | str, key: str) -> dict[str, Tensor]:
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch lets through what zipfile, pickle and the system raise
-        unsafe = isinstance(error, pickle.UnpicklingError)  # torch then advises to load it all the same
-        reason = "damaged, or with objects other than tensors" if unsafe else error
         raise StudentError(
-            f"checkpoint {path} cannot be read ({reason}); expected a file of tensors that torch.save wrote"
+            f"checkpoint {path} cannot be read ({why_unreadable(error)}); expected a file of tensors that "
+            "torch.save wrote"
         ) from error
     if isinstance(state, dict):
         state = state.get(key, state)

@@ -292,6 +292,9 @@ class ClipFusionEncoder(StudentEncoder):
             referred_objects(statements, spans),
         )
 
+    def lengths(self, example: Example) -> list[int]:
+        return [len(self.tokenize(statement.text)[0]) for statement in example.statements()]
+
     def _cut(self, ids: list[int], spans: list[tuple[int, int]]) -> tuple[list, list]:
         """At most ``max_text_tokens``, the last of which stays the last."""
         if len(ids) <= self.max_text_tokens:

@@ -19,9 +19,12 @@ from tdlib.data.vcr import PERSON_TOKENS
 from tdlib.students.base import StudentError, mismatches, read_checkpoint
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
 
-# Beginnings of names that only pretraining uses: its heads, and the embedding of masked regions.
-UNITER_PRETRAINING = (
+# Beginnings of names that are left out: the heads of pretraining, its embedding of masked regions, and the
+# heads that the authors' finetuning writes.
+UNITER_LEFT_OUT = (
     "cls.", "feat_regress.", "region_classifier.", "itm_output.", "uniter.img_embeddings.mask_embedding.",
+    "vcr_output.", "vqa_output.", "re_output.", "nlvr2_output.", "rank_output.", "attn_pool.", "attn1.",
+    "attn2.", "fc.",
 )  # fmt: skip
 
 
@@ -45,7 +48,7 @@ def convert_uniter(
         tokenizer: folder or hub id of the tokenizer that it was pretrained with (bert-base-cased).
         vcr: whether to prepare it for VCR.
         seed: of the new rows.
-        drop: beginnings of the names of further parameters to leave out, beside ``UNITER_PRETRAINING``.
+        drop: beginnings of the names of further parameters to leave out, beside ``UNITER_LEFT_OUT``.
 
     Returns:
         The names in the checkpoint that were left out.
@@ -106,7 +109,7 @@ def uniter_weights(
     for name, value in state.items():
         new = re.sub(r"^bert\.", "uniter.", name)
         new = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", new))
-        if name.startswith(tuple(drop)) or new.startswith(UNITER_PRETRAINING):
+        if name.startswith(tuple(drop)) or new.startswith(UNITER_LEFT_OUT):
             dropped.append(name)
         else:
             weights[new] = value
@@ -125,8 +128,8 @@ def uniter_weights(
     }
     if found := mismatches(problems):
         raise StudentError(
-            f"checkpoint {where} is not a pretrained UNITER: parameters {found}; what is unknown but not "
-            "needed can be named in drop"
+            f"checkpoint {where} is not a UNITER: parameters {found}; name the beginnings of those that are "
+            "unknown and not needed in drop (--drop NAME of the command)"
         )
     return config, weights, sorted(dropped)
 
@@ -191,13 +194,19 @@ def main() -> None:
     parser.add_argument("folder", help="where to write; must not exist or be empty")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id of its BERT tokenizer")
     parser.add_argument("--vcr", action="store_true", help="make room for VCR's answers and rationales")
+    parser.add_argument(
+        "--drop", action="append", default=[], metavar="NAME",
+        help="leave out parameters whose names begin so (may be given several times; UNITER)",
+    )  # fmt: skip
     options = parser.parse_args()
     try:
         if options.kind == "visual-bert":
             convert_visual_bert(options.checkpoint, options.folder, options.tokenizer)
         else:
-            convert = convert_uniter if options.kind == "uniter" else convert_vlbert
-            convert(options.checkpoint, options.folder, options.tokenizer, vcr=options.vcr)
+            convert, more = convert_vlbert, {}
+            if options.kind == "uniter":
+                convert, more = convert_uniter, {"drop": options.drop}
+            convert(options.checkpoint, options.folder, options.tokenizer, vcr=options.vcr, **more)
     except StudentError as error:
         raise SystemExit(f"convert: {error}") from None
     print(Path(options.folder).resolve())

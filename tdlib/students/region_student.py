@@ -116,11 +116,7 @@ class RegionEncoder(StudentEncoder):
         self, parts: Sequence[tuple[str, int, int]]
     ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         """Ids, token types and spans of one statement."""
-        pieces = []
-        for text, start, _ in parts:
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            spans = [(begin + start, end + start) for begin, end in encoded["offset_mapping"]]
-            pieces.append(list(zip(encoded["input_ids"], spans, strict=True)))
+        pieces = self._pieces(parts)
         room = self.max_text_tokens - 1 - len(parts)
         while sum(map(len, pieces)) > room:
             max(pieces, key=len).pop()
@@ -130,6 +126,19 @@ class RegionEncoder(StudentEncoder):
             types += [kind] * (len(piece) + 1)
             spans += [*(span for _, span in piece), (0, 0)]
         return ids, types, spans
+
+    def _pieces(self, parts: Sequence[tuple[str, int, int]]) -> list[list[tuple[int, tuple[int, int]]]]:
+        """Ids and spans in the statement of each part of it."""
+        pieces = []
+        for text, start, _ in parts:
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            spans = [(begin + start, end + start) for begin, end in encoded["offset_mapping"]]
+            pieces.append(list(zip(encoded["input_ids"], spans, strict=True)))
+        return pieces
+
+    def lengths(self, example: Example) -> list[int]:
+        # [CLS], and a [SEP] behind each part
+        return [1 + len(parts) + sum(map(len, self._pieces(parts))) for parts in self._parts(example)]
 
     def prepare(self, examples: Sequence[Example], part: int = 5_000) -> None:
         """Computes and stores the regions of the examples, ``part`` at a time, if they are computed here."""

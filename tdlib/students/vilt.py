@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, ViltConfig, ViltModel, ViltPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tdlib.data.examples import Example
+from tdlib.data.examples import DataError, Example
 from tdlib.data.pictures import open_picture
 from tdlib.students.base import (
     EncodedText,
@@ -153,6 +153,9 @@ def _hidden_states(output: BaseModelOutputWithPooling) -> tuple[Tensor, ...]:
     return (*output.hidden_states[:-1], output.last_hidden_state)
 
 
+LONGEST = 1333 / 800  # the longest side that the image processor leaves, per pixel of the shortest it makes
+
+
 class ViltEncoder(StudentEncoder):
     """Turns examples into ViLT's inputs, with the characters of every text token."""
 
@@ -161,11 +164,11 @@ class ViltEncoder(StudentEncoder):
     def __init__(self, name: str, max_text_tokens: int = 40):
         super().__init__(name, max_text_tokens)
         self.patch_size = self.config.patch_size
-        divisor = getattr(self.image_processor, "size_divisor", None) or 1
-        if divisor % self.patch_size:
+        self.divisor = getattr(self.image_processor, "size_divisor", None) or 1
+        if self.divisor % self.patch_size:
             raise StudentError(
-                f"student {name!r}: its image processor has size_divisor={divisor}; expected a multiple of "
-                f"the patch size {self.patch_size}, or patches do not cover the picture"
+                f"student {name!r}: its image processor has size_divisor={self.divisor}; expected a multiple "
+                f"of the patch size {self.patch_size}, or patches do not cover the picture"
             )
 
     def load_processor(self) -> None:
@@ -189,11 +192,31 @@ class ViltEncoder(StudentEncoder):
             referred_objects(example.statements(), spans),
         )
 
+    def lengths(self, example: Example) -> list[int]:
+        choices = [choice.text for choice in example.choices]
+        ids = self.tokenizer([example.prompt.text] * max(1, len(choices)), choices or None)["input_ids"]
+        return [len(row) for row in ids]
+
     def visual(self, example: Example) -> dict[str, Tensor]:
-        return {"pixels": self.picture(open_picture(example.image))}
+        picture = open_picture(example.image)
+        try:
+            return {"pixels": self.picture(picture)}
+        except (ValueError, RuntimeError) as error:  # what the image processor raises
+            raise DataError(
+                f"{example.image}: a picture of {picture.width} x {picture.height} pixels cannot be made "
+                f"ViLT's input ({error}); pad it to a less extreme shape, or leave the example out"
+            ) from None
 
     def picture(self, picture: Image.Image) -> Tensor:
-        """Pixel values (3, height, width) of one picture."""
+        """Pixel values (3, height, width) of one picture.
+
+        A picture so long and thin that the processor would leave no row of patches of it is widened
+        first, until there is one: places are shares of its sides, so that all stay what they are.
+        """
+        longest = int(LONGEST * (self.image_processor.size["shortest_edge"] or 0))
+        if longest and int(longest * min(picture.size) / max(picture.size) + 0.5) < self.divisor:
+            least = math.ceil(max(picture.size) * self.divisor / longest)
+            picture = picture.resize((max(least, picture.width), max(least, picture.height)))
         return self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
 
     def visual_boxes(self, visual: dict[str, Tensor]) -> Tensor:

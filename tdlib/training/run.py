@@ -35,6 +35,7 @@ from tdlib.data.examples import Example, Examples, low_shot, save_manifest
 from tdlib.data.tasks import detail, measures, write_submission
 from tdlib.method.registry import own_functions
 from tdlib.students import registry as students
+from tdlib.students.base import report_cut
 from tdlib.teacher.model import EXTRAS
 from tdlib.teacher.probe import ClassProbe
 from tdlib.training import checkpoints
@@ -196,6 +197,10 @@ class _Run:
         }  # fmt: skip
         if self.builder is not None and isinstance(self.builder.class_logits, ClassProbe):
             self.metrics["probe_accuracy"] = self.builder.class_logits.held_out_accuracy
+        texts = {"train": subset, **materials.evaluated}
+        self.metrics["student_cut_texts"] = {
+            split: report_cut(materials.encoder, examples, split) for split, examples in texts.items()
+        }
 
     def train(self, partial: Path, show_progress: bool) -> None:
         """Trains the student; with ``checkpoint_every`` from the last whole checkpoint on."""
