@@ -15,6 +15,7 @@ import pandas as pd
 from tdlib.core.paths import ROOT
 from tdlib.data.tasks import TASKS
 from tdlib.data.vcr import joint_scores
+from tdlib.miniworld.worlds import read_concepts
 from tdlib.runs.report import batch_record, open_results, recorded_runs
 
 RUN_COLUMNS = [
@@ -236,17 +237,29 @@ def with_strata(runs: pd.DataFrame, scores: pd.DataFrame, reports: Path) -> pd.D
         scores: theirs.
         reports: folder under which the batches' own lie.
     """
-    tables: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
-    columns: dict[str, list[str]] = {"concept": [], "style": []}
     folders = {(run.batch, run.run): _data_folder(reports, run.batch, run.run) for run in runs.itertuples()}
-    for row in scores.itertuples():
-        folder = folders[row.batch, row.run]
-        if (folder, row.split) not in tables:
-            tables[folder, row.split] = _concepts(Path(folder), row.split) if folder else {}
-        concept, style = tables[folder, row.split].get(row.question, ("", ""))
-        columns["concept"].append(concept)
-        columns["style"].append(style)
-    return scores.assign(**columns)
+    strata: dict[tuple[str, str], pd.DataFrame] = {}
+    parts = []
+    for (batch, run, split), rows in scores.groupby(["batch", "run", "split"], sort=False):
+        folder = folders[batch, run]
+        if (folder, split) not in strata:
+            strata[folder, split] = _strata(folder, str(split))
+        parts.append(strata[folder, split].reindex(rows["question"]).fillna("").set_index(rows.index))
+    known = pd.concat(parts) if parts else pd.DataFrame(columns=["concept", "style"])
+    return scores.join(known)
+
+
+def _strata(folder: str, split: str) -> pd.DataFrame:
+    """Concept and style of a split's questions, by question."""
+    lines = read_concepts(Path(folder), split) if folder else {}
+    return pd.DataFrame(
+        {
+            "concept": ["known" if line["right"]["known"] else "unknown" for line in lines.values()],
+            "style": [line["style"] for line in lines.values()],
+        },
+        index=pd.Index(list(lines), dtype=object),
+        dtype=object,
+    )
 
 
 def _data_folder(reports: Path, batch: str, run: str) -> str:
@@ -261,16 +274,3 @@ def _data_folder(reports: Path, batch: str, run: str) -> str:
         return ""
     folder = ROOT / place
     return str(folder) if folder.is_dir() else ""
-
-
-def _concepts(folder: Path, split: str) -> dict[str, tuple[str, str]]:
-    """Concept and style by example of a split; a reworded split has the lines of its source."""
-    for stem in (split, split.split("_")[0]):
-        path = folder / f"{stem}.concepts.jsonl"
-        if path.is_file():
-            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            return {
-                line["annot_id"]: ("known" if line["right"]["known"] else "unknown", line["style"])
-                for line in lines
-            }
-    return {}
