@@ -185,16 +185,6 @@ def test_a_parameter_that_is_given_twice_is_refused():
     assert done.returncode == 1 and "-p seed: given twice, as '1' and as '2'" in done.stderr
 
 
-def test_commands_load_no_torch_before_they_must():
-    source = (
-        "import pkgutil, sys, tdlib.runs, tdlib.cli\n"
-        "for module in pkgutil.iter_modules(tdlib.runs.__path__):\n"
-        "    __import__(f'tdlib.runs.{module.name}')\n"
-        "assert not {'torch', 'transformers', 'open_clip'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", source], check=True, cwd=ROOT)
-
-
 @pytest.mark.parametrize(
     ("parameters", "expected"),
     [

@@ -133,6 +133,25 @@ UPWARD = {
     ("data/tasks.py", "tdlib.miniworld"),
 }
 
+WITH_TORCH = {"tdlib.analysis.masking"}  # asks a student
+
+
+@pytest.mark.parametrize("package", ["runs", "analysis", "cli"])
+def test_tables_batches_and_commands_load_no_torch(package):
+    names = [
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        for path in SOURCES
+        if path.relative_to(ROOT / "tdlib").parts[0].removesuffix(".py") == package
+    ]
+    wanted = [name for name in names if name not in WITH_TORCH]
+    assert wanted
+    source = (
+        f"import importlib, sys\nfor name in {wanted}: importlib.import_module(name)\n"
+        "assert not {'torch', 'transformers', 'open_clip'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True, cwd=ROOT)
+
+
 # Fences: which library may be imported where.
 
 FENCES = {

@@ -8,6 +8,7 @@ against what was planned, because a notebook's cells may change any variable.
 import difflib
 import json
 from collections.abc import Collection, Iterable, Mapping
+from glob import has_magic
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def _missing_files(template: Template, values: Mapping[str, Any], given: Collect
         if name.endswith("_dir") and name != "data_dir":
             continue
         for one in value if isinstance(value, list) and name.endswith("s") else [value]:
-            if isinstance(one, str) and one:
+            if isinstance(one, str) and one and not has_magic(one):  # 05_tokens' `runs` may be globs
                 problems += _file_problem(template, name.removesuffix("s") if one is not value else name, one)
     return problems
 
@@ -163,7 +164,7 @@ def _config_problems(template: Template, values: Mapping[str, Any]) -> list[str]
     """What ``RunConfig`` refuses: each setting, each entry of a list of them, and combinations."""
     settings = {name: value for name, value in values.items() if name in template.settings}
     lists = {name: value for name, value in values.items() if name not in FIELDS and isinstance(value, list)}
-    cases = [{}] + [
+    cases: list[dict[str, Any]] = [{}] + [
         {name.removesuffix("s"): entry}
         for name, entries in lists.items()
         if name.removesuffix("s") in FIELDS and name.endswith("s")

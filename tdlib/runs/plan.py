@@ -40,6 +40,7 @@ from pydantic import (
 
 from tdlib.core.files import parse_json
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
+from tdlib.core.provenance import code_version
 from tdlib.runs.checks import notes, run_problems
 from tdlib.runs.engines import Resources
 from tdlib.runs.states import identity
@@ -69,8 +70,8 @@ def read_batch(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: is not YAML: {error}") from None
     if not isinstance(description, dict):
-        known = ", ".join(list(Description.model_fields)[1:4])
-        raise ConfigError(f"{file}: expected keys such as {known}, found {description!r}")
+        usual = ", ".join(list(Description.model_fields)[1:4])
+        raise ConfigError(f"{file}: expected keys such as {usual}, found {description!r}")
     return description
 
 
@@ -179,7 +180,9 @@ class Description(BaseModel):
         None, description="a number of seeds, or a list of them"
     )
     tuned: StrictStr | None = Field(None, description="the name of a batch, or a path of its tuned.json")
-    resources: _Wanted = Field(_Wanted(), description="some of cpus, gpus, memory, time")
+    resources: _Wanted = Field(
+        default_factory=lambda: _Wanted.model_validate({}), description="some of cpus, gpus, memory, time"
+    )
     retries: StrictInt = Field(0, ge=0, description="0 or more")
     output: StrictStr | None = Field(None, description="the name of a parameter")
 
@@ -205,7 +208,7 @@ class Description(BaseModel):
 
 def read_description(given: Mapping[str, Any]) -> tuple[Description, list[str]]:
     """The keys that are right, and what is wrong with the others. A key without a value is not there."""
-    left = {key: value for key, value in given.items() if value is not None}
+    left: dict[Any, Any] = {key: value for key, value in given.items() if value is not None}
     problems: list[str] = []
     while True:
         try:
@@ -312,9 +315,9 @@ def plan_batch(
         rows, plan.tuned = _with_tuned(file, rows, template, problems)
     problems += _run_problems(rows, template, plan)
     if not problems:
-        defaults = template.defaults
+        defaults, code = template.defaults, code_version()
         plan.runs = [
-            PlannedRun(row, defaults | row, identity(template.content, defaults | row, plan.output))
+            PlannedRun(row, defaults | row, identity(template.content, defaults | row, plan.output, code))
             for row in rows
         ]
         plan.notes = list(dict.fromkeys(n for run in plan.runs for n in notes(template, run.parameters)))

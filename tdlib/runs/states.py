@@ -38,7 +38,9 @@ NOTEBOOK, LOG, OUTPUT = "notebook.ipynb", "log.txt", "output"
 # Identity: what a result depends on.
 
 
-def identity(template: bytes, parameters: dict[str, Any], output: str = "") -> dict[str, str]:
+def identity(
+    template: bytes, parameters: dict[str, Any], output: str = "", code: str | None = None
+) -> dict[str, str]:
     """What a run's results depend on, as hashes: "parameters", "template", "data", "code" and "id" of all.
 
     Args:
@@ -48,6 +50,7 @@ def identity(template: bytes, parameters: dict[str, Any], output: str = "") -> d
         output: name of the parameter that says where results go, which does not count; neither do
             ``interactive`` and the parameters of the machine (``RunConfig``'s roles), such as
             ``loader_workers`` and ``checkpoint_every``.
+        code: the library's ``code_version``; computed if None.
     """
     apart = (output, "interactive", *parameters_with(role="machine"))
     counted = {name: value for name, value in parameters.items() if name not in apart}
@@ -56,7 +59,7 @@ def identity(template: bytes, parameters: dict[str, Any], output: str = "") -> d
         "parameters": digest(counted),
         "template": digest(cells),
         "data": digest(data_manifest(counted)),
-        "code": code_version() if any("tdlib" in cell for cell in cells) else "",
+        "code": (code or code_version()) if any("tdlib" in cell for cell in cells) else "",
     }
     return {"id": digest(parts)[:12], **parts}
 
