@@ -22,12 +22,12 @@ import nbformat
 import pytest
 
 from tdlib.config import RunConfig
+from tdlib.core.facts import percent
 from tdlib.core.paths import ROOT
 from tdlib.core.records import END, read_records, write_records
 from tdlib.runs.notebook import export_html, run_notebook
 from tdlib.training.run import compare
-from tdlib.views import explorer
-from tdlib.views.view import percent
+from tdlib.views import index
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no browser tests: playwright is missing")
 CHROMIUM = os.environ.get("TDLIB_CHROMIUM") or next(
@@ -72,12 +72,12 @@ def runs(world, student_folder, teacher_folder, own_cache, tmp_path_factory) -> 
     )  # fmt: skip
     folders = compare(config, ["clip_td", "naive"], [0], tmp_path_factory.mktemp("runs"))
     for folder in folders:
-        records = read_records(folder / explorer.SELECTIONS)
+        records = read_records(folder / index.SELECTIONS)
         hostile = [
             replace(r, text=f"{r.text} {EVIL}", object_names=tuple(f"{n}{EVIL}" for n in r.object_names))
             for r in records
         ]
-        write_records(hostile, folder / explorer.SELECTIONS)
+        write_records(hostile, folder / index.SELECTIONS)
     return folders[0].parent
 
 
@@ -228,7 +228,7 @@ def assert_shows(text: str, records, run: str) -> None:
 
 def one_record(runs: Path, name: str, example_id: str, step: int = END):
     """The right statement of a question, as the file has it."""
-    records = read_records(runs / name / explorer.SELECTIONS, [step])
+    records = read_records(runs / name / index.SELECTIONS, [step])
     (record,) = [r for r in records if r.example_id == example_id and r.choice == r.label]
     return record
 
@@ -254,15 +254,19 @@ def test_the_exported_page_needs_no_network_and_shows_everything(context, execut
     assert watch.foreign == [] and watch.errors == []
     assert unbroken(page)
     text = spaced(page, "body")
-    first = explorer.find_runs([runs])[0]
+    first = index.find_runs([runs])[0]
     assert first.name == "clip_td-seed0"
     assert_shows(text, [one_record(runs, first.name, first.index["example_id"][0])], first.name)
     for said in ("naive-seed0 − clip_td-seed0", "over training", "Instance weights of 6 examples",
                  "tokens of student and teacher", "attention rollout of layers 0 to 1",
-                 "teacher, image tower: attention", "gradient relevance", "untrained student"):  # fmt: skip
+                 "teacher, image tower: attention", "gradient relevance", "trained student"):  # fmt: skip
         assert said in text, said
     widths = page.evaluate("[...document.images].map((image) => image.naturalWidth)")
-    assert len(widths) >= 14 and min(widths) > 300
+    assert len(widths) >= 14 and min(widths) > 100
+    hovers = page.evaluate("[...document.querySelectorAll('[title]')].map((node) => node.title)")
+    record = one_record(runs, first.name, first.index["example_id"][0])
+    for i in (record.is_text | record.is_visual).nonzero()[0]:  # without any script
+        assert any(f"score {percent(float(record.score[i]))} %, weight" in title for title in hovers)
     assert page.evaluate("document.scripts.length") == 0 or watch.foreign == []
     assert_readable(page, VIEW)
     page.close()
@@ -305,11 +309,86 @@ def test_an_untrusted_notebook_shows_the_same_in_the_dark(context, lab, executed
     assert "probe" in spaced(page, ".jp-OutputArea-output") and page.evaluate("window.trusted === undefined")
     assert unbroken(page) and watch.foreign == []
     name = "clip_td-seed0"
-    ids = explorer.find_runs([runs])[0].index["example_id"]
+    ids = index.find_runs([runs])[0].index["example_id"]
     text = spaced(page, ".jp-OutputArea-output")
     assert_shows(text, [one_record(runs, name, ids[0])], name)
     assert_readable(page, f".jp-OutputArea-output {VIEW}")
     page.close()
+
+
+def check_hover_and_links(page, record) -> None:
+    """A token says its numbers under the mouse, and what agrees with it lights up once that is known."""
+    line = page.locator(".tdlib-line").first
+    word = int((record.is_text & record.distilled).nonzero()[0][0])
+    cell = int((record.is_region & record.distilled).nonzero()[0][0])
+    for token, shape in ((word, ".tdlib-words"), (cell, ".tdlib-picture")):
+        node = page.locator(f'{shape} [data-token="{token}"]').first
+        node.hover(force=True)
+        numbers = f"relevance {record.relevance[token]:.3f}, prior {record.prior[token]:.3f}, score"
+        playwright.expect(line).to_contain_text(numbers, timeout=PATIENCE)
+        page.wait_for_function(
+            """() => { const stage = document.querySelector(".tdlib-stage");
+                       return stage.querySelector("[data-token]") !== null; }"""
+        )
+    deadline = time.monotonic() + PATIENCE / 1000
+    while "agrees with it, cosines" not in line.inner_text():  # the teacher is opened meanwhile
+        assert time.monotonic() < deadline
+        page.mouse.move(5, 5)
+        page.locator(f'.tdlib-words [data-token="{word}"]').first.hover(force=True)
+        page.wait_for_timeout(300)
+    lit = page.evaluate(
+        """() => [...document.querySelectorAll(".tdlib-picture rect[data-token]")]
+            .filter((box) => box.style.fill.startsWith("rgba(0, 114, 178")).length"""
+    )
+    assert 0 < lit < int(record.is_region.sum())
+    page.mouse.move(5, 5)
+    playwright.expect(line).to_contain_text("text tokens selected", timeout=PATIENCE)
+
+
+def check_sliders_sort_and_reset(page, run, shows) -> None:
+    """The slider of mass selects anew, the list is sorted by c, and reset undoes both."""
+    stage = page.locator(".tdlib-stage")
+    marked = (
+        """() => document.querySelectorAll('.tdlib-words [style*="font-weight: bold"][data-token]').length"""
+    )
+    before = page.evaluate(marked)
+    handle = page.locator(".widget-slider", has_text="mass").locator(".noUi-handle")
+    handle.focus()
+    for _ in range(6):
+        page.keyboard.press("ArrowRight")
+    playwright.expect(stage).to_contain_text("instead", timeout=PATIENCE)
+    page.wait_for_function(f"({marked})() > {before}")
+    page.get_by_label("order", exact=True).select_option("highest c")
+    best = run.index.sort_values("c", ascending=False, kind="stable")["example_id"].iloc[0]
+    playwright.expect(page.locator(".tdlib-row").first).to_contain_text(f" {best} ", timeout=PATIENCE)
+    page.get_by_role("button", name="reset").click()
+    playwright.expect(stage).not_to_contain_text("instead", timeout=PATIENCE)
+    shows(run.index["example_id"].iloc[0])
+
+
+def check_export(page, example_id: str) -> None:
+    """The browser gets the files; they are of what stands there."""
+    for kind, start in (("csv", b"split,example_id"), ("pdf", b"%PDF")):
+        with page.expect_download(timeout=PATIENCE) as waiting:
+            page.get_by_role("button", name=kind, exact=True).click()
+        download = waiting.value
+        assert download.suggested_filename.endswith(f".{kind}") and example_id in download.suggested_filename
+        assert Path(download.path()).read_bytes().startswith(start)
+
+
+def print_latency(page, ids) -> None:
+    """How long a step takes from the key to the drawn page; printed, as it depends on the machine."""
+    page.locator(".tdlib-list").focus()
+    page.keyboard.press("Home")
+    times = []
+    for place in range(1, len(ids)):
+        page.evaluate("() => { performance.clearMarks(); }")
+        page.keyboard.press("ArrowRight")
+        playwright.expect(page.locator(".tdlib-stage")).to_contain_text(f"{ids[place]}, ", timeout=PATIENCE)
+        marks = page.evaluate("() => performance.getEntriesByType('mark').map((m) => [m.name, m.startTime])")
+        start = next(at for name, at in marks if name == "tdlib-step")
+        times.append(next(at for name, at in marks if name == "tdlib-drawn" and at > start) - start)
+    print(f"a step of the explorer: median {sorted(times)[len(times) // 2]:.0f} ms of {len(times)}")
 
 
 def test_the_explorer_follows_keyboard_and_mouse(context, lab, runs):
@@ -320,7 +399,7 @@ def test_the_explorer_follows_keyboard_and_mouse(context, lab, runs):
     failed = page.locator(".jp-RenderedText[data-mime-type*=stderr]", has_text="Traceback")
     page.locator(".tdlib-row[aria-selected=true]").or_(failed).first.wait_for()
     assert failed.count() == 0, failed.first.inner_text()
-    run = explorer.find_runs([runs])[0]
+    run = index.find_runs([runs])[0]
     ids, cells = list(run.index["example_id"]), page.locator(".jp-Cell").count()
     chosen = page.locator(".tdlib-row[aria-selected=true]")
 
@@ -329,10 +408,10 @@ def test_the_explorer_follows_keyboard_and_mouse(context, lab, runs):
         record = one_record(runs, name, example_id)
         playwright.expect(chosen).to_contain_text(f" {example_id} ", timeout=PATIENCE)
         playwright.expect(chosen).to_contain_text(f"c {record.instance_weight:.2f}", timeout=PATIENCE)
-        frame = page.locator(".tdlib-view")
+        frame = page.locator(".tdlib-stage")
         playwright.expect(frame).to_contain_text(f"{example_id}, choice {record.choice} ", timeout=PATIENCE)
         playwright.expect(frame).to_contain_text(f"{record.instance_weight:.3f}", timeout=PATIENCE)
-        assert_shows(spaced(page, ".tdlib-view"), [record], name)
+        assert_shows(spaced(page, ".tdlib-stage"), [record], name)
 
     shows(ids[0])
     page.locator(".tdlib-list").focus()
@@ -343,6 +422,15 @@ def test_the_explorer_follows_keyboard_and_mouse(context, lab, runs):
     shows(ids[3])
     page.locator(".tdlib-list button").nth(1).click()
     shows(ids[4])
+    check_hover_and_links(page, one_record(runs, "clip_td-seed0", ids[4]))
+    check_sliders_sort_and_reset(page, run, shows)
+    page.locator(".tdlib-row").nth(4).click()
+    shows(ids[4])
+    check_export(page, ids[4])
+    print_latency(page, ids)
+    page.locator(".tdlib-row").nth(4).click()
+    shows(ids[4])
+    page.locator(".tdlib-list").focus()
     assert page.locator(".jp-Cell").count() == cells and page.locator(".tdlib-list:focus-within").count() == 1
 
     # typing belongs to the text box: neither the list nor JupyterLab's shortcuts take the letters
@@ -367,21 +455,28 @@ def test_the_explorer_follows_keyboard_and_mouse(context, lab, runs):
 
     views = page.get_by_label("view", exact=True)
     views.select_option("two runs")
-    playwright.expect(page.locator(".tdlib-view")).to_contain_text("of the weight moved", timeout=PATIENCE)
+    playwright.expect(page.locator(".tdlib-stage")).to_contain_text("of the weight moved", timeout=PATIENCE)
     views.select_option("student: attention")
-    playwright.expect(page.locator(".tdlib-view")).to_contain_text(
+    playwright.expect(page.locator(".tdlib-stage")).to_contain_text(
         "attention of layers 0 to 1", timeout=PATIENCE
     )
     views.select_option("statement and picture")
     page.get_by_label("run", exact=True).select_option("naive-seed0")
     page.get_by_label("student", exact=True).select_option("any")
-    playwright.expect(page.locator(".tdlib-view")).to_contain_text("naive-seed0", timeout=PATIENCE)
+    playwright.expect(page.locator(".tdlib-stage")).to_contain_text("naive-seed0", timeout=PATIENCE)
+    for width in (900, 1400):
+        page.set_viewport_size({"width": width, "height": 1000})
+        page.wait_for_timeout(300)
+        boxes = ".tdlib-explorer, .tdlib-right, .tdlib-left"
+        wide = "(box) => box.scrollWidth > box.clientWidth + 1"
+        cut = page.evaluate(f"() => [...document.querySelectorAll('{boxes}')].filter({wide}).length")
+        assert cut == 0, width
 
     # one's own picture and text
     page.get_by_label("text", exact=True).fill("A person holds a red umbrella.")
     page.get_by_role("button", name="Show what is selected").click()
     own = page.locator(".tdlib-own")
-    playwright.expect(own).to_contain_text("untrained student", timeout=PATIENCE)
+    playwright.expect(own).to_contain_text("naive-seed0, trained student", timeout=PATIENCE)
     letters = re.sub("[^a-z]", "", spaced(page, ".tdlib-own").lower())  # weights stand between word pieces
     assert "apersonholdsaredumbrella" in letters
     assert unbroken(page) and watch.foreign == []

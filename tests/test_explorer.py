@@ -19,20 +19,12 @@ from test_views_runs import make_record, problems
 from tdlib.config import RunConfig
 from tdlib.core.records import END, read_records, records_table, write_records
 from tdlib.data.examples import DataError
-from tdlib.training import prepare as experiments
+from tdlib.training.data import EncodedExamples
+from tdlib.training.evaluation import predict
 from tdlib.training.run import compare
-from tdlib.views import explorer
-from tdlib.views.explorer import (
-    VIEWS,
-    ExplorerError,
-    Filter,
-    Look,
-    Run,
-    companion,
-    find_runs,
-    short_names,
-    show,
-)
+from tdlib.views import explorer, index
+from tdlib.views.explorer import VIEWS, Look, show
+from tdlib.views.index import ExplorerError, Filter, Run, companion, find_runs, short_names
 
 MANY = 20_000
 EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
@@ -51,7 +43,7 @@ def fake_run(folder: Path, records, **config) -> Path:
     (folder / "config.json").write_text(json.dumps(RunConfig(**config).model_dump()))
     labels = {"id2label": {"0": "entailment", "1": "neutral", "2": "contradiction"}}
     (folder / "student" / "config.json").write_text(json.dumps(labels | {"num_hidden_layers": 2}))
-    write_records(records, folder / explorer.SELECTIONS)
+    write_records(records, folder / index.SELECTIONS)
     return folder
 
 
@@ -113,6 +105,16 @@ def test_what_holds_no_selections_is_refused(runs, pattern, said):
         find_runs([pattern], runs[0].folder.parent)
 
 
+def test_brackets_in_a_folders_name_are_no_pattern(image, tmp_path):
+    home = tmp_path / "study [v2]"
+    fake_run(home / "run [a]", [make_record(image)])
+    fake_run(home / "run b", [make_record(image)])
+    for patterns, names in (([home], 2), ([home / "run [a]"], 1), (["run [a]"], 1), (["run*"], 2)):
+        assert len(find_runs(patterns, home)) == names, patterns
+    (run,) = find_runs([home / "run [a]"])
+    assert len(run.index) == 1 and len(run.records("val", "val-3")) == 1
+
+
 def test_an_unfinished_run_is_no_run(image, tmp_path):
     fake_run(tmp_path / "a", [make_record(image)])
     fake_run(tmp_path / ".b-unfinished", [make_record(image)])
@@ -152,10 +154,10 @@ def test_functions_of_a_notebook_do_not_hide_its_run(image, tmp_path):
 
 
 def test_the_index_holds_each_example_once_as_it_was_at_the_end(runs):
-    index = runs[0].index
-    records = read_records(runs[0].folder / explorer.SELECTIONS, [END])
-    assert list(index["example_id"]) == list(dict.fromkeys(r.example_id for r in records))
-    for row in index.to_dict("records"):
+    rows = runs[0].index
+    records = read_records(runs[0].folder / index.SELECTIONS, [END])
+    assert list(rows["example_id"]) == list(dict.fromkeys(r.example_id for r in records))
+    for row in rows.to_dict("records"):
         own = [r for r in records if r.example_id == row["example_id"]]
         assert row["text"].split("\n") == [r.text for r in sorted(own, key=lambda r: r.choice)]
         assert row["answer"] == own[row["label"]].text and row["prediction"] == own[0].prediction
@@ -170,12 +172,12 @@ def test_an_index_without_labels_and_without_steps(image, tmp_path):
     nothing = dict.fromkeys(("label", "teacher_probability", "student_probability", "instance_weight"))
     records = [make_record(image, **nothing), make_record(image, example_id="e-2", choice=0, label=2)]
     records_table(records).drop(columns="step").to_parquet(tmp_path / "old.parquet")
-    index = explorer.read_index(tmp_path / "old.parquet", ("entailment", "neutral", "contradiction"))
-    assert list(index["answer"].isna()) == [True, False] and index["answer"][1] == "contradiction"
-    assert index["correct"].isna()[0] and index["c"].isna()[0]
-    assert list(Filter(correct=False).choose(index)["example_id"]) == ["e-2"]
-    assert list(Filter(weight=(0.0, 5.0)).choose(index)["example_id"]) == ["e-2"]
-    assert len(Filter().choose(index)) == 2
+    rows = index.read_index(tmp_path / "old.parquet", ("entailment", "neutral", "contradiction"))
+    assert list(rows["answer"].isna()) == [True, False] and rows["answer"][1] == "contradiction"
+    assert rows["correct"].isna()[0] and rows["c"].isna()[0]
+    assert list(Filter(correct=False).choose(rows)["example_id"]) == ["e-2"]
+    assert list(Filter(weight=(0.0, 5.0)).choose(rows)["example_id"]) == ["e-2"]
+    assert len(Filter().choose(rows)) == 2
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +213,10 @@ def table() -> pd.DataFrame:
         (Filter(disagreement=0.9), [0, 7]),
         (Filter(text="hat", split="val", correct=True, weight=(0.3, 1)), [4]),
         (Filter(text="nothing"), []),
+        (Filter(order="highest c"), [6, 5, 4, 2, 1, 0, 3, 7]),
+        (Filter(order="lowest c", split="val"), [0, 2, 4, 6]),
+        (Filter(order="largest disagreement"), [0, 7, 1, 6, 2, 5, 3, 4]),
+        (Filter(order="wrong first"), [1, 5, 0, 2, 4, 6, 3, 7]),
     ],
 )
 def test_a_filter_keeps_what_it_says(table, filter, expected):
@@ -239,7 +245,7 @@ def large(image, tmp_path_factory) -> Run:
     """A run that recorded 20,000 examples, in one file of the same form as any other."""
     folder = fake_run(tmp_path_factory.mktemp("large") / "run", [make_record(image)])
     one = pa.Table.from_pandas(records_table([make_record(image)]), preserve_index=False)
-    path = folder / explorer.SELECTIONS
+    path = folder / index.SELECTIONS
     with pq.ParquetWriter(path, one.schema, compression="zstd") as writer:
         for start in range(0, MANY, 500):
             part = one.take([0] * 500)
@@ -263,14 +269,16 @@ def test_twenty_thousand_examples_are_one_index_and_read_one_by_one(large, monke
     assert len(large.index) == MANY and large.index["example_id"].iloc[-1] == f"val-{MANY - 1}"
     found = Filter(text="unbearable w42w", weight=(0.5, 1.0)).choose(large.index)
     assert len(found) == MANY // 200 and found["text"].str.endswith(" w42w").all()
-    decoded = []
-    real = pq.ParquetFile.read_row_groups
-    monkeypatch.setattr(
-        pq.ParquetFile, "read_row_groups", lambda self, groups: decoded.append(groups) or real(self, groups)
-    )
-    monkeypatch.setattr(pq, "read_table", lambda *_args, **_options: pytest.fail("the whole file is read"))
+    asked, real = [], pq.read_table
+
+    def read(path, **options):
+        asked.append(str(options["filters"]))
+        return real(path, **options)
+
+    monkeypatch.setattr(pq, "read_table", read)
     (record,) = large.records("val", "val-12345")
-    assert record.instance_weight == 12345 / MANY and decoded == [[24]]
+    assert record.instance_weight == 12345 / MANY
+    assert len(asked) == 1 and "val-12345" in asked[0], "other row groups are not decoded"
     with pytest.raises(ExplorerError, match="nothing of 'val-20000'"):
         large.records("val", f"val-{MANY}")
 
@@ -388,20 +396,97 @@ def test_hostile_strings_stay_text(image, tmp_path):
         assert problems(html) == [] and "<script" not in html and 'onerror="' not in html
 
 
+@pytest.mark.parametrize("name", ["statement and picture", "all choices", "two runs"])
+def test_views_of_records_stand_without_pictures_and_data(look, name, monkeypatch):
+    """The data have moved: texts and numbers are those of the record."""
+    moved = [
+        replace(r, image=Path("/gone") / r.image.name) for r in look.run.records(look.split, look.example_id)
+    ]
+    monkeypatch.setattr(Run, "records", lambda self, split, example_id, steps=None: [
+        r for r in moved if steps is None or r.step in steps
+    ])  # fmt: skip
+    view = show(replace(look, second=look.run), name)
+    html = view.to_html()
+    assert problems(html) == [] and "/gone/" in html and "missing" in html and "<img" not in html
+    record = replace(look, second=None).record()
+    for i in np.flatnonzero(record.selected & record.is_text):
+        assert f"{100 * record.weight[i]:.1f}" in html
+    assert view.to_png(dpi=30).startswith(b"\x89PNG")
+
+
+def test_views_that_need_the_data_say_what_is_gone(look, monkeypatch):
+    config = look.run.config.model_copy(update={"data_dir": "/gone"})
+    monkeypatch.setitem(vars(look.run), "config", config)
+    for name in ("student: attention", "student: gradient"):
+        note = explorer.shown(look, name)
+        assert problems(note.to_html()) == [] and "/gone" in repr(note)
+    own = explorer.attempted(
+        "your example", lambda: explorer.own_view(look.run, explorer.own_example("/gone/x", "A."))
+    )
+    assert "/gone/x" in repr(own)
+
+
+def test_the_runs_own_mass_and_temperature_select_what_it_selected(look):
+    record = look.record()
+    config = look.run.config
+    again = explorer.reselected(look.run, record, config.mass, config.temperature)
+    np.testing.assert_array_equal(again.selected, record.selected)
+    np.testing.assert_allclose(again.weight, record.weight, atol=1e-5)
+    np.testing.assert_allclose(again.score, record.score, atol=1e-5)
+    assert explorer.reselected(look.run, record) is record
+    everything = explorer.reselected(look.run, record, mass=1.0)
+    assert everything.selected.sum() > record.selected.sum()
+    flat = explorer.reselected(look.run, record, temperature=100.0)
+    assert flat.score[record.is_text].std() < record.score[record.is_text].std()
+    other = Run(look.run.name, look.run.folder)
+    vars(other)["config"] = config.model_copy(update={"selector": "of a notebook"})
+    with pytest.raises(ExplorerError, match="of a notebook"):
+        explorer.reselected(other, record, mass=0.5)
+
+
+def test_agreement_is_the_cosine_of_the_aligned_targets(look):
+    record = look.record()
+    cosines = explorer.agreement(look.run, record)
+    assert cosines.shape == (len(record.tokens),) * 2
+    np.testing.assert_allclose(np.diag(cosines)[record.distilled], 1, atol=1e-5)
+    assert not cosines[~record.distilled].any() and np.abs(cosines).max() <= 1 + 1e-5
+    cache = explorer.open_teacher(look.run)
+    cell = int(np.flatnonzero(record.is_region & record.distilled)[0])
+    word = int(np.flatnonzero(record.is_text & record.distilled)[0])
+    spans, boxes = cache.text(record.text).positions.numpy(), cache.picture(record.image).positions.numpy()
+    name = "value" if look.run.config.relevance == "value" else "projected"
+    text, patches = (
+        getattr(part, name).numpy() for part in (cache.text(record.text), cache.picture(record.image))
+    )
+    start, end = record.spans[word]
+    share = np.clip(np.minimum(spans[:, 1], end) - np.maximum(spans[:, 0], start), 0, None)
+    left, top, right, bottom = record.boxes[cell]
+    wide = np.clip(np.minimum(boxes[:, 2], right) - np.maximum(boxes[:, 0], left), 0, None)
+    high = np.clip(np.minimum(boxes[:, 3], bottom) - np.maximum(boxes[:, 1], top), 0, None)
+    one, other = share @ text, (wide * high) @ patches
+    expected = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+    assert cosines[word, cell] == pytest.approx(expected, abs=1e-4)
+
+
 # An example of one's own
 
 
-def test_a_picture_and_a_text_of_ones_own(runs, base, image):
-    materials = experiments.prepare(base, whole_splits=False)
-    view = explorer.own_view(runs[0], materials, explorer.own_example(image, " A red umbrella. "))
+def test_a_picture_and_a_text_of_ones_own(runs, image):
+    """Selected and answered by the run's trained student, not by another."""
+    view = explorer.own_view(runs[0], explorer.own_example(image, " A red umbrella. "))
     (record,) = view.records
     assert record.text == "A red umbrella." and record.selected.any() and record.label is None
-    assert problems(view.to_html()) == []
-    asked = explorer.own_example(image, "Why is it wet?", ["It rains.", "It snows."])
-    texts = [record.text for record in explorer.own_view(runs[0], materials, asked).records]
-    assert texts == ["Why is it wet? It rains.", "Why is it wet? It snows."]
+    assert problems(view.to_html()) == [] and "trained student" in repr(view)
+    own = explorer.own_example(image, "Why is it wet?", ["It rains.", "It snows."])
+    records = explorer.own_view(runs[0], own).records
+    assert [record.text for record in records] == ["Why is it wet? It rains.", "Why is it wet? It snows."]
+    student, encoder = explorer._open_student(runs[0])
+    encoder.prepare([own])
+    data = EncodedExamples([own], encoder)
+    assert records[0].prediction == predict(student, data)[0].argmax()
+    materials = replace(explorer.materials_of(runs[0]), labels=("yes",))
     with pytest.raises(ExplorerError, match="chooses from 1 labels"):
-        explorer.own_view(runs[0], replace(materials, labels=("yes",)), asked)
+        explorer.own_view(runs[0], own, materials)
 
 
 def test_bad_input_of_ones_own_is_named(image, tmp_path):

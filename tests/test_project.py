@@ -159,8 +159,8 @@ FENCES = {
     "transformers": ["students/*.py", "training/*.py", "make/*.py"],
     "papermill": ["runs/notebook.py", "runs/worker.py"],
     "ray": ["runs/engines.py", "cli.py"],
-    "ipywidgets": ["views/widgets.py"],
-    "anywidget": ["views/widgets.py"],
+    "ipywidgets": ["views/widgets.py", "views/controls.py"],
+    "anywidget": ["views/controls.py"],
     "matplotlib": ["views/figures/*.py"],
 }
 METHOD_MAY_IMPORT = {"torch", "jaxtyping", "yake", "tdlib.method", *sys.stdlib_module_names}

@@ -42,7 +42,7 @@ from tdlib.runs import states as run_states
 from tdlib.training.evaluation import prediction_table
 from tdlib.views.figures.differences import plot_differences
 from tdlib.views.figures.protocol import plot_shots
-from tdlib.views.figures.targets import to_png, to_svg
+from tdlib.views.figures.style import to_png, to_svg
 
 CLASSES = ("yes", "no", "maybe")
 DEFAULTS = {"student": "small", "eval_splits": [], "interactive": False, "runs_dir": "somewhere"}
@@ -651,7 +651,7 @@ def test_a_size_that_has_hardly_begun_does_not_stand_for_one_that_is_done(compar
     assert shift["where"].startswith("wide: 24 examples") and shift["pairs"] == 7
     half = compared.copy()
     half.loc[half["shots"] == 12, "seeds"] = 3
-    titles = [axes.get_title() for axes in plot_shots(shots_table(half)).axes]
+    titles = [axes.get_title(loc="left") for axes in plot_shots(shots_table(half)).axes]
     assert all("(3 to 7 seeds)" in title for title in titles)
 
 

@@ -23,7 +23,7 @@ from tdlib.students.uniter import UniterConfig, UniterForClassification
 from tdlib.students.vilt import ViltEncoder, load_vilt
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.evaluation import predict
-from tdlib.views.runs import quality_view
+from tdlib.views.measures import quality_view
 
 TEXT = "Why is Casey extraordinarily angry?"
 SPANS = [(0, 3), (4, 6), (7, 12), (13, 28), (29, 34), (34, 35)]

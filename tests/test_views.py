@@ -7,7 +7,6 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,10 +17,15 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from tdlib.core import facts
 from tdlib.core.records import TargetRecord
-from tdlib.data.examples import DataError, Reference
-from tdlib.views import view as views
-from tdlib.views.figures import targets as plots
+from tdlib.data.examples import Reference
+from tdlib.views import compare
+from tdlib.views.figures import runs, style, targets
+from tdlib.views.picture import number_labels
+from tdlib.views.scale import Scale
+from tdlib.views.scene import sheet_of
+from tdlib.views.sheet import value_sheet, weight_sheet, words_of
 
 EVIL = '<script>alert("1")</script>'
 TEXT = "Why is Casey angry? The heat is unbearable."
@@ -110,7 +114,7 @@ VARIANTS = {
     "evil": lambda record: make_evil(record),
 }
 each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-VIEWS = {"text": views.text_view, "picture": views.picture_view, "comparison": views.comparison}
+VIEWS = {"text": compare.text_view, "picture": compare.picture_view, "comparison": compare.comparison}
 each_view = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 
 
@@ -126,19 +130,32 @@ def make_evil(record: TargetRecord) -> TargetRecord:
 
 # HTML: only what JupyterLab leaves in an untrusted notebook.
 
-TAGS = {"div", "span", "b", "small", "br", "img", "table", "tbody", "tr", "td"}
-ATTRIBUTES = {"style", "title", "src", "alt", "width"}
+TAGS = {"div", "span", "b", "small", "br", "img", "table", "thead", "tbody", "tr", "td", "th", "p"}
+ATTRIBUTES = {"style", "title", "src", "alt", "width", "class", "data-v"}  # the last is dropped without harm
 NUMBER = r"(0|\d+(\.\d+)?(px|%)?)"
 HEX = r"#[0-9a-f]{6}"
+ALPHA = r"rgba\(\d+, \d+, \d+, [01](\.\d+)?\)"
 STYLES = {
-    "background-color": HEX,
+    "background-color": f"{HEX}|{ALPHA}",
     "background-clip": "padding-box",
     "color": HEX,
-    "border": rf"\d+px (solid|dashed) {HEX}",
-    "border-top": rf"\d+px (solid|dotted) {HEX}",
-    "border-bottom": rf"\d+px solid {HEX}",
+    "border": rf"\d+px (solid|dashed|dotted) {HEX}",
+    "border-top": rf"\d+px (solid|dotted|dashed) {HEX}",
+    "border-left": rf"\d+px (solid|dashed) {HEX}",
+    "border-bottom": rf"\d+px (solid|dotted) {HEX}",
+    "box-sizing": "border-box",
+    "flex": r"\d \d \d+px",
+    "flex-wrap": "wrap",
+    "gap": r"\d+px",
+    "height": NUMBER,
+    "left": f"-?{NUMBER}",
+    "max-width": NUMBER,
+    "outline": rf"1px solid {HEX}",
+    "page-break-inside": "avoid",
+    "position": "relative|absolute",
+    "top": f"-?{NUMBER}",
     "border-collapse": "collapse",
-    "display": "inline-block",
+    "display": "inline-block|block|flex",
     "font-family": "sans-serif",
     "font-size": NUMBER,
     "font-weight": "bold|normal",
@@ -174,7 +191,7 @@ class Page(HTMLParser):
         for name, value in attrs:
             if name not in ATTRIBUTES:
                 self.problems.append(f"attribute {name}")
-            elif name == "src" and not value.startswith("data:image/png;base64,"):
+            elif name == "src" and not re.match(r"data:image/(png|jpeg);base64,", value):
                 self.problems.append(f"src {value[:40]}")
             elif name == "style":
                 self.problems += [f"style {rule}" for rule in value.split("; ") if not self._is_allowed(rule)]
@@ -217,7 +234,7 @@ class Page(HTMLParser):
     [
         "<script>1</script>", "<style>b {}</style>", "<svg></svg>", "<p>", "<div>", "</div>",
         "<b onclick='x'>1</b>",
-        "<b class='x'>1</b>", '<b style="color: hsl(1, 2%, 3%)">1</b>', '<b style="color: red">1</b>',
+        "<b id='x'>1</b>", '<b style="color: hsl(1, 2%, 3%)">1</b>', '<b style="color: red">1</b>',
         '<b style="background: url(x)">1</b>', '<img src="https://example.org/x.png">', "<!-- x -->",
     ],
 )  # fmt: skip
@@ -243,57 +260,56 @@ def test_names_and_methods_are_escaped_and_still_readable(record, view):
 
 
 def test_row_names_are_escaped_and_must_match_the_records(record):
-    assert not Page(views.comparison([record, record], names=[EVIL, "b"]).to_html()).problems
+    assert not Page(compare.comparison([record, record], names=[EVIL, "b"]).to_html()).problems
     with pytest.raises(ValueError, match="1 names for 2 records"):
-        views.comparison([record, record], names=["a"])
+        compare.comparison([record, record], names=["a"])
     with pytest.raises(ValueError, match="no records"):
-        views.comparison([])
+        compare.comparison([])
 
 
 def test_each_token_shows_its_weight_colour_and_borders(record):
-    drawn = Page(views.token_html(record)).tokens()
+    drawn = Page(compare.text_view(record).to_html()).tokens()
     assert [text for text, _, _ in drawn] == list(record.tokens[1:12])
-    for i, (_, style, number) in enumerate(drawn, start=1):
+    for i, (_, rules, number) in enumerate(drawn, start=1):
         chosen = bool(record.selected[i])
         assert number == (f"{100 * record.weight[i]:.1f}" if chosen else "")
-        expected = views.weight_colour(record.weight[i], 0.4) if chosen else ("#ffffff", None)
-        assert style["background-color"] == expected[0]
-        assert (style["border-bottom"] == "3px solid #1b1b1b") == chosen
-        assert (style["border-top"] == "2px dotted #1b1b1b") == (i in (4, 7, 8, 9, 10))
-        assert (style["color"] == "#6b6b6b") == (i == 1), "grey is for tokens without a teacher target"
+        expected = Scale(0.4).on_white(record.weight[i]) if chosen else ("#ffffff", None)
+        assert rules["background-color"] == expected[0]
+        assert (rules["border-bottom"] == "3px solid #1b1b1b") == chosen
+        assert (rules["border-top"] == "2px dotted #1b1b1b") == (i in (4, 7, 8, 9, 10))
+        assert (rules["color"] == "#6b6b6b") == (i == 1), "grey is for tokens without a teacher target"
 
 
 def test_references_carry_the_numbers_of_their_objects(record):
-    html = views.token_html(record)
+    html = compare.text_view(record).to_html()
     assert re.search(r">Casey</span><small [^>]*>\[0\]</small><small [^>]*>\[1\]</small>", html)
     assert html.count("<small") == 2
 
 
 def test_a_comparison_shows_every_record_and_its_numbers_on_one_scale(record, image):
     other = make_record(image, example_id="val-13", instance_weight=0.125, weight=record.weight / 2)
-    text = re.sub(r"<[^>]+>", " ", views.comparison([record, other], names=["naive", "clip_td"]).to_html())
+    text = re.sub(r"<[^>]+>", " ", compare.comparison([record, other], names=["naive", "clip_td"]).to_html())
     words = " ".join(text.split())
     assert "naive val-12, choice 2 (true) label 2 prediction 1 (wrong) p_T 0.750 p_S 0.250 c 0.500" in words
     assert "clip_td val-13, choice 2 (true) label 2 prediction 1 (wrong) p_T 0.750 p_S 0.250 c 0.125" in words
     assert "0.0 10.0 20.0 30.0 40.0 weight in %" in words
-    drawn = Page(views.comparison([record, other]).to_html()).tokens()
+    drawn = Page(compare.comparison([record, other]).to_html()).tokens()
     heat = [style["background-color"] for word, style, _ in drawn if word == "heat"]
-    assert heat == [views.weight_colour(0.25, 0.4)[0], views.weight_colour(0.125, 0.4)[0]]
+    assert heat == [Scale(0.4).on_white(0.25)[0], Scale(0.4).on_white(0.125)[0]]
 
 
 def test_the_legend_names_the_method_and_only_what_is_shown(record):
-    full = views.token_html(record, method="my method")
+    full = compare.text_view(record, method="my method").to_html()
     assert all(part in full for part in ("my method", "ground truth", "in the picture", "no teacher target"))
-    less = views.token_html(bare(without_selection(record)), method="my method")
+    less = compare.text_view(bare(without_selection(record)), method="my method").to_html()
     assert "my method" in less and "ground truth" not in less and "selected</b>" not in less
 
 
 def test_the_picture_says_its_numbers_in_words(record):
-    (alt,) = [
-        attributes["alt"] for tag, attributes, _ in Page(views.picture_html(record)).elements if tag == "img"
-    ]
+    page = Page(compare.picture_view(record).to_html())
+    (alt,) = [attributes["alt"] for tag, attributes, _ in page.elements if tag == "img"]
     assert "box 33,33 to 67,67 %: 40.0 %; box 0,0 to 33,33 %: 10.0 %" in alt
-    assert "nothing is selected" in views.picture_html(without_selection(record))
+    assert "nothing is selected" in compare.picture_view(without_selection(record)).to_html()
 
 
 @settings(deadline=None)
@@ -309,10 +325,10 @@ def test_every_character_and_every_token_is_drawn_once(text, stretches):
         references=(), weight=np.zeros(size), selected=np.zeros(size, bool), distilled=np.ones(size, bool),
         score=np.zeros(size), relevance=np.zeros(size), prior=np.zeros(size),
     )  # fmt: skip
-    pieces = [piece for word in views._words(record) for piece in word]
+    pieces = [piece for word in words_of(record) for piece in word]
     assert "".join(piece.text for piece in pieces if piece.text != "¤") == "".join(text.split())
     assert {piece.token for piece in pieces} - {None} == set(range(1, size))
-    assert not Page(views.token_html(record)).problems
+    assert not Page(compare.text_view(record).to_html()).problems
 
 
 def test_a_shared_character_belongs_to_the_first_token_and_the_other_follows_its_word(record):
@@ -320,8 +336,7 @@ def test_a_shared_character_belongs_to_the_first_token_and_the_other_follows_its
     spans[1:5] = [(0, 3), (2, 6), (8, 9), (7, 12)]  # "Why", " is" and one more letter, "C" within "Casey"
     spans[5] = (8, 9)  # nothing of its own: "a" is taken
     pieces = [
-        [(piece.text, piece.token) for piece in word]
-        for word in views._words(replace(record, spans=spans))[:3]
+        [(piece.text, piece.token) for piece in word] for word in words_of(replace(record, spans=spans))[:3]
     ]
     assert pieces == [[("Why", 1)], [("is", 2)], [("Casey", 4), (record.tokens[3], 3), (record.tokens[5], 5)]]
 
@@ -329,28 +344,51 @@ def test_a_shared_character_belongs_to_the_first_token_and_the_other_follows_its
 # Colours.
 
 
-def test_colours_are_cividis_light_to_dark_and_readable():
-    def luminance(colour: str) -> float:
-        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+def luminance(colour: str) -> float:
+    """WCAG 2's relative luminance of a hex colour."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
-    previous = 1.0
-    for weight in np.linspace(0, 0.4, 41):
-        background, text = views.weight_colour(weight, 0.4)
-        exact = to_hex(matplotlib.colormaps[plots.COLOURS](weight / 0.4))
-        assert max(abs(int(background[i : i + 2], 16) - int(exact[i : i + 2], 16)) for i in (1, 3, 5)) <= 8
-        light, dark = sorted([luminance(background), luminance(text)], reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= 4.5, "WCAG AA"
+
+def contrast(*colours: str) -> float:
+    light, dark = sorted(map(luminance, colours), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scale", [Scale(0.4), Scale(0.4, signed=True)], ids=["weights", "differences"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_colours_are_transparent_at_0_and_one_hue_that_darkens(scale, sign):
+    if sign < 0 and not scale.signed:
+        assert scale.rgba(-0.1)[3] == 0
+        return
+    colours = style.DIFFERENCES if scale.signed else style.WEIGHTS
+    assert scale.rgba(0)[3] == 0 and scale.on_white(0)[0] == "#ffffff"
+    hue, previous = scale.rgba(sign * 0.4)[:3], 1.001
+    for value in sign * np.linspace(0.01, 0.4, 40):
+        background, text = scale.on_white(value)
+        assert scale.rgba(value)[:3] == hue
+        place = (value / 0.4 + 1) / 2 if scale.signed else value / 0.4
+        drawn = np.array(colours(place))
+        np.testing.assert_allclose(drawn[:3], np.array(hue) / 255, atol=0.01)  # figures and HTML agree
+        assert drawn[3] == pytest.approx(scale.rgba(value)[3], abs=0.01)
+        assert contrast(background, text) >= 4.5, "WCAG AA"
         assert luminance(background) < previous
         previous = luminance(background)
+    assert scale.css(sign * 9) == scale.css(sign * 0.4), "beyond the ends as at the ends"
+
+
+def test_both_signs_are_equally_dark_and_a_largest_weight_is_darker_than_either():
+    less, more = (luminance(Scale(1, signed=True).on_white(end)[0]) for end in (-1, 1))
+    assert abs(less - more) < 0.05
+    assert luminance(Scale(1).on_white(1)[0]) < min(less, more)
 
 
 # Numbers.
 
 
 def test_the_table_is_the_record(record):
-    table = views.text_view(record).table()
+    table = compare.text_view(record).table()
     assert list(table["token"]) == list(record.tokens)
     assert list(table["kind"]) == ["special"] + ["text"] * 11 + ["special"] + ["visual"] * 9
     assert list(table["span"][1:12]) == SPANS and table["span"][0] is None and table["span"][13] is None
@@ -358,24 +396,25 @@ def test_the_table_is_the_record(record):
     for name in ("distilled", "relevance", "prior", "score", "selected", "weight"):
         np.testing.assert_array_equal(table[name], getattr(record, name))
     assert set(table["example_id"]) == {"val-12"} and set(table["choice"]) == {2}
-    assert len(views.comparison([record, record]).table()) == 44
+    assert len(compare.comparison([record, record]).table()) == 44
 
 
 def test_ground_truth_of_words_and_patches(record):
-    truth = views.table(record)["ground_truth"]
+    truth = facts.table(record)["ground_truth"]
     assert list(truth[truth.fillna(False)].index) == [4, 7, 8, 9, 10, 14]  # 14: the box lies in this patch
     assert truth[[0, 12]].isna().all(), "special tokens"
-    whole = views.table(replace(record, relevant_boxes=((0, 0, 1, 0.6),)))["ground_truth"]
+    whole = facts.table(replace(record, relevant_boxes=((0, 0, 1, 0.6),)))["ground_truth"]
     assert list(whole[13:]) == [True] * 6 + [False] * 3
-    assert views.table(bare(record))["ground_truth"].isna().all(), "unknown is not False"
+    assert facts.table(bare(record))["ground_truth"].isna().all(), "unknown is not False"
 
 
 def test_legends_name_what_stands_in_for_ground_truth(record):
     proxy = replace(record, truth="referred <objects>")
     for shown, name in ((record, "ground truth"), (proxy, "referred &lt;objects&gt;")):
-        html = views.comparison([shown]).html
+        html = compare.comparison([shown]).to_html()
         assert html.count(f"({name})") == 2 and ("(ground truth)" in html) == (shown is record)
-    labels = [text.get_text() for text in plots.plot_targets(proxy).legends[0].get_texts()]
+    (legend,) = compare.comparison(proxy).figure().subfigs[0].legends
+    labels = [text.get_text() for text in legend.get_texts()]
     assert "referred <objects> (box)" in labels and not any("ground truth" in label for label in labels)
 
 
@@ -391,30 +430,77 @@ def test_legends_name_what_stands_in_for_ground_truth(record):
 )
 def test_titles(record, changes, labels, expected):
     changed = replace(record, **changes)
-    assert views.title(changed, labels) == expected
-    assert plots.plot_words(changed, labels=labels).get_suptitle() == expected
+    assert facts.title(changed, labels) == expected
+    figure = compare.text_view(changed, labels=labels).figure()
+    assert figure.subfigs[0].get_suptitle().split("\n")[0] == expected
 
 
 def test_facts_hold_what_is_known(record):
     known = {"label": "2", "prediction": "1 (wrong)", "p_T": "0.750", "p_S": "0.250", "c": "0.500"}
-    assert views.facts(record) == known
-    assert views.facts(replace(record, prediction=2))["prediction"] == "2 (right)"
-    assert views.facts(record, ["no", "maybe", "yes"])["prediction"] == "maybe (wrong)"
-    assert views.facts(bare(record)) == {"label": "unknown"}
-    assert views.facts(replace(record, label=None))["prediction"] == "1"
+    assert facts.facts(record) == known
+    assert facts.facts(replace(record, prediction=2))["prediction"] == "2 (right)"
+    assert facts.facts(record, ["no", "maybe", "yes"])["prediction"] == "maybe (wrong)"
+    assert facts.facts(bare(record)) == {"label": "unknown"}
+    assert facts.facts(replace(record, label=None))["prediction"] == "1"
 
 
 def test_notebooks_get_numbers_and_html(record):
-    view = views.text_view(record)
+    view = compare.text_view(record)
     bundle = view._repr_mimebundle_()
     assert (
         set(bundle) == {"text/plain", "text/html"}
         and bundle["text/html"] == view._repr_html_() == view.to_html()
     )
-    lines = bundle["text/plain"].splitlines()
-    shown = [float(line.split()[0]) for line in lines if line.startswith("  ")]
+    shown = [float(value) for value in re.findall(r" (\d+\.\d) ", bundle["text/plain"])]
     assert shown == sorted((100 * record.weight[record.selected]).tolist(), reverse=True)
     assert repr(view) == bundle["text/plain"] and "p_T 0.750" in repr(view)
+
+
+def test_a_token_says_all_its_numbers_where_the_mouse_rests(record):
+    page = Page(compare.comparison(record).to_html())
+    titles = {attributes.get("title") for _, attributes, _ in page.elements}
+    for i in range(1, 12):
+        note = f"relevance {record.relevance[i]:.3f}, prior {record.prior[i]:.3f}, score"
+        assert any(title and note in title for title in titles)
+    for i in range(13, 22):  # also boxes that are not selected
+        numbers = f"prior {record.prior[i]:.3f}, score {50 * record.weight[i]:.1f} %"
+        assert any(title and title.startswith("box ") and numbers in title for title in titles)
+
+
+def test_the_explorers_page_gets_the_same_numbers(record):
+    sheet = weight_sheet(record, 0.4)
+    data = sheet_of(sheet)
+    assert [text for word in data["words"] for text, _, _ in word] == list(record.tokens[1:12])
+    for i, token in enumerate(data["tokens"]):
+        assert token["value"] == (f"{100 * record.weight[i]:.1f}" if record.selected[i] else "")
+        assert token["marked"] == record.selected[i] and token["distilled"] == record.distilled[i]
+        assert token["fill"] == (Scale(0.4).css(record.weight[i]) if record.selected[i] else "")
+    assert {i: tuple(box) for i, *box in data["boxes"]} == {
+        i: tuple(np.round(record.boxes[i], 5)) for i in range(13, 22)
+    }
+    assert [name for name, *_ in data["objects"]] == ["person", "cat"] and len(data["truths"]) == 1
+
+
+def test_values_of_all_tokens_mark_the_largest(record):
+    values = np.arange(22) / np.arange(22).sum()
+    sheet = value_sheet(record, values, "m", "of it")
+    assert sheet.scale.end == values.max() and sheet.marked[[13, 21]].tolist() == [True, True]
+    assert sheet.marked[1:12].sum() == 10 and not sheet.marked[1], "the ten largest words"
+    assert sheet.coloured.sum() == 21 and "picture" in sheet.below
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_numbers_on_overlapping_boxes_do_not_hide_each_other(record, seed):
+    corners = np.random.default_rng(seed).random((9, 2, 2))
+    boxes = np.concatenate([np.zeros((13, 4)), np.concatenate([corners.min(1), corners.max(1)], axis=1)])
+    boxes[13] = (0, 0, 1, 1)
+    chosen = np.arange(22) > 12
+    crowded = replace(record, boxes=boxes, selected=chosen, weight=chosen / 9)
+    labels = number_labels(weight_sheet(crowded, 1 / 9))
+    assert len(labels) > 3
+    for n, (_, x, y) in enumerate(labels):
+        for _, u, v in labels[:n]:
+            assert abs(x - u) > 0.074 or abs(y - v) > 0.055
 
 
 # Figures.
@@ -423,7 +509,7 @@ def test_notebooks_get_numbers_and_html(record):
 @each_variant
 @pytest.mark.filterwarnings("error")
 def test_every_record_can_be_drawn(record, variant):
-    assert views.comparison(variant(record)).to_png(dpi=40).startswith(b"\x89PNG\r\n\x1a\n")
+    assert compare.comparison(variant(record)).to_png(dpi=40).startswith(b"\x89PNG\r\n\x1a\n")
 
 
 @each_view
@@ -434,7 +520,11 @@ def test_png_and_svg_of_every_view(record, view, tmp_path):
     svg = shown.to_svg(tmp_path / "view.svg")
     assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert (tmp_path / "view.svg").read_text("utf-8") == svg
-    assert "<text" not in svg, "letters are outlines, so no font is needed"
+    written = "".join(ElementTree.fromstring(svg).itertext())
+    assert "EVIL" not in written and "script" in written, "text stays text, and only text"
+    pdf = shown.to_pdf(tmp_path / "view.pdf")
+    assert pdf.startswith(b"%PDF") and (tmp_path / "view.pdf").read_bytes() == pdf
+    assert b"/Type3" not in pdf and b"/Subtype /Type0" in pdf, "letters are those of a font, not drawings"
 
 
 def texts(axes) -> list[str]:
@@ -442,24 +532,24 @@ def texts(axes) -> list[str]:
 
 
 def test_the_overlay_holds_the_weights_of_the_selected_patches(record):
-    picture = plots.plot_targets(record).axes[0]
+    picture = compare.comparison(record).figure().axes[0]
     (overlay,) = [child for child in picture.collections if isinstance(child, PatchCollection)]
     values = overlay.get_array()
     np.testing.assert_allclose(values.data, 100 * record.weight[13:])
     np.testing.assert_array_equal(values.mask, ~record.selected[13:])
-    assert overlay.cmap.name == "cividis_r" and overlay.get_clim() == (0, 40)
+    assert overlay.cmap is style.WEIGHTS and overlay.get_clim() == (0, 40)
     corners = np.array([path.get_extents().extents for path in overlay.get_paths()])
-    np.testing.assert_allclose(corners, PATCHES)
+    np.testing.assert_allclose(sorted(corners.tolist()), sorted(PATCHES))
     assert texts(picture) == ["10.0", "40.0", "0", "1"], "weights, then objects"
     assert picture.get_xlabel() == "[0]\u00a0person, [1]\u00a0cat"
     assert picture.get_title(loc="left") == "picture: 2 of 9 selected, 50.0 % of the weight"
 
 
 def test_boxes_of_objects_selected_tokens_and_ground_truth_lie_where_the_record_says(record):
-    patches = plots.plot_picture(record).axes[0].patches
+    patches = compare.picture_view(record).figure().axes[0].patches
     drawn = [(patch.get_bbox().extents.round(6).tolist(), to_hex(patch.get_edgecolor())) for patch in patches]
     for box, colour in [
-        *((box, plots.OBJECT["edgecolor"]) for box in record.object_boxes),
+        *((box, targets.OBJECT["edgecolor"]) for box in record.object_boxes),
         *((box, "#000000") for box in [*record.relevant_boxes, PATCHES[0], PATCHES[4]]),
     ]:
         assert (np.round(box, 6).tolist(), colour) in drawn
@@ -468,13 +558,13 @@ def test_boxes_of_objects_selected_tokens_and_ground_truth_lie_where_the_record_
 
 
 def test_the_picture_fills_the_axes_in_its_own_proportions(record):
-    axes = plots.plot_picture(record).axes[0]
+    axes = compare.picture_view(record).figure().axes[0]
     assert axes.get_aspect() == pytest.approx(40 / 60)
     assert axes.images[0].get_extent() == [*axes.get_xlim(), *axes.get_ylim()] == [0, 1, 1, 0]
 
 
 def test_bars_are_the_weights_and_dots_the_scores(record):
-    figure = plots.plot_targets(record)
+    figure = compare.comparison(record).figure()
     words = figure.axes[1]
     bars = words.containers[0]
     np.testing.assert_allclose([bar.get_width() for bar in bars], 100 * record.weight[1:12])
@@ -484,7 +574,9 @@ def test_bars_are_the_weights_and_dots_the_scores(record):
     assert bold == ["angry", "heat", "un"] and texts(words) == ["12.5", "25.0", "12.5"]
     bands = sorted(patch.get_y() + 0.5 for patch in words.patches if patch.get_height() == 1)
     assert bands == [3, 6, 7, 8, 9], "rows of the ground truth"
-    assert figure.get_suptitle().startswith("val-12, choice 2 (true)\nlabel 2   prediction 1 (wrong)")
+    assert (
+        figure.subfigs[0].get_suptitle().startswith("val-12, choice 2 (true)\nlabel 2   prediction 1 (wrong)")
+    )
 
 
 def test_long_statements_get_more_columns_and_lose_no_token(record):
@@ -497,20 +589,21 @@ def test_long_statements_get_more_columns_and_lose_no_token(record):
         selected=weight > 0, score=weight, distilled=weight > 0, relevance=weight, prior=weight,
         references=(),
     )  # fmt: skip
-    columns = plots.plot_targets(long).axes[1:]
+    columns = compare.comparison(long).figure().axes
     assert len(columns) == 3 and sum(len(axes.containers[0]) for axes in columns) == size
 
 
 def test_without_a_selection_there_are_no_bars_and_no_colour_bar(record):
-    figure = plots.plot_targets(without_selection(record))
+    figure = compare.comparison(without_selection(record)).figure()
     picture, words = figure.axes
-    assert not picture.child_axes and len(plots.plot_targets(record).axes[0].child_axes) == 1
+    assert not picture.child_axes and len(compare.comparison(record).figure().axes[0].child_axes) == 1
     assert not np.any([bar.get_width() for bar in words.containers[0]])
     assert words.get_title(loc="left") == "words: 0 of 11 selected, 0.0 % of the weight"
 
 
 def test_a_comparison_shares_one_scale(record):
-    figure = plots.plot_comparison([record, replace(record, weight=record.weight / 2)], names=["a", "b"])
+    half = replace(record, weight=record.weight / 2)
+    figure = compare.comparison([record, half], names=["a", "b"]).figure()
     scales = [axes.collections[0].get_clim() for part in figure.subfigs for axes in part.axes[:1]]
     assert scales == [(0, 40), (0, 40)]
     assert figure.subfigs[1].get_suptitle().startswith("b: val-12")
@@ -518,26 +611,43 @@ def test_a_comparison_shares_one_scale(record):
 
 def test_the_key_of_objects_and_the_legend_stay_apart(record):
     many = replace(record, object_names=("person",) * 30, object_boxes=record.object_boxes * 15)
-    figure = plots.plot_picture(many)
+    figure = compare.picture_view(many).figure()
     renderer = FigureCanvasAgg(figure).get_renderer()
     key = figure.axes[0].xaxis.label.get_window_extent(renderer)
-    legend = figure.legends[0].get_window_extent(renderer)
+    legend = figure.subfigs[0].legends[0].get_window_extent(renderer)
     assert legend.y1 < key.y0 < key.y1 < figure.axes[0].get_window_extent(renderer).y0
 
 
 def test_dollars_are_not_read_as_formulas(record):
-    figure = plots.plot_targets(make_evil(record))
-    assert r"\$a_b\$" in figure.axes[0].get_xlabel() and r"\$y\$" in figure.get_suptitle()
+    figure = compare.comparison(make_evil(record)).figure()
+    assert r"\$a_b\$" in figure.axes[0].get_xlabel() and r"\$y\$" in figure.subfigs[0].get_suptitle()
 
 
-def test_a_missing_picture_is_named(record, tmp_path):
-    with pytest.raises(DataError, match=r"gone\.jpg \(picture of val-12\)"):
-        plots.plot_targets(replace(record, image=tmp_path / "gone.jpg"))
+def test_a_missing_picture_leaves_its_name_boxes_and_numbers(record, tmp_path):
+    view = compare.comparison(replace(record, image=tmp_path / "gone.jpg"))
+    page = Page(view.to_html())
+    assert not page.problems and not any(tag == "img" for tag, _, _ in page.elements)
+    text = "".join("".join(part) for _, _, part in page.elements)
+    assert "gone.jpg" in text and "missing" in text and "40.0" in text and "Casey" in text
+    axes = view.figure().axes[0]
+    assert "gone.jpg" in "".join(texts(axes)).replace("\n", "") and {"10.0", "40.0"} <= {*texts(axes)}
+    assert view.to_png(dpi=40).startswith(b"\x89PNG")
+
+
+def test_a_paper_has_smaller_type_and_no_heading(record):
+    view = compare.comparison([record, record], names=["a", "b"], method="my method")
+    screen, paper = view.figure(), view.figure(paper=True)
+    assert screen.get_suptitle() == "my method" and paper.get_suptitle() == ""
+    sizes = [figure.axes[0].title.get_fontsize() for figure in (screen, paper)]
+    assert sizes == [style.STYLE["axes.titlesize"], style.PAPER["axes.titlesize"]] and sizes[1] < sizes[0]
+    assert "my method" not in view.to_svg(paper=True) and "my method" in view.to_svg()
 
 
 def test_figures_show_themselves_without_pyplot_and_are_reproducible(record):
-    assert plots.plot_words(record)._repr_png_().startswith(b"\x89PNG")
-    assert plots.to_svg(plots.plot_targets(record)) == plots.to_svg(plots.plot_targets(record))
+    view = compare.comparison(record)
+    assert view.figure()._repr_png_().startswith(b"\x89PNG")
+    assert view.to_svg() == compare.comparison(record).to_svg()
+    assert view.to_pdf() == compare.comparison(record).to_pdf()
 
 
 def test_views_load_matplotlib_only_for_pictures():
@@ -559,15 +669,17 @@ ARMS = pd.DataFrame(
 
 
 def test_arms_are_dots_with_intervals_and_reference_lines():
-    val, style = plots.plot_arms(ARMS).axes
+    val, shifted = runs.plot_arms(ARMS).axes
     dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in val.lines if line.get_marker() == "o"]
     np.testing.assert_allclose(dots, [(40, 0), (50, 1)])
     intervals = [line.get_xdata() for line in val.lines if line.get_linewidth() == 2]
     np.testing.assert_allclose(intervals, [(35, 45), (45, 55)])
     lines = {line.get_label(): (line.get_xdata()[0], line.get_linestyle()) for line in val.lines[-2:]}
     assert lines == {"teacher zero-shot": (60, ":"), "chance": (25, "--")}
-    assert [line.get_label() for line in style.lines if line.get_linestyle() in ("--", ":")] == ["chance"]
-    assert val.get_title() == "val (n = 6)" and style.get_title() == "val_style (n = 6, 4)"
+    assert [line.get_label() for line in shifted.lines if line.get_linestyle() in ("--", ":")] == ["chance"]
+    assert (
+        val.get_title(loc="left") == "val (n = 6)" and shifted.get_title(loc="left") == "val_style (n = 6, 4)"
+    )
     assert [label.get_text() for label in val.get_yticklabels()] == ["finetune", "clip_td"]
     assert texts(val) == ["40.0", "50.0"]
 
@@ -582,7 +694,7 @@ def test_arms_are_dots_with_intervals_and_reference_lines():
 )
 def test_a_table_that_cannot_be_drawn_is_refused(table, message):
     with pytest.raises(ValueError, match=message):
-        plots.plot_arms(table)
+        runs.plot_arms(table)
 
 
 def test_histories_have_a_panel_per_term_and_a_line_per_arm():
@@ -595,9 +707,9 @@ def test_histories_have_a_panel_per_term_and_a_line_per_arm():
         if (term, arm) != ("distill", "finetune") and (seed, step) != (1, 4)
     ]
     history = pd.DataFrame(rows, columns=["step", "term", "value", "arm", "seed"])
-    figure = plots.plot_history(history)
+    figure = runs.plot_history(history)
     loss, distill = figure.axes
-    assert [axes.get_title() for axes in (loss, distill)] == ["loss", "distill"]
+    assert [axes.get_title(loc="left") for axes in (loss, distill)] == ["loss", "distill"]
     means = {line.get_label(): line.get_xydata() for line in loss.lines if line.get_linewidth() > 1}
     assert set(means) == {"finetune", "clip_td"}
     np.testing.assert_allclose(means["clip_td"], [(1, 1.5), (2, 0.75)])  # step 4 misses a seed
@@ -605,4 +717,4 @@ def test_histories_have_a_panel_per_term_and_a_line_per_arm():
     assert [len(line.get_xdata()) for line in loss.lines if line.get_linewidth() < 1] == [3, 2, 3, 2]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["finetune", "clip_td"]
     with pytest.raises(ValueError, match="no column value"):
-        plots.plot_history(history.drop(columns="value"))
+        runs.plot_history(history.drop(columns="value"))

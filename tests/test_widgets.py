@@ -1,5 +1,6 @@
 """The controls without a browser: what is chosen is what is listed and shown, and mistakes are said."""
 
+import re
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_explorer import EVIL, fake_run
-from test_views_runs import make_record, problems
+from test_views_runs import make_record
 
 from tdlib.core.records import END
-from tdlib.views import explorer, widgets
-from tdlib.views.explorer import Filter, find_runs
-from tdlib.views.widgets import PAGE, Explorer, OwnExample, row_text
+from tdlib.views import controls, explorer, widgets
+from tdlib.views.controls import PAGE, row_text
+from tdlib.views.index import Filter, find_runs
+from tdlib.views.widgets import Explorer, OwnExample
 
 COUNT = 34
 
@@ -46,20 +48,24 @@ def runs(image, tmp_path_factory):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What is asked of the views, and a cheap answer to it."""
+    """What is asked of the views, beside what is fetched ahead."""
     asked = []
 
-    def show(look, view):
+    def show(self, look, view):
         asked.append((look, view))
-        return explorer.note(f"{view} of {look.example_id}")
+        return (
+            explorer.show(look, view)
+            if view in widgets.RECORDED
+            else explorer.note(f"{view} of {look.example_id}")
+        )
 
-    monkeypatch.setattr(explorer, "show", show)
+    monkeypatch.setattr(Explorer, "_make", show)
     return asked
 
 
 @pytest.fixture
 def panel(runs, drawn) -> Explorer:
-    return Explorer(runs)
+    return Explorer(runs, links=False)
 
 
 def listed(panel: Explorer) -> list[int]:
@@ -67,19 +73,21 @@ def listed(panel: Explorer) -> list[int]:
 
 
 def shown(panel: Explorer) -> str:
-    """The example whose view stands there."""
-    assert panel.look is not None
-    assert panel.output.value == explorer.note(f"{panel.view.value} of {panel.look.example_id}").to_html()
+    """The example whose sheet stands there."""
+    assert panel.look is not None and panel.output.value == "" and panel.message.value == ""
+    (sheet,) = panel.stage.scene["sheets"]
+    assert sheet["about"][0].startswith(f"{panel.look.example_id}, choice ")
     return panel.look.example_id
 
 
 def test_it_starts_with_the_first_example_and_another_arm(panel, runs, drawn):
-    (look, view), *more = drawn
-    assert not more and view == "statement and picture"
+    (look, view), (ahead, _) = drawn
+    assert view == "statement and picture"
     assert (look.run, look.second, look.split, look.example_id) == (runs[0], runs[1], "val", "val-0")
     assert (look.step, look.second_step, look.choice, look.layers, look.head) == (END, END, None, (), None)
-    assert panel.output.value == explorer.note("statement and picture of val-0").to_html()
-    assert panel.list.total == COUNT and panel.message.value == ""
+    assert (look.mass, look.temperature) == (None, None), "the run's own settings"
+    assert ahead == replace(look, example_id="val-1"), "the next one is fetched ahead"
+    assert shown(panel) == "val-0" and panel.list.total == COUNT
 
 
 def test_the_list_holds_one_page_wherever_it_stands(panel):
@@ -91,22 +99,121 @@ def test_the_list_holds_one_page_wherever_it_stands(panel):
         assert f"val-{position}  c {position / COUNT:.2f}" in panel.list.rows[position - start][1]
 
 
+def test_no_control_is_blank_and_those_without_use_are_grey(panel):
+    """A dropdown whose value is None shows nothing."""
+    controls = [
+        value for value in vars(panel).values() if hasattr(value, "options") and hasattr(value, "index")
+    ]
+    assert len(controls) > 9
+    for control in controls:
+        assert control.value is not None and control.index is not None
+        assert None not in [option[1] if isinstance(option, tuple) else option for option in control.options]
+    useless = {
+        "all choices": "choice",
+        "evolution": "mass",
+        "statement and picture": "head",
+        "alignment": "step",
+    }
+    for view, name in useless.items():
+        panel.view.value = view
+        assert getattr(panel, name).disabled and (view == "all choices") == (
+            not panel.mass.disabled and panel.choice.disabled
+        )
+    panel.view.value = "student: attention"
+    assert not panel.layer.disabled and not panel.head.disabled and panel.second.disabled
+
+
+def test_a_view_that_takes_a_moment_never_stands_under_another_example(panel, monkeypatch):
+    panel.view.value = "evolution"
+    assert "val-0" in panel.output.value and panel.stage.scene == {}
+    seen = []
+    monkeypatch.setattr(
+        Explorer, "_make", lambda self, look, view: seen.append(panel.output.value) or explorer.note("x")
+    )
+    panel.list.position = 1
+    assert seen == [""] and "val-0" not in panel.output.value
+
+
+def test_examples_are_sorted(panel, runs):
+    panel.order.value = "highest c"
+    assert list(panel.matches["example_id"][:2]) == ["val-33", "val-32"] and shown(panel) == "val-33"
+    panel.order.value = "wrong first"
+    assert not panel.matches["correct"][: COUNT // 2].any()
+    assert list(panel.matches["example_id"][:2]) == ["val-0", "val-2"], "otherwise as recorded"
+    with pytest.raises(explorer.ExplorerError, match="expected one of"):
+        Filter(order="by colour").choose(runs[0].index)
+
+
+def test_reset_returns_to_the_start(runs, drawn):
+    start = Filter(split="val", correct=True, order="lowest c")
+    panel = Explorer(runs, filter=start, links=False)
+    assert panel.filter == start and panel.list.total == 10
+    panel.search.value, panel.correct.value, panel.order.value = "val-3", "wrong", "highest c"
+    panel.mass.value, panel.temperature.value, panel.step.value = 0.9, 1.0, 0
+    panel.weight.value = (0.2, 0.4)
+    panel.reset.click()
+    assert panel.filter == start and panel.list.total == 10
+    assert (panel.look.mass, panel.look.temperature, panel.look.step) == (None, None, END)
+
+
+def test_mass_and_temperature_select_anew(panel, runs):
+    before = panel.stage.scene["sheets"][0]["tokens"]
+    panel.mass.value = 0.05
+    assert panel.look.mass == 0.05 and "mass 0.05 instead" in panel.stage.scene["heading"]
+    fewer = panel.stage.scene["sheets"][0]["tokens"]
+    assert sum(token["marked"] for token in fewer) == 2, "the first word and the first patch"
+    assert sum(token["marked"] for token in before) != 2
+    record = panel.look.record()
+    assert record.weight.sum() == pytest.approx(1) and record.selected.sum() == 2
+
+
+def test_two_runs_share_one_scale_for_words_and_pictures(panel):
+    panel.list.position = 1  # the second run lacks the first question
+    panel.view.value = "two runs"
+    scene = panel.stage.scene
+    assert [sheet["name"] for sheet in scene["sheets"]] == ["a", "b", "b − a"]
+    weights, differences = scene["scales"]
+    records = [replace(panel.look, run=run, second=None).record() for run in panel.runs.values()]
+    highest = max(float(record.weight[record.selected].max()) for record in records)
+    assert weights["steps"][-1][0] == f"{100 * highest:.1f}" and differences["steps"][0][0].startswith("−")
+
+
+def test_pictures_of_this_example_and_the_next_are_there(panel, image):
+    assert list(panel.stage.pictures) == [str(image)] and panel.stage.pictures[str(image)][:2] == b"\xff\xd8"
+    assert panel.stage.scene["sheets"][0]["picture"] == str(image)
+
+
+def test_what_stands_there_is_saved(panel, monkeypatch):
+    sent = []
+    monkeypatch.setattr(panel.stage, "send", lambda message, buffers: sent.append((message, buffers[0])))
+    starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF", "csv": b"split,example_id", "html": b"<div"}
+    for kind, start in starts.items():
+        panel.export[kind].click()
+        message, content = sent.pop()
+        assert message["name"] == f"val-0-statement-and-picture-a.{kind}" and content.startswith(start)
+        assert panel.message.value == f"saved {message['name']}"
+    panel.search.value = "nothing at all"
+    assert all(button.disabled for button in panel.export.values())
+    panel.save("png")
+    assert "nothing to save" in panel.message.value and not sent
+
+
 def test_filters_start_the_list_anew(panel):
     panel.list.position = 25
-    panel.correct.value = False
+    panel.correct.value = "wrong"
     assert panel.list.position == 0 and panel.list.total == COUNT // 2 and shown(panel) == "val-0"
     panel.split.value = "shifted"
     assert shown(panel) == "val-20" and panel.list.total == 7
     panel.search.value = "val-24"
     assert panel.list.total == 1 and "val-24" in panel.list.rows[0][1]
     panel.disagreement.value = 0.7
-    assert panel.list.total == 0 and panel.list.rows == [] and panel.output.value == ""
+    assert panel.list.total == 0 and panel.list.rows == [] and panel.stage.scene == {}
     assert panel.message.value == "No example passes these filters."
     for control, value in (
         (panel.disagreement, 0.0),
         (panel.search, ""),
         (panel.split, ""),
-        (panel.correct, None),
+        (panel.correct, "any"),
     ):
         control.value = value
     assert panel.list.total == COUNT and panel.filter == Filter()
@@ -121,12 +228,12 @@ def test_another_run_keeps_the_example(panel, runs, drawn):
     panel.list.position = 21
     panel.first.value = "b"
     assert panel.list.total == COUNT - 1 and panel.list.position == 20
-    look = drawn[-1][0]
+    look = panel.look
     assert (look.run, look.example_id, look.split) == (runs[1], "val-21", "shifted")
     panel.first.value = "a"
     panel.list.position = 0
     panel.first.value = "b"  # which has no val-0
-    assert panel.list.position == 0 and drawn[-1][0].example_id == "val-1"
+    assert panel.list.position == 0 and shown(panel) == "val-1"
 
 
 def test_steps_choice_modality_layer_and_head_reach_the_view(panel, drawn):
@@ -136,32 +243,33 @@ def test_steps_choice_modality_layer_and_head_reach_the_view(panel, drawn):
     assert view == "student: attention"
     assert (look.step, look.second_step, look.modality, look.choice, look.layers) == (0, 0, "text", 0, (1,))
     panel.list.position = 3
-    assert drawn[-1][0] == replace(look, example_id="val-3")
+    assert (replace(look, example_id="val-3"), view) in drawn
 
 
 def test_what_was_drawn_is_kept(panel, drawn):
     for position in (1, 0, 1, 0):
         panel.list.position = position
-    assert len(drawn) == 2
+    assert len(drawn) == 3, "the two, and the one that is fetched ahead"
 
 
 def test_a_mistake_is_said_where_the_view_would_be(runs, monkeypatch):
-    panel = Explorer(runs, example="val-2")
-    assert "val-2" in panel.output.value and problems(panel.output.value) == []
+    panel = Explorer(runs, example="val-2", links=False)
+    assert shown(panel) == "val-2"
 
-    def fail(look, view):
+    def fail(self, look, view):
         raise OSError(f"gone {EVIL}")
 
-    monkeypatch.setattr(explorer, "show", fail)
+    monkeypatch.setattr(Explorer, "_make", fail)
     panel.view.value = "evolution"
     assert panel.output.value == "" and panel.message.value.startswith("OSError: gone &lt;img")
 
 
 def test_it_starts_where_it_is_told(runs, drawn):
-    panel = Explorer(runs, runs[1], "val-30", "two runs", Filter(split="shifted", correct=False))
+    filter = Filter(split="shifted", correct=False)
+    panel = Explorer(runs, runs[1], "val-30", "two runs", filter, links=False)
     assert panel.first.value == "b" and panel.second.value == "a"
-    assert (panel.split.value, panel.correct.value, panel.list.total) == ("shifted", False, 7)
-    assert drawn == [(panel.look, "two runs")] and panel.look.example_id == "val-30"
+    assert (panel.split.value, panel.correct.value, panel.list.total) == ("shifted", "wrong", 7)
+    assert drawn[0] == (panel.look, "two runs") and panel.look.example_id == "val-30"
 
 
 def test_a_row_is_one_line(panel):
@@ -174,18 +282,29 @@ def test_a_row_is_one_line(panel):
 
 
 def test_nothing_of_the_data_becomes_markup_in_the_list():
-    assert "innerHTML" not in widgets._LIST and "insertAdjacent" not in widgets._LIST
-    assert "://" not in widgets._LIST + widgets._LOOK
+    for name in ("list.js", "stage.js", "explorer.css"):
+        source = (controls.STATIC / name).read_text("utf-8")
+        for word in (
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacent",
+            "document.write",
+            "eval(",
+            "fetch(",
+            "import ",
+        ):
+            assert word not in source, f"{name}: {word}"
+        assert set(re.findall(r"\w+://\S+", source)) <= {'http://www.w3.org/2000/svg";'}, name
 
 
 def test_an_example_of_ones_own(runs, image, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        explorer, "own_view", lambda run, materials, own: asked.append(own) or explorer.note(own.prompt.text)
+        explorer, "own_view", lambda run, own: asked.append((run, own)) or explorer.note(own.prompt.text)
     )
-    panel = OwnExample(runs[0], None, image, "Why?", ["a", "b"])
+    panel = OwnExample(runs[0], image, "Why?", ["a", "b"])
     panel.show()
-    assert [choice.text for choice in asked[0].choices] == ["a", "b"] and asked[0].image == image
+    assert [choice.text for choice in asked[0][1].choices] == ["a", "b"] and asked[0][1].image == image
     assert "Why?" in panel.output.value and panel.message.value == ""
     content = image.read_bytes()
     panel.upload.value = ({"name": "../../my.png", "type": "image/png", "size": len(content),
@@ -193,8 +312,21 @@ def test_an_example_of_ones_own(runs, image, monkeypatch):
     assert Path(panel.path.value).read_bytes() == content and Path(panel.path.value).parent != image.parent
     panel.answers.value = ""
     panel.show()
-    assert asked[1].image == Path(panel.path.value).resolve() and asked[1].choices == ()
+    own = asked[1][1]
+    assert own.image == Path(panel.path.value).resolve() and own.choices == ()
+    assert own.id == "my.png", "it keeps the name that it was uploaded under"
     for control, value, said in ((panel.path, "no/such.png", "missing"), (panel.text, "  ", "no text")):
         control.value = value
         panel.show()
         assert said in panel.message.value and panel.output.value == ""
+
+
+def test_ones_own_example_is_that_of_the_run_chosen_in_the_explorer(runs, image, drawn, monkeypatch):
+    asked = []
+    monkeypatch.setattr(explorer, "own_view", lambda run, own: asked.append(run) or explorer.note("x"))
+    chooser = Explorer(runs, links=False)
+    panel = OwnExample(chooser, image, "A hat.")
+    for name in ("a", "b"):
+        chooser.first.value = name
+        panel.show()
+    assert asked == [runs[0], runs[1]]

@@ -8,7 +8,7 @@ final norm and projection; for attention pooling (ResNet, SigLIP, CoCa) the pool
 the relevance signals that need it; loading, tokens and positions are ``teacher``'s business.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +113,30 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
     if mask is not None:
         scores = scores + (mask.view_as(scores) if mask.dim() == 3 else mask)
     return scores.softmax(dim=-1)
+
+
+def rolled_out(row: Tensor, maps: Iterable[Tensor]) -> Tensor:
+    """A row of ``prod_l (A_l + I) / 2``, heads averaged (Abnar & Zuidema 2020), (batch, positions).
+
+    ``row`` is that row before the last layer's product: 1 at the position that is read, or its pooling's
+    weights. ``maps`` come from the last layer to the first, (batch, heads, positions, positions).
+    """
+    for attention in maps:
+        row = ((row.unsqueeze(1) @ attention.mean(dim=1)).squeeze(1) + row) / 2
+    return row
+
+
+def relevancy(row: Tensor, maps: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    """A row of R, from ``R = I; R += mean_heads((gradient * A)+) R`` (Chefer et al. 2021, eq. 5 and 6).
+
+    ``row`` (batch, positions) is that of the position that is read; ``maps`` come from the first layer to
+    the last, (batch, heads, positions, positions), ``gradients`` with them; None where a map has none.
+    """
+    for attention, gradient in reversed(list(zip(maps, gradients, strict=True))):
+        if gradient is not None:
+            product = (gradient * attention).clamp(min=0).mean(dim=1)
+            row = row + (row.unsqueeze(1) @ product).squeeze(1)
+    return row
 
 
 def value_path(block: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
@@ -324,19 +348,22 @@ class Tower:
         averages their rows.
         """
         row = self.pooling.weights(seen.hidden, seen.given).mean(dim=1)
-        return row if self.pooling.attends else self._attended(row, self.blocks[-1], *seen.entered[-1])
+        if self.pooling.attends:
+            return row
+        return (row.unsqueeze(1) @ self.attention_map(seen, -1).mean(dim=1)).squeeze(1)
 
     def _rollout(self, seen: Seen) -> Tensor:
         """The pooled position's row of ``prod_l (A_l + I) / 2``, heads averaged (Abnar & Zuidema 2020)."""
         row = self.pooling.weights(seen.hidden, seen.given).mean(dim=1)
-        for block, (hidden, mask) in reversed(list(zip(self.blocks, seen.entered, strict=True))):
-            row = (self._attended(row, block, hidden, mask) + row) / 2
-        return row
+        layers = reversed(range(len(self.blocks)))
+        return rolled_out(row, (self.attention_map(seen, layer) for layer in layers))
 
-    def _attended(self, row: Tensor, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        parts = self._parts(block)
+    def attention_map(self, seen: Seen, layer: int) -> Tensor:
+        """The attention of one block, (batch, heads, positions, positions)."""
+        parts = self._parts(self.blocks[layer])
+        hidden, mask = seen.entered[layer]
         q, k, _ = parts.qkv(parts.norm(hidden))
-        return (row.unsqueeze(1) @ attention_weights(q, k, mask).mean(dim=1)).squeeze(1)
+        return attention_weights(q, k, mask)
 
     def _parts(self, block: nn.Module) -> Parts:
         parts = take_apart(block)
@@ -368,10 +395,7 @@ class Tower:
         if self.pooling.attends:
             row = (last * row).clamp(min=0)
         row = row.mean(dim=1)
-        for attention, gradient in reversed(list(zip(attended.maps, gradients, strict=True))):
-            relevancy = (gradient * attention).clamp(min=0).mean(dim=1)
-            row = row + (row.unsqueeze(1) @ relevancy).squeeze(1)
-        return row[:, self.prefix :].detach()
+        return relevancy(row, attended.maps, gradients)[:, self.prefix :].detach()
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """Examples of any task as HTML: the picture with its boxes, references in the same colours, choices, answer.
 
-Owns how data are shown; what a run targeted in them is shown by ``views``. As there: plain tags,
-inline hex colours, embedded pictures, every string escaped, and nothing told by colour alone
-(objects carry their index).
+What a run targeted in them is shown by ``compare``. Nothing is told by colour alone (objects carry their
+index).
 """
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +14,11 @@ from PIL import Image, ImageDraw
 
 from tdlib.data.examples import Example, TextPart
 from tdlib.data.pictures import open_picture
+from tdlib.views.html import page, source, style
+from tdlib.views.scale import BLACK, GREY, WHITE
 
 # Paul Tol's bright scheme, safe for colour-blind readers; objects beyond the seventh start again.
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#777777"]
-_CELL = 'style="padding: 6px; vertical-align: top; text-align: left; border-top: 1px solid #cccccc"'
 
 
 def object_colour(index: int) -> str:
@@ -94,32 +93,41 @@ def gallery(
         width: of the pictures, in pixels.
     """
     named = examples if isinstance(examples, Mapping) else {example.id: example for example in examples}
-    rows, lines = [], []
-    for name, example in named.items():
-        answer = "no label" if example.label is None else labels[example.label] if labels else ""
-        choices = "".join(
-            f"<li>{'<b>&#10003;</b> ' if i == example.label else ''}{text_html(choice)}</li>"
-            for i, choice in enumerate(example.choices)
-        )
-        said = f"<p>{escape(', '.join(example.annotators))}</p>" if example.annotators else ""
-        buffer = io.BytesIO()
-        boxed_picture(example, width).save(buffer, "PNG")
-        source = base64.b64encode(buffer.getvalue()).decode()
-        objects = ", ".join(f"{i} {thing}" for i, thing in enumerate(example.names))
-        alt = escape(f"Picture of {example.id}" + (f" with boxes of {objects}" if objects else ""))
-        rows.append(
-            f'<tr style="background-color: #ffffff"><td {_CELL}><b>{escape(name)}</b><br>'
-            f'<span style="color: #6b6b6b">{escape(example.stratum)}</span></td>'
-            f'<td {_CELL}><img src="data:image/png;base64,{source}" alt="{alt}" width="{width}"></td>'
-            f"<td {_CELL}><p>{text_html(example.prompt)}</p><ol start='0'>{choices}</ol>"
-            f"<p><b>{escape(answer)}</b></p>{said}</td></tr>"
-        )
-        right = (
-            example.choices[example.label].text if example.choices and example.label is not None else answer
-        )
-        lines.append(f"{name}: {example.prompt.text} -> {right}")
-    frame = "background-color: #ffffff; color: #1b1b1b; font-family: sans-serif; font-size: 14px"
+    rows = [_row(name, example, labels, width) for name, example in named.items()]
+    lines = [
+        f"{name}: {example.prompt.text} -> {_answer(example, labels)}" for name, example in named.items()
+    ]
     legend = "Numbers are objects; dotted words and dashed boxes decide the answer (where that is known)."
-    body = f'<table style="color: #1b1b1b">{"".join(rows)}</table>'  # a theme would choose a table's own
-    html = f'<div style="{frame}">{body}<small>{legend}</small></div>'
-    return Gallery(html, "\n".join(lines))
+    return Gallery(page(f"{''.join(rows)}<small>{legend}</small>"), "\n".join(lines))
+
+
+def _answer(example: Example, labels: Sequence[str]) -> str:
+    if example.label is None:
+        return "no label"
+    return example.choices[example.label].text if example.choices else labels[example.label] if labels else ""
+
+
+def _row(name: str, example: Example, labels: Sequence[str], width: int) -> str:
+    """Name and kind, picture, and texts of an example beside each other, below where there is no room."""
+    choices = "".join(
+        f"<li>{'<b>&#10003;</b> ' if i == example.label else ''}{text_html(choice)}</li>"
+        for i, choice in enumerate(example.choices)
+    )
+    said = f"<p>{escape(', '.join(example.annotators))}</p>" if example.annotators else ""
+    buffer = io.BytesIO()
+    boxed_picture(example, width).save(buffer, "PNG")
+    objects = ", ".join(f"{i} {thing}" for i, thing in enumerate(example.names))
+    alt = escape(f"Picture of {example.id}" + (f" with boxes of {objects}" if objects else ""))
+    answer = "" if example.choices and example.label is not None else _answer(example, labels)
+    parts = {
+        "1 1 120px": f"<b>{escape(name)}</b><br><span {style(color=GREY)}>{escape(example.stratum)}</span>",
+        f"0 1 {width}px": f'<img src="{source(buffer.getvalue())}" alt="{alt}" {style(max_width="100%")}>',
+        "3 1 300px": f"<p>{text_html(example.prompt)}</p><ol start='0'>{choices}</ol>"
+        f"<p><b>{escape(answer)}</b></p>{said}",
+    }
+    cells = "".join(f"<div {style(flex=size)}>{part}</div>" for size, part in parts.items())
+    look = style(
+        display="flex", flex_wrap="wrap", gap="12px", padding="6px 0", border_top="1px solid #cccccc",
+        background_color=WHITE, color=BLACK, page_break_inside="avoid",
+    )  # fmt: skip
+    return f"<div {look}>{cells}</div>"

@@ -1,156 +1,64 @@
-"""The explorer's controls in JupyterLab: a list moved through by keyboard and mouse, filters, views.
+"""The explorer's controls in JupyterLab: a list moved through by keyboard and mouse, filters, views, export.
 
-Owns the only widgets of the project; what they show is ``explorer``'s, and a notebook shows the same
-without them. The list holds one page of rows, however many examples there are. Data reach the page as
-text nodes or through the views' own escaping.
+What is shown is ``explorer``'s, and a notebook shows the same without controls. Views of sheets are drawn
+by the page itself from numbers (``static/stage.js``), at once; others are figures. The list holds one page of
+rows, however many examples there are. Data reach the page as text nodes or through the views' escaping.
 """
 
 import hashlib
 import logging
+import re
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import anywidget
 import ipywidgets
-import pandas as pd
-import traitlets
 
 from tdlib.core.records import END
 from tdlib.views import explorer
-from tdlib.views.explorer import VIEWS, Filter, Look, Run
-
-if TYPE_CHECKING:
-    from tdlib.training.prepare import Materials
+from tdlib.views.controls import (
+    PAGE,
+    ExampleList,
+    Stage,
+    beside,
+    described,
+    dropdown,
+    is_close,
+    named,
+    offer,
+    row_text,
+    step_options,
+)  # fmt: skip
+from tdlib.views.explorer import USES, VIEWS, Look
+from tdlib.views.index import ORDERS, Filter, Run, companion
+from tdlib.views.scene import key_of, pictures_of, scene_of
+from tdlib.views.view import View
 
 log = logging.getLogger(__name__)
 
-PAGE = 10  # rows of the list
 MOST_NAMES = 50  # labels and layers offered; others can be typed or given as parameters
-ANY = "any"
-
-# A list that has the focus moves by arrow keys, j and k, page keys, Home and End; it takes keys from
-# nothing else, and JupyterLab's own shortcuts stay away from it.
-_LIST = """
-function render({ model, el }) {
-  const root = document.createElement("div");
-  root.className = "tdlib-list";
-  root.tabIndex = 0;
-  root.setAttribute("role", "listbox");
-  root.setAttribute("aria-label", "examples");
-  root.setAttribute("data-lm-suppress-shortcuts", "true");
-  const bar = document.createElement("div");
-  const rows = document.createElement("div");
-  const count = document.createElement("span");
-  const jump = document.createElement("input");
-  jump.type = "range";
-  jump.min = "0";
-  jump.title = "jump to an example";
-  const move = (position) => {
-    const last = model.get("total") - 1;
-    const next = Math.max(0, Math.min(last, position));
-    if (last < 0 || next === model.get("position")) return;
-    model.set("position", next);
-    model.save_changes();
-  };
-  const button = (label, title, step) => {
-    const node = document.createElement("button");
-    node.textContent = label;
-    node.title = title;
-    node.addEventListener("click", () => move(model.get("position") + step));
-    return node;
-  };
-  bar.append(button("\\u25c0", "previous example (left, k)", -1),
-             button("\\u25b6", "next example (right, j)", 1), count, jump);
-  root.append(bar, rows);
-  jump.addEventListener("change", () => move(Number(jump.value)));
-  root.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target === jump) return;
-    const page = model.get("page"), at = model.get("position");
-    const to = { ArrowRight: at + 1, ArrowDown: at + 1, j: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1,
-                 k: at - 1, PageDown: at + page, PageUp: at - page, Home: 0,
-                 End: model.get("total") - 1 }[event.key];
-    if (to === undefined) return;
-    event.preventDefault();
-    event.stopPropagation();
-    move(to);
-  });
-  const draw = () => {
-    const at = model.get("position"), total = model.get("total");
-    const number = (value) => value.toLocaleString("en");
-    count.textContent = total ? ` ${number(at + 1)} of ${number(total)} ` : " none ";
-    jump.max = String(Math.max(0, total - 1));
-    jump.value = String(at);
-    jump.disabled = total < 2;
-    rows.replaceChildren(...model.get("rows").map(([position, text]) => {
-      const row = document.createElement("div");
-      row.className = "tdlib-row";
-      row.setAttribute("role", "option");
-      row.setAttribute("aria-selected", String(position === at));
-      row.textContent = text;
-      row.addEventListener("click", () => { root.focus(); move(position); });
-      return row;
-    }));
-  };
-  for (const name of ["rows", "position", "total"]) model.on(`change:${name}`, draw);
-  draw();
-  el.append(root);
-}
-export default { render };
-"""
-_LOOK = """
-.tdlib-list { border: 1px solid #999999; padding: 4px; background-color: #ffffff; color: #1b1b1b;
-  font-family: sans-serif; font-size: 13px; }
-.tdlib-list:focus { outline: 2px solid #0072b2; }
-.tdlib-list input[type=range] { width: 40%; vertical-align: middle; }
-.tdlib-row { padding: 1px 4px; cursor: pointer; white-space: pre; overflow: hidden;
-  text-overflow: ellipsis; border-left: 4px solid #ffffff; font-variant-numeric: tabular-nums; }
-.tdlib-row:hover { background-color: #eeeeee; }
-.tdlib-row[aria-selected=true] { background-color: #dde8f3; border-left-color: #0072b2; font-weight: bold; }
-"""
-
-
-class ExampleList(anywidget.AnyWidget):
-    """One page of a list. ``rows`` are [position, text] of the page that holds ``position``."""
-
-    _esm = _LIST
-    _css = _LOOK
-    rows: Any = traitlets.List().tag(sync=True)
-    position = traitlets.Int(0).tag(sync=True)
-    total = traitlets.Int(0).tag(sync=True)
-    page = traitlets.Int(PAGE).tag(sync=True)
-
-
-def row_text(row: dict[str, Any], labels: Sequence[str] = (), length: int = 110) -> str:
-    """An example in one line: right or wrong, id, c, what it asks."""
-    verdict = "?" if pd.isna(row["label"]) else "✓" if row["correct"] else "✗"
-    weight = "c  –  " if pd.isna(row["c"]) else f"c {row['c']:.2f}"
-    text = row["answer"] if isinstance(row["answer"], str) and not labels else row["text"].split("\n")[0]
-    label = f" → {row['answer']}" if labels and isinstance(row["answer"], str) else ""
-    line = f"{verdict} {row['split']} {row['example_id']}  {weight}  {text}{label}"
-    line = " ".join(line.split("\n"))
-    return line if len(line) <= length else f"{line[: length - 1]}…"
-
-
-def _named(name: str, control: Any, width: str = "auto") -> Any:
-    control.description = name
-    control.style.description_width = "initial"
-    control.layout.width = width
-    return control
+ANY, ALL = "any", -1  # values of controls: None as a value leaves a dropdown blank
+VERDICTS = {ANY: None, "right": True, "wrong": False}
+RECORDED = ("statement and picture", "all choices", "two runs")  # views that need no model
+FILES = {"png": "image/png", "svg": "image/svg+xml", "pdf": "application/pdf", "csv": "text/csv",
+         "html": "text/html"}  # fmt: skip
 
 
 class Explorer(ipywidgets.VBox):
-    """Runs, filters, the list of examples, and a view of the chosen one.
+    """Runs, filters, the list of examples, and beside it a view of the chosen one.
 
     Args:
-        runs: what can be looked at, of ``explorer.find_runs``.
+        runs: what can be looked at, of ``index.find_runs``.
         first: the run that is shown first; the first of ``runs`` if None.
         example: its id, where another than the first is meant.
         view: the view shown first, of ``explorer.VIEWS``.
-        filter: what the list starts with.
+        filter: what the list starts with, and returns to by "reset".
+        links: lights up what agrees with a token; opens the run's teacher in the background.
     """
 
     def __init__(
@@ -160,61 +68,81 @@ class Explorer(ipywidgets.VBox):
         example: str = "",
         view: str = "statement and picture",
         filter: Filter = Filter(),  # noqa: B008 (frozen)
+        links: bool = True,
     ):
         first = first or runs[0]
         self.runs = {run.name: run for run in runs}
         self.matches = first.index.iloc[:0]
-        names = list(self.runs)
-        other = explorer.companion(runs, first)
-        control = ipywidgets
-        self.first = _named("run", control.Dropdown(options=names, value=first.name))
-        self.step = _named("step", control.Dropdown())
-        self.second = _named(
-            "compared with", control.Dropdown(options=names, value=other.name if other else first.name)
-        )
-        self.second_step = _named("step", control.Dropdown())
-        self.search = _named("search", control.Text(filter.text, placeholder="words of id, text, answer"))
-        self.search.continuous_update = False
-        self.label = _named("label", control.Combobox(value=filter.label, placeholder=ANY), "220px")
-        self.label.continuous_update = False
-        self.split = _named("split", control.Dropdown())
-        verdicts = [(ANY, None), ("right", True), ("wrong", False)]
-        self.correct = _named("student", control.Dropdown(options=verdicts, value=filter.correct))
-        self.weight = _named("c", control.FloatRangeSlider(min=0, max=1, step=0.01), "300px")
-        self.disagreement = _named(
-            "|p_T − p_S| ≥", control.FloatSlider(filter.disagreement, min=0, max=1, step=0.01), "280px"
-        )
-        for slider in (self.weight, self.disagreement):
-            slider.continuous_update = False
-        self.view = _named("view", control.Dropdown(options=list(VIEWS), value=view))
-        self.modality = _named("modality", control.Dropdown(options=list(explorer.MODALITIES)))
-        self.choice = _named("choice", control.Dropdown(options=[("the right one", None)]))
-        self.layer = _named("layer", control.Dropdown(options=[("all", None)]))
-        self.head = _named("head", control.Dropdown(options=[("mean", None)]))
-        self.list = ExampleList()
-        self.message = control.HTML()
-        self.output = control.HTML()
+        self._start, self._links, self._models = filter, links, threading.Lock()
+        self._quiet = 0
+        self._made = lru_cache(maxsize=64)(lambda look, view: self._make(look, view))
+        self._make_controls(runs, first, view)
+        self.list, self.stage = ExampleList(), Stage()
+        self.message, self.output = ipywidgets.HTML(), ipywidgets.HTML()
         self.output.add_class("tdlib-view")
-        self._quiet = False
-        self._drawn = lru_cache(maxsize=64)(lambda look, view: explorer.show(look, view).to_html())
-        self._load(filter)
-        if example and example in set(self.matches["example_id"]):
-            self.list.position = int((self.matches["example_id"] == example).to_numpy().argmax())
-        super().__init__(
-            [
-                control.HBox([self.first, self.step, self.second, self.second_step]),
-                control.HBox([self.search, self.label, self.split, self.correct]),
-                control.HBox([self.weight, self.disagreement]),
-                self.list,
-                control.HBox([self.view, self.modality, self.choice, self.layer, self.head]),
-                self.message,
-                self.output,
-            ]
-        )
-        for row in (self.children[0], self.children[1], self.children[2], self.children[4]):
-            row.layout.flex_flow = "row wrap"
+        with self._silence():
+            self._load(filter)
+            if example and example in set(self.matches["example_id"]):
+                self.list.position = int((self.matches["example_id"] == example).to_numpy().argmax())
+        super().__init__(self._arranged())
+        self.add_class("tdlib-explorer")
         self._watch()
         self._turn()
+
+    def _make_controls(self, runs: Sequence[Run], first: Run, view: str) -> None:
+        names, other = list(self.runs), companion(runs, first)
+        self.first = dropdown("run", names, first.name)
+        self.second = dropdown("compared with", names, other.name if other else first.name)
+        self.search = named("search", ipywidgets.Text(placeholder="words of id, text, answer"), "270px")
+        self.label = named("label", ipywidgets.Combobox(placeholder=ANY), "220px")
+        self.split = dropdown("split")
+        self.correct = dropdown("student", list(VERDICTS), ANY)
+        self.order = dropdown("order", ORDERS, ORDERS[0])
+        self.weight = named("c", ipywidgets.FloatRangeSlider(min=0, max=1, step=0.01), "300px")
+        self.disagreement = named("|p_T − p_S| ≥", ipywidgets.FloatSlider(min=0, max=1, step=0.01), "300px")
+        for control in (self.search, self.label, self.weight, self.disagreement):
+            control.continuous_update = False
+        self.reset = ipywidgets.Button(description="reset", tooltip="filters, order and sliders as at first")
+        self.view = dropdown("view", list(VIEWS), view)
+        self.modality = dropdown("modality", explorer.MODALITIES)
+        self.choice = dropdown("choice", [("the right one", ALL)])
+        self.step, self.second_step = (
+            named(name, ipywidgets.SelectionSlider(options=[("end", END)]))
+            for name in ("step", "second step")
+        )
+        self.layer = named("layer", ipywidgets.SelectionSlider(options=[("all", ALL)]))
+        self.head = dropdown("head", [("mean", ALL)])
+        self.mass = named("mass", ipywidgets.FloatSlider(min=0.05, max=1, step=0.05), "280px")
+        self.temperature = named(
+            "temperature", ipywidgets.FloatLogSlider(min=-3, max=1, step=0.05, readout_format=".3g"), "280px"
+        )
+        self.paper = ipywidgets.Checkbox(description="for a paper", indent=False, layout={"width": "auto"})
+        self.export = {
+            kind: ipywidgets.Button(
+                description=kind, tooltip=f"save this view as {kind}", layout={"width": "56px"}
+            )
+            for kind in FILES
+        }
+
+    def _arranged(self) -> list[Any]:
+        left = ipywidgets.VBox(
+            [
+                self.list, beside(self.order, self.reset), self.search,
+                beside(self.label, self.split, self.correct), self.weight, self.disagreement,
+            ]
+        )  # fmt: skip
+        right = ipywidgets.VBox(
+            [
+                beside(self.view, self.modality, self.choice), beside(self.step, self.mass, self.temperature),
+                beside(self.second, self.second_step), beside(self.layer, self.head),
+                beside(ipywidgets.Label("save as"), *self.export.values(), self.paper),
+                self.message, self.stage, self.output,
+            ]
+        )  # fmt: skip
+        both = ipywidgets.Box([left, right])
+        for box, name in ((both, "beside"), (left, "left"), (right, "right")):
+            box.add_class(f"tdlib-{name}")
+        return [beside(self.first), both]
 
     # State.
 
@@ -229,185 +157,300 @@ class Explorer(ipywidgets.VBox):
         condition = {} if weight is None else {"weight": weight}
         return Filter(
             text=self.search.value, label=self.label.value, split=self.split.value,
-            correct=self.correct.value, disagreement=self.disagreement.value, **condition,
+            correct=VERDICTS[self.correct.value], disagreement=self.disagreement.value,
+            order=self.order.value, **condition,
         )  # fmt: skip
 
     @property
     def look(self) -> Look | None:
         """What is looked at now; None where no example passes."""
-        if self.matches.empty:
-            return None
-        row = self.matches.iloc[self.list.position]
+        return None if self.matches.empty else self._look_at(self.list.position)
+
+    def _look_at(self, position: int) -> Look:
+        row = self.matches.iloc[position]
+        settings = {"mass": self.mass, "temperature": self.temperature}
+        changed = {
+            name: control.value
+            for name, control in settings.items()
+            if not (control.disabled or is_close(control.value, getattr(self.run.config, name)))
+        }
         return Look(
             self.run, row["split"], row["example_id"], self.runs[self.second.value], self.step.value,
-            self.second_step.value, self.choice.value, self.modality.value,
-            () if self.layer.value is None else (self.layer.value,), self.head.value,
+            self.second_step.value, None if self.choice.value == ALL else self.choice.value,
+            self.modality.value, () if self.layer.value == ALL else (self.layer.value,),
+            None if self.head.value == ALL else self.head.value, **changed,
         )  # fmt: skip
 
     # Reactions.
 
-    def _watch(self) -> None:
-        def on(controls: Sequence[Any], call: Callable[[], None]) -> None:
-            for control in controls:
-                control.observe(lambda _: None if self._quiet else call(), "value")
+    @contextmanager
+    def _silence(self) -> Iterator[None]:
+        """Controls are set without a reaction to each."""
+        self._quiet += 1
+        try:
+            yield
+        finally:
+            self._quiet -= 1
 
-        on([self.first], self._change_run)
-        on([self.second], self._change_second)
+    def _watch(self) -> None:
+        def on(call: Callable[[], None], *controls: Any, name: str = "value") -> None:
+            for control in controls:
+                control.observe(lambda _: None if self._quiet else call(), name)
+
+        on(self._change_run, self.first)
+        on(self._change_second, self.second)
         on(
-            [self.search, self.label, self.split, self.correct, self.weight, self.disagreement],
-            self._change_filter,
-        )
+            self._change_filter, self.search, self.label, self.split, self.correct, self.weight,
+            self.disagreement, self.order,
+        )  # fmt: skip
+        on(self._change_view, self.view)
         on(
-            [self.step, self.second_step, self.view, self.modality, self.choice, self.layer, self.head],
-            self._draw,
-        )
-        self.list.observe(lambda _: None if self._quiet else self._turn(), "position")
+            self._draw, self.step, self.second_step, self.modality, self.choice, self.layer, self.head,
+            self.mass, self.temperature,
+        )  # fmt: skip
+        on(self._turn, self.list, name="position")
+        self.reset.on_click(lambda _: self._reset())
+        for kind, button in self.export.items():
+            button.on_click(lambda _, kind=kind: self.save(kind))
 
     def _change_run(self) -> None:
-        kept, filter = self.look, self.filter
-        self._quiet = True
-        self._load(filter)
-        if kept is not None:  # the same example, where the other run has it too
-            same = (self.matches["split"] == kept.split) & (self.matches["example_id"] == kept.example_id)
-            self.list.position = int(same.to_numpy().argmax()) if same.any() else 0
-        self._quiet = False
+        kept = self.look
+        with self._silence():
+            self._load(self.filter)
+            if kept is not None:  # the same example, where the other run has it too
+                same = (self.matches["split"] == kept.split) & (self.matches["example_id"] == kept.example_id)
+                self.list.position = int(same.to_numpy().argmax()) if same.any() else 0
         self._turn()
 
     def _change_second(self) -> None:
-        self._quiet = True
-        _offer(self.second_step, _step_options(self.runs[self.second.value]))
-        self._quiet = False
+        with self._silence():
+            offer(self.second_step, step_options(self.runs[self.second.value]))
+            self._enable()
         self._draw()
 
     def _change_filter(self) -> None:
-        self._quiet = True
-        self.matches = self.filter.choose(self.run.index)
-        self.list.position, self.list.total = 0, len(self.matches)
-        self._quiet = False
+        with self._silence():
+            self._filter()
+        self._turn()
+
+    def _change_view(self) -> None:
+        self._enable()
+        self._draw()
+
+    def _reset(self) -> None:
+        with self._silence():
+            self._load(self._start)
+            for control in (self.choice, self.layer, self.head, self.modality):
+                control.index = 0
+            self.step.value = self.second_step.value = END
         self._turn()
 
     def _load(self, filter: Filter) -> None:
-        """Takes over a run: its steps, splits, labels, range of c, and the examples that pass."""
-        index, self._quiet = self.run.index, True
-        _offer(self.step, _step_options(self.run))
-        _offer(self.second_step, _step_options(self.runs[self.second.value]))
-        _offer(self.split, [(ANY, ""), *((name, name) for name in index["split"].unique())], filter.split)
-        counts = index["answer" if self.run.labels else "label"].value_counts()
+        """Takes over a run: its steps, splits, labels, range of c, settings, and the examples that pass."""
+        run, index = self.run, self.run.index
+        offer(self.step, step_options(run))
+        offer(self.second_step, step_options(self.runs[self.second.value]))
+        offer(self.layer, [("all", ALL), *((str(i), i) for i in range(min(run.layers, MOST_NAMES)))])
+        offer(self.head, [("mean", ALL), *((str(i), i) for i in range(min(run.heads, MOST_NAMES)))])
+        self.mass.value, self.temperature.value = run.config.mass, run.config.temperature
+        self.search.value, self.label.value, self.order.value = filter.text, filter.label, filter.order
+        self.correct.value = next(name for name, value in VERDICTS.items() if value == filter.correct)
+        self.disagreement.value = filter.disagreement
+        splits = list(index["split"].unique())
+        self.split.options = [(ANY, ""), *((name, name) for name in splits)]
+        self.split.value = filter.split if filter.split in splits else ""
+        counts = index["answer" if run.labels else "label"].value_counts()
         self.label.options = [str(name) for name in counts.index[:MOST_NAMES]]
         highest = float(index["c"].max()) if index["c"].notna().any() else 1.0
-        self.weight.max = max(1.0, -(-highest // 0.01) * 0.01)
         low, high = filter.weight
+        self.weight.max = max(1.0, -(-highest // 0.01) * 0.01)
         self.weight.value = (min(low, self.weight.max), min(high, self.weight.max))
-        most = int(self.run.layers)
-        _offer(self.layer, [("all", None), *((str(i), i) for i in range(min(most, MOST_NAMES)))])
-        _offer(self.head, [("mean", None), *((str(i), i) for i in range(min(self.run.heads, MOST_NAMES)))])
-        self.matches = self.filter.choose(index)
+        self._filter()
+        self._enable()
+
+    def _filter(self) -> None:
+        self.matches = self.filter.choose(self.run.index)
         self.list.position, self.list.total = 0, len(self.matches)
-        self._quiet = False
+
+    def _enable(self) -> None:
+        """Greys out what the view, the run or the second run has no use for."""
+        used = USES[self.view.value]
+        controls = {
+            "second": self.second, "second_step": self.second_step, "step": self.step, "choice": self.choice,
+            "modality": self.modality, "layers": self.layer, "head": self.head, "mass": self.mass,
+            "temperature": self.temperature,
+        }  # fmt: skip
+        for name, control in controls.items():
+            control.disabled = name not in used
+        for control in (self.step, self.second_step, self.choice, self.layer):
+            control.disabled = control.disabled or len(control.options) < 2
+        self.mass.disabled = self.mass.disabled or self.run.config.selector != "nucleus"
 
     def _turn(self) -> None:
         """Shows the page of the list that holds the position, then the view."""
         start = self.list.position // PAGE * PAGE
         page = self.matches.iloc[start : start + PAGE].to_dict("records")
         self.list.rows = [[start + i, row_text(row, self.run.labels)] for i, row in enumerate(page)]
-        look = self.look
-        if look is not None:
-            self._quiet = True
-            count = len(self.matches.iloc[self.list.position]["text"].split("\n"))
-            options: list[tuple[str, int | None]] = [("the right one", None)]
-            options += [] if self.run.labels else [(str(i), i) for i in range(count)]
-            _offer(self.choice, options)
-            self._quiet = False
+        if not self.matches.empty:
+            with self._silence():
+                count = len(self.matches.iloc[self.list.position]["text"].split("\n"))
+                statements = [] if self.run.labels else [(str(i), i) for i in range(count)]
+                offer(self.choice, [("the right one", ALL), *statements])
+                self._enable()
         self._draw()
+        self._prefetch()
+
+    # Drawing.
+
+    def _make(self, look: Look, view: str) -> View:
+        if view in RECORDED:
+            return explorer.show(look, view)
+        with self._models:  # the teacher's cache is not made for two threads
+            return explorer.show(look, view)
 
     def _draw(self) -> None:
         look = self.look
         if look is None:
-            self.output.value, self.message.value = "", "No example passes these filters."
+            self._show(None, "No example passes these filters.")
             return
-        self.message.value = "drawing …"
+        if self.view.value not in RECORDED:  # what takes a moment must not leave another example's view
+            self._show(None, "drawing …")
         try:
-            self.output.value = self._drawn(look, self.view.value)
-            self.message.value = ""
+            self._show(self._made(look, self.view.value))
         except Exception as error:  # JupyterLab shows none that a callback raises
-            self.output.value, self.message.value = "", _what(error)
+            self._show(None, described(error))
 
+    def _show(self, view: View | None, message: str = "") -> None:
+        sheets = view is not None and bool(view.sheets)
+        html = "" if view is None or sheets else view.to_html()
+        with self.stage.hold_sync():
+            if sheets:
+                self.stage.pictures = pictures_of(view)
+            self.stage.scene = scene_of(view) if sheets else {}
+        self.output.value, self.message.value = html, message
+        for button in self.export.values():
+            button.disabled = view is None
+        if sheets and self._links:
+            self._link(view)
 
-def _what(error: Exception) -> str:
-    log.debug("cannot be shown", exc_info=error)
-    named = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return escape(f"{named}{error}")
+    def _prefetch(self) -> None:
+        """Makes the next example's view, and sends its picture, while this one is looked at."""
+        if self.view.value not in RECORDED or self.list.position + 1 >= len(self.matches):
+            return
+        try:
+            view = self._made(self._look_at(self.list.position + 1), self.view.value)
+        except Exception as error:
+            log.debug("cannot be fetched ahead", exc_info=error)
+            return
+        self.stage.pictures = self.stage.pictures | pictures_of(view)
 
+    def _link(self, view: View) -> None:
+        """Computes in the background what agrees with what, and sends it if the view still stands."""
+        sheet = view.sheets[0]
+        key, run, scene = key_of(sheet), self.run, self.stage.scene
+        if key in self.stage.agreement or not sheet.record.is_region.any():
+            return
 
-def _step_options(run: Run) -> list[tuple[str, int]]:
-    return [("end" if step == END else str(step), step) for step in reversed(run.steps)]
+        def work() -> None:
+            try:
+                with self._models:
+                    if self.stage.scene is not scene:
+                        return
+                    cosines = explorer.agreement(run, sheet.record)
+            except Exception as error:  # no teacher, no picture: nothing lights up
+                log.debug("no agreement of tokens", exc_info=error)
+                return
+            if self.stage.scene is scene:
+                self.stage.agreement = {key: cosines.astype("<f4").tobytes()}
 
+        threading.Thread(target=work, daemon=True).start()
 
-def _offer(control: Any, options: Sequence[tuple[str, Any]], value: Any = None) -> None:
-    """New options; keeps what is chosen where it is still there, else takes ``value`` or the first."""
-    values = [own for _, own in options]
-    kept = control.value if control.options else value
-    if tuple(control.options) != tuple(options):
-        control.options = options
-    control.value = kept if kept in values else values[0]
+    # Export.
+
+    def file(self, kind: str) -> tuple[str, bytes]:
+        """Name and content of what stands there as one of ``FILES``.
+
+        Raises:
+            ExplorerError: nothing is shown, or it has no figure.
+        """
+        look = self.look
+        if look is None:
+            raise explorer.ExplorerError("no example passes these filters: there is nothing to save")
+        view = self._made(look, self.view.value)
+        paper = {"paper": self.paper.value}
+        make: dict[str, Callable[[], str | bytes]] = {
+            "png": lambda: view.to_png(**paper), "svg": lambda: view.to_svg(**paper),
+            "pdf": lambda: view.to_pdf(**paper), "csv": lambda: view.table().to_csv(index=False),
+            "html": view.to_html,
+        }  # fmt: skip
+        content = make[kind]()
+        stem = re.sub(r"[^\w.-]+", "-", f"{look.example_id} {self.view.value} {look.run.name}").strip("-.")
+        return f"{stem}.{kind}", content.encode() if isinstance(content, str) else content
+
+    def save(self, kind: str) -> None:
+        """Hands a file to the browser, which saves it where it saves downloads."""
+        self.message.value = f"drawing {kind} …"
+        try:
+            name, content = self.file(kind)
+        except Exception as error:
+            self.message.value = described(error)
+            return
+        self.stage.send({"name": name, "kind": FILES[kind]}, [content])
+        self.message.value = f"saved {escape(name)}"
 
 
 class OwnExample(ipywidgets.VBox):
-    """A picture and a text of one's own, and what a run's method would select in it.
+    """A picture and a text of yours, and what a run's method selects in it with its trained student.
 
     Args:
-        run: whose settings count.
-        materials: of these settings.
+        source: the run whose settings and student count; or an explorer, whose run counts.
         picture: shown first; likewise ``text`` and ``answers``.
     """
 
     def __init__(
-        self,
-        run: Run,
-        materials: "Materials",
-        picture: Path | str = "",
-        text: str = "",
-        answers: Sequence[str] = (),
+        self, source: Run | Explorer, picture: Path | str = "", text: str = "", answers: Sequence[str] = ()
     ):
         control = ipywidgets
-        self.run, self.materials = run, materials
+        self.source = source
         self._folder = tempfile.TemporaryDirectory(prefix="tdlib-own-")
-        self.path = _named("picture", control.Text(str(picture), placeholder="a path"), "480px")
+        self.path = named("picture", control.Text(str(picture), placeholder="a path"), "480px")
         self.upload = control.FileUpload(accept="image/*", description="or a file of yours")
         self.upload.layout.width = "auto"
-        self.text = _named("text", control.Textarea(text, rows=2), "640px")
-        self.answers = _named(
-            "answers",
-            control.Textarea("\n".join(answers), rows=4, placeholder="one a line, or none"),
-            "640px",
-        )
-        self.button = control.Button(description="Show what is selected")
+        self.text = named("text", control.Textarea(text, rows=2), "640px")
+        lines = control.Textarea("\n".join(answers), rows=4, placeholder="one a line, or none")
+        self.answers = named("answers", lines, "640px")
+        self.button = control.Button(description="Show what is selected", layout={"width": "auto"})
         self.message, self.output = control.HTML(), control.HTML()
         self.output.add_class("tdlib-own")
         self.upload.observe(lambda _: self._keep(), "value")
         self.button.on_click(lambda _: self.show())
-        super().__init__(
-            [control.HBox([self.path, self.upload]), self.text, self.answers, self.button, self.message,
-             self.output]
-        )  # fmt: skip
+        first = beside(self.path, self.upload)
+        super().__init__([first, self.text, self.answers, self.button, self.message, self.output])
+
+    @property
+    def run(self) -> Run:
+        return self.source.run if isinstance(self.source, Explorer) else self.source
 
     def _keep(self) -> None:
-        """Stores an uploaded picture under its content's name and puts its path into the box."""
+        """Stores an uploaded picture under its name, in a folder of its content, and says where."""
         if self.upload.value:
             given = self.upload.value[0]
             content = bytes(given["content"])
-            suffix = Path(given["name"]).suffix or ".png"
-            path = Path(self._folder.name) / f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
+            folder = Path(self._folder.name) / hashlib.sha256(content).hexdigest()[:16]
+            folder.mkdir(exist_ok=True)
+            name = re.sub(r"[^\w. -]+", "_", Path(given["name"].replace("\\", "/")).name).strip(". ")
+            path = folder / (name or "picture.png")
             path.write_bytes(content)
             self.path.value = str(path)
 
     def show(self) -> None:
         """Selects and draws; what is wrong with the input is said instead."""
-        self.message.value, self.output.value = "selecting …", ""
+        run = self.run
+        self.message.value, self.output.value = f"selecting by {escape(run.name)} …", ""
         lines = [line.strip() for line in self.answers.value.splitlines() if line.strip()]
         try:
             example = explorer.own_example(self.path.value, self.text.value, lines)
-            self.output.value = explorer.own_view(self.run, self.materials, example).to_html()
+            self.output.value = explorer.own_view(run, example).to_html()
             self.message.value = ""
         except Exception as error:
-            self.message.value = _what(error)
+            self.message.value = described(error)

@@ -9,23 +9,12 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from tdlib.views.figures.protocol import MARKS
-from tdlib.views.figures.targets import (
-    GREY,
-    LARGE,
-    LINE_COLOURS,
-    SMALL,
-    TEXT,
-    Figure,
-    _need,
-    _panels,
-    _plain,
-    _settled,
-    _shared_legend,
-)
+from tdlib.views.figures.style import GREY, LINE_COLOURS, Figure, need, panels, plain, shared_legend, styled
 
 FOUND = ("better", "worse")  # verdicts that fill a mark
 
 
+@styled
 def plot_differences(
     table: pd.DataFrame,
     row: str = "split",
@@ -41,15 +30,15 @@ def plot_differences(
     missing column or a table without differences.
     """
     columns = [row, "arm", "verdict", "difference", "difference_low", "difference_high"]
-    _need(table, columns, "plot_differences")
+    need(table, columns, "plot_differences")
     drawn = table.dropna(subset=["difference"])
-    _need(drawn, columns, "plot_differences")
+    need(drawn, columns, "plot_differences")
     arms = list(dict.fromkeys(drawn["arm"]))
     keys = [name for name in panel if name in drawn]
     groups = list(drawn.groupby(keys, sort=False)) if keys else [((), drawn)]
     most = max(rows[row].nunique() for _, rows in groups)
-    figure, panels = _panels(len(groups), 0.9 + most * (0.2 + 0.16 * len(arms)), sharex=False, sharey=False)
-    for axes, (key, rows) in zip(panels, groups, strict=True):
+    figure, grid = panels(len(groups), 0.9 + most * (0.2 + 0.16 * len(arms)), sharex=False, sharey=False)
+    for axes, (key, rows) in zip(grid, groups, strict=True):
         places = list(dict.fromkeys(rows[row]))
         for one in rows.to_dict("records"):
             arm = arms.index(one["arm"])
@@ -61,23 +50,20 @@ def plot_differences(
             filled = colour if one["verdict"] in FOUND else "white"
             axes.plot(100 * one["difference"], y, mark, color=colour, markerfacecolor=filled, markersize=5.5)
         axes.axvline(0, color="black", linewidth=1)
-        axes.set_yticks(range(len(places)), [_plain(str(place)) for place in places])
+        axes.set_yticks(range(len(places)), [plain(str(place)) for place in places])
         axes.set_ylim(len(places) - 0.5, -0.5)
-        axes.set_xlabel(f"difference to {_plain(baseline)} (points)", fontsize=TEXT)
+        axes.set_xlabel(f"difference to {plain(baseline)} (points)")
         heading = ", ".join(str(part) for part in key if part)
-        axes.set_title(_plain(heading), fontsize=LARGE)
-        axes.tick_params(labelsize=SMALL)
-        axes.grid(axis="both", color="#e4e4e4", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(plain(heading))
+        axes.grid(axis="both")
     for arm, name in enumerate(arms):
         colour, mark = LINE_COLOURS[(arm + 1) % len(LINE_COLOURS)], MARKS[(arm + 1) % len(MARKS)]
-        panels[0].add_line(
-            Line2D([], [], label=_plain(name), color=colour, marker=mark, markerfacecolor="white")
+        grid[0].add_line(
+            Line2D([], [], label=plain(name), color=colour, marker=mark, markerfacecolor="white")
         )
     if any(drawn["verdict"].isin(FOUND)):
-        panels[0].add_line(
+        grid[0].add_line(
             Line2D([], [], label="filled: found by the test", color=GREY, marker="o", linestyle="")
         )
-    _shared_legend(figure, panels)
-    return _settled(figure)
+    shared_legend(figure, grid)
+    return figure

@@ -1,0 +1,199 @@
+"""A student's attention in one statement: its maps, and what they bring about (gradient relevance).
+
+Nothing of the student is changed: the layers asked for compute their attention openly for one forward,
+whatever kernel they were loaded with.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tdlib.core.records import TargetRecord
+from tdlib.teacher.attention import Attention, AttentionError, chosen_layers
+from tdlib.teacher.towers import attention_weights, relevancy
+
+
+def attention_modules(student: nn.Module) -> list[Any]:
+    """The self-attention of each layer of a student, first to last.
+
+    Raises:
+        AttentionError: there is none that is known here, as in CLIP with a fusion head.
+    """
+    parts = ("query", "key", "value", "num_attention_heads")
+    modules = [module for module in student.modules() if all(hasattr(module, part) for part in parts)]
+    if not modules:
+        raise AttentionError(
+            f"{type(student).__name__} has no self-attention with query, key and value, as BERT's and ViLT's "
+            "have; of CLIP look at teacher_attention"
+        )
+    return modules
+
+
+@contextmanager
+def _explicit(modules: Sequence[Any]) -> Iterator[list[Tensor]]:
+    """Lets these modules compute attention openly and collects their maps (batch, heads, tokens, tokens)."""
+    maps: list[Tensor] = []
+
+    def forward_of(module: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+        def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any):
+            heads = module.num_attention_heads
+            q, k, v = (
+                part(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
+                for part in (module.query, module.key, module.value)
+            )
+            weights = attention_weights(q, k, _additive(attention_mask, q.dtype))
+            maps.append(weights)
+            return (weights @ v).transpose(1, 2).flatten(2), weights
+
+        return forward
+
+    try:
+        for module in modules:
+            module.forward = forward_of(module)
+        yield maps
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Any attention's mask as one that is added: boolean (sdpa), (batch, keys) (flash), or added already."""
+    if mask is None or (mask.dim() == 4 and mask.dtype != torch.bool):
+        return mask
+    kept = mask.bool() if mask.dim() == 4 else mask.bool()[:, None, None]
+    return torch.zeros_like(kept, dtype=dtype).masked_fill(~kept, torch.finfo(dtype).min)
+
+
+def readout_position(student: Any, batch: Mapping[str, Tensor], choice: int = 0) -> int:
+    """The token that a student's head reads: [CLS], or the [MASK] before the last text token.
+
+    The latter in classifiers without a pooler (VL-BERT, VisualBERT).
+    """
+    if getattr(student, "with_pooler", True):
+        return 0
+    return int(batch["attention_mask"][0, choice].sum()) - 2
+
+
+def _inputs(student: Any, batch: Mapping[str, Tensor], record: TargetRecord) -> dict[str, Tensor]:
+    if len(batch["input_ids"]) != 1:
+        raise AttentionError(f"a batch of {len(batch['input_ids'])} examples; expected one, the record's")
+    device = next(student.parameters()).device
+    return {name: batch[name].to(device) for name in student.inputs}
+
+
+def _check_tokens(maps: Sequence[Tensor], record: TargetRecord) -> None:
+    """[END] (VL-BERT) stands behind the record's tokens."""
+    if not 0 <= maps[0].shape[-1] - len(record.tokens) <= 1:
+        raise AttentionError(
+            f"{record.example_id}: the student has {maps[0].shape[-1]} tokens, the record "
+            f"{len(record.tokens)}; make the batch of the record's example with the record's encoder"
+        )
+
+
+def named_record(
+    record: TargetRecord, batch: Mapping[str, Tensor], tokenizer: Any, tokens: int
+) -> TargetRecord:
+    """The record with names for tokens that have no place, such as [CLS].
+
+    Args:
+        record: of the example in the batch.
+        batch: as in ``student_attention``, likewise ``tokenizer``.
+        tokenizer: the student's; None names all of them "[special]".
+        tokens: that the student has; [END] is added where it has one more than the record.
+    """
+    ids = batch["input_ids"][0, record.choice].tolist()
+    words = tokenizer.convert_ids_to_tokens(list(ids)) if tokenizer is not None else ["[special]"] * len(ids)
+    names = [
+        name if text else "" if visual else words[place] if place < len(ids) else "[IMG]"
+        for place, (name, text, visual) in enumerate(
+            zip(record.tokens, record.is_text, record.is_visual, strict=True)
+        )
+    ]
+    return longer(replace(record, tokens=tuple(names)), tokens)
+
+
+def longer(record: TargetRecord, tokens: int) -> TargetRecord:
+    """The record with [END] behind its tokens, if there are more of them."""
+    more = tokens - len(record.tokens)
+    arrays: dict[str, Any] = {}
+    for name in ("spans", "boxes", "distilled", "relevance", "prior", "score", "selected", "weight"):
+        value = getattr(record, name)
+        arrays[name] = np.concatenate([value, np.zeros((more, *value.shape[1:]), value.dtype)])
+    return replace(record, tokens=(*record.tokens, *["[END]"] * more), **arrays)
+
+
+def student_attention(
+    student: Any,
+    batch: Mapping[str, Tensor],
+    record: TargetRecord,
+    layers: Sequence[int] | None = None,
+    name: str = "student",
+    tokenizer: Any = None,
+) -> Attention:
+    """A student's attention in one statement.
+
+    Args:
+        student: any student with self-attention over text and picture; evaluation mode.
+        batch: one example as the student's inputs, from ``training.collate`` of one item.
+        record: of the same example and student; its choice is the statement.
+        layers: which, negative ones from the last; None: all.
+        name: of the student, in figures.
+        tokenizer: the encoder's, to name special tokens in figures.
+
+    Raises:
+        AttentionError: no attention is known in this student; a layer does not exist; the batch holds
+            other tokens than the record.
+    """
+    modules = attention_modules(student)
+    chosen = chosen_layers(layers, len(modules), type(student).__name__)
+    inputs = _inputs(student, batch, record)
+    student.eval()
+    with _explicit([modules[layer] for layer in chosen]) as maps, torch.inference_mode():
+        student(**inputs)
+    _check_tokens(maps, record)
+    found = torch.stack([part[record.choice] for part in maps]).float().cpu().numpy()
+    named = named_record(record, batch, tokenizer, found.shape[-1])
+    return Attention(found, chosen, named, readout_position(student, batch, record.choice), name)
+
+
+def gradient_relevance(
+    student: Any, batch: Mapping[str, Tensor], record: TargetRecord, target: int | None = None
+) -> np.ndarray:
+    """How much each token brings about a logit (Chefer et al. 2021, eq. 5 and 6), (tokens,), largest 1.
+
+    ``R = I; R += mean_heads((gradient * A)+) R`` over all layers; the row of the token that the head
+    reads, without the token itself. All 0 where no attention speaks for the logit.
+
+    Args:
+        student: as in ``student_attention``; likewise ``batch`` and ``record``.
+        target: the logit; None: of the record's choice, or of its label (else prediction).
+
+    Raises:
+        AttentionError: see ``student_attention``.
+    """
+    modules = attention_modules(student)
+    inputs = _inputs(student, batch, record)
+    if target is None:
+        answer = record.prediction if record.label is None else record.label
+        target = record.choice if batch["input_ids"].shape[1] > 1 else answer
+    student.eval()
+    with _explicit(modules) as maps, torch.enable_grad():
+        logits = student(**inputs).logits
+        if not logits.requires_grad:
+            raise AttentionError("the student's parameters are frozen; call student.requires_grad_(True)")
+        gradients = torch.autograd.grad(logits[0, target], maps, allow_unused=True)
+    _check_tokens(maps, record)
+    query = readout_position(student, batch, record.choice)
+    start = torch.zeros_like(maps[0][:1, 0, 0])
+    start[0, query] = 1
+    mine = [attention[record.choice][None] for attention in maps]
+    theirs = [None if gradient is None else gradient[record.choice][None] for gradient in gradients]
+    row = relevancy(start, mine, theirs)[0].detach().float()
+    row[query] -= 1
+    values = row.clamp_min(0).cpu().numpy()
+    return values / values.max() if values.max() > 0 else values

@@ -1,0 +1,163 @@
+"""Statements and pictures with the weights of their tokens: one, several below each other, two compared."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from tdlib.core.facts import highest_weight, kinds, percent, table, title, token_names
+from tdlib.core.records import TargetRecord
+from tdlib.views.figures.targets import plot_sheets
+from tdlib.views.sheet import Sheet, difference_sheet, value_sheet, weight_sheet
+from tdlib.views.view import METHOD, View, sheets_html, token_rows
+
+
+def sheets_view(
+    heading: str, sheets: Sequence[Sheet], data: pd.DataFrame, words: bool = True, picture: bool = True,
+    note: str = "",
+) -> View:  # fmt: skip
+    """Any sheets as a view; those of one scale share its legend and its colour bar."""
+    arguments = {"sheets": sheets, "heading": heading, "words": words, "picture": picture}
+    records = tuple(sheet.record for sheet in sheets)
+    body = sheets_html(sheets, words, picture)
+    return View(heading, plot_sheets, arguments, data, token_rows(sheets), note, body, records, tuple(sheets))
+
+
+def text_view(record: TargetRecord, method: str = METHOD, labels: Sequence[str] = ()) -> View:
+    """The statement in running text, each token coloured by its weight."""
+    sheets = [weight_sheet(record, highest_weight([record]), "", labels)]
+    return sheets_view(method, sheets, table(record), picture=False)
+
+
+def picture_view(record: TargetRecord, method: str = METHOD, labels: Sequence[str] = ()) -> View:
+    """The picture with the weights of its patches or regions."""
+    sheets = [weight_sheet(record, highest_weight([record]), "", labels)]
+    return sheets_view(method, sheets, table(record), words=False)
+
+
+def comparison(
+    records: TargetRecord | Sequence[TargetRecord],
+    names: Sequence[str] = (),
+    method: str = METHOD,
+    labels: Sequence[str] = (),
+) -> View:
+    """A row per record (choices of a question, or arms, or examples): numbers, picture, statement.
+
+    All rows share one colour scale, words and pictures together. ``names`` (of arms, say) head the rows.
+
+    Raises:
+        ValueError: there are no records, or not one name per record.
+    """
+    records = (records,) if isinstance(records, TargetRecord) else tuple(records)
+    if not records:
+        raise ValueError("comparison: no records; expected at least one TargetRecord")
+    if names and len(names) != len(records):
+        raise ValueError(f"{len(names)} names for {len(records)} records: give one name per record, or none")
+    highest = highest_weight(records)
+    sheets = [
+        weight_sheet(record, highest, name, labels)
+        for record, name in zip(records, names or [""] * len(records), strict=True)
+    ]
+    return sheets_view(method, sheets, table(records))
+
+
+# Two runs, or two steps of one.
+
+
+def same_tokens(left: TargetRecord, right: TargetRecord) -> None:
+    """Raises a ValueError if the records are of different statements, or of students with other tokens."""
+    names = [(record.split, record.example_id, record.choice) for record in (left, right)]
+    if (left.example_id, left.choice, left.text) != (right.example_id, right.choice, right.text):
+        raise ValueError(
+            f"records of different statements, {names[0]} and {names[1]}: choose the same example and choice"
+        )
+    same = np.array_equal(left.spans, right.spans) and left.boxes.shape == right.boxes.shape
+    if not (same and np.allclose(left.boxes, right.boxes, atol=1e-5)):
+        raise ValueError(
+            f"{names[0]}: the two students have different tokens ({len(left.tokens)} and "
+            f"{len(right.tokens)}), so there is no difference per token; use compare.comparison"
+        )
+
+
+def difference_table(left: TargetRecord, right: TargetRecord) -> pd.DataFrame:
+    """One row per token of two records of one statement, of two runs or steps.
+
+    ``weight_first``, ``weight_second`` and ``difference`` (second minus first) are shares of 1, 0 where
+    not selected; ``change`` is "both", "gained" (only the second selects it), "lost" or "".
+
+    Raises:
+        ValueError: the records are of different statements, or of students with different tokens.
+    """
+    same_tokens(left, right)
+    first, second = (np.where(record.selected, record.weight, 0) for record in (left, right))
+    change = np.select(
+        [left.selected & right.selected, right.selected, left.selected], ["both", "gained", "lost"], ""
+    )
+    return pd.DataFrame(
+        {
+            "position": range(len(left.tokens)),
+            "token": token_names(left),
+            "kind": kinds(left),
+            "weight_first": first,
+            "weight_second": second,
+            "difference": second - first,
+            "selected_first": left.selected,
+            "selected_second": right.selected,
+            "change": change,
+        }
+    )
+
+
+def difference_view(
+    left: TargetRecord,
+    right: TargetRecord,
+    names: Sequence[str] = ("first", "second"),
+    labels: Sequence[str] = (),
+) -> View:
+    """Two runs (arms, seeds, steps) on one statement, and the difference of their weights.
+
+    Both runs share one scale, words and pictures together; differences, second minus first in percentage
+    points and signed, have a second one with its own legend. The table is ``difference_table``.
+
+    Raises:
+        ValueError: see ``difference_table``; or there are not two names.
+    """
+    if len(names) != 2:
+        raise ValueError(f"{len(names)} names for two records: give one name per record")
+    data = difference_table(left, right)
+    highest = highest_weight([left, right])
+    moved = f"{_change_text(data)}."
+    sheets = [
+        *(
+            weight_sheet(record, highest, name, labels)
+            for record, name in zip((left, right), names, strict=True)
+        ),
+        difference_sheet(left, right, f"{names[1]} − {names[0]}", moved),
+    ]
+    return sheets_view(title(left, labels), sheets, data, note=f"{names[1]} − {names[0]}: {moved}")
+
+
+def _change_text(data: pd.DataFrame) -> str:
+    counts = data["change"].value_counts()
+    moved = float(data["difference"].abs().sum() / 2)
+    parts = [f"{counts.get(name, 0)} {words}" for name, words in
+             (("both", "selected in both"), ("gained", "gained"), ("lost", "lost"))]  # fmt: skip
+    return f"{', '.join(parts)}; {percent(moved)} % of the weight moved"
+
+
+def values_view(record: TargetRecord, values: np.ndarray, method: str, query: str = "") -> View:
+    """A number of at least 0 per token, on the picture and in the statement, such as attention.
+
+    ``method`` names model, layers and heads, ``query`` the token whose attention it is. Table:
+    ``position``, ``token``, ``value``.
+
+    Raises:
+        ValueError: there is not one finite number per token.
+    """
+    what = f"of the attention of {query}" if query else "of all relevance"
+    sheet = value_sheet(record, values, method, what)
+    data = pd.DataFrame(
+        {"position": range(len(record.tokens)), "token": token_names(record), "value": sheet.values}
+    )
+    note = f"{method}; query {query}" if query else method
+    return sheets_view(title(record), [sheet], data, note=note)

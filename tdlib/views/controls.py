@@ -1,0 +1,103 @@
+"""Parts that the explorer's controls are made of: the list, the stage, and small helpers.
+
+The list holds one page of rows, however many examples there are. Data reach the page as text nodes.
+"""
+
+import logging
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import ipywidgets
+import pandas as pd
+import traitlets
+
+from tdlib.core.records import END
+from tdlib.views.index import Run
+
+log = logging.getLogger(__name__)
+
+STATIC = Path(__file__).parent / "static"
+PAGE = 10  # rows of the list
+
+
+class ExampleList(anywidget.AnyWidget):
+    """One page of a list. ``rows`` are [position, text] of the page that holds ``position``."""
+
+    _esm = STATIC / "list.js"
+    _css = STATIC / "explorer.css"
+    rows: Any = traitlets.List().tag(sync=True)
+    position = traitlets.Int(0).tag(sync=True)
+    total = traitlets.Int(0).tag(sync=True)
+    page = traitlets.Int(PAGE).tag(sync=True)
+
+
+class Stage(anywidget.AnyWidget):
+    """Draws sheets. ``scene`` is of ``scene.scene_of``, ``pictures`` are JPEGs by name.
+
+    ``agreement`` holds, by the sheets' keys, (tokens, tokens) cosines as float32.
+    """
+
+    _esm = STATIC / "stage.js"
+    _css = STATIC / "explorer.css"
+    scene: Any = traitlets.Dict().tag(sync=True)
+    pictures: Any = traitlets.Dict().tag(sync=True)
+    agreement: Any = traitlets.Dict().tag(sync=True)
+
+
+def row_text(row: dict[str, Any], labels: Sequence[str] = (), length: int = 110) -> str:
+    """An example in one line: right or wrong, id, c, what it asks."""
+    verdict = "?" if pd.isna(row["label"]) else "✓" if row["correct"] else "✗"
+    weight = "c  –  " if pd.isna(row["c"]) else f"c {row['c']:.2f}"
+    text = row["answer"] if isinstance(row["answer"], str) and not labels else row["text"].split("\n")[0]
+    label = f" → {row['answer']}" if labels and isinstance(row["answer"], str) else ""
+    line = f"{verdict} {row['split']} {row['example_id']}  {weight}  {text}{label}"
+    line = " ".join(line.split("\n"))
+    return line if len(line) <= length else f"{line[: length - 1]}…"
+
+
+def named(name: str, control: Any, width: str = "auto") -> Any:
+    """A control with its name beside it, never wider than its place."""
+    control.description = name
+    control.style.description_width = "initial"
+    control.layout.width, control.layout.max_width = width, "98%"
+    return control
+
+
+def dropdown(name: str, options: Sequence[Any] = (), value: Any = None) -> Any:
+    """A named dropdown; no value may be None, which would leave it blank."""
+    chosen = {} if value is None else {"value": value}
+    return named(name, ipywidgets.Dropdown(options=options, **chosen))
+
+
+def beside(*controls: Any) -> Any:
+    """Controls beside each other, below where there is no room."""
+    return ipywidgets.HBox(controls, layout={"flex_flow": "row wrap"})
+
+
+def is_close(one: float, other: float) -> bool:
+    """Whether a slider stands at a value, which it may have rounded."""
+    return abs(one - other) <= 1e-3 * abs(other)
+
+
+def described(error: Exception) -> str:
+    """An error as a sentence of HTML."""
+    log.debug("cannot be shown", exc_info=error)
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return escape(f"{kind}{error}")
+
+
+def step_options(run: Run) -> list[tuple[str, int]]:
+    """The recorded steps, the end last."""
+    return [("end" if step == END else str(step), step) for step in run.steps]
+
+
+def offer(control: Any, options: Sequence[tuple[str, Any]]) -> None:
+    """New options; keeps what is chosen where it is still there, else takes the first."""
+    values = [one for _, one in options]
+    kept = control.value
+    if tuple(control.options) != tuple(options):
+        control.options = options
+    control.value = kept if kept in values else values[0]

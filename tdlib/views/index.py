@@ -1,0 +1,278 @@
+"""Which runs there are to look into, which of their examples pass a filter, and in which order.
+
+An index holds a row per example, whatever the number of steps and choices; records are read when a view
+needs them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from glob import escape, glob
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from tdlib.config import RunConfig
+from tdlib.core.paths import ROOT
+from tdlib.core.records import END, TargetRecord, read_records
+from tdlib.data.tasks import task_of
+from tdlib.views.training import in_order
+
+SELECTIONS = "selections.parquet"
+ORDERS = ("as recorded", "highest c", "lowest c", "largest disagreement", "wrong first", "right first")
+
+
+class ExplorerError(ValueError):
+    """What was asked for cannot be shown: says why, and what would have to be there."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that holds selections. ``name`` is unique among the runs that it was found with."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's parameters, not validated anew: it may name functions that only its notebook had."""
+        return RunConfig.model_construct(**json.loads((self.folder / "config.json").read_text("utf-8")))
+
+    @cached_property
+    def _student(self) -> dict:
+        return json.loads((self.folder / "student" / "config.json").read_text("utf-8"))
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The label set of a task without choices, as the stored student has it; else empty."""
+        if task_of(self.config).data_set == "vcr":
+            return ()
+        names = self._student["id2label"]
+        return tuple(names[str(i)] for i in range(len(names)))
+
+    @property
+    def layers(self) -> int:
+        """The stored student's layers with attention."""
+        return self._student.get("num_hidden_layers", 0)
+
+    @property
+    def heads(self) -> int:
+        """The heads of each."""
+        return self._student.get("num_attention_heads", 0)
+
+    @cached_property
+    def index(self) -> pd.DataFrame:
+        """See ``read_index``."""
+        return read_index(self.folder / SELECTIONS, self.labels)
+
+    @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """The recorded steps, END last."""
+        return recorded_steps(self.folder / SELECTIONS)
+
+    def records(self, split: str, example_id: str, steps: Sequence[int] | None = None) -> list[TargetRecord]:
+        """The records of one example by step, the end last; all steps are read together and kept a while.
+
+        Raises:
+            ExplorerError: the run has none.
+        """
+        records = _records_of(self.folder / SELECTIONS, split, example_id)
+        chosen = [record for record in records if steps is None or record.step in steps]
+        if not chosen:
+            at = "" if steps is None else f" at step {', '.join(map(str, steps))}"
+            raise ExplorerError(f"{self.name} recorded nothing of {example_id!r} in {split!r}{at}")
+        return chosen
+
+
+@lru_cache(maxsize=32)
+def _records_of(path: Path, split: str, example_id: str) -> list[TargetRecord]:
+    return in_order(read_records(path, examples=[(split, example_id)]))
+
+
+def find_runs(patterns: Sequence[str | Path], home: Path = ROOT) -> list[Run]:
+    """The runs with selections under these paths or globs, each once, in the order given.
+
+    Relative ones start at ``home``. A folder that is no run is searched for runs (so a batch's, or
+    ``reports/runs``, names all in it). A path that exists is taken as it is written, brackets included.
+
+    Raises:
+        ExplorerError: a pattern fits nothing, or nothing that recorded selections.
+    """
+    folders: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        path = path if path.is_absolute() else home / path
+        hits = [path] if path.exists() else sorted(map(Path, glob(_pattern(path, home), recursive=True)))
+        if not hits:
+            raise ExplorerError(f"{pattern}: no such folder (looked in {home}); give run folders or globs")
+        found = [file.parent for hit in hits for file in _selections(hit)]
+        if not found:
+            raise ExplorerError(
+                f"{pattern}: no run in it recorded selections ({SELECTIONS}); arms without a teacher have "
+                "none, others need probe_examples above 0"
+            )
+        folders |= dict.fromkeys(folder.resolve() for folder in found)
+    return [Run(name, folder) for name, folder in zip(short_names([*folders]), folders, strict=True)]
+
+
+def _pattern(path: Path, home: Path) -> str:
+    """The glob; what it has of ``home`` is no pattern, whatever characters are in it."""
+    return str(Path(escape(str(home))) / path.relative_to(home)) if path.is_relative_to(home) else str(path)
+
+
+def _selections(folder: Path) -> list[Path]:
+    """Selections in a folder or below it; hidden folders are unfinished runs."""
+    file = folder / SELECTIONS
+    if file.is_file():
+        return [file]
+    every = sorted(folder.rglob(SELECTIONS)) if folder.is_dir() else []
+    return [f for f in every if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The fewest last parts of each path that tell it from the others."""
+    names = []
+    for folder in folders:
+        for count in range(1, len(folder.parts) + 1):
+            end = folder.parts[-count:]
+            if sum(other.parts[-count:] == end for other in folders) == 1:
+                break
+        names.append("/".join(end).removeprefix("//"))
+    return names
+
+
+def run_named(runs: Sequence[Run], name: str) -> Run:
+    """The run of this name.
+
+    Raises:
+        ExplorerError: there is none.
+    """
+    for run in runs:
+        if run.name == name:
+            return run
+    raise ExplorerError(f"no run {name!r}; there are {', '.join(run.name for run in runs)}")
+
+
+def companion(runs: Sequence[Run], first: Run) -> Run | None:
+    """The run to compare with: of the same task, best of another arm, the same seed and the same student."""
+
+    def likeness(run: Run) -> tuple[bool, ...]:
+        a, b = first.config, run.config
+        return a.student == b.student, a.arm != b.arm, a.seed == b.seed
+
+    others = [run for run in runs if run is not first and run.config.task == first.config.task]
+    return max(others, key=likeness, default=None)
+
+
+# Examples.
+
+
+def recorded_steps(path: Path) -> tuple[int, ...]:
+    """The steps in a file of selections, END last."""
+    if "step" not in pq.read_schema(path).names:
+        return (END,)
+    steps = pq.read_table(path, columns=["step"])["step"].unique().to_pylist()
+    return tuple(sorted(steps, key=lambda step: (step == END, step)))
+
+
+def read_index(path: Path, labels: Sequence[str] = ()) -> pd.DataFrame:
+    """One row per example of a file of selections, as its last step has it, in the file's order.
+
+    Columns ``split``, ``example_id``, ``label`` and ``prediction`` (indices), ``answer`` (the right
+    choice's statement, or the label's name), ``correct``, ``p_T``, ``p_S``, ``c``, ``disagreement``
+    (``|p_T - p_S|``), and ``text`` (all statements, a line each). Missing where there is no label.
+    """
+    last = recorded_steps(path)[-1]
+    has_step = "step" in pq.read_schema(path).names
+    query = f"""
+        SELECT split, example_id, any_value(label) AS label, any_value(prediction) AS prediction,
+            any_value(teacher_probability) AS "p_T", any_value(student_probability) AS "p_S",
+            any_value(instance_weight) AS c, string_agg(text, chr(10) ORDER BY choice) AS text,
+            any_value(text) FILTER (choice = label) AS answer
+        FROM read_parquet(?, file_row_number = true) {"WHERE step = ?" if has_step else ""}
+        GROUP BY split, example_id ORDER BY min(file_row_number)
+    """
+    with duckdb.connect() as database:
+        place = [escape(str(path)), *([last] if has_step else [])]  # duckdb reads paths as globs
+        index = database.execute(query, place).df()
+    index = index.astype({"label": "Int64", "prediction": "Int64"})
+    index = index.astype({"p_T": float, "p_S": float, "c": float})
+    if labels:
+        index["answer"] = [None if pd.isna(label) else labels[label] for label in index["label"]]
+    index["correct"] = index["label"] == index["prediction"]
+    index["disagreement"] = (index["p_T"] - index["p_S"]).abs()
+    return index
+
+
+def read_instances(path: Path, split: str, ids: Sequence[str]) -> pd.DataFrame:
+    """p_T, p_S and c of examples at every step: ``split``, ``example_id``, ``step``, ``p_T``, ``p_S``, ``c``.
+
+    Reads narrow columns instead of decoding every token of every example.
+    """
+    names = {"teacher_probability": "p_T", "student_probability": "p_S", "instance_weight": "c"}
+    steps = ["step"] if "step" in pq.read_schema(path).names else []
+    columns = ["split", "example_id", *steps, *names]
+    table = pq.read_table(path, columns=columns, filters=[("split", "=", split)]).to_pandas()
+    table = table[table["example_id"].isin(list(ids))].rename(columns=names)
+    table = table if steps else table.assign(step=END)
+    return table.drop_duplicates(["example_id", "step"]).astype({"p_T": float, "p_S": float, "c": float})
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which examples of an index to show, and in which order (one of ``ORDERS``).
+
+    Examples without a number are dropped only where the number is asked for. ``text``: words that all occur
+    (in any case) in id, statements or answer. ``label``: an index, or a label's name. ``correct``: whether
+    the student is right. ``weight``: lowest and highest c. ``disagreement``: the least ``|p_T - p_S|``.
+    """
+
+    text: str = ""
+    label: str = ""
+    split: str = ""
+    correct: bool | None = None
+    weight: tuple[float, float] = (0.0, float("inf"))
+    disagreement: float = 0.0
+    order: str = ORDERS[0]
+
+    def choose(self, index: pd.DataFrame) -> pd.DataFrame:
+        """The rows that pass, sorted, numbered anew from 0.
+
+        Raises:
+            ExplorerError: there is no such order.
+        """
+        keep = np.ones(len(index), dtype=bool)
+        if self.text.split():
+            texts = (
+                index["example_id"] + "\n" + index["text"] + "\n" + index["answer"].fillna("")
+            ).str.lower()
+            for word in self.text.lower().split():
+                keep &= texts.str.contains(word, regex=False).to_numpy(dtype=bool)
+        if self.label:
+            named = index["answer"].fillna("").to_numpy(dtype=object) == self.label
+            keep &= named | (index["label"].astype("string").fillna("") == self.label).to_numpy(dtype=bool)
+        if self.split:
+            keep &= (index["split"] == self.split).to_numpy(dtype=bool)
+        if self.correct is not None:
+            keep &= (index["correct"] == self.correct).fillna(False).to_numpy(dtype=bool)
+        low, high = self.weight
+        if low > 0 or high < float("inf"):
+            keep &= index["c"].between(low, high).to_numpy(dtype=bool)
+        if self.disagreement > 0:
+            keep &= (index["disagreement"] >= self.disagreement).to_numpy(dtype=bool)
+        return self._sorted(index[keep]).reset_index(drop=True)
+
+    def _sorted(self, rows: pd.DataFrame) -> pd.DataFrame:
+        if self.order not in ORDERS:
+            raise ExplorerError(f"order={self.order!r}: expected one of {', '.join(ORDERS)}")
+        column, ascending = {
+            ORDERS[1]: ("c", False), ORDERS[2]: ("c", True), ORDERS[3]: ("disagreement", False),
+            ORDERS[4]: ("correct", True), ORDERS[5]: ("correct", False),
+        }.get(self.order, ("", True))  # fmt: skip
+        if not column:
+            return rows
+        return rows.sort_values(column, ascending=ascending, kind="stable", na_position="last")

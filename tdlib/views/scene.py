@@ -1,0 +1,100 @@
+"""A view of sheets as plain lists and numbers, which the explorer's page draws (``static/stage.js``)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tdlib.core.facts import token_name, truth_name
+from tdlib.views.picture import described, embedded, number_labels, object_labels
+from tdlib.views.scale import Scale
+from tdlib.views.sheet import Sheet, words_of
+from tdlib.views.view import View
+
+
+def scene_of(view: View) -> dict[str, Any]:
+    """Everything that the page needs to draw a view but the bytes of its pictures, see ``pictures_of``."""
+    scales = dict.fromkeys(sheet.scale for sheet in view.sheets)
+    return {
+        "heading": view.heading,
+        "note": view.note,
+        "words": view.arguments["words"],
+        "picture": view.arguments["picture"],
+        "sheets": [sheet_of(sheet) for sheet in view.sheets],
+        "scales": [_legend(scale) for scale in scales if scale.end > 0],
+        "marks": " · ".join(_marks(view.sheets)),
+    }
+
+
+def _marks(sheets: Sequence[Sheet]) -> list[str]:
+    """What lines and grey letters mean, as far as these sheets show them."""
+    records = [sheet.record for sheet in sheets]
+    weights = [sheet for sheet in sheets if sheet.scores is not None]
+    marks = {
+        "underlined or outlined: selected": any(sheet.marked.any() for sheet in weights),
+        "underlined or outlined: the largest": len(weights) < len(sheets) and not weights,
+        "dotted line: selected by the first alone": any(sheet.dotted is not None for sheet in sheets),
+        f"dotted above, dashed box: decides the answer ({truth_name(records)})": truth_name(records),
+        "orange box: object": any(record.object_boxes for record in records),
+        "grey: no teacher target": any((~s.record.distilled & s.record.is_text).any() for s in weights),
+    }
+    return [text for text, is_shown in marks.items() if is_shown]
+
+
+def pictures_of(view: View) -> dict[str, bytes]:
+    """The JPEG of each picture of a view, by the name that its sheets have for it; none where it is gone."""
+    paths = {str(sheet.record.image): sheet.record.image for sheet in view.sheets}
+    found = {name: embedded(path)[0] for name, path in paths.items()}
+    return {name: content for name, content in found.items() if content}
+
+
+def sheet_of(sheet: Sheet) -> dict[str, Any]:
+    """A sheet with its colours, numbers and the places of its labels."""
+    record = sheet.record
+    missing = embedded(record.image)[1] if len(sheet.regions) else ""
+    return {
+        "key": key_of(sheet),
+        "name": sheet.name,
+        "about": list(sheet.about),
+        "below": sheet.below,
+        "words": [[[p.text, p.token, list(p.objects)] for p in word] for word in words_of(record)],
+        "tokens": [_token(sheet, i) for i in range(len(record.tokens))],
+        "boxes": [[int(i), *np.round(record.boxes[i], 5).tolist()] for i in sheet.regions],
+        "objects": [[str(name), *box] for name, box in zip(_names(sheet), record.object_boxes, strict=True)],
+        "truths": [list(box) for box in record.relevant_boxes],
+        "places": {"objects": object_labels(record), "numbers": number_labels(sheet)},
+        "picture": "" if missing else str(record.image),
+        "missing": missing,
+        "described": described(sheet),
+    }
+
+
+def key_of(sheet: Sheet) -> str:
+    """Names the statement and its tokens: sheets of one key agree on what agrees with what."""
+    record = sheet.record
+    return f"{record.split} {record.example_id} {record.choice} {len(record.tokens)}"
+
+
+def _names(sheet: Sheet) -> list[str]:
+    record = sheet.record
+    return [*record.object_names, *[""] * (len(record.object_boxes) - len(record.object_names))]
+
+
+def _token(sheet: Sheet, i: int) -> dict[str, Any]:
+    value = float(sheet.values[i])
+    return {
+        "value": sheet.scale.number(value) if sheet.marked[i] else "",
+        "fill": sheet.scale.css(value) if sheet.coloured[i] else "",
+        "tint": list(sheet.scale.on_white(value)) if sheet.coloured[i] else [],
+        "marked": bool(sheet.marked[i]),
+        "dotted": bool(sheet.dotted is not None and sheet.dotted[i]),
+        "truth": bool(sheet.truth[i]),
+        "distilled": bool(sheet.record.distilled[i]),
+        "name": token_name(sheet.record, i),
+        "note": sheet.notes[i],
+    }
+
+
+def _legend(scale: Scale) -> dict[str, Any]:
+    steps = [[scale.number(step), *scale.on_white(step)] for step in scale.steps()]
+    return {"name": scale.name, "steps": steps}

@@ -1,0 +1,245 @@
+"""What a run targeted while it trained: tokens over the steps, how the set turns over, instance weights."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from tdlib.core.facts import ground_truth, highest_weight, kinds, title, token_names, truth_name
+from tdlib.core.records import END, TargetRecord
+from tdlib.views.compare import same_tokens
+from tdlib.views.figures.runs import plot_evolution, plot_instances
+from tdlib.views.figures.style import step_name
+from tdlib.views.sheet import weight_sheet
+from tdlib.views.view import View
+
+PICTURES = 3  # along an evolution
+MOST_VISUAL = 16  # rows of visual tokens in it: those that weigh most on average
+
+
+def in_order(records: Sequence[TargetRecord]) -> list[TargetRecord]:
+    """Records by step, the end last; otherwise in the given order."""
+    return sorted(records, key=lambda record: math.inf if record.step == END else record.step)
+
+
+def of_statement(
+    records: Sequence[TargetRecord], example_id: str, choice: int | None = None, split: str | None = None
+) -> list[TargetRecord]:
+    """All records of one statement, by step; ``choice`` None takes the right one (else the first).
+
+    Raises:
+        ValueError: there is none.
+    """
+    chosen = [r for r in records if r.example_id == example_id and (split is None or r.split == split)]
+    if choice is None and chosen:
+        choices = {record.choice for record in chosen}
+        choice = chosen[0].label if chosen[0].label in choices else min(choices)
+    chosen = [record for record in chosen if record.choice == choice]
+    if not chosen:
+        known = list(dict.fromkeys(record.example_id for record in records))
+        shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+        raise ValueError(
+            f"no record of {example_id!r}, choice {choice}; there are {shown or 'no records at all'}"
+        )
+    return in_order(chosen)
+
+
+def _orders(records: Sequence[TargetRecord]) -> dict[int, int]:
+    """The place of each step along the axis."""
+    steps = dict.fromkeys(record.step for record in in_order(records))
+    return {step: place for place, step in enumerate(steps)}
+
+
+def evolution_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
+    """One row per step and token of one statement's records.
+
+    Columns ``step`` (END for the end), ``order`` (its place from 0), ``position``, ``token``, ``kind``,
+    ``weight``, ``score``, ``relevance`` and ``selected``, the records' own numbers.
+
+    Raises:
+        ValueError: the records are of several statements or runs, or there are none.
+    """
+    records = _one_statement(records)
+    orders, names = _orders(records), token_names(records[0])
+    frames = [
+        pd.DataFrame(
+            {
+                "step": record.step,
+                "order": orders[record.step],
+                "position": range(len(names)),
+                "token": names,
+                "kind": kinds(record),
+                "weight": record.weight,
+                "score": record.score,
+                "relevance": record.relevance,
+                "selected": record.selected,
+            }
+        )
+        for record in records
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _one_statement(records: Sequence[TargetRecord]) -> list[TargetRecord]:
+    if not records:
+        raise ValueError("no records; expected those of one statement at several steps")
+    for record in records:
+        same_tokens(records[0], record)
+    _once_per_step(records)
+    return in_order(records)
+
+
+def _once_per_step(records: Sequence[TargetRecord]) -> None:
+    keys = [(record.split, record.example_id, record.choice, record.step) for record in records]
+    twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
+    if twice:
+        raise ValueError(f"two records of {twice[:3]} at step {twice[3]}: pass the records of one run")
+
+
+def turnover(before: np.ndarray, after: np.ndarray) -> float:
+    """``1 - |A and B| / |A or B|`` of two boolean sets, in [0, 1]; 0 for two empty ones."""
+    union = (before | after).sum()
+    return float(1 - (before & after).sum() / union) if union else 0.0
+
+
+def turnover_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
+    """How large each statement's selected set is at each step, and how much of it is new.
+
+    One row per statement and step: ``selected_text``, ``selected_visual`` (tokens), ``turnover_text``,
+    ``turnover_visual`` and ``turnover`` against the statement's previous recorded step (missing at its
+    first), and p_T, p_S and c; ``order`` is the step's place among all steps.
+
+    Raises:
+        ValueError: a statement has two records of one step.
+    """
+    _once_per_step(records)
+    orders, rows = _orders(records), []
+    last: dict[tuple, TargetRecord] = {}
+    for record in in_order(records):
+        key = record.split, record.example_id, record.choice
+        row = {
+            "split": record.split, "example_id": record.example_id, "choice": record.choice,
+            "step": record.step, "order": orders[record.step],
+        }  # fmt: skip
+        row["selected_text"] = int((record.selected & record.is_text).sum())
+        row["selected_visual"] = int((record.selected & record.is_region).sum())
+        before = last.get(key)
+        if before is not None:
+            same_tokens(before, record)
+        every = np.ones(len(record.tokens), dtype=bool)
+        for name, part in (("_text", record.is_text), ("_visual", record.is_region), ("", every)):
+            row[f"turnover{name}"] = (
+                math.nan if before is None else turnover(before.selected & part, record.selected & part)
+            )
+        rows.append(row | _instance(record))
+        last[key] = record
+    return pd.DataFrame(rows)
+
+
+def _instance(record: TargetRecord) -> dict[str, float]:
+    numbers = record.teacher_probability, record.student_probability, record.instance_weight
+    return {
+        name: math.nan if value is None else value
+        for name, value in zip(("p_T", "p_S", "c"), numbers, strict=True)
+    }
+
+
+def evolution_view(records: Sequence[TargetRecord], labels: Sequence[str] = ()) -> View:
+    """One statement over training: tokens x steps as a heat map, set size and turnover, pictures.
+
+    Words and pictures share one scale. All text tokens and the ``MOST_VISUAL`` visual tokens that weighed
+    most on average are drawn; the table, ``evolution_table``, has all. Records are those of one statement
+    and run, see ``of_statement``.
+
+    Raises:
+        ValueError: see ``evolution_table``.
+    """
+    records = _one_statement(records)
+    data, steps = evolution_table(records), turnover_table(records)
+    mean = data.assign(weight=data["weight"] * data["selected"]).groupby("position")["weight"].mean()
+    first = records[0]
+    ever = np.flatnonzero(first.is_region & np.any([record.selected for record in records], axis=0))
+    ranked = ever[np.argsort(-mean.to_numpy()[ever], kind="stable")][:MOST_VISUAL]
+    drawn = np.concatenate([np.flatnonzero(first.is_text), np.sort(ranked)])
+    hidden = (
+        f"{len(ranked)} of the {len(ever)} visual tokens that were ever selected (of {first.is_region.sum()})"
+    )
+    places = sorted({*np.linspace(0, len(records) - 1, PICTURES).round().astype(int)})
+    highest = highest_weight(records)
+    shown = [weight_sheet(records[place], highest) for place in places] if first.is_region.any() else []
+    heading = f"{title(first, labels)} over training"
+    arguments = {
+        "tokens": data[data["position"].isin(drawn)], "steps": steps, "shown": shown, "heading": heading,
+        "hidden": hidden, "decisive": {i for i, known in enumerate(ground_truth(first)) if known},
+        "truth": truth_name([first]), "highest": highest,
+    }  # fmt: skip
+    names = {"selected_text": "words", "selected_visual": "visual", "turnover_text": "turnover, words",
+             "turnover_visual": "turnover, visual", "p_T": "p_T", "p_S": "p_S", "c": "c"}  # fmt: skip
+    rows = steps.sort_values("order")
+    rows = rows.assign(step=rows["step"].map(step_name))[["step", *names]].rename(columns=names).round(3)
+    return View(heading, plot_evolution, arguments, data, rows, first.text, records=tuple(records))
+
+
+def instance_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
+    """p_T, p_S (of the true label) and c per example and step; examples without a label are left out.
+
+    Columns ``split``, ``example_id``, ``step``, ``order`` (its place from 0), ``p_T``, ``p_S``, ``c``.
+    """
+    rows = [
+        {"split": record.split, "example_id": record.example_id, "step": record.step} | _instance(record)
+        for record in in_order(records)
+        if record.instance_weight is not None
+    ]
+    return _instances(pd.DataFrame(rows, columns=["split", "example_id", "step", "p_T", "p_S", "c"]))
+
+
+def _instances(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, one per example and step, with ``order``: the step's place, the end last."""
+    rows = rows.drop_duplicates(["split", "example_id", "step"], keep="last")
+    steps = sorted(rows["step"].unique(), key=lambda step: (step == END, step))
+    order = rows["step"].map({step: place for place, step in enumerate(steps)})
+    columns = ["split", "example_id", "step", "order", "p_T", "p_S", "c"]
+    whole = rows.assign(order=order.astype(int))[columns]
+    return whole.sort_values("order", kind="stable").reset_index(drop=True)
+
+
+def instance_view(records: Sequence[TargetRecord] | pd.DataFrame, example_id: str | None = None) -> View:
+    """Instance weights: p_T, p_S and c of one example over training, and c over all examples.
+
+    ``records`` may be a table with ``split``, ``example_id``, ``step``, ``p_T``, ``p_S`` and ``c`` instead.
+    ``example_id`` names the example that is drawn by itself and marked among the others; None, none.
+    The table is ``instance_table``.
+
+    Raises:
+        ValueError: no record has an instance weight, or none is of that example.
+    """
+    data = _instances(records) if isinstance(records, pd.DataFrame) else instance_table(records)
+    data = data.dropna(subset=["c"])
+    if data.empty:
+        raise ValueError(
+            "no record has an instance weight: were the examples labelled, and was there a teacher?"
+        )
+    if example_id is not None and example_id not in set(data["example_id"]):
+        known = ", ".join(data["example_id"].unique()[:8])
+        raise ValueError(f"no instance weight of {example_id!r}; there are {known}")
+    if example_id is None and data["example_id"].nunique() == 1:
+        example_id = str(data["example_id"].iloc[0])
+    heading = f"Instance weights of {data['example_id'].nunique()} examples"
+    arguments = {"table": data, "example_id": example_id, "heading": heading}
+    note = f"p_T, p_S and c of {example_id}" if example_id else ""
+    return View(heading, plot_instances, arguments, data, _instance_rows(data, example_id), note)
+
+
+def _instance_rows(data: pd.DataFrame, example_id: str | None) -> pd.DataFrame:
+    """Means and the spread of c at each step, and the example's own numbers beside them."""
+    grouped = data.groupby("order")
+    rows = grouped[["p_T", "p_S", "c"]].mean().add_prefix("mean ")
+    spread = grouped["c"].quantile([0, 0.25, 0.5, 0.75, 1]).unstack()
+    spread.columns = ["c: lowest", "quarter", "median", "three quarters", "highest"]
+    rows = rows.join(spread)
+    if example_id is not None:
+        alone = data[data["example_id"] == example_id].set_index("order")[["p_T", "p_S", "c"]]
+        rows = rows.join(alone.add_suffix(f" of {example_id}"))
+    rows.insert(0, "step", grouped["step"].first().map(step_name))
+    return rows.round(3).reset_index(drop=True)
