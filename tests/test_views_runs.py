@@ -278,12 +278,6 @@ def test_a_difference_is_second_minus_first_and_turns_its_sign(image):
     assert "clip_td − naive" in html
 
 
-def test_a_run_that_distils_nothing_has_nothing_to_record(base, materials, tmp_path):
-    config = RunConfig.from_parameters(**{**base.model_dump(), "distill_weight": 0.0})
-    with pytest.raises(ValueError, match="distill_weight=0"):
-        setting(materials, config, tmp_path)
-
-
 def test_what_cannot_be_compared_is_refused(image):
     record = make_record(image)
     with pytest.raises(ValueError, match="different statements"):

@@ -55,9 +55,8 @@ PAPER: dict[str, Any] = STYLE | {
     "lines.linewidth": 1.0,
     "lines.markersize": 3,
 }
-_rules: ContextVar[dict[str, Any]] = ContextVar("rules", default=STYLE)
+_rules: ContextVar[Any] = ContextVar("rules", default=STYLE)
 
-SMALL = "xtick.labelsize"  # the rule that says how large small letters are
 GREY, BAND, BLUE = "#6b6b6b", "#dddddd", "#0072b2"
 # Okabe and Ito's colours, darkest first, so that the first ones also differ in grey print.
 LINE_COLOURS = ["#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
@@ -116,7 +115,7 @@ def drawn(plot: Callable[..., Figure], arguments: Mapping[str, Any], paper: bool
 
 def small() -> float:
     """Points of small letters under the rules of the moment."""
-    return float(matplotlib.rcParams[SMALL])
+    return float(matplotlib.rcParams["xtick.labelsize"])
 
 
 def _saved(figure: MatplotlibFigure, path: Path | str | None, **options: Any) -> bytes:

@@ -169,10 +169,10 @@ def draw_boxes(axes: Axes, sheet: Sheet) -> ScalarMappable:
         _frame(axes, box, aspect)
     for box in record.object_boxes:
         outline(axes, box, **OBJECT)
-    for i in np.flatnonzero(sheet.marked & record.is_region):
+    for i in np.flatnonzero(sheet.marked & record.is_region).tolist():
         line = ":" if sheet.dotted is not None and sheet.dotted[i] else "-"
         outline(axes, record.boxes[i], edgecolor="black", linewidth=0.8, linestyle=line)
-    style = {"ha": "center", "va": "center", "fontsize": small(), "zorder": 4}
+    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": small(), "zorder": 4}
     for i, x, y in number_labels(sheet):
         axes.text(x, y, scale.number(float(sheet.values[i])), bbox=GROUND, **style)
     ground = {"facecolor": OBJECT["edgecolor"], "edgecolor": "white", "linewidth": 0.6, "pad": 1.2}
