@@ -105,16 +105,6 @@ def test_what_holds_no_selections_is_refused(runs, pattern, said):
         find_runs([pattern], runs[0].folder.parent)
 
 
-def test_brackets_in_a_folders_name_are_no_pattern(image, tmp_path):
-    home = tmp_path / "study [v2]"
-    fake_run(home / "run [a]", [make_record(image)])
-    fake_run(home / "run b", [make_record(image)])
-    for patterns, names in (([home], 2), ([home / "run [a]"], 1), (["run [a]"], 1), (["run*"], 2)):
-        assert len(find_runs(patterns, home)) == names, patterns
-    (run,) = find_runs([home / "run [a]"])
-    assert len(run.index) == 1 and len(run.records("val", "val-3")) == 1
-
-
 def test_an_unfinished_run_is_no_run(image, tmp_path):
     fake_run(tmp_path / "a", [make_record(image)])
     fake_run(tmp_path / ".b-unfinished", [make_record(image)])
