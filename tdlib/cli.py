@@ -186,7 +186,12 @@ def _execute(batch: "Batch", options: argparse.Namespace) -> None:
             raise ConfigError("say what to try again: --failed, or the ids of runs")
         batch.retry(options.runs, options.engine, **engine)
     else:
-        where = {name: _value(name, text) for name, text in pairs_of(options.where, "-w").items()}
+        from tdlib.runs.template import read_template
+
+        template, where = read_template(batch.plan.template), {}
+        for name, text in pairs_of(options.where, "-w").items():
+            value = _value(name, text)  # a list means any of them, also where the parameter holds text
+            where[name] = value if isinstance(value, list) else template.from_text(name, text)
         (batch.run if options.action == "run" else batch.resume)(options.engine, where, **engine)
 
 

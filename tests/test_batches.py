@@ -950,10 +950,11 @@ def test_the_same_run_of_another_batch_is_taken_over_if_it_is_whole(tmp_path):
 
 
 def test_a_part_of_a_batch_can_be_run_by_itself(tmp_path):
-    batch = make_batch(tmp_path, grid={"a": [1, 2, 4]}, seeds=[0, 5])
-    assert command(batch, "run", "-w", "a", "[1, 4]", "-w", "seed", "5").wait(120) == 1, "not all are done"
+    batch = make_batch(tmp_path, grid={"a": [1, 2, 4]}, parameters={"mode": "150"}, seeds=[0, 5])
+    like = ["-w", "a", "[1, 4]", "-w", "seed", "5", "-w", "mode", "150"]
+    assert command(batch, "run", *like).wait(120) == 1, "not all are done"
     done = [run.overrides for run in batch.plan.runs if batch.states()[run.id]["state"] == "done"]
-    assert done == [{"seed": 5, "a": 1}, {"seed": 5, "a": 4}]
+    assert done == [{"seed": 5, "a": 1, "mode": "150"}, {"seed": 5, "a": 4, "mode": "150"}]
     with pytest.raises(ConfigError, match=r"\{'a': 3\}: no run of small is like that"):
         batch.run(where={"a": 3})
 

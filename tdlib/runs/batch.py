@@ -73,7 +73,7 @@ class Batch:
         return self.folder / run.id
 
     def states(self) -> dict[str, dict[str, Any]]:
-        """How every run stands now, by its id, in the plan's order."""
+        """Returns the state of every run by its id, in the plan's order."""
         return {run.id: run_states.current_state(self.folder_of(run)) for run in self.plan.runs}
 
     def estimates(self) -> dict[str, float]:
@@ -219,7 +219,7 @@ class Batch:
         }  # fmt: skip
 
     def specification(self, run: PlannedRun, attempt: int) -> dict[str, Any]:
-        """What a worker needs to know: ``parameters.json``."""
+        """Describes a run for its worker: the content of ``parameters.json``."""
         return {
             "template": str(self.plan.template), "parameters": run.parameters, "overrides": run.overrides,
             "output": self.plan.output, "identity": run.identity, "attempt": attempt,
@@ -228,7 +228,7 @@ class Batch:
 
 
 def _live_table(batch: Batch) -> Callable[[], None]:
-    """In a notebook shows how every run stands and returns what brings that up to date; elsewhere nothing."""
+    """Shows a table of the runs in a notebook and returns what renews it; elsewhere does nothing."""
     from IPython import get_ipython
 
     if not hasattr(get_ipython(), "kernel"):

@@ -1,4 +1,4 @@
-"""What is wrong with a run's parameters, before a kernel starts; and what it was run with, afterwards.
+"""Checks a run's parameters before a kernel starts, and what it was run with afterwards.
 
 ``tdlib run`` and batches ask the same questions here, without loading torch: names, types, choices, own
 functions, files, splits. After a run ``differences`` holds the ``config.json`` files that it wrote
@@ -54,7 +54,7 @@ def notes(template: Template, values: Mapping[str, Any]) -> list[str]:
 def run_problems(
     template: Template, values: Mapping[str, Any], given: Collection[str], gpus: float | None = None
 ) -> list[str]:
-    """Everything that is wrong with one run's parameters but their names and types.
+    """Lists everything that is wrong with one run's parameters but their names and types.
 
     Args:
         template: the notebook.
@@ -72,7 +72,7 @@ def run_problems(
 
 
 def _ignored(template: Template, name: str, values: Mapping[str, Any]) -> str:
-    """Why a parameter that was set would change nothing."""
+    """Tells why a parameter that was set would change nothing."""
     if name in template.overridden and template.overridden[name] != values[name]:
         return (
             f"{name}={values[name]!r}: a cell of {template.path.name} sets {name} = "
@@ -88,7 +88,7 @@ def _ignored(template: Template, name: str, values: Mapping[str, Any]) -> str:
 
 
 def _missing_files(template: Template, values: Mapping[str, Any], given: Collection[str]) -> list[str]:
-    """Of what the run sets itself, and of teacher and student, which every run reads.
+    """Lists files that are not there: of what the run sets itself, of teacher and student.
 
     ``data_dir`` is read; other parameters that end so, ``runs_dir``, are written to.
     """
@@ -136,7 +136,7 @@ def _is_local(value: str) -> bool:
 
 
 def _similar_path(value: str) -> str:
-    """The name beside a missing one that is most like it."""
+    """Suggests the path beside a missing one that is most like it."""
     kind, colon, name = value.rpartition(":")
     path = ROOT / Path(name).expanduser()
     if not path.parent.is_dir():
@@ -146,7 +146,7 @@ def _similar_path(value: str) -> str:
 
 
 def _open_clip_names() -> list[str]:
-    """Names of open_clip's models, from the files that it reads them from: importing it loads torch."""
+    """Lists open_clip's models by the files that it reads them from, because importing it loads torch."""
     spec = find_spec("open_clip")
     homes = [Path(place) / "model_configs" for place in (spec and spec.submodule_search_locations) or ()]
     return sorted(path.stem for home in homes for path in home.glob("*.json"))
@@ -161,7 +161,7 @@ def _unknown_function(name: str, value: Any) -> bool:
 
 
 def _config_problems(template: Template, values: Mapping[str, Any]) -> list[str]:
-    """What ``RunConfig`` refuses: each setting, each entry of a list of them, and combinations."""
+    """Lists what ``RunConfig`` refuses: single settings, entries of lists of them, and combinations."""
     settings = {name: value for name, value in values.items() if name in template.settings}
     lists = {name: value for name, value in values.items() if name not in FIELDS and isinstance(value, list)}
     cases: list[dict[str, Any]] = [{}] + [
@@ -195,7 +195,7 @@ def _setting_problems(template: Template, settings: dict[str, Any], values: Mapp
 
 
 def _split_problems(config: RunConfig, splits: Iterable[str]) -> list[str]:
-    """Splits that a named data set lacks. Sets that rules make of others are not made here."""
+    """Lists splits that a named data set lacks. Sets that rules make of others are not made here."""
     from tdlib.data.examples import DataError
     from tdlib.data.tasks import HELD_OUT, data_folder, reader
     from tdlib.data.vcr_shifts import RULES
@@ -215,7 +215,7 @@ def _split_problems(config: RunConfig, splits: Iterable[str]) -> list[str]:
 
 
 def _gpu_problems(values: Mapping[str, Any], gpus: float) -> list[str]:
-    """Settings that need other GPUs than a run is to have."""
+    """Lists settings that need other GPUs than a run is to have."""
     problems, processes = [], values.get("processes", 1)
     if 0 < gpus < processes > 1:
         problems.append(
@@ -232,7 +232,7 @@ def _gpu_problems(values: Mapping[str, Any], gpus: float) -> list[str]:
 def differences(
     template: Template, planned: Mapping[str, Any], folder: Path, since: float = 0.0
 ) -> list[str]:
-    """Parameters that a run was not run with as planned, from every ``config.json`` that it wrote.
+    """Compares every ``config.json`` that a run wrote with what was planned, and lists what differs.
 
     The settings of the arm that a configuration names count as planned.
 
@@ -270,7 +270,7 @@ def differences(
 
 
 def difference_reason(lines: Iterable[str]) -> str:
-    """The sentence that a failed run says of them."""
+    """Makes of them the reason that a failed run gives."""
     return (
         f"it was not run as planned, because a cell changes what the parameters say: {'; '.join(lines)}. Let "
         "cells register functions and parameters name them"

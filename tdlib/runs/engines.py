@@ -1,7 +1,7 @@
-"""Where runs execute: on this machine, or on a Ray cluster. Leases processors, memory and GPUs.
+"""The engines that execute runs, on this machine or on a Ray cluster; they lease processors, memory and GPUs.
 
 An engine starts a worker process for a run folder and can stop it; how the run went is in its state,
-not here. GPUs are told to a run by CUDA_VISIBLE_DEVICES, which is empty for runs without one.
+not here. A run learns its GPUs from CUDA_VISIBLE_DEVICES, which is empty for runs without one.
 """
 
 import fcntl
@@ -44,7 +44,7 @@ class Started(Protocol):
     def ended(self) -> bool: ...
 
     def elsewhere(self) -> bool:
-        """Whether it ended because another worker has the run."""
+        """True if it ended because another worker has the run."""
 
     def stop(self) -> None:
         """Asks it to end and to say so in its state."""
@@ -56,13 +56,13 @@ class Started(Protocol):
 class Engine(Protocol):
     """Starts workers."""
 
-    claims: bool  # whether the worker inherits the runner's claim (else it claims for itself)
+    claims: bool  # True if the worker inherits the runner's claim; else it claims for itself
 
     def check(self, wanted: Resources) -> list[str]:
-        """What it could never give to a run."""
+        """Lists the resources that it could never give to a run."""
 
     def at_once(self, wanted: Resources) -> int:
-        """How many such runs it executes at the same time."""
+        """Returns how many such runs it executes at the same time."""
 
     def has_room(self, wanted: Resources) -> bool: ...
 
@@ -72,7 +72,7 @@ class Engine(Protocol):
 
 
 def run_environment(folder: Path, wanted: Resources, gpus: str) -> dict[str, str]:
-    """The environment of a worker; numerical libraries use as many threads as the run has processors."""
+    """Makes the environment of a worker, in which libraries use as many threads as the run has processors."""
     threads = str(max(1, int(wanted.cpus)))
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("JPY_")}
     return inherited | {
@@ -84,12 +84,12 @@ def run_environment(folder: Path, wanted: Resources, gpus: str) -> dict[str, str
 
 
 def processors() -> int:
-    """Processors that this process may use."""
+    """Counts the processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    """Names the GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all of nvidia-smi's."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
@@ -100,7 +100,7 @@ def visible_gpus() -> list[str]:
 
 
 class GpuLeases:
-    """Shares of GPUs among the runs of one runner; a GPU in use is locked against other runners here."""
+    """Shares GPUs among the runs of one runner, and locks those in use against other runners here."""
 
     def __init__(self, gpus: Sequence[str], folder: Path | None = None):
         self.free = dict.fromkeys(gpus, 1.0)
@@ -108,7 +108,7 @@ class GpuLeases:
         self._locks: dict[str, int] = {}
 
     def take(self, share: float) -> list[str] | None:
-        """Names of the leased GPUs: [] for no share, one for a fraction; None where too few are free."""
+        """Leases GPUs and names them: none for no share, one for a fraction; None if too few are free."""
         if share <= 0:
             return []
         count, part = (1, share) if share < 1 else (round(share), 1.0)
@@ -251,7 +251,7 @@ class LocalRun:
 
 
 def _on_node(folder: str, wanted: dict[str, Any]) -> int:
-    """The task of a Ray cluster: one worker process. Ends with the task's process if a node goes."""
+    """Runs one worker process as a task of a Ray cluster; it ends with the task if the node is lost."""
     import ray
 
     resources = Resources(**wanted)

@@ -1,4 +1,4 @@
-"""What a batch is to run: its file, the runs that it describes, and every mistake in it.
+"""Plans a batch: reads its file, expands it into runs and lists every mistake in it.
 
 Executes nothing. A batch file is YAML::
 
@@ -366,7 +366,7 @@ def _usable(parts: Mapping[str, Any], wrong: set[tuple[str, str]]) -> dict[str, 
 
 
 def expand(parts: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """What each run sets, in order, and how many were described twice.
+    """Expands the parts into what each run sets, in order; also counts runs that are described twice.
 
     Every combination of ``grid`` and of the rows of ``zip``, less those that match an entry of
     ``exclude`` (all its values; a list means any of them), and the entries of ``include``; all on top
@@ -392,7 +392,7 @@ def expand(parts: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
 
 
 def _tuned_file(given: str, folder: Path, reports: Path) -> Path:
-    """Where a batch has left the settings that were chosen: the batch's name, or a path."""
+    """Finds the file of chosen settings by the name of the batch that chose them, or by its path."""
     if not given.endswith(".json"):
         return reports / given / "tuned.json"
     return next((path for path in (folder / given, ROOT / given) if path.is_file()), folder / given)
@@ -401,7 +401,7 @@ def _tuned_file(given: str, folder: Path, reports: Path) -> Path:
 def _with_tuned(
     file: Path, rows: list[dict[str, Any]], template: Template, problems: list[str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows with what was chosen for each, and the names of all that was; what does not fit is a problem."""
+    """Adds to each row what was chosen for it; also returns the names of all parameters that were chosen."""
     try:
         known = parse_json(file.read_text(encoding="utf-8"), str(file))
         chosen = [(dict(entry["where"]), dict(entry["settings"])) for entry in known["chosen"]]
@@ -435,7 +435,7 @@ def _with_tuned(
 
 
 def matches(row: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    """Whether parameters have all of an entry's values; a list means any of them."""
+    """True if parameters have all of an entry's values; a list means any of them."""
     return all(
         row[name] in value if isinstance(value, list) else row[name] == value
         for name, value in entry.items()
@@ -460,7 +460,7 @@ def _run_problems(rows: list[dict[str, Any]], template: Template, plan: Plan) ->
 
 
 def estimate(plan: Plan, earlier: Iterable[tuple[dict[str, Any], float]]) -> dict[str, float]:
-    """Seconds of each run by its id: the median of those earlier ones that are most like it.
+    """Estimates the seconds of each run: the median of those earlier ones that are most like it.
 
     Args:
         plan: the runs.

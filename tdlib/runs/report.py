@@ -1,4 +1,4 @@
-"""What came out of a batch: a table, results.parquet, a page that loads nothing, and SQL over it all.
+"""Reports on a batch: a table, results.parquet, a page that loads nothing, and SQL over it all.
 
 Reads states and run folders only; notebooks' outputs are not scraped.
 """
@@ -64,7 +64,7 @@ def _cell(value: Any) -> Any:
 
 
 def failures(states: Mapping[str, Mapping[str, Any]]) -> list[tuple[list[str], Mapping[str, Any]]]:
-    """Runs that came to the same end, most frequent first: their ids and the state of one of them.
+    """Groups runs that came to the same bad end, most frequent first: their ids and the state of one of them.
 
     Two are the same if cell and traceback agree but for numbers, addresses and quoted words.
     """
@@ -80,14 +80,14 @@ def failures(states: Mapping[str, Mapping[str, Any]]) -> list[tuple[list[str], M
 
 
 def command_to_open(plan: Plan, file: Path | None, run: str) -> str:
-    """The command that opens one run in JupyterLab."""
+    """Returns the command that opens one run in JupyterLab."""
     if file is None:
         return f"Batch(...).open({run!r})"
     return f"tdlib batch open {shlex.quote(os.path.relpath(file))} {run}"
 
 
 def summary(plan: Plan, states: Mapping[str, Mapping[str, Any]], file: Path | None, folder: Path) -> str:
-    """Counts by state, and every kind of failure with its cell and the command that opens one."""
+    """Counts runs by state, and tells every kind of failure with its cell and the command that opens one."""
     found = [state["state"] for state in states.values()]
     counts = ", ".join(f"{found.count(name)} {name}" for name in _ORDER[::-1] if name in found)
     lines = [f"{plan.name}: {len(states)} runs: {counts or 'none'}"]
@@ -279,7 +279,7 @@ def _run_links(folder: Path, run: str) -> Html:
 
 
 def batch_record(folder: Path) -> dict[str, Any]:
-    """What ``batch.json`` in a batch's folder says of it.
+    """Reads ``batch.json`` in a batch's folder.
 
     Raises:
         FileNotFoundError: no batch was ever run there.

@@ -1,4 +1,4 @@
-"""The loop that hands a batch's runs to an engine, collects how they ended, and obeys to Ctrl-C and cancel.
+"""The loop that hands a batch's runs to an engine, collects how they ended, and reacts to Ctrl-C and cancel.
 
 Several may work on one batch at a time: each run belongs to whoever has claimed it.
 """
@@ -38,7 +38,7 @@ class _Active:
 class Runner:
     """Hands a batch's runs to an engine until none is left that it may start.
 
-    ``refresh`` is called after every line that it says: when runs start and end.
+    ``refresh`` is called after every line of its log: when runs start and end.
     """
 
     def __init__(
@@ -56,16 +56,17 @@ class Runner:
 
     def run(self) -> None:
         total = len(self.waiting)
-        self.say(
+        self.log(
             f"{self.batch.plan.name}: {total} runs, at most {self.engine.at_once(self.batch.plan.resources)} "
             f"at once; {self.batch.folder}"
         )
         with self._interruptible():
             try:
                 while (self.waiting and not self.stopping) or self.active:
+                    # One loop for everything, without threads: an order to stop finds nothing half-started.
                     progressed = self._start_some() if not self.stopping else False
                     self._collect()
-                    self._obey()
+                    self._handle_stop_requests()
                     if not self.active and self.waiting and not progressed:
                         if self._all_elsewhere():
                             break
@@ -74,12 +75,12 @@ class Runner:
             finally:
                 for active in self.active.values():  # only after an error of the runner itself
                     active.started.kill()
-        self._say_what_is_left()
+        self._log_what_is_left()
         if self.stopping:
-            self.say(f"stopped: {self.stopping}; `tdlib batch resume` goes on")
+            self.log(f"stopped: {self.stopping}; `tdlib batch resume` goes on")
 
     def _start_some(self) -> bool:
-        """Starts what there is room for; whether anything changed."""
+        """Starts what there is room for; returns True if anything changed."""
         changed = False
         for run in list(self.waiting.values()):
             if not self.engine.has_room(self.batch.plan.resources):
@@ -95,6 +96,7 @@ class Runner:
 
     def _start(self, run: PlannedRun) -> bool:
         folder = self.batch.folder_of(run)
+        # Most runs of a large batch are done: their state is read before a lock is taken.
         recorded = run_states.recorded_state(folder)["state"]
         if recorded not in (*self.states, "running", "done") and not self.tries[run.id]:
             return self._leave(run, recorded)
@@ -104,16 +106,16 @@ class Runner:
         try:
             state = run_states.recorded_state(folder)
             if state["state"] == "running":  # we have its lock
-                if not run_states.silent(state):
+                if not run_states.is_stale(state):
                     return False
                 state = {"state": "lost"}
             elif state["state"] == "done" and run_states.damaged(folder, state):
                 state = {"state": "lost"}
             if state["state"] not in self.states and not self.tries[run.id]:
                 return self._leave(run, state["state"])
-            if state["state"] == "queued" and (other := run_states.adopt(folder)):
+            if state["state"] == "queued" and (other := run_states.reuse_finished_run(folder)):
                 del self.waiting[run.id]
-                self.say(f"{run.id} done: the same run as in batch {other.parent.name}")
+                self.log(f"{run.id} done: the same run as in batch {other.parent.name}")
                 return True
             if self.engine.claims:
                 attempt = run_states.clear_for_attempt(folder)
@@ -122,7 +124,7 @@ class Runner:
                 (folder / "stop").unlink(missing_ok=True)
             write_json(folder / "parameters.json", self.batch.specification(run, attempt))
             if not self.engine.claims:
-                os.close(lock)
+                os.close(lock)  # on another machine nobody can inherit it: the worker claims for itself
                 lock = None
             started = self.engine.start(folder, self.batch.plan.resources, lock)
         finally:
@@ -131,7 +133,7 @@ class Runner:
         del self.waiting[run.id]
         self.tries[run.id] += 1
         self.active[run.id] = _Active(run, started, self.tries[run.id])
-        self.say(f"{run.id} started: {self._words(run)}")
+        self.log(f"{run.id} started: {self._words(run)}")
         return True
 
     def _leave(self, run: PlannedRun, state: str) -> bool:
@@ -139,11 +141,11 @@ class Runner:
         self.left[state] += 1
         return True
 
-    def _say_what_is_left(self) -> None:
+    def _log_what_is_left(self) -> None:
         for states, command in ((("killed", "lost"), "resume"), (("failed", "timed_out"), "retry --failed")):
             counts = [f"{self.left[state]} {state}" for state in states if self.left[state]]
             if counts:
-                self.say(f"left alone: {', '.join(counts)}; `tdlib batch {command}` executes them again")
+                self.log(f"left alone: {', '.join(counts)}; `tdlib batch {command}` executes them again")
 
     def _words(self, run: PlannedRun) -> str:
         return ", ".join(f"{name}={run.parameters[name]}" for name in self.batch.plan.varied) or "one run"
@@ -164,12 +166,12 @@ class Runner:
                     with suppress(OSError):  # else it counts as lost, its lock being free
                         run_states.write_state(folder, state)
             del self.active[name]
-            self.say(f"{name} {state['state']}{': ' + state['reason'] if state.get('reason') else ''}")
+            self.log(f"{name} {state['state']}{': ' + state['reason'] if state.get('reason') else ''}")
             again = state["state"] in ("killed", "lost") and active.tries <= self.batch.plan.retries
             if again and not self.stopping:
                 self.waiting[name] = active.run
 
-    def _obey(self) -> None:
+    def _handle_stop_requests(self) -> None:
         """Reacts to Ctrl-C and to ``tdlib batch cancel``."""
         if not self.stopping:
             with suppress(OSError, ValueError, KeyError):
@@ -179,7 +181,7 @@ class Runner:
             if self.interrupts:
                 self.stopping = "interrupted"
             if self.stopping in ("cancelled", "interrupted") and self.active:
-                self.say(f"{self.stopping}: {len(self.active)} runs are told to end; Ctrl-C kills them")
+                self.log(f"{self.stopping}: {len(self.active)} runs are told to end; Ctrl-C kills them")
                 for active in self.active.values():
                     active.started.stop()
         if self.interrupts > 1:
@@ -187,18 +189,18 @@ class Runner:
                 active.started.kill()
 
     def _all_elsewhere(self) -> bool:
-        """Whether what is left is in other hands (then there is nothing to wait for here)."""
+        """True if another runner executes all that is left: then there is nothing to wait for here."""
         time.sleep(POLL)  # a look at the lock holds it for a moment
         folders = [self.batch.folder_of(run) for run in self.waiting.values()]
         elsewhere = sum(run_states.current_state(folder)["state"] == "running" for folder in folders)
         if elsewhere == len(folders):
-            self.say(f"{elsewhere} runs are in the hands of another runner")
+            self.log(f"{elsewhere} runs are in the hands of another runner")
             return True
         return False
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Signals to end are counted, not raised, so that each state is written whole."""
+        """Counts signals that ask for the end instead of raising, so that each state is written whole."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -216,7 +218,7 @@ class Runner:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         with suppress(OSError, ValueError):  # a closed terminal ends nothing
             print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True, file=sys.stdout)
         self.refresh()

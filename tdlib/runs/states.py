@@ -32,7 +32,7 @@ FINAL = ("done", "failed", "killed", "timed_out", "lost")
 HEARTBEAT = 5.0  # seconds between heartbeats of a running run
 STALE = 60.0  # seconds without one after which a worker on another machine counts as dead
 MARK = "TDLIB_RUN"  # environment variable by which every process of a run is known
-RUNNER = "TDLIB_RUNNER"  # process id of who started a worker and outlives it
+RUNNER = "TDLIB_RUNNER"  # environment variable with the process id of the runner that started a worker
 NOTEBOOK, LOG, OUTPUT = "notebook.ipynb", "log.txt", "output"
 
 # Identity: what a result depends on.
@@ -84,7 +84,7 @@ def claim(folder: Path) -> int | None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
-    """Whether the run could be taken for the time of a ``with`` block."""
+    """Takes a run for the time of a ``with`` block; yields False if someone else has it."""
     lock = claim(folder)
     try:
         yield lock is not None
@@ -125,7 +125,7 @@ def current_state(folder: Path) -> dict[str, Any]:
             if not free:
                 return state
             state = recorded_state(folder)  # it may have ended in between
-            if state["state"] == "running" and not silent(state):
+            if state["state"] == "running" and not is_stale(state):
                 return state
         if state["state"] == "running":
             return state | {"state": "lost", "reason": "its worker is gone"}
@@ -134,21 +134,24 @@ def current_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def silent(state: dict[str, Any]) -> bool:
-    """Whether the worker of a run whose lock is free is dead (locks may not reach other machines)."""
+def is_stale(state: dict[str, Any]) -> bool:
+    """True if the worker of a run whose lock is free is dead.
+
+    On another machine the lock may be invisible here, so there only a missing heartbeat says so.
+    """
     if state.get("host") == socket.gethostname():
         return True
     return time.time() - state.get("heartbeat", 0) > STALE
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Sizes in bytes of what a run has written: its notebook and everything in ``output``."""
+    """Returns the sizes in bytes of what a run has written: its notebook and everything in ``output``."""
     files = [folder / NOTEBOOK, *sorted((folder / OUTPUT).rglob("*"))]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files if path.is_file()}
 
 
 def damaged(folder: Path, state: dict[str, Any]) -> str:
-    """What is wrong with a finished run's files; "" if they have the sizes that they had at its end."""
+    """Compares a finished run's files with their sizes at its end; returns what is wrong, or ""."""
     for name, size in state.get("files", {}).items():
         try:
             found = (folder / name).stat().st_size
@@ -199,13 +202,13 @@ def _clear_output(folder: Path) -> None:
 
 
 def next_attempt(folder: Path) -> int:
-    """The number that a new attempt has, from 1."""
+    """Returns the number of a new attempt, from 1."""
     earlier = [int(p.name.partition("-")[2]) for p in folder.glob("attempt-*") if (p / "state.json").exists()]
     return max(earlier, default=0) + 1 + (folder / "state.json").exists()
 
 
-def adopt(folder: Path) -> Path | None:
-    """Copies the same run from another batch where it is done and whole; says where it came from.
+def reuse_finished_run(folder: Path) -> Path | None:
+    """Copies the same run from another batch where it is done and whole; returns that run's folder, or None.
 
     A run's name says all that its results depend on, so the other batch's are these. The caller has
     claimed ``folder``, which holds nothing of an attempt yet. The state is written last.
@@ -225,7 +228,10 @@ def adopt(folder: Path) -> Path | None:
 
 
 def processes(folder: Path) -> list[psutil.Process]:
-    """Every process of a run on this machine, whoever its parent is now."""
+    """Finds every process of a run on this machine by its environment.
+
+    The parent would not do: what a killed worker leaves behind has another one.
+    """
     mark, found = str(folder.resolve()), []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):

@@ -125,7 +125,7 @@ class _Run:
         return {"state": "done"}
 
     def _dead_kernel(self, error: Exception) -> dict[str, Any]:
-        """Killed if by a signal that comes from outside; failed if the kernel crashed or left by itself."""
+        """Tells a kernel that was killed from outside from one that crashed or left, which has failed."""
         code = None
         if self.process is not None:
             with suppress(subprocess.TimeoutExpired):
@@ -141,7 +141,7 @@ class _Run:
         }
 
     def _place(self) -> str:
-        """The cell that was begun last, as far as the notebook says."""
+        """Names the cell that was begun last, as far as the notebook tells."""
         with suppress(OSError, ValueError, KeyError):
             cells = json.loads((self.folder / f".{NOTEBOOK}").read_text(encoding="utf-8"))["cells"]
             begun = [i for i, c in enumerate(cells) if c["metadata"].get("papermill", {}).get("start_time")]
@@ -162,7 +162,7 @@ class _Run:
     # The watching thread.
 
     def watch(self) -> None:
-        """One look: asks for the end if there is a reason, measures memory, gives a sign of life."""
+        """Looks once: measures memory, ends the run if there is a reason, else renews the heartbeat."""
         used = self._memory()
         self.peak = max(self.peak, used)
         if self.verdict is None:
@@ -183,7 +183,7 @@ class _Run:
                 self.write({"heartbeat": time.time(), "peak_memory": self.peak})
 
     def _memory(self) -> int:
-        """Resident bytes of this process and all below it (pages that they share count twice)."""
+        """Sums the resident bytes of this process and all below it (pages that they share count twice)."""
         total = 0
         with suppress(psutil.Error):
             own = psutil.Process()
@@ -232,7 +232,7 @@ class _Run:
 
 
 def read_metrics(output: Path) -> dict[str, Any]:
-    """All numbers and words of the ``metrics.json`` files in a run's output, nested names joined by dots.
+    """Reads all numbers and words of the ``metrics.json`` files in a run's output; dots join nested names.
 
     Where there are several, the names of their folders come first.
 
@@ -265,7 +265,7 @@ def _flatten(values: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Machine and installed packages."""
+    """Describes the machine and the installed packages."""
     packages = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
     return {
         "host": socket.gethostname(), "python": platform.python_version(), "platform": platform.platform(),
