@@ -600,6 +600,11 @@ def test_a_summary_of_run_folders_has_the_numbers_of_the_comparison(reports):
     assert (row["mean"], row["difference"], row["n"]) == pytest.approx(
         (expected.mean, expected.difference, 3)
     )
+    figure = plot_differences(table)
+    assert [axes.get_title() for axes in figure.axes] == [""], "a summary is of one task: one panel"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(
+        dict.fromkeys(table["split"])
+    )
     assert row["verdict"] == "too few pairs" and np.isnan(
         row_of(table, arm="finetune", split="val")["difference"]
     )

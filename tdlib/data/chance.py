@@ -7,7 +7,7 @@ where that has other frequencies (VQA-CP) chance is lower there. Q->AR needs two
 product of both.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 
 from tdlib.data.examples import Example, Examples
@@ -21,7 +21,7 @@ def constant_answer(train: Examples) -> int | None:
 
     None where examples have choices, or where none has a label.
     """
-    totals: Counter[int] = Counter()
+    totals: dict[int, float] = defaultdict(float)
     for index in range(0, len(train), max(1, len(train) // MOST)):
         example = train[index]
         if example.choices:
