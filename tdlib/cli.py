@@ -101,31 +101,34 @@ def _world(options: argparse.Namespace) -> int:
     from tdlib.miniworld import writers
 
     folder, seed, pictures = Path(options.folder), options.seed, options.pictures
-    few, fewer = max(pictures // 3, 30), max(pictures // 15, 30)
-    if options.kind in ("web", "curated"):
-        writers.write_captions(folder, options.kind, seed, pictures)
-    elif options.kind == "vcr":
-        writers.write_vcr(folder, seed, writers.VcrSize(train=pictures, val=few, test=fewer))
-    elif options.kind == "snli_ve":
-        writers.write_snli_ve(folder, seed, writers.SnliVeSize(train=pictures, dev=few, test=fewer))
+    if options.kind in writers.WORLDS:
+        writers.WORLDS[options.kind](folder, seed, writers.Size.of(pictures))
     else:
-        write = writers.write_vqa if options.kind == "vqa_v2" else writers.write_vqa_cp
-        write(folder, seed, writers.VqaSize(train=pictures, val=few, test=fewer))
+        writers.write_captions(folder, options.kind, seed, pictures)
     print(folder.resolve())
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
-    print(f"checking {options.folder} ...", flush=True)
-    from tdlib.data.tasks import check_folder
+    print(f"checking {options.path} ...", flush=True)
+    from tdlib.data.check import check_folder, check_submission
 
-    bad = 0
-    for task, split, number, problems in check_folder(Path(options.folder), options.decode):
-        verdict = f"{len(problems)} problems" if problems else "ok"
-        print(f"{task:<10} {split:<24} {number:>8,} examples  {verdict}", flush=True)
+    path = Path(options.path)
+    if path.is_file():
+        problems = check_submission(path, Path(options.data or path.parent), options.split)
+        print(f"{path}: {f'{len(problems)} problems' if problems else 'ok'}")
         for problem in problems:
             print(f"  - {problem}")
-        bad += len(problems)
+        return int(bool(problems))
+    bad = 0
+    for report in check_folder(path, options.decode):
+        verdict = f"{len(report.problems)} problems" if report.problems else "ok"
+        print(f"{report.task:<10} {report.split:<24} {report.examples:>8,} examples  {verdict}", flush=True)
+        for note in report.notes:
+            print(f"  {note}")
+        for problem in report.problems:
+            print(f"  - {problem}")
+        bad += len(report.problems)
     return int(bad > 0)
 
 
@@ -330,8 +333,12 @@ def main(arguments: list[str] | None = None) -> int:
     data = commands.add_parser("data", help="check a data set, make shifted sets").add_subparsers(
         required=True
     )
-    check = data.add_parser("check", help="validate every split in a folder and list all problems")
-    check.add_argument("folder")
+    check = data.add_parser(
+        "check", help="validate every split in a folder, or a file for a benchmark, and list all problems"
+    )
+    check.add_argument("path", help="a folder, or a submission file")
+    check.add_argument("--data", help="data set that a submission answers (default: the file's folder)")
+    check.add_argument("--split", default="", help="split that a submission answers (default: the test)")
     check.add_argument("--decode", action="store_true", help="also decode every picture (slow)")
     check.set_defaults(call=_check)
     mask = data.add_parser("mask", help="make a masked VCR set from what a trained student leans on")

@@ -180,10 +180,10 @@ def open_large(sizes: tuple[int, ...] = (10_000, 250_000)) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             many = {"train": 60, "train_examples": size}
-            writers.write_vcr(folder / "vcr", 0, writers.VcrSize(**many, **small))
-            entailment = writers.SnliVeSize(**many, dev=30, test=30, shifted=30)
+            writers.write_vcr(folder / "vcr", 0, writers.Size(**many, **small))
+            entailment = writers.Size(**many, val=30, test=30, shifted=30)
             writers.write_snli_ve(folder / "snli_ve", 0, entailment)
-            writers.write_vqa(folder / "vqa_v2", 0, writers.VqaSize(**many, **small))
+            writers.write_vqa(folder / "vqa_v2", 0, writers.Size(**many, **small))
             for task, split in (("vcr_qa", "train"), ("snli_ve", "train"), ("vqa_v2", "train2014")):
                 place = folder / task.removesuffix("_qa")
                 command = [sys.executable, "-c", _OPEN, task, str(place), split]

@@ -28,9 +28,9 @@ install_import_hook("tdlib.method", "beartype.beartype")
 
 
 def _make_world(folder):
-    from tdlib.miniworld.writers import VcrSize, write_vcr
+    from tdlib.miniworld.writers import Size, write_vcr
 
-    return write_vcr(folder, seed=7, size=VcrSize(train=40, val=30, test=30, shifted=30))
+    return write_vcr(folder, seed=7, size=Size(train=40, val=30, test=30, shifted=30))
 
 
 @pytest.fixture(scope="session")
@@ -45,9 +45,9 @@ def worlds(world, tmp_path_factory) -> dict[str, Path]:
     from tdlib.miniworld import writers
 
     home, small = tmp_path_factory.mktemp("worlds"), {"train": 30, "test": 30, "shifted": 30}
-    writers.write_snli_ve(home / "snli_ve", 7, writers.SnliVeSize(**small, dev=30))
-    writers.write_vqa(home / "vqa_v2", 7, writers.VqaSize(**small, val=30))
-    writers.write_vqa_cp(home / "vqa_cp_v2", 7, writers.VqaSize(**small, val=30))
+    writers.write_snli_ve(home / "snli_ve", 7, writers.Size(**small, val=30))
+    writers.write_vqa(home / "vqa_v2", 7, writers.Size(**small, val=30))
+    writers.write_vqa_cp(home / "vqa_cp_v2", 7, writers.Size(**small, val=30))
     return {"vcr": world} | {name: home / name for name in ("snli_ve", "vqa_v2", "vqa_cp_v2")}
 
 

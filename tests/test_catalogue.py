@@ -11,16 +11,18 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from tdlib.cli import main
 from tdlib.config import RunConfig
 from tdlib.core.paths import ConfigError
 from tdlib.data import tasks as catalogue
+from tdlib.data.check import check_folder
+from tdlib.data.check import check_submission as check_file
 from tdlib.data.examples import DataError, Example, Examples, TextPart
 from tdlib.data.snli_ve import LABELS
 from tdlib.data.tasks import (
     SHIFTS,
     TASKS,
     answer_vocabulary,
-    check_folder,
     class_labels,
     data_folder,
     detail,
@@ -32,8 +34,7 @@ from tdlib.data.tasks import (
     submission_split,
     write_submission,
 )
-from tdlib.data.vcr import SUBMISSION_COLUMNS, check_submission
-from tdlib.data.vqa_metric import Vocabulary
+from tdlib.data.vcr_results import SUBMISSION_COLUMNS, check_submission
 
 
 def config(task: str, folder: Path | str = "", **changes: Any) -> RunConfig:
@@ -95,7 +96,7 @@ def write_snli_ve(folder: Path) -> Path:
     (folder / "flickr30k_images").mkdir(parents=True)
     Image.new("RGB", (40, 20)).save(folder / "flickr30k_images" / "1.jpg")
     (folder / "snli_ve_dev.jsonl").write_text(lines(*(pair(number) for number in range(5))))
-    unlabelled = [{k: v for k, v in pair(number).items() if k != "gold_label"} for number in range(4)]
+    unlabelled = [{k: v for k, v in pair(number).items() if k != "gold_label"} for number in range(5, 9)]
     (folder / "snli_ve_test.jsonl").write_text(lines(*unlabelled))
     (folder / "esnlive_dev.csv").write_text("pairID,hypothesis,gold_label\n1.jpg#1,A dog.,neutral\n")
     return folder
@@ -103,7 +104,7 @@ def write_snli_ve(folder: Path) -> Path:
 
 def write_vqa(folder: Path, answers: tuple[str, ...] = ("yes", "no", "yes")) -> Path:
     info: dict[str, Any] = {"info": {"year": 2017}}
-    for split, numbers in (("train2014", range(len(answers))), ("test2015", range(2))):
+    for split, numbers in (("train2014", range(len(answers))), ("test2015", range(8, 10))):
         (folder / split).mkdir(parents=True)
         Image.new("RGB", (40, 20)).save(folder / split / f"COCO_{split}_000000000007.jpg")
         asked = [{"question_id": 7000 + i, "image_id": 7, "question": "Is it?"} for i in numbers]
@@ -211,7 +212,7 @@ def test_class_labels_of_each_kind_of_task(tmp_path):
     write_vqa(tmp_path / "vqa")
     assert class_labels(config("vqa_v2", tmp_path / "vqa", vocabulary_minimum=1)) == ("yes", "no")
     assert class_labels(config("vqa_v2", tmp_path / "vqa", vocabulary_minimum=2)) == ("yes",)
-    Vocabulary(("maybe", "yes")).save(tmp_path / "answers.json")
+    (tmp_path / "answers.json").write_text('{"maybe": 0, "yes": 1}')
     given = config("vqa_v2", tmp_path / "vqa", vocabulary=str(tmp_path / "answers.json"))
     assert class_labels(given) == ("maybe", "yes")
     assert answer_vocabulary(config("snli_ve")) is None
@@ -300,16 +301,58 @@ def test_sets_that_cannot_be_made_say_why(tmp_path, shifted_files):
 
 def test_all_data_sets_of_a_folder_are_checked(tmp_path):
     write_vcr(tmp_path / "vcr"), write_snli_ve(tmp_path / "ve"), write_vqa(tmp_path / "vqa")
+    one, other = "1 of 1 pictures are in 'test' too", "1 of 1 pictures are in 'dev' too"
     assert list(check_folder(tmp_path, decode=True)) == [
-        ("vcr", "test", 10, []),
-        ("vcr", "val", 6, []),
-        ("snli_ve", "dev", 5, []),
-        ("snli_ve", "test", 4, []),
-        ("e_snli_ve", "dev", 1, []),
-        ("vqa_v2", "test2015", 2, []),
-        ("vqa_v2", "train2014", 3, []),
+        ("vcr", "test", 10, [], []),
+        ("vcr", "val", 6, [], [one]),
+        ("snli_ve", "dev", 5, [], []),
+        ("snli_ve", "test", 4, [], [other]),
+        ("e_snli_ve", "dev", 1, [], []),
+        ("vqa_v2", "test2015", 2, [], []),
+        ("vqa_v2", "train2014", 3, [], []),
     ]
     assert [found[:2] for found in check_folder(tmp_path / "vcr")] == [("vcr", "test"), ("vcr", "val")]
+
+
+def test_splits_that_share_questions_are_found(tmp_path):
+    vcr, ve = write_vcr(tmp_path / "vcr"), write_snli_ve(tmp_path / "ve")
+    (vcr / "train.jsonl").write_text(lines(vcr_record(0), vcr_record(9), vcr_record(2)))
+    (vcr / "val_shortcut.jsonl").write_text((vcr / "val.jsonl").read_text())  # val in other words
+    (ve / "snli_ve_train.jsonl").write_text(lines(pair(1), pair(20), pair(21)))
+    found = {(report.task, report.split): report.problems for report in check_folder(tmp_path)}
+    assert found["vcr", "train"] == [] and found["snli_ve", "test"] == []
+    for split in ("val", "val_shortcut"):
+        (problem,) = found["vcr", split]
+        assert problem.startswith(
+            f"{split}: 2 of 3 ids are those of questions in 'train' too (first: 'val-0')"
+        )
+    assert found["snli_ve", "train"][0].startswith("train: 1 of 3 ids are those of questions in 'dev' too")
+
+
+def test_equal_choices_and_empty_texts_are_found(tmp_path):
+    vcr = write_vcr(tmp_path)
+    twice = vcr_record(0, answer_choices=[["No", "."], [[1], "waves"], ["Yes"], ["No", "."]])
+    namesakes = vcr_record(1, objects=["person"] * 3, answer_choices=[[[0]], [[1]], [[2]], ["He"]])
+    empty, blank = vcr_record(2, question=[]), vcr_record(3, rationale_choices=[["It"], [" "], ["a"], ["b"]])
+    (vcr / "val.jsonl").write_text(lines(twice, vcr_record(5), empty, blank))
+    (_, report) = check_folder(vcr)
+    choices, question, rationale = report.problems
+    assert choices.startswith(f"{vcr / 'val.jsonl'} (val-0): choices 0 and 3 are both 'No.'")
+    assert ":3 (val-2): question is empty" in question
+    assert ":4 (val-3): rationale_choices[1] is empty" in rationale
+    metadata = {"names": ["person"] * 3, "boxes": [[0, 0, 20, 20, 1]] * 3, "width": 40, "height": 20}
+    (vcr / "vcr1images" / "a.json").write_text(json.dumps(metadata))
+    (vcr / "val.jsonl").write_text(lines(namesakes))
+    assert reader(config("vcr_qa", vcr, references="category"), "val").problems() == []
+
+
+def test_a_byte_order_mark_and_a_doubled_column_of_csv(tmp_path):
+    path = write_snli_ve(tmp_path) / "esnlive_dev.csv"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert reader(config("e_snli_ve", tmp_path), "dev").problems() == []
+    path.write_text("pairID,hypothesis,gold_label,hypothesis\n1.jpg#1,A dog.,neutral,A cat.\n")
+    (problem,) = reader(config("e_snli_ve", tmp_path), "dev").problems()
+    assert ":1: column 'hypothesis' stands there twice" in problem
 
 
 def test_every_bad_line_is_one_problem(tmp_path):
@@ -317,14 +360,14 @@ def test_every_bad_line_is_one_problem(tmp_path):
     bad = [vcr_record(3, question=[[9]]), vcr_record(4, rationale_label=7), vcr_record(0)]
     (vcr / "val.jsonl").write_text(lines(vcr_record(0), *bad, vcr_record(5)) + "{")
     (ve / "snli_ve_dev.jsonl").write_text(lines(pair(0), pair(1, gold_label="-"), pair(2, Flikr30kID="9"), 3))
-    (ve / "snli_ve_test.jsonl").write_text(lines(pair(0), pair(1, gold_label=None), pair(2, gold_label="-")))
+    (ve / "snli_ve_test.jsonl").write_text(lines(pair(5), pair(6, gold_label=None), pair(7, gold_label="-")))
     path = vqa / "v2_OpenEnded_mscoco_train2014_questions.json"
     questions = json.loads(path.read_text())["questions"]
     questions[0]["question"], questions[1]["image_id"] = " ", 8
     path.write_text(json.dumps({"questions": [*questions, {"question_id": 1}]}))
     (vqa / "test2015" / "COCO_test2015_000000000007.jpg").write_bytes(b"no picture")
     found = {
-        (task, split): (count, problems) for task, split, count, problems in check_folder(tmp_path, True)
+        (task, split): (count, problems) for task, split, count, problems, _ in check_folder(tmp_path, True)
     }
 
     def says(key: tuple[str, str], *expected: str) -> bool:
@@ -346,7 +389,7 @@ def test_a_split_without_its_pictures_or_annotations_is_a_problem(tmp_path):
     (write_vcr(tmp_path / "vcr") / "vcr1images").rename(tmp_path / "elsewhere")
     vqa = write_vqa(tmp_path / "vqa")
     (vqa / "v2_mscoco_train2014_annotations.json").unlink()
-    found = {(task, split): problems for task, split, _, problems in check_folder(tmp_path)}
+    found = {(task, split): problems for task, split, _, problems, _ in check_folder(tmp_path)}
     assert "vcr1images: no such folder" in found["vcr", "val"][0]
     assert "annotations.json: no such file" in found["vqa_v2", "train2014"][0]
     assert found["vqa_v2", "test2015"] == []
@@ -455,6 +498,27 @@ def test_a_vqa_submission_is_the_servers(tmp_path, task):
     assert json.loads(path.read_text()) == [
         {"question_id": 70, "answer": "no"}, {"question_id": 9, "answer": "yes"},
     ]  # fmt: skip
+
+
+def test_a_submission_is_checked_against_its_data_set(tmp_path, capsys):
+    folder, written = write_snli_ve(tmp_path / "ve"), tmp_path / "mine.jsonl"
+    good = [{"pairID": f"1.jpg#{i}", "label": "neutral"} for i in range(5, 9)]
+    written.write_text(lines(*good))
+    assert check_file(written, folder) == []
+    written.write_text(lines(good[0], good[0], good[1] | {"label": 2}, good[2] | {"pairID": "x"}, {}))
+    problems = [problem.removeprefix(str(written)) for problem in check_file(written, folder)]
+    assert [problem[:24] for problem in problems] == [
+        ":2: '1.jpg#5' stands the", ":3 (1.jpg#6): label=2, e", ":4: 'x' is no pair",
+        ":5: field 'pairID' is mi", ": 2 of 4 pairs are missi",
+    ]  # fmt: skip
+    assert main(["data", "check", str(written), "--data", str(folder)]) == 1
+    assert "5 problems" in capsys.readouterr().out
+    assert "is no pair" in check_file(written, folder, "dev")[0]
+    with pytest.raises(ConfigError, match=r"expected a file as submission\.csv \(VCR\)"):
+        check_file(written, tmp_path)
+    vqa = write_vqa(tmp_path / "vqa")
+    (tmp_path / "answers.json").write_text(json.dumps([{"question_id": 7008, "answer": "yes"}]))
+    assert check_file(tmp_path / "answers.json", vqa) == ["1 question ids missing in the file: 7009"]
 
 
 @pytest.mark.parametrize("task", ["vcr", "snli_ve", "vqa_v2"])

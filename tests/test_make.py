@@ -16,8 +16,7 @@ from tdlib.make.clip import contrastive_loss, make_clip
 from tdlib.make.detector import train_mini_detector
 from tdlib.make.students import KINDS, StudentJob, check_reader, make_student, matching_loss
 from tdlib.make.vocabulary import train_wordpiece_tokenizer
-from tdlib.miniworld.worlds import scene_at
-from tdlib.miniworld.write_vcr import VcrSize
+from tdlib.miniworld.worlds import Size, scene_at
 from tdlib.regions.computed import open_regions
 from tdlib.students.registry import load_student
 from tdlib.students.vlbert import load_vlbert
@@ -365,7 +364,7 @@ def test_names_refer_to_people_that_the_picture_shows():
 
 
 def test_zero_shot_is_split_by_what_the_curated_corpus_knows(made, detector):
-    size = VcrSize(train=0, val=30, test=0, shifted=0)
+    size = Size(train=0, val=30, test=0, shifted=0)
     figures = measure.student_zero_shot(made["vilt"], detector, 3, size, ["val_balanced"])
     assert {"vcr_val_balanced", "vcr_val_balanced_known", "vcr_val_balanced_unknown"} <= set(figures)
     assert all(0 <= value <= 1 for value in figures.values())
@@ -383,7 +382,7 @@ def test_the_teacher_continues_loads_and_is_measured(work, tmp_path):
         make_clip(tmp_path / name, home, **given)
     whole, parted = ((tmp_path / name / "open_clip_model.safetensors") for name in ("whole", "parted"))
     assert whole.read_bytes() == parted.read_bytes()
-    size = VcrSize(train=0, val=10, test=0, shifted=0)
+    size = Size(train=0, val=10, test=0, shifted=0)
     figures = measure.measure_clip(tmp_path / "whole", 8, 3, size)
     assert {"picture_of_8", "caption_of_8", "vcr_val", "vcr_val_shortcut"} == set(figures)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +40,10 @@ from tdlib.miniworld.write_snli_ve import LABELS, claims
 from tdlib.miniworld.write_vqa import QUESTION_TYPES, asks, prior
 from tdlib.miniworld.writers import (
     TRAIN_STYLES,
-    SnliVeSize,
-    VcrSize,
-    VqaSize,
+    WORLDS,
+    Size,
     captioned_scene,
-    digest,
-    ensure_snli_ve,
-    ensure_vcr,
-    ensure_vqa,
-    ensure_vqa_cp,
+    ensure_world,
     false_caption,
     scene_at,
     write_captions,
@@ -58,10 +54,21 @@ from tdlib.miniworld.writers import (
 )
 
 SEED = 5
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over names and bytes of all files of a folder."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
+
+
 OWN = ("train", "val", "test", "val_style", "val_composition")  # splits with pictures of their own
 TWINS = ("val_shortcut", "val_balanced")  # val in other words
 SPLITS = (*OWN, *TWINS)
-SMALL = VcrSize(train=12, val=12, test=12, shifted=30)
+SMALL = Size(train=12, val=12, test=12, shifted=30)
 
 COCO = set(
     "person bicycle car motorcycle airplane bus train truck boat trafficlight firehydrant stopsign "
@@ -77,7 +84,7 @@ COCO = set(
 @pytest.fixture(scope="module")
 def vcr(tmp_path_factory) -> Path:
     """A VCR folder with enough questions for statistics."""
-    return write_vcr(tmp_path_factory.mktemp("miniworld") / "vcr", SEED, VcrSize(60, 200, 40, 40))
+    return write_vcr(tmp_path_factory.mktemp("miniworld") / "vcr", SEED, Size(60, 200, 40, 40))
 
 
 @pytest.fixture(scope="module")
@@ -464,7 +471,7 @@ def test_the_shortcut_helps_until_it_is_reversed(records):
 
 
 def test_the_strength_of_the_shortcut_is_a_parameter(tmp_path):
-    size = VcrSize(train=0, val=40, test=0, shifted=0)
+    size = Size(train=0, val=40, test=0, shifted=0)
     always = write_vcr(tmp_path / "always", 0, size, echo=(1.0, 0.0))
     never = write_vcr(tmp_path / "never", 0, size, echo=(0.0, 1.0))
     assert overlap_accuracy(read(always / "val.jsonl")) > 0.9
@@ -669,9 +676,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 def test_the_generator_replaces_its_own_folders_only(old):
     """The folder may be the real VCR's."""
-    for write in (write_vcr, ensure_vcr, write_snli_ve, ensure_snli_ve, write_vqa, ensure_vqa, ensure_vqa_cp):
-        with pytest.raises(DataError, match=r"did not write .*miniworld\.json.*choose another folder"):
-            write(old, 0)
+    for data_set, write in WORLDS.items():
+        for make in (write, partial(ensure_world, data_set)):
+            with pytest.raises(DataError, match=r"did not write .*miniworld\.json.*choose another folder"):
+                make(old, 0)
     with pytest.raises(DataError, match=r"did not write .*captions\.jsonl.*choose another folder"):
         write_captions(old, "web", 0, 1)
     assert listing(old) == ["precious"]
@@ -679,19 +687,19 @@ def test_the_generator_replaces_its_own_folders_only(old):
 
 def test_a_split_without_questions_is_not_written_silently(tmp_path):
     with pytest.raises(DataError, match=r"train: 4 pictures are too few.*30 or more"):
-        write_vcr(tmp_path / "vcr", 0, VcrSize(train=4))
+        write_vcr(tmp_path / "vcr", 0, Size(train=4))
     assert listing(tmp_path) == []
 
 
 def test_a_world_is_written_once(tmp_path):
-    folder = ensure_vcr(tmp_path / "vcr", 0, SMALL)
+    folder = ensure_world("vcr", tmp_path / "vcr", 0, SMALL)
     stamp = (folder / "train.jsonl").stat().st_ino
-    assert ensure_vcr(folder, 0, SMALL) == folder
+    assert ensure_world("vcr", folder, 0, SMALL) == folder
     assert (folder / "train.jsonl").stat().st_ino == stamp
     before = digest(folder)
     (folder / "miniworld.json").write_text("{")  # damaged: written again
-    assert digest(ensure_vcr(folder, 0, SMALL)) == before
-    assert digest(ensure_vcr(folder, 2, SMALL)) != before
+    assert digest(ensure_world("vcr", folder, 0, SMALL)) == before
+    assert digest(ensure_world("vcr", folder, 2, SMALL)) != before
 
 
 # shifts of pictures
@@ -734,14 +742,14 @@ def test_reserved_combinations_are_only_in_the_composition_splits(records):
 
 
 def test_many_texts_about_few_pictures(tmp_path):
-    vcr = write_vcr(tmp_path / "vcr", 0, VcrSize(60, 0, 0, 0, train_examples=601))
+    vcr = write_vcr(tmp_path / "vcr", 0, Size(60, 0, 0, 0, train_examples=601))
     assert len({record["annot_id"] for record in read(vcr / "train.jsonl")}) > 590
-    ve = write_snli_ve(tmp_path / "ve", 0, SnliVeSize(30, 0, 0, 0, train_examples=900))
+    ve = write_snli_ve(tmp_path / "ve", 0, Size(30, 0, 0, 0, train_examples=900))
     assert len({record["pairID"] for record in read(ve / "snli_ve_train.jsonl")}) == 900
-    vqa = write_vqa(tmp_path / "vqa", 0, VqaSize(20, 0, 0, 0, train_examples=800))
+    vqa = write_vqa(tmp_path / "vqa", 0, Size(20, 0, 0, 0, train_examples=800))
     asked = json.loads((vqa / "v2_OpenEnded_mscoco_train2014_questions.json").read_text())["questions"]
     assert len({each["question_id"] for each in asked}) == 800
-    many = write_vqa(tmp_path / "more", 0, VqaSize(6, 0, 0, 0, train_examples=9000))
+    many = write_vqa(tmp_path / "more", 0, Size(6, 0, 0, 0, train_examples=9000))
     asked = json.loads((many / "v2_OpenEnded_mscoco_train2014_questions.json").read_text())["questions"]
     assert len({each["question_id"] for each in asked}) == 9000
 
@@ -754,7 +762,7 @@ PREFIXES = ("You know, ", "By the way, ", "To be honest, ")
 
 @pytest.fixture(scope="module")
 def ve(tmp_path_factory) -> Path:
-    return write_snli_ve(tmp_path_factory.mktemp("ve") / "ve", SEED, SnliVeSize(60, 150, 30, 60))
+    return write_snli_ve(tmp_path_factory.mktemp("ve") / "ve", SEED, Size(60, 150, 30, 60))
 
 
 @pytest.fixture(scope="module")
@@ -775,10 +783,10 @@ def premise(record: dict, split: str) -> Scene:
 
 
 def test_snli_ve_is_deterministic_and_written_once(tmp_path):
-    size = SnliVeSize(20, 20, 20, 20)
-    first = ensure_snli_ve(tmp_path / "a", 3, size)
+    size = Size(20, 20, 20, 20)
+    first = ensure_world("snli_ve", tmp_path / "a", 3, size)
     stamp = (first / "snli_ve_train.jsonl").stat().st_ino
-    assert ensure_snli_ve(first, 3, size) == first
+    assert ensure_world("snli_ve", first, 3, size) == first
     assert (first / "snli_ve_train.jsonl").stat().st_ino == stamp
     assert digest(first) == digest(write_snli_ve(tmp_path / "b", 3, size))
     assert digest(first) != digest(write_snli_ve(tmp_path / "c", 4, size))
@@ -942,7 +950,7 @@ VQA_SHIFTS = ("", "_balanced", "_prior", "_style", "_composition")
 
 @pytest.fixture(scope="module")
 def vqa(tmp_path_factory) -> Path:
-    size = VqaSize(40, 60, 20, 40, train_examples=4000)
+    size = Size(40, 60, 20, 40, train_examples=4000)
     return write_vqa(tmp_path_factory.mktemp("vqa") / "vqa", SEED, size)
 
 
@@ -957,12 +965,13 @@ def asked_of(folder: Path, split: str) -> list[tuple[dict, dict]]:
 
 
 def test_vqa_is_deterministic_and_written_once(tmp_path):
-    size = VqaSize(20, 20, 20, 20)
-    for write, ensure in ((write_vqa, ensure_vqa), (write_vqa_cp, ensure_vqa_cp)):
-        first = ensure(tmp_path / f"a{ensure.__name__}", 3, size)
+    size = Size(20, 20, 20, 20)
+    for data_set in ("vqa_v2", "vqa_cp_v2"):
+        first = ensure_world(data_set, tmp_path / f"a{data_set}", 3, size)
         stamp = (first / "miniworld.json").stat().st_ino
-        assert ensure(first, 3, size) == first and (first / "miniworld.json").stat().st_ino == stamp
-        assert digest(first) == digest(write(tmp_path / f"b{ensure.__name__}", 3, size))
+        again = ensure_world(data_set, first, 3, size)
+        assert again == first and (first / "miniworld.json").stat().st_ino == stamp
+        assert digest(first) == digest(WORLDS[data_set](tmp_path / f"b{data_set}", 3, size))
 
 
 def test_the_fields_of_vqa(vqa):
@@ -1063,7 +1072,7 @@ def test_relevance_of_questions(vqa):
 
 
 def test_vqa_cp_has_plain_lists_and_changing_priors(tmp_path):
-    folder = write_vqa_cp(tmp_path / "cp", SEED, VqaSize(60, 40, train_examples=600))
+    folder = write_vqa_cp(tmp_path / "cp", SEED, Size(60, 40, train_examples=600))
     pictures = {}
     for split in ("train", "test"):
         asked = json.loads((folder / f"vqacp_v2_{split}_questions.json").read_text())

@@ -11,7 +11,7 @@ from tdlib.data.pictures import open_picture
 from tdlib.data.vcr import VcrReader
 from tdlib.make.measure import matching
 from tdlib.make.students import KINDS
-from tdlib.miniworld.writers import VcrSize, write_vcr
+from tdlib.miniworld.writers import Size, write_vcr
 from tdlib.teacher.model import Teacher
 
 MODELS = sorted(path.parent for path in (ROOT / "data" / "models").glob("*/provenance.json"))
@@ -39,7 +39,7 @@ def test_teacher_knows_a_world_it_never_saw(tmp_path):
     """The recorded zero-shot accuracy holds on a fresh world, within three standard errors."""
     folder = ROOT / "data" / "models" / "mini-clip"
     recorded = json.loads((folder / "provenance.json").read_text())["held_out"]["vcr_val"]
-    world = write_vcr(tmp_path / "vcr", 501, VcrSize(train=0, val=60, test=0))
+    world = write_vcr(tmp_path / "vcr", 501, Size(train=0, val=60, test=0))
     examples = VcrReader(world, "val").read()
     teacher = Teacher(f"local-dir:{folder}")
     pictures = teacher.encode_pictures([open_picture(example.image) for example in examples])

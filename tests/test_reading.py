@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tdlib.data import reading
+from tdlib.data import json_files
 from tdlib.data.examples import DataError, Example, Examples, TextPart
-from tdlib.data.reading import Reader, Records, SideFile, need, normalise_boxes, picture_boxes, relevant_part
+from tdlib.data.json_files import Records
+from tdlib.data.reading import Reader, SideFile, need, normalise_boxes, picture_boxes, relevant_part
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
     ['"', "\\", '{"a": [', "]}", "日本", "\U0001f600", "\n", "\\u", "\u2028"]
@@ -33,13 +34,13 @@ def path(tmp_path_factory):
 
 def entries(path, key=None, chunk: int = 7) -> Records:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "_CHUNK", chunk)
+        patch.setattr(json_files, "_CHUNK", chunk)
         return Records.entries(path, key, "test")
 
 
 def lines(path, chunk: int = 7) -> Records:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "_CHUNK", chunk)
+        patch.setattr(json_files, "_CHUNK", chunk)
         return Records.lines(path, "test")
 
 

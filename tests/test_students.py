@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tdlib.make.pretraining import train_wordpiece_tokenizer
 from torch.testing import assert_close
 
 from tdlib.data.examples import TextPart
 from tdlib.data.vcr import VcrReader
-from tdlib.make.pretraining import train_wordpiece_tokenizer
 from tdlib.regions.computed import Regions
 from tdlib.students.base import StudentError, text_lengths
 from tdlib.students.clip import ClipFusionEncoder

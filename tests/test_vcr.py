@@ -18,14 +18,11 @@ from tdlib.data.examples import DataError, Example, Examples, Reference, low_sho
 from tdlib.data.vcr import (
     NEUTRAL_NAMES,
     PERSON_TOKENS,
-    SUBMISSION_COLUMNS,
     VcrReader,
-    check_submission,
-    joint_scores,
     neutral_name,
     render,
-    write_submission,
 )
+from tdlib.data.vcr_results import SUBMISSION_COLUMNS, check_submission, joint_scores, write_submission
 
 # One line of train.jsonl and its metadata, as published (names with "@", 1-based numbers in the raw
 # strings, several objects in one reference, class names without spaces, segms, box scores).

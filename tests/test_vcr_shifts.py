@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdlib.data.examples import DataError
-from tdlib.data.reading import Records
+from tdlib.data.json_files import Records
 from tdlib.data.vcr import VcrReader
 from tdlib.data.vcr_shifts import (
     MASK,
@@ -26,7 +26,6 @@ from tdlib.data.vcr_shifts import (
     rule_plural,
     rule_singular,
     shortcut_scores,
-    tag_overlap,
     write_shifted,
 )
 
@@ -397,27 +396,6 @@ def test_masks_are_pure_and_as_many_as_asked_for(example, count, data):
             inside = [value for value, is_top in zip(values, top, strict=True) if is_top]
             outside = [value for value, is_top in zip(values, top, strict=True) if not is_top]
             assert not inside or not outside or min(inside) >= max(outside)
-
-
-# tag overlap
-
-
-def test_tag_overlap_takes_the_first_of_the_best():
-    example = record(
-        "Do [0] and [1] see [3] ?",
-        answer_choices=[words(text) for text in ("[2] .", "[0] [2] .", "[0,3] .", "[1] [3] [3] .")],
-        rationale_choices=[words(text) for text in ("[0] .", "[1,3] .", "[0,1,2] .", "[0,1,3] .")],
-    )
-    assert tag_overlap(example, "qa") == 2
-    assert tag_overlap(example, "qar") == 2  # [2] of the right answer counts
-    assert tag_overlap(example | {"answer_label": 2}, "qar") == 3
-    assert tag_overlap(record(answer_label=None), "qa") == 0
-    masked = example | {"answer_choices": [words(t) for t in ("[0] .", "[10000,10003] .", "[0] [3] .", ".")]}
-    assert tag_overlap(masked, "qa") == 2
-    with pytest.raises(ValueError, match="needs answer_label"):
-        tag_overlap(example | {"answer_label": None}, "qar")
-    with pytest.raises(ValueError, match="task='q2a': expected qa or qar"):
-        tag_overlap(example, "q2a")
 
 
 # files

@@ -22,10 +22,6 @@ CLAIMS: dict[str, dict[str, float | None]] = {
     "SNLI-VE": {"low-shot": 0.066, "domain shift": None, "fully supervised": 0.03},
     "VQA": {"low-shot": 0.09, "domain shift": None, "fully supervised": 0.013},
 }
-BENCHMARKS = {
-    "vcr_qa": "VCR", "vcr_qar": "VCR", "vcr": "VCR", "snli_ve": "SNLI-VE", "e_snli_ve": "SNLI-VE",
-    "vqa_v2": "VQA", "vqa_cp_v2": "VQA",
-}  # fmt: skip
 # The paper's own reading, and what goes beyond it.
 METHODS = ("clip_td", "clip_td_repaired")
 FINDINGS = {
@@ -131,9 +127,10 @@ def claims_table(compared: pd.DataFrame, methods: Sequence[str] = METHODS) -> pd
         here = whole[(whole["task"] == task) & (whole["setting"] == setting) & (whole["pairs"] > 0)]
         for method in methods:
             for condition, (cells, ordered) in _conditions(here[here["arm"] == method], task).items():
+                benchmark = TASKS[task].benchmark
                 row: dict[str, Any] = {
-                    "benchmark": BENCHMARKS[task], "task": task, "setting": setting, "condition": condition,
-                    "arm": method, "paper": CLAIMS[BENCHMARKS[task]][condition], "verdict": "not run",
+                    "benchmark": benchmark, "task": task, "setting": setting, "condition": condition,
+                    "arm": method, "paper": CLAIMS.get(benchmark, {}).get(condition), "verdict": "not run",
                     "finding": "not run", "worlds": "", "pairs": 0, "cells": 0,
                 }  # fmt: skip
                 if len(ordered):

@@ -14,7 +14,7 @@ import pandas as pd
 
 from tdlib.core.paths import ROOT
 from tdlib.data.tasks import TASKS
-from tdlib.data.vcr import joint_scores
+from tdlib.data.vcr_results import joint_scores
 from tdlib.miniworld.worlds import read_concepts
 from tdlib.runs.report import batch_record, open_results, recorded_runs
 
@@ -175,7 +175,7 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
             )
         task = done.at[run, "task"]
         measured = {task: rows}
-        if task == "vcr":
+        if TASKS[task].has_parts:
             measured = {task: joint_predictions(rows)}
             measured |= {name: rows[rows["part"] == part] for name, part in _PARTS.items()}
         for name, own in measured.items():

@@ -1,9 +1,15 @@
-"""Finds out before the expensive step whether data are as they must be."""
+"""Finds out before the expensive step whether data, and files for a benchmark, are as they must be."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
+from tdlib.config import RunConfig
+from tdlib.core.paths import ConfigError
 from tdlib.data.examples import DataError, Example
 from tdlib.data.pictures import check_picture
+from tdlib.data.reading import Examined
+from tdlib.data.tasks import TASKS, reader
 
 _SHOWN = 5  # problems that an error lists; the rest is counted
 
@@ -36,3 +42,103 @@ def verify_pictures(examples: Sequence[Example], decode: bool = False) -> None:
             f"{len(problems)} of {len(first_shown)} pictures cannot be used:\n"
             + "\n".join(f"- {line}" for line in [*problems[:_SHOWN], *more])
         )
+
+
+class SplitReport(NamedTuple):
+    """Findings of ``check_folder`` about one split; ``notes`` are no faults, but good to know."""
+
+    task: str
+    split: str
+    examples: int
+    problems: list[str]
+    notes: list[str]
+
+
+def check_folder(folder: Path, decode: bool = False) -> Iterator[SplitReport]:
+    """Validates every split in a folder, and compares those of one task with each other.
+
+    Args:
+        folder: a data set, or a folder of data sets.
+        decode: also decode every picture.
+
+    Raises:
+        DataError: no split of any task is there.
+    """
+    empty = True
+    for place in _places(Path(folder)):
+        for name, task in TASKS.items():
+            earlier: dict[str, Examined] = {}
+            for path in sorted(place.iterdir()):
+                split = task.files and task.files.fullmatch(path.name)
+                if split:
+                    empty = False
+                    report, seen = _check_split(name, place, split[1], decode, earlier)
+                    earlier[split[1]] = seen
+                    yield report
+    if empty:
+        wanted = "train.jsonl (VCR), snli_ve_train.jsonl, esnlive_train.csv, "
+        raise DataError(
+            f"{folder}: no data set there or one folder below; expected files such as {wanted}"
+            "v2_OpenEnded_mscoco_train2014_questions.json (VQA) or vqacp_v2_train_questions.json"
+        )
+
+
+def _places(folder: Path) -> list[Path]:
+    return [folder, *sorted(path for path in folder.glob("*") if path.is_dir())] if folder.is_dir() else []
+
+
+def _check_split(
+    task: str, place: Path, split: str, decode: bool, earlier: dict[str, Examined]
+) -> tuple[SplitReport, Examined]:
+    config = RunConfig.from_parameters(task=task, data_dir=str(place.resolve()))
+    try:
+        seen = reader(config, split).examine(decode)
+    except DataError as error:
+        seen = Examined(0, [str(error)], set(), set())
+    report = SplitReport(task, split, seen.examples, list(seen.problems), [])
+    for other, before in earlier.items():
+        if _source(split) == _source(other):
+            continue  # a shifted set asks its source's questions
+        if both := seen.questions & before.questions:
+            report.problems.append(
+                f"{split}: {len(both)} of {len(seen.questions)} ids are those of questions in {other!r} too "
+                f"(first: {min(both)!r}); what is tested must not be trained on, remove them from one"
+            )
+        if shared := len(seen.pictures & before.pictures):
+            report.notes.append(f"{shared} of {len(seen.pictures)} pictures are in {other!r} too")
+    return report, seen
+
+
+def _source(split: str) -> str:
+    """The split that a set is a part or a rewording of: val_shortcut of val, test-dev2015 of test2015."""
+    return split.partition("_")[0].replace("test-dev", "test")
+
+
+def check_submission(path: Path, folder: Path, split: str = "") -> list[str]:
+    """All that is wrong with a file for a benchmark, given the data set whose test split it answers.
+
+    Args:
+        path: the file; how its name ends says which benchmark it is for.
+        folder: the data set.
+        split: answered by the file; the task's test split if empty.
+
+    Raises:
+        ConfigError: the file is of no known kind, or the folder holds no such test split.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    tasks = {name: task for name, task in TASKS.items() if task.submitted and task.files}
+    for name, task in tasks.items():
+        asked = split or task.submitted
+        there = [found[1] for file in _files(folder) if (found := task.files.fullmatch(file))]  # type: ignore
+        if path.suffix == Path(task.submission).suffix and asked in there:
+            config = RunConfig.from_parameters(task=name, data_dir=str(folder.resolve()))
+            return task.check_submission(path, reader(config, asked).open())
+    kinds = ", ".join(sorted({f"{task.submission} ({task.benchmark})" for task in tasks.values()}))
+    raise ConfigError(
+        f"{path}: expected a file as {kinds}, and in {folder} the split {split or 'that it answers'!r}"
+    )
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

@@ -1,6 +1,6 @@
-"""The one example type of all tasks, and low-shot subsets of examples.
+"""The one example type of all tasks, and subsets of examples: few per stratum, or by picture.
 
-Knows no file format (``tasks`` does) and no model (``students`` and ``teacher`` do).
+The readers know the file formats; students and teacher know what becomes of an example.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ MANY_FOLDERS = 50  # pictures in so many folders are set aside folder by folder
 
 
 class DataError(ValueError):
-    """Bad input data: says where, what was expected, and the remedy."""
+    """Bad input data. The message says where, what was expected, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Example:
     part: str = ""
 
     def statements(self) -> tuple[TextPart, ...]:
-        """What is read about the picture: the prompt with each choice, or the prompt alone."""
+        """The texts that are read about the picture: the prompt with each choice, or the prompt alone."""
         return tuple(join_parts(self.prompt, choice) for choice in self.choices) or (self.prompt,)
 
 
@@ -111,7 +111,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Examples":
-        """Examples that are there already."""
+        """Wraps examples that are made already."""
         if isinstance(examples, Examples):
             return examples
         return cls(
@@ -165,7 +165,7 @@ def path_names(paths: Sequence[Path]) -> list[str]:
 
 
 def divide_by_picture(examples: Examples, share: float) -> tuple[Examples, Examples]:
-    """What is learned from, and what is set aside: about ``share`` of the pictures with all their examples.
+    """Divides examples into those to learn from and those of about ``share`` of the pictures, set aside.
 
     The same for every seed and on every machine: a hash of a picture's name (``path_names``) decides, or
     of its folder's where pictures lie in ``MANY_FOLDERS`` or more (VCR's lie in one for each film clip,
@@ -190,7 +190,7 @@ def divide_by_picture(examples: Examples, share: float) -> tuple[Examples, Examp
 
 
 def _rank(seed: int, question: str) -> bytes:
-    """Where an example stands in a seed's order; the parts of one question stand together."""
+    """Sorts examples into a seed's order, in which the parts of one question stand together."""
     return hashlib.sha256(f"{seed}:{question}".encode()).digest()
 
 

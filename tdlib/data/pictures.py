@@ -27,7 +27,7 @@ _TAIL = 64  # last bytes of a file, in which the end marker of its format is loo
 
 @dataclass(frozen=True)
 class PictureHeader:
-    """What a picture file says of itself: stored size in pixels and EXIF orientation (1: upright)."""
+    """Size in pixels as a picture file stores it, and its EXIF orientation (1: stored upright)."""
 
     width: int
     height: int
@@ -146,7 +146,7 @@ def upright_boxes(
 
 
 def _difference(first: tuple[float, float], second: tuple[float, float]) -> float:
-    """How much the ratios of width to height differ, 0 for a picture and its resized copy (a logarithm)."""
+    """Returns |log| of the quotient of two ratios of width to height: 0 for a resized copy."""
     return abs(math.log(first[0] * second[1] / (first[1] * second[0])))
 
 
@@ -176,7 +176,7 @@ def check_picture(path: Path, decode: bool = False) -> None:
 
 
 def _complete(path: Path) -> bool:
-    """Whether the file ends as a JPEG or PNG file does; False also for other formats."""
+    """Returns True if the file ends as a JPEG or PNG file does; False also for other formats."""
     with open(path, "rb") as file:
         start = file.read(8)
         file.seek(-min(_TAIL, os.path.getsize(path)), os.SEEK_END)

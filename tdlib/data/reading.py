@@ -1,260 +1,14 @@
-"""Large JSON files as sequences of records: only byte positions are held, records are parsed when asked for.
+"""Shared by the readers of all tasks: checks of fields and boxes, side files, and the readers' base class."""
 
-Shared by the readers of all tasks, with their common checks and their common base class.
-"""
-
-import codecs
-import json
-import os
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from tdlib.data.examples import Box, DataError, Example, Examples, TextPart
+from tdlib.data.json_files import Records
 from tdlib.data.pictures import check_picture, read_header
-
-_CHUNK = 2**22
-_SPACE = " \t\n\r"
-_MARK = codecs.BOM_UTF8  # some editors and spreadsheets put these three bytes before the text
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; Python would keep the last of two members of one name without a word."""
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands twice in one object")
-    return members
-
-
-_decode_json = json.JSONDecoder(object_pairs_hook=_unique).decode
-
-
-def parse_json(raw: bytes) -> Any:
-    """JSON text in UTF-8, with or without a byte order mark.
-
-    Raises:
-        ValueError: it is not UTF-8 or not JSON, an object names a member twice, or a string holds half
-            of a surrogate pair, which is no text and would fail later, in a tokenizer.
-        RecursionError: it is nested too deeply.
-    """
-    value = _decode_json(raw.removeprefix(_MARK).decode("utf-8"))
-    if b"\\u" in raw:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    return value
-
-
-def read_json(path: Path, where: str = "", remedy: str = "copy it again") -> Any:
-    """The value of a small JSON file.
-
-    Raises:
-        DataError: the file is missing, or is not JSON in UTF-8.
-    """
-    try:
-        return parse_json(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{where or path}: not readable as JSON in UTF-8 ({error}); {remedy}") from None
-
-
-class Records(Sequence[dict[str, Any]]):
-    """The objects of one JSON file: lines of a JSONL file, or entries of an array.
-
-    Args:
-        path: the file; it must not change while it is in use.
-        spans: (records, 2), first byte and end of each record.
-        places: what to call each record in messages, in front of its number (from 1).
-        numbers: line numbers, where they differ from the position + 1.
-        what: name of the data set, for messages.
-    """
-
-    def __init__(
-        self, path: Path, spans: np.ndarray, places: str, numbers: np.ndarray | None = None, what: str = ""
-    ):
-        self.path, self.spans, self._places, self._numbers, self.what = path, spans, places, numbers, what
-        self._file = path.open("rb")  # read by position; workers of a loader may share it
-        weakref.finalize(self, self._file.close)
-
-    @classmethod
-    def lines(cls, path: Path, what: str) -> "Records":
-        """The non-empty lines of a JSONL file.
-
-        Raises:
-            DataError: there is no such file.
-        """
-        _need_file(path, "a JSONL file with one example per line")
-        starts, ends, base = [np.zeros(1, np.int64)], [], 0
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                breaks = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10).astype(np.int64) + base
-                starts.append(breaks + 1)
-                ends.append(breaks)
-                base += len(chunk)
-        spans = np.stack([np.concatenate(starts), np.concatenate([*ends, [base]])], axis=1)
-        spans[0, 0] = _start_of_text(path)
-        keep = spans[:, 1] > spans[:, 0]
-        with path.open("rb") as file:
-            for index in np.flatnonzero(keep & (spans[:, 1] - spans[:, 0] < 16)):
-                file.seek(spans[index, 0])
-                keep[index] = bool(file.read(spans[index, 1] - spans[index, 0]).strip())
-        numbers = None if keep[:-1].all() else np.flatnonzero(keep) + 1
-        return cls(path, spans[keep], ":", numbers, what)
-
-    @classmethod
-    def entries(cls, path: Path, key: str | None, what: str) -> "Records":
-        """The objects of the array ``key`` of a JSON object, or of a top-level array (None).
-
-        Raises:
-            DataError: there is no such file or array, or the file is truncated or no JSON.
-        """
-        _need_file(path, f"a JSON file of {what}")
-        spans = np.array(list(_entry_spans(path, key, what)), dtype=np.int64).reshape(-1, 2)
-        return cls(path, spans, f", entry of {key!r} " if key else ", entry ", what=what)
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def where(self, index: int) -> str:
-        """File and line (or entry) of a record, counted from 1."""
-        number = index + 1 if self._numbers is None else int(self._numbers[index])
-        return f"{self.path}{self._places}{number}"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
-        """One record.
-
-        Raises:
-            DataError: it is not valid JSON in UTF-8, or no object.
-        """
-        start, end = self.spans[index]
-        try:
-            raw = os.pread(self._file.fileno(), int(end - start), int(start))
-            record = parse_json(raw)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{self.where(index)}: not valid JSON in UTF-8 ({error}); "
-                "the file may be truncated or damaged, copy it again"
-            ) from None
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{self.where(index)}: expected a JSON object, found {type(record).__name__}; "
-                f"is this a {self.what} file?"
-            )
-        return record
-
-
-def _need_file(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected {expected}")
-
-
-def _start_of_text(path: Path) -> int:
-    """The number of bytes before the text: 3 with a byte order mark, else 0."""
-    with path.open("rb") as file:
-        return len(_MARK) if file.read(len(_MARK)) == _MARK else 0
-
-
-def _entry_spans(path: Path, key: str | None, what: str) -> Iterator[tuple[int, int]]:
-    """Byte spans of an array's entries, read in pieces so that the file is never whole in memory."""
-    decoder, scan = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode
-    with path.open("rb") as file:
-        text, position = "", 0
-        base = file.seek(_start_of_text(path))  # the byte position of text[0]
-
-        def bad(reason: str) -> DataError:
-            return DataError(
-                f"{path}: {reason} (near byte {base + len(text[:position].encode())}); "
-                f"is this a {what} file? It may be truncated or damaged: copy it again"
-            )
-
-        def more() -> bool:
-            """Drops what was read and appends the next piece; False at the end of the file."""
-            nonlocal text, position, base
-            try:
-                piece = file.read(max(_CHUNK, len(text) - position))  # twice as much for what does not fit
-                added = decoder.decode(piece, final=not piece)
-            except UnicodeDecodeError as error:
-                raise bad(f"not UTF-8 ({error})") from None
-            base += len(text[:position].encode())
-            text, position = text[position:] + added, 0
-            return bool(piece)
-
-        def peek() -> str:
-            nonlocal position
-            while True:
-                while position < len(text) and text[position] in _SPACE:
-                    position += 1
-                if position < len(text):
-                    return text[position]
-                if not more():
-                    return ""
-
-        def take(expected: str) -> str:
-            nonlocal position
-            found = peek()
-            if not found or found not in expected:
-                raise bad(
-                    f"expected one of {' '.join(expected)}, found {found!r}" if found else "it ends early"
-                )
-            position += 1
-            return found
-
-        def value() -> tuple[Any, int]:
-            """The next value, and where it starts in ``text``."""
-            nonlocal position
-            peek()
-            while True:
-                try:
-                    found, end = scan(text, position)
-                except (ValueError, RecursionError) as error:
-                    if isinstance(error, RecursionError) or not more():
-                        raise bad(f"not valid JSON ({error})") from None
-                    continue
-                length = end - position
-                if len(text) - end < 3 and more():  # a number may go on, as the 1 of 1e+5
-                    continue
-                start, position = position, position + length
-                return found, start
-
-        def member() -> str:
-            """The name of an object's next member."""
-            name, _ = value()
-            if not isinstance(name, str):
-                raise bad(f"not valid JSON ({name!r} as a name)")
-            take(":")
-            return name
-
-        if key is not None:
-            take("{")
-            while member() != key:
-                value()
-                if take(",}") == "}":
-                    raise bad(f"there is no {key!r}")
-        take("[")
-        counted, place = base, 0  # bytes before text[place], counted up to there
-        more_to_come = peek() != "]"
-        if not more_to_come:
-            take("]")
-        while more_to_come:
-            peek()
-            before = base
-            _, start = value()
-            if base != before or counted < base:
-                counted, place = base, 0
-            counted += len(text[place:start].encode())
-            length = len(text[start:position].encode())
-            yield counted, counted + length
-            counted, place = counted + length, position
-            more_to_come = take(",]") == ","
-        while key is not None and take(",}") == ",":
-            if member() == key:
-                raise bad(f"there are two {key!r}, of which only one would be read")
-            value()
-        if behind := peek():
-            raise bad(f"found {behind!r} behind the end")
 
 
 def need(record: dict[str, Any], key: str, kind: type, where: str, what: str) -> Any:
@@ -322,7 +76,7 @@ def index_records(
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a JSON number of a sane size; false for NaN, and for what floats cannot hold."""
+    """Returns True for a JSON number of a sane size; False for NaN, and for what floats cannot hold."""
     return type(value) in (int, float) and abs(value) < 1e9
 
 
@@ -369,7 +123,11 @@ class SideFile:
             self._places = {}
             for index, record in enumerate(self.records):
                 where = self.records.where(index)
-                self._places[need(record, self.key, type(identifier), where, self.what)] = index
+                key = need(record, self.key, type(identifier), where, self.what)
+                if key in self._places:
+                    other = self.records.where(self._places[key])
+                    raise DataError(f"{where}: {self.key} {key!r} already stands in {other}; remove one")
+                self._places[key] = index
         index = self._places.get(identifier, -1)
         return (self.records[index], self.records.where(index)) if index >= 0 else None
 
@@ -404,6 +162,15 @@ def picture_boxes(marks: tuple[dict[str, Any], str] | None, image: Path) -> tupl
     return normalise_boxes(marks[0]["boxes"], width, height, marks[1])
 
 
+def missing_file(path: Path, pattern: str, expected: str) -> DataError:
+    """The error of a split whose file is not there; lists the files that are, by ``pattern``."""
+    there = sorted(other.name for other in path.parent.glob(pattern)) if path.parent.is_dir() else []
+    return DataError(
+        f"{path}: no such file; {expected} (found here: {', '.join(there) or 'nothing'}); check data_dir and "
+        "the split's name"
+    )
+
+
 class Reader(ABC):
     """One split of one data set: indexes its files, and makes examples of its records.
 
@@ -412,6 +179,7 @@ class Reader(ABC):
     """
 
     what: str
+    path: Path  # the file that lists the examples
 
     @abstractmethod
     def open(self, report: Callable[[str], None] | None = None) -> Examples:
@@ -433,28 +201,58 @@ class Reader(ABC):
         """
         return list(self.open())
 
-    def problems(self, decode: bool = False) -> Iterator[str]:
-        """Everything that is wrong with the split, one message per example at most.
+    def problems(self, decode: bool = False) -> list[str]:
+        """Everything that is wrong with the split, one message per example at most; see ``examine``."""
+        return self.examine(decode).problems
+
+    def examine(self, decode: bool = False) -> "Examined":
+        """Reads the whole split and finds all that is wrong with it.
+
+        Beside what would stop a run this finds what makes an example useless: equal choices.
 
         Args:
             decode: also decode every picture (slow).
         """
-        found: list[str] = []
+        problems: list[str] = []
         try:
-            examples = self.open(found.append)
+            examples = self.open(problems.append)
         except DataError as error:
-            yield from [*found, str(error)]
-            return
-        yield from found
-        seen: set[Path] = set()
-        last = ""
+            return Examined(0, [*problems, str(error)], set(), set())
+        pictures: set[Path] = set()
         for index in range(len(examples)):
+            message = ""
             try:
-                image = examples[index].image
-                if decode and image not in seen:
-                    seen.add(image)
-                    check_picture(image, decode=True)
+                example = examples[index]
+                known = example.image in pictures
+                pictures.add(example.image)
+                message = self._doubt(example)
+                if decode and not known:
+                    check_picture(example.image, decode=True)
             except DataError as error:
-                if str(error) != last:  # the parts of one question, which stand together, fail alike
-                    yield str(error)
-                last = str(error)
+                message = str(error)
+            # The parts of one question, which stand together, fail alike.
+            if message and message not in problems[-1:]:
+                problems.append(message)
+        return Examined(len(examples), problems, set(examples.questions), pictures)
+
+    def _doubt(self, example: Example) -> str:
+        seen: dict[Any, int] = {}
+        for number, choice in enumerate(example.choices):
+            # Two people may bear the same name: the texts are equal then, but not what they refer to.
+            first = seen.setdefault((choice.text, choice.references), number)
+            if first != number:
+                return (
+                    f"{self.path} ({example.question or example.id}): choices {first} and {number} are both "
+                    f"{choice.text!r}; of equal choices none can be right alone"
+                )
+        return ""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Findings of ``Reader.examine`` about one split."""
+
+    examples: int
+    problems: list[str]
+    questions: set[str]  # ids
+    pictures: set[Path]

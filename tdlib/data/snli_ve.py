@@ -15,9 +15,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tdlib.data.examples import DataError, Example, Examples, Span
 from tdlib.core.files import whole_file
-from tdlib.data.reading import Reader, Records, SideFile, index_records, need, picture_boxes, relevant_part
+from tdlib.data.examples import DataError, Example, Examples, Span
+from tdlib.data.json_files import Records
+from tdlib.data.reading import (
+    Reader,
+    SideFile,
+    index_records,
+    missing_file,
+    need,
+    picture_boxes,
+    relevant_part,
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +79,7 @@ class SnliVeReader(Reader):
         self.path = self.folder / (f"esnlive_{split}.csv" if explained else f"snli_ve_{split}.jsonl")
         if not self.path.is_file():
             pattern = "esnlive_*.csv" if explained else "snli_ve_*.jsonl"
-            there = sorted(path.name for path in self.folder.glob(pattern)) if self.folder.is_dir() else []
-            raise DataError(
-                f"{self.path}: no such file; expected {pattern} for train, dev and test (found here: "
-                f"{', '.join(there) or 'nothing'}); check data_dir and the split's name"
-            )
+            raise missing_file(self.path, pattern, f"expected {pattern} for train, dev and test")
         folders = [self.folder / name for name in IMAGE_FOLDERS if (self.folder / name).is_dir()]
         if not folders:
             raise DataError(
@@ -149,9 +154,13 @@ def _csv_rows(
     """Rows of a CSV that needs these columns, with the line each ends in."""
     csv.field_size_limit(2**24)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, strict=True)
-            lacking = set(columns) - set(rows.fieldnames or [])
+            names = rows.fieldnames or []
+            twice = sorted({name for name in names if list(names).count(name) > 1})
+            if twice:
+                raise DataError(f"{path}:1: column {twice[0]!r} stands there twice; remove one")
+            lacking = set(columns) - set(names)
             if lacking:
                 raise DataError(f"{path}:1: no column {', '.join(sorted(lacking))}; expected {of}")
             for row in rows:
@@ -252,3 +261,30 @@ def write_submission(path: Path, labels: dict[str, int]) -> int:
         for pair, label in labels.items():
             file.write(json.dumps({"pairID": pair, "label": LABELS[label]}) + "\n")
     return len(labels)
+
+
+def check_submission(path: Path, pairs: Sequence[str]) -> list[str]:
+    """All that is wrong with a file of ``write_submission`` for these pairs."""
+    problems, seen, wanted = [], set(), set(pairs)
+    try:
+        lines = Records.lines(path, "SNLI-VE submission")
+    except DataError as error:
+        return [str(error)]
+    for index in range(len(lines)):
+        where = lines.where(index)
+        try:
+            line = lines[index]
+            pair = need(line, "pairID", str, where, "SNLI-VE submission")
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if line.get("label") not in LABELS:
+            problems.append(
+                f"{where} ({pair}): label={line.get('label')!r}, expected one of {', '.join(LABELS)}"
+            )
+        if pair in seen or pair not in wanted:
+            problems.append(f"{where}: {pair!r} {'stands there twice' if pair in seen else 'is no pair'}")
+        seen.add(pair)
+    if missing := sorted(wanted - seen):
+        problems.append(f"{path}: {len(missing)} of {len(wanted)} pairs are missing (first: {missing[0]!r})")
+    return problems

@@ -1,27 +1,26 @@
-"""The tasks by name: where their splits lie, which shifts apply, how they are scored and submitted.
+"""The tasks. All that differs between them stands here, so that nothing else needs to know.
 
-Owns what differs between tasks in one table, so that training and notebooks need not know. A shift
-is evaluated as one more split, named after its source: "val" under "shortcut" is "val_shortcut".
+A task is an object: where the files of its splits lie and how they are read, its label set, its
+scores, the shifts that apply and its submission. To add one, write a reader and an entry of ``TASKS``.
+A shift is evaluated as one more split, named after its source: "val" under "shortcut" is
+"val_shortcut".
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
 from tdlib.config import RunConfig
-
 from tdlib.core.paths import ROOT, ConfigError, resolve
+from tdlib.data import snli_ve, vcr, vcr_results, vqa, vqa_metric
 from tdlib.data.examples import DataError, Example, Examples
-from tdlib.data import snli_ve
-from tdlib.data import vcr
-from tdlib.data import vqa
-from tdlib.data import vqa_metric
 from tdlib.data.reading import Reader
 from tdlib.data.vcr_shifts import RULES, write_shifted
 from tdlib.data.vcr_shifts import SHIFTS as VCR_SHIFTS
@@ -50,48 +49,255 @@ HELD_OUT = "_held_out"  # ends the name of the part of a training split that set
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its data set's folder name, its splits, the shifts that apply, and what is scored.
+    """One task, and what a task with a fixed label set and one label per example does.
 
-    ``shift`` is evaluated unless another is asked for: the first where the data are the MiniWorld's,
-    the second on a user's own. ``metric`` names the figure in tables.
+    Attributes:
+        data_set: name of the data set's folder, which tasks may share.
+        benchmark: what the literature calls the task that it is, or is a part of.
+        train, evaluated, test: names of its splits; ``test`` is what the benchmark's submission is of.
+        metric: what ``score`` averages to, as tables call it.
+        shifts: the shifts that apply.
+        shift: what is evaluated unless another shift is asked for: the first where the data are the
+            MiniWorld's, the second on a user's own; "" for none.
+        files: matches the name of a split's file; its group is the split's name. None where another
+            task reads the same files.
     """
 
     data_set: str
+    benchmark: str
     train: str
     evaluated: str
     test: str
-    shift: tuple[str, str]
-    shifts: tuple[str, ...]
     metric: str
-    subtask: str = ""
+    shifts: tuple[str, ...] = ()
+    shift: tuple[str, str] = ("", "")
+    files: re.Pattern[str] | None = None
+    submission: ClassVar[str]  # name of the file for the benchmark
+
+    def reader(
+        self, config: RunConfig, folder: Path, split: str, vocabulary: Vocabulary | None = None
+    ) -> Reader:
+        """The reader of a split. Raises DataError if the data set lacks it."""
+        raise NotImplementedError
+
+    @property
+    def has_choices(self) -> bool:
+        """True where each example brings its own candidate answers; False where all share a label set."""
+        return False
+
+    @property
+    def has_soft_labels(self) -> bool:
+        """True where several labels of a set are right to some degree: each is decided by itself."""
+        return False
+
+    @property
+    def has_parts(self) -> bool:
+        """True where a question is several examples, which are scored together."""
+        return False
+
+    @property
+    def submitted(self) -> str:
+        """The split whose predictions the benchmark takes; "" where the task is only a part of it."""
+        return self.test
+
+    def vocabulary(self, config: RunConfig, folder: Path) -> Vocabulary | None:
+        """The answers that a model chooses from; None where it has no vocabulary."""
+        return None
+
+    def labels(self, config: RunConfig, folder: Path) -> tuple[str, ...]:
+        """The label set; empty where examples have choices."""
+        return ()
+
+    def measures(self, predictions: pd.DataFrame) -> dict[str, float]:
+        """The figures of one split as shares, the main one first.
+
+        ``predictions`` has a row per example, with columns ``question``, ``part`` and ``score``.
+        """
+        return {self.metric: float(np.mean(predictions["score"]))}
+
+    def write_submission(
+        self, folder: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
+    ) -> Path:
+        """Writes the predictions of a whole split as the benchmark wants them; returns the file.
+
+        Raises:
+            DataError: the predictions do not cover the split.
+            ConfigError: the task has no submission.
+        """
+        raise NotImplementedError
+
+    def check_submission(self, path: Path, examples: Examples) -> list[str]:
+        """All that is wrong with a submission for these examples, which someone may have made elsewhere."""
+        raise NotImplementedError
 
 
-_VCR = ("shortcut", "balanced", *_PICTURES, *VCR_SHIFTS)
-TASKS = {
-    "vcr_qa": Task(
-        "vcr", "train", "val", "test", ("shortcut", "rule_singular"), _VCR, "accuracy (Q->A)", "qa"
+@dataclass(frozen=True)
+class VcrTask(Task):
+    """VCR or one of its halves; ``subtask`` as in ``VcrReader``."""
+
+    subtask: str = "both"
+    submission: ClassVar[str] = "submission.csv"
+
+    def reader(
+        self, config: RunConfig, folder: Path, split: str, vocabulary: Vocabulary | None = None
+    ) -> Reader:
+        """Also of a rule-based set of Ye and Kovashka: one that is not there is made from its source."""
+        return vcr.VcrReader(folder, split, self.subtask, config.references, file=_generated(folder, split))
+
+    @property
+    def has_choices(self) -> bool:
+        return True
+
+    @property
+    def has_parts(self) -> bool:
+        return self.subtask == "both"
+
+    @property
+    def submitted(self) -> str:
+        return self.test if self.has_parts else ""
+
+    def measures(self, predictions: pd.DataFrame) -> dict[str, float]:
+        if not self.has_parts:
+            return super().measures(predictions)
+        scores, rationale = predictions["score"], predictions["part"] != ""
+        return {
+            self.metric: float(np.mean(vcr_results.joint_scores(predictions)["score"])),
+            TASKS["vcr_qa"].metric: float(np.mean(scores[~rationale])),
+            TASKS["vcr_qar"].metric: float(np.mean(scores[rationale])),
+        }
+
+    def write_submission(
+        self, folder: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
+    ) -> Path:
+        if not self.has_parts:
+            raise ConfigError(f"{self.metric} is half of what the leaderboard asks for; use task='vcr'")
+        path = folder / self.submission
+        vcr_results.write_submission(path, examples, probabilities.tolist())
+        return path
+
+    def check_submission(self, path: Path, examples: Examples) -> list[str]:
+        return vcr_results.check_submission(path, examples.questions)
+
+
+@dataclass(frozen=True)
+class EntailmentTask(Task):
+    """SNLI-VE; with ``explained``, e-SNLI-VE from its CSV files."""
+
+    explained: bool = False
+    submission: ClassVar[str] = "submission.jsonl"
+
+    def reader(
+        self, config: RunConfig, folder: Path, split: str, vocabulary: Vocabulary | None = None
+    ) -> Reader:
+        return snli_ve.SnliVeReader(folder, split, self.explained)
+
+    def labels(self, config: RunConfig, folder: Path) -> tuple[str, ...]:
+        return snli_ve.LABELS
+
+    def write_submission(
+        self, folder: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
+    ) -> Path:
+        path, chosen = folder / self.submission, (int(i) for i in probabilities.argmax(-1))
+        snli_ve.write_submission(path, dict(zip(examples.ids, chosen, strict=True)))
+        return path
+
+    def check_submission(self, path: Path, examples: Examples) -> list[str]:
+        return snli_ve.check_submission(path, examples.ids)
+
+
+@dataclass(frozen=True)
+class VqaTask(Task):
+    """VQA v2; with ``changing_priors``, VQA-CP v2."""
+
+    changing_priors: bool = False
+    submission: ClassVar[str] = "submission.json"
+
+    def reader(
+        self, config: RunConfig, folder: Path, split: str, vocabulary: Vocabulary | None = None
+    ) -> Reader:
+        return vqa.VqaReader(folder, split, vocabulary, self.changing_priors)
+
+    @property
+    def has_soft_labels(self) -> bool:
+        return True
+
+    def vocabulary(self, config: RunConfig, folder: Path) -> Vocabulary:
+        """A given file, else the frequent answers of the training split."""
+        if config.vocabulary:
+            return Vocabulary.load(Path(resolve(config.vocabulary)).expanduser())
+        train, _ = splits_of(config)
+        annotations = vqa.files(folder, train, self.changing_priors)[1]
+        state = (
+            (annotations.stat().st_size, annotations.stat().st_mtime_ns) if annotations.is_file() else None
+        )
+        return _frequent_answers(folder, train, config.vocabulary_minimum, self.changing_priors, state)
+
+    def labels(self, config: RunConfig, folder: Path) -> tuple[str, ...]:
+        return self.vocabulary(config, folder).answers
+
+    def write_submission(
+        self, folder: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
+    ) -> Path:
+        path, ids = folder / self.submission, [int(identifier) for identifier in examples.ids]
+        answers = {i: labels[int(row.argmax())] for i, row in zip(ids, probabilities, strict=True)}
+        vqa_metric.write_submission(path, answers, ids)
+        return path
+
+    def check_submission(self, path: Path, examples: Examples) -> list[str]:
+        return vqa_metric.check_submission(path, [int(identifier) for identifier in examples.ids])
+
+
+@lru_cache(maxsize=4)
+def _frequent_answers(
+    folder: Path, split: str, minimum: int, changing_priors: bool, _state: tuple[int, int] | None
+) -> Vocabulary:
+    return vqa.build_vocabulary(folder, [split], minimum, changing_priors)
+
+
+_VCR_SHIFTS = ("shortcut", "balanced", *_PICTURES, *VCR_SHIFTS)
+_VCR_SHIFT = ("shortcut", "rule_singular")
+TASKS: dict[str, Task] = {
+    "vcr_qa": VcrTask(
+        "vcr", "VCR", "train", "val", "test", "accuracy (Q->A)", _VCR_SHIFTS, _VCR_SHIFT, subtask="qa"
     ),
-    "vcr_qar": Task(
-        "vcr", "train", "val", "test", ("shortcut", "rule_singular"), _VCR, "accuracy (QA->R)", "qar"
+    "vcr_qar": VcrTask(
+        "vcr", "VCR", "train", "val", "test", "accuracy (QA->R)", _VCR_SHIFTS, _VCR_SHIFT, subtask="qar"
     ),
-    "vcr": Task(
-        "vcr", "train", "val", "test", ("shortcut", "rule_singular"), _VCR, "accuracy (Q->AR)", "both"
+    "vcr": VcrTask(
+        "vcr", "VCR", "train", "val", "test", "accuracy (Q->AR)", _VCR_SHIFTS, _VCR_SHIFT,
+        re.compile(r"((?:train|val|test)(?:_\w+)?)\.jsonl"),
     ),
-    "snli_ve": Task(
-        "snli_ve", "train", "dev", "test", ("shortcut", ""), ("shortcut", "balanced", *_PICTURES), "accuracy"
+    "snli_ve": EntailmentTask(
+        "snli_ve", "SNLI-VE", "train", "dev", "test", "accuracy", ("shortcut", "balanced", *_PICTURES),
+        ("shortcut", ""), re.compile(r"snli_ve_((?:train|dev|test)(?:_\w+)?)\.jsonl"),
     ),
-    "e_snli_ve": Task("snli_ve", "train", "dev", "test", ("", ""), (), "accuracy"),
-    "vqa_v2": Task(
-        "vqa_v2", "train2014", "val2014", "test2015", ("prior", ""), ("prior", "balanced", *_PICTURES),
-        "VQA accuracy",
+    "e_snli_ve": EntailmentTask(
+        "snli_ve", "SNLI-VE", "train", "dev", "test", "accuracy",
+        files=re.compile(r"esnlive_(\w+)\.csv"), explained=True,
     ),
-    "vqa_cp_v2": Task("vqa_cp_v2", "train", "test", "test", ("", ""), (), "VQA accuracy"),
+    "vqa_v2": VqaTask(
+        "vqa_v2", "VQA", "train2014", "val2014", "test2015", "VQA accuracy",
+        ("prior", "balanced", *_PICTURES), ("prior", ""),
+        re.compile(r"v2_OpenEnded_mscoco_([\w-]+)_questions\.json"),
+    ),
+    "vqa_cp_v2": VqaTask(
+        "vqa_cp_v2", "VQA", "train", "test", "test", "VQA accuracy",
+        files=re.compile(r"vqacp_v2_(train|test)_questions\.json"), changing_priors=True,
+    ),
 }  # fmt: skip
 
 
 def task_of(config: RunConfig) -> Task:
     """The task of a run."""
     return TASKS[config.task]
+
+
+def data_folder(config: RunConfig) -> Path:
+    """Returns the folder of a run's data set; the MiniWorld's need not be written yet."""
+    if config.data_dir:
+        path = Path(config.data_dir).expanduser()
+        return path if path.is_absolute() else ROOT / path
+    return ROOT / "data" / "miniworld" / f"seed{config.world_seed}" / task_of(config).data_set
 
 
 def splits_of(config: RunConfig) -> tuple[str, list[str]]:
@@ -113,8 +319,8 @@ def splits_of(config: RunConfig) -> tuple[str, list[str]]:
         train = config.train_split or task.train
         return train, [f"{train}{HELD_OUT}"]
     if shift == "auto":
-        own = bool(config.data_dir) and not (data_folder(config) / "miniworld.json").is_file()
-        shift = task.shift[own]
+        users_own = bool(config.data_dir) and not (data_folder(config) / "miniworld.json").is_file()
+        shift = task.shift[users_own]
     if shift and shift not in SHIFTS:
         raise ConfigError(f"shift={shift!r}: expected 'auto', '' or one of {', '.join(SHIFTS)}")
     if shift and shift not in task.shifts:
@@ -128,53 +334,17 @@ def splits_of(config: RunConfig) -> tuple[str, list[str]]:
 
 def submission_split(task: str) -> str:
     """The split whose predictions the task's benchmark takes; "" for half a task (VCR's Q->A alone)."""
-    return "" if TASKS[task].subtask in ("qa", "qar") else TASKS[task].test
-
-
-def data_folder(config: RunConfig) -> Path:
-    """The data set's folder; the MiniWorld is written first if no other is named."""
-    if config.data_dir:
-        path = Path(config.data_dir).expanduser()
-        return path if path.is_absolute() else ROOT / path
-    from tdlib.miniworld import writers
-
-    data_set = task_of(config).data_set
-    ensure: dict[str, Callable[[Path, int], Path]] = {
-        "vcr": writers.ensure_vcr, "snli_ve": writers.ensure_snli_ve, "vqa_v2": writers.ensure_vqa,
-        "vqa_cp_v2": writers.ensure_vqa_cp,
-    }  # fmt: skip
-    folder = ROOT / "data" / "miniworld" / f"seed{config.world_seed}" / data_set
-    return ensure[data_set](folder, config.world_seed)
+    return TASKS[task].submitted
 
 
 def class_labels(config: RunConfig) -> tuple[str, ...]:
     """The fixed label set of a task: classes, or the answer vocabulary; empty where examples have choices."""
-    if task_of(config).data_set == "snli_ve":
-        return snli_ve.LABELS
-    vocabulary = answer_vocabulary(config)
-    return vocabulary.answers if vocabulary else ()
+    return task_of(config).labels(config, data_folder(config))
 
 
 def answer_vocabulary(config: RunConfig) -> Vocabulary | None:
     """The answers a VQA model chooses from: a given file, else the frequent ones of the training split."""
-    task = task_of(config)
-    if not task.data_set.startswith("vqa"):
-        return None
-    if config.vocabulary:
-        return Vocabulary.load(Path(resolve(config.vocabulary)).expanduser())
-    train, _ = splits_of(config)
-    changing = task.data_set == "vqa_cp_v2"
-    folder = data_folder(config)
-    annotations = vqa.files(folder, train, changing)[1]
-    state = (annotations.stat().st_size, annotations.stat().st_mtime_ns) if annotations.is_file() else None
-    return _frequent_answers(folder, train, config.vocabulary_minimum, changing, state)
-
-
-@lru_cache(maxsize=4)
-def _frequent_answers(
-    folder: Path, split: str, minimum: int, changing_priors: bool, _state: tuple[int, int] | None
-) -> Vocabulary:
-    return vqa.build_vocabulary(folder, [split], minimum, changing_priors)
+    return task_of(config).vocabulary(config, data_folder(config))
 
 
 def reader(config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
@@ -183,12 +353,7 @@ def reader(config: RunConfig, split: str, vocabulary: Vocabulary | None = None) 
     Raises:
         DataError: the data set lacks the split, or it cannot be made.
     """
-    task, folder = task_of(config), data_folder(config)
-    if task.data_set == "vcr":
-        return vcr.VcrReader(folder, split, task.subtask, config.references, file=_generated(folder, split))
-    if task.data_set == "snli_ve":
-        return snli_ve.SnliVeReader(folder, split, explained=config.task == "e_snli_ve")
-    return vqa.VqaReader(folder, split, vocabulary, changing_priors=task.data_set == "vqa_cp_v2")
+    return task_of(config).reader(config, data_folder(config), split, vocabulary)
 
 
 def _generated(folder: Path, split: str) -> Path | None:
@@ -210,64 +375,14 @@ def _generated(folder: Path, split: str) -> Path | None:
 
 
 def generated_file(source: Path, shift: str) -> Path:
-    """Where the set made from a VCR file lies: under data/shifts/, by the file's place, size and time."""
+    """Returns where the set made from a VCR file is kept: under data/shifts/, by place, size and time."""
     state = source.stat()
     key = hashlib.sha256(f"{source.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()[:16]
     return SHIFTED_FILES / key / f"{source.stem}_{shift}.jsonl"
 
 
-_NAMES = (
-    ("vcr", "*.jsonl", re.compile(r"((?:train|val|test)(?:_\w+)?)\.jsonl")),
-    ("snli_ve", "*.jsonl", re.compile(r"snli_ve_((?:train|dev|test)(?:_\w+)?)\.jsonl")),
-    ("e_snli_ve", "*.csv", re.compile(r"esnlive_(\w+)\.csv")),
-    ("vqa_v2", "*.json", re.compile(r"v2_OpenEnded_mscoco_([\w-]+)_questions\.json")),
-    ("vqa_cp_v2", "*.json", re.compile(r"vqacp_v2_(train|test)_questions\.json")),
-)
-
-
-def check_folder(folder: Path, decode: bool = False) -> Iterator[tuple[str, str, int, list[str]]]:
-    """Validates every split found in a folder, as (task, split, examples, problems).
-
-    Args:
-        folder: a data set, or a folder of data sets.
-        decode: also decode every picture.
-
-    Raises:
-        DataError: no split of any task is there.
-    """
-    folder = Path(folder)
-    places = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())] if folder.is_dir() else []
-    found = False
-    for place in places:
-        for task, pattern, name in _NAMES:
-            for path in sorted(place.glob(pattern)):
-                match = name.fullmatch(path.name)
-                if match:
-                    found = True
-                    config = RunConfig.from_parameters(task=task, data_dir=str(place.resolve()))
-                    yield (task, match[1], *_check_split(config, match[1], decode))
-    if not found:
-        wanted = "train.jsonl (VCR), snli_ve_train.jsonl, esnlive_train.csv, "
-        raise DataError(
-            f"{folder}: no data set there or one folder below; expected files such as {wanted}"
-            "v2_OpenEnded_mscoco_train2014_questions.json (VQA) or vqacp_v2_train_questions.json"
-        )
-
-
-def _check_split(config: RunConfig, split: str, decode: bool) -> tuple[int, list[str]]:
-    try:
-        own = reader(config, split)
-    except DataError as error:
-        return 0, [str(error)]
-    problems = list(own.problems(decode))
-    try:
-        return len(own.open(lambda _: None)), problems
-    except DataError:  # is among the problems
-        return 0, problems
-
-
 def score(example: Example, prediction: int, labels: Sequence[str]) -> float:
-    """What a prediction is worth, in [0, 1]; nan without a label.
+    """Scores a prediction, in [0, 1]; nan without a label.
 
     Choices and classes: right or wrong. VQA: the official accuracy of the predicted string against
     the annotators' answers.
@@ -278,19 +393,8 @@ def score(example: Example, prediction: int, labels: Sequence[str]) -> float:
 
 
 def measures(config: RunConfig, predictions: pd.DataFrame) -> dict[str, float]:
-    """The figures of one split: the task's own first (as a share), then its parts.
-
-    ``predictions`` has a row per example with columns ``question``, ``part`` and ``score``.
-    """
-    scores, metric = predictions["score"], task_of(config).metric
-    if task_of(config).subtask != "both":
-        return {metric: float(np.mean(scores))}
-    rationale = predictions["part"] != ""
-    return {
-        metric: float(np.mean(vcr.joint_scores(predictions)["score"])),
-        TASKS["vcr_qa"].metric: float(np.mean(scores[~rationale])),
-        TASKS["vcr_qar"].metric: float(np.mean(scores[rationale])),
-    }
+    """The figures of one split: the task's own first (as a share), then its parts; see ``Task.measures``."""
+    return task_of(config).measures(predictions)
 
 
 def write_submission(
@@ -305,33 +409,16 @@ def write_submission(
         DataError: the predictions do not cover the split.
         ConfigError: the task has no submission.
     """
-    data_set = task_of(config).data_set
     if len(examples) != len(probabilities):
         raise DataError(f"{folder}: {len(probabilities)} predictions for {len(examples)} examples")
-    if data_set == "vcr":
-        if config.task != "vcr":
-            raise ConfigError(
-                f"task={config.task!r} answers half of what the leaderboard asks for; use task='vcr'"
-            )
-        path = folder / "submission.csv"
-        vcr.write_submission(path, examples, probabilities.tolist())
-    elif data_set == "snli_ve":
-        path = folder / "submission.jsonl"
-        chosen = (int(i) for i in probabilities.argmax(-1))
-        snli_ve.write_submission(path, dict(zip(examples.ids, chosen, strict=True)))
-    else:
-        path = folder / "submission.json"
-        ids = [int(identifier) for identifier in examples.ids]
-        answers = {i: labels[int(row.argmax())] for i, row in zip(ids, probabilities, strict=True)}
-        vqa_metric.write_submission(path, answers, ids)
-    return path
+    return task_of(config).write_submission(folder, examples, probabilities, labels)
 
 
 def detail(table: pd.DataFrame) -> dict[str, float]:
     """Mean scores per stratum (question type or class) and, for VQA, per answer type."""
-    found = {}
+    means = {}
     for column in ("stratum", "answer_type"):
         for group, value in table.groupby(column, sort=True)["score"].mean().items():
             if group:
-                found[f"{column}: {group}"] = float(value)
-    return found
+                means[f"{column}: {group}"] = float(value)
+    return means

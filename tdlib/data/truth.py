@@ -1,26 +1,25 @@
-"""What stands in for ground truth of relevance where real data have none, always marked as such.
+"""Proxies for ground truth of relevance, which real data lack; always marked as such.
 
-Each stand-in replaces an example's relevant spans and boxes and names itself in ``Example.truth``,
-which records, tables and legends carry on. Does not own any file format: ``snli_ve`` reads highlights,
-``vcr`` knows what references are.
+Each proxy replaces an example's relevant spans and boxes and names itself in ``Example.truth``, which
+records, tables and legends carry on. ``snli_ve`` knows the files of highlights, ``vcr`` references.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tdlib.config import RunConfig
-
 from tdlib.core.paths import ConfigError
+from tdlib.data import snli_ve, vcr
 from tdlib.data.examples import Example
-from tdlib.data import snli_ve
-from tdlib.data import vcr
 from tdlib.data.tasks import data_folder, task_of
 
 OWN = "own"  # the data's own ground truth, as the MiniWorld's side files hold it
 
-# By name: the data set, and what decides according to it.
-STAND_INS = {
-    "highlights": ("snli_ve", snli_ve.HIGHLIGHTS),
-    "referred": ("vcr", vcr.REFERRED_OBJECTS),
+# By name: the data set, and what marks its examples, given the data set's folder.
+Marker = Callable[[Sequence[Example], Path], list[Example]]
+PROXIES: dict[str, tuple[str, Marker]] = {
+    "highlights": ("snli_ve", snli_ve.with_highlights),
+    "referred": ("vcr", lambda examples, _: [vcr.with_referred_objects(example) for example in examples]),
 }
 
 
@@ -38,20 +37,15 @@ def with_truth(config: RunConfig, examples: Sequence[Example], truth: str = OWN)
         ConfigError: an unknown name, or one that does not apply to the task.
         DataError: the files that hold the highlights are missing or malformed.
     """
-    if truth == OWN:
-        found = list(examples)
-    elif truth not in STAND_INS:
-        raise ConfigError(f"truth={truth!r}: expected one of {', '.join((OWN, *STAND_INS))}")
-    elif task_of(config).data_set != STAND_INS[truth][0]:
-        raise ConfigError(
-            f"truth={truth!r} is for {STAND_INS[truth][0]}, not task={config.task!r}; use truth='own'"
-        )
-    elif truth == "highlights":
-        found = snli_ve.with_highlights(examples, data_folder(config))
-    else:
-        found = [vcr.with_referred_objects(example) for example in examples]
-    return [example for example in found if _known(example)]
+    if truth != OWN:
+        if truth not in PROXIES:
+            raise ConfigError(f"truth={truth!r}: expected one of {', '.join((OWN, *PROXIES))}")
+        data_set, mark = PROXIES[truth]
+        if task_of(config).data_set != data_set:
+            raise ConfigError(f"truth={truth!r} is for {data_set}, not task={config.task!r}; use truth='own'")
+        examples = mark(examples, data_folder(config))
+    return [example for example in examples if _is_known(example)]
 
 
-def _known(example: Example) -> bool:
+def _is_known(example: Example) -> bool:
     return bool(example.relevant_boxes) or any(part.relevant for part in example.statements())

@@ -1,36 +1,22 @@
 """Visual Commonsense Reasoning from its official files (Zellers et al. 2019).
 
 Reads ``{split}.jsonl`` and ``vcr1images/`` (pictures and metadata JSON); renders references as
-text; scores and writes the leaderboard's CSV. Also reads the MiniWorld's side files where they lie
-beside a split: ``*.relevance.jsonl`` (token indices and boxes that decide) and ``*.types.jsonl``
-(question types).
+text. Also reads the MiniWorld's side files where they lie beside a split: ``*.relevance.jsonl`` (token
+indices and boxes that decide) and ``*.types.jsonl`` (question types).
 """
 
-import csv
-import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from tdlib.data.examples import Box, DataError, Example, Examples, Reference, Span, TextPart, join_parts
-from tdlib.core.files import whole_file
 from tdlib.data.pictures import PictureHeader, read_header, upright_boxes
-from tdlib.data.reading import (
-    Reader,
-    Records,
-    SideFile,
-    index_records,
-    is_number,
-    need,
-    normalise_boxes,
-    read_json,
-)
+from tdlib.data.json_files import Records, read_json
+from tdlib.data.reading import Reader, SideFile, index_records, is_number, missing_file, need, normalise_boxes
 from tdlib.data.vcr_shifts import MASKED_TAG
 
 # The gender-neutral names of the authors' baseline (r2c, dataloaders/vcr.py); "Peyton" is there twice.
@@ -237,10 +223,8 @@ class VcrReader(Reader):
         if references not in REFERENCE_SCHEMES:
             raise DataError(f"references={references!r}: expected one of {', '.join(REFERENCE_SCHEMES)}")
         if not self.path.is_file():
-            there = sorted(path.name for path in self.folder.glob("*.jsonl")) if self.folder.is_dir() else []
-            raise DataError(
-                f"{self.path}: no such file; a VCR folder holds {{train,val,test}}.jsonl and vcr1images "
-                f"(found here: {', '.join(there) or 'nothing'}); check data_dir and the split's name"
+            raise missing_file(
+                self.path, "*.jsonl", "a VCR folder holds {train,val,test}.jsonl and vcr1images"
             )
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such folder; unpack vcr1images.zip there")
@@ -276,7 +260,7 @@ class VcrReader(Reader):
                 f"as {len(unlabelled)} of {len(lines)} lines; expected all (train, val) or none (test) to "
                 "have one"
             )
-        parts = _parts(self.subtask, labelled=not unlabelled)
+        parts = parts_of(self.subtask, labelled=not unlabelled)
         relevance = SideFile(self.folder / f"{self.path.stem}.relevance.jsonl", "annot_id", self.what)
         positions = list(lines.values())
         questions = [question for question in lines for _ in parts]
@@ -312,10 +296,12 @@ class VcrReader(Reader):
             path = self.folder / f"{stem}.types.jsonl"
             if path.is_file():
                 records = Records.lines(path, self.what)
-                types = {}
+                types: dict[str, str] = {}
                 for index in range(len(records)):
                     record, where = records[index], records.where(index)
                     identifier = need(record, "annot_id", str, where, self.what)
+                    if identifier in types:
+                        raise DataError(f"{where}: annot_id {identifier!r} stands in an earlier line too")
                     types[identifier] = sys.intern(need(record, "type", str, where, self.what))
                 if types:
                     return types
@@ -359,9 +345,12 @@ class VcrReader(Reader):
                     f"{where}: {name} is {tokens!r}, expected a list of tokens; is this a VCR file?"
                 )
             try:
-                return render(tokens, picture.names, self.references, decisive)
+                part = render(tokens, picture.names, self.references, decisive)
             except (IndexError, TypeError) as error:
                 raise DataError(f"{where}: {name}: {error}; files of different releases?") from None
+            if not part.text.strip():
+                raise DataError(f"{where}: {name} is empty; complete it or remove the line")
+            return part
 
         def choices_of(key: str, decisive: list[list[int]]) -> tuple[TextPart, ...]:
             choices = need(record, key, list, where, self.what)
@@ -405,7 +394,7 @@ class VcrReader(Reader):
         )
 
 
-def _parts(subtask: str, labelled: bool) -> tuple[str, ...]:
+def parts_of(subtask: str, labelled: bool) -> tuple[str, ...]:
     """The examples that one question gives: "" its answers, "r" its rationales, "rK" given answer K."""
     rationales = ("r",) if labelled else ("r0", "r1", "r2", "r3")
     return {"qa": ("",), "qar": rationales, "both": ("", *rationales)}[subtask]
@@ -432,113 +421,3 @@ def with_referred_objects(example: Example) -> Example:
         relevant_boxes=tuple(example.boxes[i] for i in sorted(objects)),
         truth=REFERRED_OBJECTS,
     )
-
-
-def joint_scores(predictions: pd.DataFrame, keys: Sequence[str] = ()) -> pd.DataFrame:
-    """Q->AR: a row per question, right if answer and rationale both are (r2c, eval_q2ar.py).
-
-    Args:
-        predictions: rows of answers and rationales with columns ``question``, ``part`` and ``score``;
-            ``chance``, where it is there, is multiplied.
-        keys: columns that tell predictions of one question apart, such as the run.
-
-    Returns:
-        The answers' rows with the scores of their questions.
-
-    Raises:
-        ValueError: a question lacks one of the two.
-    """
-    keys = [*keys, "question"]
-    guessed = {"chance": ("chance", "prod")} if "chance" in predictions else {}
-    sizes = {"size": ("part", "size"), "parts": ("part", "nunique")}
-    joint = predictions.groupby(keys, sort=False).agg(score=("score", "min"), **guessed, **sizes)
-    if not (joint[["size", "parts"]] == 2).all(axis=None):
-        raise ValueError("Q->AR needs answers and rationales of the same questions")
-    answers = predictions[predictions["part"] == ""].drop(columns=["score", *guessed])
-    return answers.merge(joint.drop(columns=["size", "parts"]).reset_index(), on=keys)
-
-
-SUBMISSION_COLUMNS = (
-    "annot_id",
-    *(f"answer_{i}" for i in range(4)),
-    *(f"rationale_conditioned_on_a{answer}_{i}" for answer in range(4) for i in range(4)),
-)
-
-
-def write_submission(path: Path, examples: Examples, probabilities: Sequence[Sequence[float]]) -> int:
-    """Writes the leaderboard's CSV (annot_id and 20 columns); returns the number of questions.
-
-    Numbers are written so that reading them gives the same again: with fewer digits small ones tie.
-
-    Args:
-        path: the file, written under a temporary name first.
-        examples: of ``VcrReader(subtask="both")`` on a test split.
-        probabilities: four numbers for each of them.
-
-    Raises:
-        DataError: a question lacks its answers or its rationales given one of the answers.
-    """
-    found: dict[str, dict[str, Sequence[float]]] = {}
-    for question, part, numbers in zip(examples.questions, examples.parts, probabilities, strict=True):
-        found.setdefault(question, {})[part] = numbers
-    if not found:
-        raise DataError(f"{path}: no predictions to write")
-    wanted = _parts("both", labelled=False)
-    rows = []
-    for question, by_part in found.items():
-        for part in wanted:
-            what = f"the {'rationales' if part else 'answers'} of {question!r}" + (
-                f" given answer {part[1:]}" if part else ""
-            )
-            if part not in by_part:
-                raise DataError(
-                    f"{path}: no predictions for {what}; the leaderboard wants answers, and rationales "
-                    "given each answer: predict the test split with task='vcr'"
-                )
-            numbers = by_part[part]
-            if len(numbers) != 4:
-                raise DataError(f"{path}: {len(numbers)} predictions for {what}, expected 4")
-            if not all(math.isfinite(number) for number in numbers):
-                raise DataError(f"{path}: predictions for {what} are not finite; was it trained?")
-        rows.append([question, *(repr(float(p)) for part in wanted for p in by_part[part])])
-    with whole_file(path) as file:
-        csv.writer(file, lineterminator="\n").writerows([SUBMISSION_COLUMNS, *rows])
-    return len(rows)
-
-
-def check_submission(path: Path, identifiers: Iterable[str]) -> list[str]:
-    """All problems of a leaderboard CSV, given the ids of the test questions."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        return [f"{path}: not readable as CSV ({error})"]
-    if not rows or tuple(rows[0]) != SUBMISSION_COLUMNS:
-        return [f"{path}:1: expected the header {','.join(SUBMISSION_COLUMNS)}"]
-    problems, seen = [], set()
-    wanted = set(identifiers)
-    for number, row in enumerate(rows[1:], start=2):
-        where = f"{path}:{number}"
-        if len(row) != len(SUBMISSION_COLUMNS):
-            problems.append(f"{where}: {len(row)} columns, expected {len(SUBMISSION_COLUMNS)}")
-            continue
-        if not all(_is_finite(value) for value in row[1:]):
-            problems.append(f"{where} ({row[0]}): expected 20 finite numbers")
-        if row[0] in seen:
-            problems.append(f"{where}: {row[0]!r} stands there twice")
-        elif row[0] not in wanted:
-            problems.append(f"{where}: {row[0]!r} is no question of the set")
-        seen.add(row[0])
-    missing = sorted(wanted - seen)
-    if missing:
-        problems.append(
-            f"{path}: {len(missing)} of {len(wanted)} questions are missing (first: {missing[0]!r})"
-        )
-    return problems
-
-
-def _is_finite(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False

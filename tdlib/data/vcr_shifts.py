@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tdlib.data.examples import DataError
 from tdlib.core.files import whole_file
-from tdlib.data.reading import Records, is_number, need
+from tdlib.data.examples import DataError
+from tdlib.data.json_files import Records
+from tdlib.data.reading import is_number, need
 
 Record = dict[str, Any]
 Token = str | list[int]  # a word, or a reference to objects of the picture
@@ -30,8 +31,8 @@ _HE = ("he", "his", "him", "He", "His", "Him")
 _SHE = ("she", "her", "hers", "She", "Her", "Hers")
 
 
-def _check(record: Record, labels: bool = True, masked: bool = False) -> None:
-    """Raises ``ValueError`` where a line is not as VCR publishes it; ``masked`` allows masked tags."""
+def _check(record: Record, labels: bool = True) -> None:
+    """Raises ``ValueError`` where a line is not as VCR publishes it."""
     objects = record.get("objects")
     if not (isinstance(objects, list) and all(isinstance(name, str) for name in objects)):
         raise ValueError(f"objects is {objects!r}, expected a list of class names; is this a VCR file?")
@@ -56,7 +57,7 @@ def _check(record: Record, labels: bool = True, masked: bool = False) -> None:
             if not (isinstance(token, list) and token and all(type(tag) is int for tag in token)):
                 raise ValueError(f"{name}: {token!r} is neither a word nor a list of object indices")
             for tag in token:
-                if not 0 <= (tag - MASKED_TAG if masked and tag >= MASKED_TAG else tag) < len(objects):
+                if not 0 <= tag < len(objects):
                     raise ValueError(
                         f"{name}: reference to object {tag}, but the picture has {len(objects)} objects; "
                         f"from {MASKED_TAG} on it is masked: take the file that has no masks"
@@ -327,30 +328,8 @@ def _four_lists(value: Any, of: Callable[[Any], bool]) -> bool:
     )
 
 
-# A diagnostic
-
-
 def _tags(tokens: Sequence[Token]) -> set[int]:
     return {tag for token in tokens if isinstance(token, list) for tag in token}
-
-
-def tag_overlap(record: Record, task: str) -> int:
-    """The choice that shares most tags with the question, the first on ties: what no picture is needed for.
-
-    ``task`` is "qa" or "qar"; a rationale may share the right answer's tags too. Right for 29 % of
-    the answers of VCR's val split, by chance 25 %. tools/cheat.py.
-
-    Raises:
-        ValueError: an unknown task, no label where it is needed, or not a VCR line.
-    """
-    if task not in ("qa", "qar"):
-        raise ValueError(f"task={task!r}: expected qa or qar")
-    _check(record, labels=task == "qar", masked=True)
-    tags, choices = _tags(record["question"]), record["answer_choices"]
-    if task == "qar":
-        tags, choices = tags | _tags(choices[record["answer_label"]]), record["rationale_choices"]
-    shared = [len(tags & _tags(choice)) for choice in choices]
-    return shared.index(max(shared))
 
 
 # Files

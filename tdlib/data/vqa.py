@@ -13,14 +13,23 @@ from typing import Any
 import numpy as np
 
 from tdlib.data.examples import DataError, Example, Examples
-from tdlib.data.reading import Reader, Records, SideFile, index_records, need, picture_boxes, relevant_part
+from tdlib.data.json_files import Records
+from tdlib.data.reading import (
+    Reader,
+    SideFile,
+    index_records,
+    missing_file,
+    need,
+    picture_boxes,
+    relevant_part,
+)
 from tdlib.data.vqa_metric import Vocabulary
 
 _ANSWER_TYPES = ("yes/no", "number", "other")
 
 
 def files(folder: Path, split: str, changing_priors: bool = False) -> tuple[Path, Path]:
-    """Where a split's questions and annotations lie.
+    """Returns the paths of a split's questions and annotations.
 
     Args:
         folder: the data set.
@@ -100,11 +109,8 @@ class VqaReader(Reader):
         self.path, self.annotations = files(self.folder, split, changing_priors)
         self.what = "VQA-CP" if changing_priors else "VQA"
         if not self.path.is_file():
-            there = sorted(p.name for p in self.folder.glob("*.json")) if self.folder.is_dir() else []
-            raise DataError(
-                f"{self.path}: no such file; expected {self.what}'s questions and annotations as published "
-                f"(found here: {', '.join(there) or 'nothing'}); check data_dir and the split's name"
-            )
+            expected = f"expected {self.what}'s questions and annotations as published"
+            raise missing_file(self.path, "*.json", expected)
         if not self.annotations.is_file() and not split.startswith("test-") and split != "test2015":
             raise DataError(
                 f"{self.annotations}: no such file; only test2015 and test-dev2015 come without annotations"

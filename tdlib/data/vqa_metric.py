@@ -2,11 +2,9 @@
 
 Accuracy: as vqaEval.py of GT-Vision-Lab/VQA (a013f00, 2021; Agrawal et al. 2015) computes it under
 Python 3, quirks and rounding included. Vocabulary: as compute_softscore.py of
-hengyuan-hu/bottom-up-attention-vqa, in UNITER's file form. Does not own the reading of questions
-and annotations, nor the loss.
+hengyuan-hu/bottom-up-attention-vqa, in UNITER's file form.
 """
 
-import json
 import operator
 import re
 from collections import Counter
@@ -14,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
-from tdlib.data.examples import DataError
 from tdlib.core.files import write_json
+from tdlib.data.examples import DataError
+from tdlib.data.json_files import parse_json
 
 T = TypeVar("T")
 
@@ -67,14 +66,6 @@ _CONTRACTIONS = {
 _SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)  # by the number of annotators, the last for four and more
 
 
-class Scores(TypedDict):
-    """Accuracies in percent, rounded to two decimals."""
-
-    overall: float
-    per_question_type: dict[str, float]
-    per_answer_type: dict[str, float]
-
-
 @lru_cache(maxsize=2**18)
 def normalise(text: str) -> str:
     """Bring an answer to the form that is compared: punctuation first, then numbers, articles, contractions.
@@ -111,47 +102,6 @@ def question_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return _mean([min(1.0, (matches - hit) / 3) for hit in hits])
 
 
-def evaluate(
-    predictions: Mapping[int, str],
-    answers: Mapping[int, Sequence[str]],
-    question_types: Mapping[int, str],
-    answer_types: Mapping[int, str],
-) -> Scores:
-    """Official accuracy over all questions and by type, in percent, each rounded to two decimals at the end.
-
-    All mappings are by question id; the types may hold more ids than ``answers``, the predictions
-    may not. Exact ties (3.125) round to even as in Python 3; Python 2, in which vqaEval.py is
-    written, rounded them up. Raises ValueError where ids or answers are missing.
-    """
-    problems = _differences(predictions, answers, "predictions")
-    for name, types in (("question_types", question_types), ("answer_types", answer_types)):
-        problems += _summary(f"question ids missing in {name}", [i for i in answers if i not in types])
-    problems += _summary("questions without an annotator's answer", [i for i in answers if not answers[i]])
-    if problems or not answers:
-        raise ValueError("; ".join(problems or ["answers is empty; expected at least one question"]))
-    overall: list[float] = []
-    per_question_type: dict[str, list[float]] = {}
-    per_answer_type: dict[str, list[float]] = {}
-    for question_id, given in answers.items():
-        accuracy = question_accuracy(predictions[question_id], given)
-        overall.append(accuracy)
-        per_question_type.setdefault(question_types[question_id], []).append(accuracy)
-        per_answer_type.setdefault(answer_types[question_id], []).append(accuracy)
-    return {
-        "overall": _percent(overall),
-        "per_question_type": {name: _percent(values) for name, values in per_question_type.items()},
-        "per_answer_type": {name: _percent(values) for name, values in per_answer_type.items()},
-    }
-
-
-def preprocess_answer(text: str) -> str:
-    """Bring an answer to the form of the vocabulary: ``normalise``, always.
-
-    The original (compute_softscore.py) removes commas afterwards; there are none left.
-    """
-    return normalise(text)
-
-
 @dataclass(frozen=True)
 class Vocabulary:
     """The answers that a classifier chooses from; the label of an answer is its position.
@@ -169,7 +119,9 @@ class Vocabulary:
 
     @classmethod
     def build(cls, multiple_choice_answers: Iterable[str], minimum: int = 9) -> "Vocabulary":
-        """Keep the answers that, preprocessed, are that of at least ``minimum`` questions.
+        """Keep the answers that, normalised, are that of at least ``minimum`` questions.
+
+        The original (compute_softscore.py) removes commas afterwards; there are none left.
 
         One answer per question (``multiple_choice_answer``) of the splits trained on; 3,129 for
         train and val of VQA v2. Ordered by first occurrence (the original's order was that of a
@@ -177,7 +129,7 @@ class Vocabulary:
         Raises ValueError if none is left.
         """
         _refuse_string("multiple_choice_answers", multiple_choice_answers)
-        counts = Counter(preprocess_answer(answer) for answer in multiple_choice_answers)
+        counts = Counter(normalise(answer) for answer in multiple_choice_answers)
         kept = tuple(answer for answer, count in counts.items() if count >= minimum)
         if not kept:
             most = max(counts.values(), default=0)
@@ -187,10 +139,6 @@ class Vocabulary:
             )
         return cls(kept)
 
-    def index(self, answer: str) -> int | None:
-        """Look up the label of an answer as it stands (see ``preprocess_answer``); None if it has none."""
-        return self._labels.get(answer)
-
     def soft_targets(self, answers: Sequence[str], preprocessed: bool = False) -> dict[int, float]:
         """Score labels by their number of annotators: .3, .6, .9 for one to three, 1 from four on.
 
@@ -199,7 +147,7 @@ class Vocabulary:
         forms, as UNITER does.
         """
         _refuse_string("answers", answers)
-        counts = Counter(preprocess_answer(answer) if preprocessed else answer for answer in answers)
+        counts = Counter(normalise(answer) if preprocessed else answer for answer in answers)
         last = len(_SOFT_SCORES) - 1
         return {
             self._labels[answer]: _SOFT_SCORES[min(count, last)]
@@ -207,16 +155,12 @@ class Vocabulary:
             if answer in self._labels
         }
 
-    def save(self, path: Path) -> None:
-        """Write UNITER's ``ans2label.json``: a JSON object {answer: label}."""
-        write_json(path, self._labels)
-
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":
         """Read UNITER's ``ans2label.json``. Raises DataError unless the labels are 0 to n-1, each once."""
-        remedy = "write the file again with Vocabulary.save, or copy UNITER's ans2label.json"
+        remedy = "write the file again, or copy UNITER's ans2label.json"
         try:
-            labels = json.loads(path.read_text(encoding="utf-8"))
+            labels = parse_json(path.read_bytes())
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; expected an answer vocabulary; {remedy}") from None
         except (ValueError, RecursionError) as error:
@@ -263,7 +207,7 @@ def check_submission(path: Path, question_ids: Sequence[int]) -> list[str]:
     A line tells how many there are and where the first ones stand (entries count from 0).
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         return [f"not readable as JSON in UTF-8: {error}"]
     if not isinstance(entries, list):
@@ -293,10 +237,6 @@ def _trim(text: str) -> str:
 def _mean(values: Sequence[float]) -> float:
     # Added from left to right as in the original's Python; since 3.12 sum() corrects its rounding.
     return reduce(operator.add, values, 0.0) / len(values)
-
-
-def _percent(accuracies: Sequence[float]) -> float:
-    return round(100 * reduce(operator.add, accuracies, 0.0) / len(accuracies), 2)
 
 
 def _refuse_string(name: str, value: Any) -> None:

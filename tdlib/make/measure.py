@@ -16,8 +16,8 @@ from tdlib.data.vcr import NEUTRAL_NAMES, VcrReader
 from tdlib.make.corpus import LONGEST, READINGS, curated_texts, two_parts
 from tdlib.miniworld.drawing import SIZE
 from tdlib.miniworld.scenes import HELD, THINGS
-from tdlib.miniworld.worlds import read_concepts, save_picture, scene_at
-from tdlib.miniworld.write_vcr import VcrSize, write_vcr
+from tdlib.miniworld.worlds import Size, read_concepts, save_picture, scene_at
+from tdlib.miniworld.write_vcr import write_vcr
 from tdlib.miniworld.writers import captions
 from tdlib.regions.computed import CachedRegions, open_regions
 from tdlib.students.base import StudentEncoder, student_inputs
@@ -142,13 +142,13 @@ def by_knowledge(folder: Path, split: str, examples: Sequence[Example], hits: np
 
 
 def student_zero_shot(
-    folder: Path, detector: Path, seed: int = 1000, size: VcrSize | None = None,
+    folder: Path, detector: Path, seed: int = 1000, size: Size | None = None,
     splits: Sequence[str] = ("val_balanced", "val_shortcut"),
 ) -> dict[str, float]:  # fmt: skip
     """Zero-shot accuracy of a student in four-choice VCR (chance 0.25) on a MiniWorld of no report."""
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
-        world = write_vcr(Path(temporary) / "vcr", seed, size or VcrSize(train=0, test=0, shifted=0))
+        world = write_vcr(Path(temporary) / "vcr", seed, size or Size(train=0, test=0, shifted=0))
         student, encoder = open_student(folder, detector, Path(temporary) / "regions")
         for split in splits:
             examples = list(VcrReader(world, split).read())
@@ -167,7 +167,7 @@ def measure_student(folder: Path, detector: Path) -> dict[str, float]:
 
 @torch.inference_mode()
 def measure_clip(
-    folder: Path, scenes: int = 256, seed: int = 500, size: VcrSize | None = None
+    folder: Path, scenes: int = 256, seed: int = 500, size: Size | None = None
 ) -> dict[str, float]:
     """Held-out figures of a CLIP: retrieval among web scenes it never saw, and zero-shot four-choice VCR.
 
@@ -187,7 +187,7 @@ def measure_clip(
         f"caption_of_{scenes}": float((cosines.argmax(0) == target).float().mean()),
     }
     with tempfile.TemporaryDirectory() as temporary:
-        world = write_vcr(Path(temporary) / "vcr", seed, size or VcrSize(train=0, test=0, shifted=0))
+        world = write_vcr(Path(temporary) / "vcr", seed, size or Size(train=0, test=0, shifted=0))
         cache = TeacherCache(Path(temporary) / "cache", teacher)
         for split in ("val", "val_shortcut"):
             examples = VcrReader(world, split).read()

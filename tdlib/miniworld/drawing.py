@@ -1,49 +1,20 @@
-"""Scenes as clean vector pictures, with the box and the outline of everything drawn.
+"""Scenes as clean vector pictures, with the box and the outline of everything drawn."""
 
-Coordinates are pixels of a 256 x 256 picture; drawing happens at twice the size and is reduced.
-"""
-
-import colorsys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image
 
+from tdlib.miniworld.canvas import COLOURS, GROUND, HAND_Y, SCALE, SIZE, Canvas, Drawn
 from tdlib.miniworld.scenes import Person, Scene
+from tdlib.miniworld.things import HELD_THINGS, THINGS
 
-SIZE = 256
-_SCALE = 2
-_GROUND = 238  # feet stand here
-_HAND_Y = _GROUND - 74  # held things start here
-
-COLOURS = {
-    "red": "#d8342c", "blue": "#2f62c9", "green": "#2f9a48", "yellow": "#f3c623", "purple": "#8a45b5",
-    "orange": "#ee7f22", "white": "#f6f6f2", "black": "#26262b", "brown": "#8a5a33", "grey": "#8d939c",
-    "pink": "#ef8fb4", "skin": "#f0c6a0", "dark": "#1d2b4f", "sand": "#ecd9a0", "sea": "#3f8fc4",
-    "grass": "#86c268", "sky": "#bfe3f7", "rain": "#9fb0bf", "snow": "#eef3f7", "wood": "#b98a56",
-    "wall": "#f1e6cf", "tile": "#d7dde2", "asphalt": "#a4a6ab", "curtain": "#93263c", "stone": "#c9b7a1",
-}  # fmt: skip
-
-
-@dataclass
-class Drawn:
-    """What one object left on the canvas: its polygons in pixels."""
-
-    polygons: list[list[tuple[float, float]]] = field(default_factory=list)
-
-    @property
-    def box(self) -> tuple[float, float, float, float]:
-        """xyxy in pixels, clipped to the picture."""
-        points = np.clip(np.array([point for polygon in self.polygons for point in polygon]), 0, SIZE)
-        (left, top), (right, bottom) = points.min(0), points.max(0)
-        return float(left), float(top), float(right), float(bottom)
+__all__ = ["COLOURS", "SIZE", "Drawn", "Picture", "draw"]
 
 
 @dataclass
 class Picture:
-    """A drawn scene. ``parts`` name every region that words can be about."""
+    """A drawn scene, with the outline of every object that words can be about."""
 
     image: Image.Image
     people: list[Drawn]
@@ -52,74 +23,6 @@ class Picture:
     held: list[Drawn | None]
     things: list[Drawn]
     landmark: Drawn  # what tells the place
-
-
-class Canvas:
-    """Draws shapes in one style and remembers them for the objects that are being drawn."""
-
-    def __init__(self, style: str):
-        self.style = style
-        self.image = Image.new("RGB", (SIZE * _SCALE, SIZE * _SCALE), "#ffffff")
-        self._draw = ImageDraw.Draw(self.image)
-        self._open: list[Drawn] = []
-
-    @contextmanager
-    def record(self) -> Iterator[Drawn]:
-        drawn = Drawn()
-        self._open.append(drawn)
-        yield drawn
-        self._open.remove(drawn)
-
-    def _colour(self, name: str) -> tuple[int, int, int]:
-        red, green, blue = ImageColor.getrgb(COLOURS.get(name, name))[:3]
-        if self.style == "pastel":
-            red, green, blue = (int(value * 0.5 + 255 * 0.5) for value in (red, green, blue))
-        elif self.style == "sketch":
-            red, green, blue = (int(value * 0.28 + 255 * 0.72) for value in (red, green, blue))
-        elif self.style == "noir":
-            grey = int(255 * (colorsys.rgb_to_yiq(red / 255, green / 255, blue / 255)[0] ** 1.3))
-            red = green = blue = grey
-        return red, green, blue
-
-    def _pen(self, thick: float = 1.5) -> tuple[tuple[int, int, int] | None, int]:
-        if self.style == "pastel":
-            return None, 0
-        return (25, 25, 30), round(thick * _SCALE * (1.4 if self.style == "sketch" else 1.0))
-
-    def _note(self, polygon: list[tuple[float, float]]) -> None:
-        for drawn in self._open:
-            drawn.polygons.append(polygon)
-
-    def polygon(self, points: list[tuple[float, float]], colour: str, edge: bool = True) -> None:
-        scaled = [(x * _SCALE, y * _SCALE) for x, y in points]
-        pen, width = self._pen()
-        self._draw.polygon(scaled, self._colour(colour))
-        if edge and pen:
-            self._draw.line([*scaled, scaled[0]], pen, width, joint="curve")
-        self._note(points)
-
-    def rect(
-        self, left: float, top: float, right: float, bottom: float, colour: str, edge: bool = True
-    ) -> None:
-        self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour, edge)
-
-    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: str, edge: bool = True) -> None:
-        turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-        self.polygon([(float(x + rx * np.cos(t)), float(y + ry * np.sin(t))) for t in turn], colour, edge)
-
-    def line(self, points: list[tuple[float, float]], colour: str, width: float) -> None:
-        scaled = [(x * _SCALE, y * _SCALE) for x, y in points]
-        self._draw.line(scaled, self._colour(colour), round(width * _SCALE), joint="curve")
-        half = width / 2
-        xs, ys = [x for x, _ in points], [y for _, y in points]
-        left, top, right, bottom = min(xs) - half, min(ys) - half, max(xs) + half, max(ys) + half
-        self._note([(left, top), (right, top), (right, bottom), (left, bottom)])
-
-    def arc(
-        self, x: float, y: float, rx: float, ry: float, start: float, end: float, colour: str, width: float
-    ) -> None:
-        turn = np.radians(np.linspace(start, end, 13))
-        self.line([(float(x + rx * np.cos(t)), float(y + ry * np.sin(t))) for t in turn], colour, width)
 
 
 def _place(canvas: Canvas, scene: Scene) -> Drawn:
@@ -243,138 +146,6 @@ _LANDMARKS = {
 }  # fmt: skip
 
 
-def _umbrella(canvas: Canvas, x: float, y: float) -> None:
-    canvas.line([(x, y + 10), (x, y - 74)], "black", 3.5)
-    points = [(x - 46.0, y - 66.0)]
-    points += [(float(x + 46 * np.cos(t)), float(y - 66 - 34 * np.sin(t))) for t in np.linspace(np.pi, 0, 13)]
-    canvas.polygon([*points, (x + 23, y - 58), (x, y - 66), (x - 23, y - 58)], "#d13f6f")
-
-
-def _book(canvas: Canvas, x: float, y: float) -> None:
-    canvas.polygon([(x - 24, y - 18), (x, y - 12), (x, y + 18), (x - 24, y + 12)], "white")
-    canvas.polygon([(x + 24, y - 18), (x, y - 12), (x, y + 18), (x + 24, y + 12)], "white")
-    for shift in (-8, 0, 8):
-        canvas.line([(x - 20, y - 5 + shift), (x - 4, y - 1 + shift)], "grey", 2)
-        canvas.line([(x + 4, y - 1 + shift), (x + 20, y - 5 + shift)], "grey", 2)
-
-
-def _cup(canvas: Canvas, x: float, y: float) -> None:
-    canvas.ellipse(x + 15, y, 9, 9, "white")
-    canvas.rect(x - 15, y - 16, x + 14, y + 18, "#3aa6a0")
-    canvas.ellipse(x, y - 16, 14, 4, "#5b3a1f")
-    canvas.arc(x - 4, y - 28, 4, 7, 90, 270, "grey", 2)
-    canvas.arc(x + 6, y - 28, 4, 7, 90, 270, "grey", 2)
-
-
-def _ball(canvas: Canvas, x: float, y: float) -> None:
-    canvas.ellipse(x, y, 22, 22, "white")
-    canvas.ellipse(x, y, 8, 8, "black")
-    for angle in range(0, 360, 72):
-        a, b = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-        canvas.ellipse(float(x + 18 * a), float(y + 18 * b), 4.5, 4.5, "black")
-
-
-def _kite(canvas: Canvas, x: float, y: float) -> None:
-    canvas.line([(x, y), (x + 20, y - 60)], "black", 2)
-    top = y - 92
-    canvas.polygon([(x + 20, top - 30), (x + 44, top), (x + 20, top + 36), (x - 4, top)], "red")
-    canvas.polygon([(x + 20, top - 30), (x + 44, top), (x + 20, top)], "yellow")
-    canvas.polygon([(x + 20, top + 36), (x - 4, top), (x + 20, top)], "blue")
-
-
-def _cake(canvas: Canvas, x: float, y: float) -> None:
-    canvas.rect(x - 26, y - 4, x + 26, y + 16, "#f4b8cf")
-    canvas.rect(x - 20, y - 20, x + 20, y - 4, "#fdf3dc")
-    for shift in (-11, 0, 11):
-        canvas.rect(x + shift - 2, y - 33, x + shift + 2, y - 20, "blue")
-        canvas.ellipse(x + shift, y - 37, 2.6, 4, "orange")
-
-
-def _banana(canvas: Canvas, x: float, y: float) -> None:
-    outer = [(float(x + 28 * np.cos(t)), float(y - 14 + 30 * np.sin(t))) for t in np.linspace(0.1, 2.6, 10)]
-    inner = [
-        (float(x - 2 + 20 * np.cos(t)), float(y - 18 + 18 * np.sin(t))) for t in np.linspace(2.5, 0.2, 10)
-    ]
-    canvas.polygon(outer + inner, "yellow")
-    canvas.ellipse(outer[0][0] - 2, outer[0][1] - 4, 4, 5, "brown")
-
-
-def _phone(canvas: Canvas, x: float, y: float) -> None:
-    canvas.rect(x - 12, y - 24, x + 12, y + 20, "black")
-    canvas.rect(x - 8, y - 18, x + 8, y + 10, "#8fd3f2")
-    canvas.ellipse(x, y + 15, 3, 3, "white")
-
-
-def _suitcase(canvas: Canvas, x: float, y: float) -> None:
-    canvas.arc(x, y + 12, 9, 10, 180, 360, "black", 4)
-    canvas.rect(x - 27, y + 12, x + 27, y + 54, "#7a4a26")
-    for left in (x - 18, x + 10):
-        canvas.rect(left, y + 12, left + 7, y + 54, "#d6a665")
-
-
-def _racket(canvas: Canvas, x: float, y: float) -> None:
-    canvas.line([(x, y + 12), (x + 8, y - 18)], "brown", 6)
-    canvas.ellipse(x + 15, y - 40, 18, 24, "#2e7d4f")
-    canvas.ellipse(x + 15, y - 40, 14, 20, "white")
-    for shift in (-7, 0, 7):
-        canvas.line([(x + 15 + shift, y - 58), (x + 15 + shift, y - 22)], "grey", 1.5)
-        canvas.line([(x + 2, y - 40 + shift * 1.6), (x + 28, y - 40 + shift * 1.6)], "grey", 1.5)
-
-
-def _teddy(canvas: Canvas, x: float, y: float) -> None:
-    for shift in (-14, 14):
-        canvas.ellipse(x + shift, y - 28, 8, 8, "brown")
-        canvas.ellipse(x + shift, y + 18, 8, 9, "brown")
-    canvas.ellipse(x, y + 6, 17, 18, "brown")
-    canvas.ellipse(x, y - 16, 17, 15, "brown")
-    canvas.ellipse(x, y - 11, 8, 6, "#dcb98e")
-    for shift in (-6, 6):
-        canvas.ellipse(x + shift, y - 20, 2, 2, "black")
-
-
-def _flowers(canvas: Canvas, x: float, y: float) -> None:
-    for shift, height, colour in ((-16, 32, "pink"), (0, 42, "purple"), (16, 32, "yellow")):
-        canvas.line([(x, y + 18), (x + shift, y - height + 10)], "green", 3)
-        for angle in range(0, 360, 72):
-            a, b = 7 * np.cos(np.radians(angle)), 7 * np.sin(np.radians(angle))
-            canvas.ellipse(float(x + shift + a), float(y - height + b), 5, 5, colour)
-        canvas.ellipse(x + shift, y - height, 4, 4, "orange")
-
-
-def _surfboard(canvas: Canvas, x: float, y: float) -> None:
-    canvas.ellipse(x + 8, y - 20, 15, 66, "#35b5c9")
-    canvas.rect(x + 5, y - 82, x + 11, y + 42, "white", edge=False)
-    canvas.rect(x - 5, y - 30, x + 21, y - 20, "red", edge=False)
-
-
-def _guitar(canvas: Canvas, x: float, y: float) -> None:
-    canvas.line([(x - 4, y + 6), (x + 30, y - 44)], "black", 6)
-    canvas.ellipse(x + 6, y - 8, 14, 14, "#c7702e")
-    canvas.ellipse(x - 8, y + 12, 19, 18, "#c7702e")
-    canvas.ellipse(x - 2, y + 3, 6, 6, "black")
-    canvas.line([(x - 14, y + 20), (x + 28, y - 42)], "white", 1.5)
-
-
-def _balloons(canvas: Canvas, x: float, y: float) -> None:
-    for shift, height, colour in ((-20, 84, "red"), (4, 100, "yellow"), (28, 82, "blue")):
-        canvas.line([(x, y), (x + shift, y - height + 20)], "black", 1.5)
-        canvas.ellipse(x + shift, y - height, 15, 19, colour)
-
-
-def _pizza(canvas: Canvas, x: float, y: float) -> None:
-    canvas.polygon([(x - 26, y - 20), (x + 26, y - 20), (x, y + 28)], "#f2c24b")
-    canvas.rect(x - 29, y - 28, x + 29, y - 18, "#c58a3e")
-    for dx, dy in ((-10, -8), (9, -6), (0, 8)):
-        canvas.ellipse(x + dx, y + dy, 5, 5, "red")
-
-
-_HELD = {
-    "umbrella": _umbrella, "book": _book, "cup": _cup, "ball": _ball, "kite": _kite, "cake": _cake,
-    "banana": _banana, "phone": _phone, "suitcase": _suitcase, "racket": _racket, "teddy": _teddy,
-    "flowers": _flowers, "surfboard": _surfboard, "guitar": _guitar, "balloons": _balloons, "pizza": _pizza,
-}  # fmt: skip
-
-
 def _face(canvas: Canvas, x: float, y: float, mood: str) -> None:
     skin = {"angry": "#e88d72", "sad": "#d9c7b8"}.get(mood, "skin")
     canvas.ellipse(x, y, 25, 26, skin)
@@ -433,13 +204,13 @@ def _hat(canvas: Canvas, x: float, y: float, role: str) -> None:
 
 def _person(canvas: Canvas, person: Person, x: float) -> tuple[Drawn, Drawn, Drawn | None]:
     """Draws one person with feet on the ground: body, face, hat."""
-    hip, shoulder, head = _GROUND - 50, _GROUND - 108, _GROUND - 136
-    hand = (x + 42, _HAND_Y)
+    hip, shoulder, head = GROUND - 50, GROUND - 108, GROUND - 136
+    hand = (x + 42, HAND_Y)
     hat = None
     with canvas.record() as body:
         spread = 22 if person.pose == "running" else 9
-        canvas.line([(x - 5, hip), (x - spread, _GROUND)], "#3a3f55", 13)
-        canvas.line([(x + 5, hip), (x + spread, _GROUND)], "#3a3f55", 13)
+        canvas.line([(x - 5, hip), (x - spread, GROUND)], "#3a3f55", 13)
+        canvas.line([(x + 5, hip), (x + spread, GROUND)], "#3a3f55", 13)
         other = {"waving": (x - 44, shoulder - 26), "running": (x - 40, shoulder + 26)}.get(
             person.pose, (x - 31, shoulder + 52)
         )
@@ -456,93 +227,6 @@ def _person(canvas: Canvas, person: Person, x: float) -> tuple[Drawn, Drawn, Dra
             with canvas.record() as hat:
                 _hat(canvas, x, head, person.role)
     return body, face, hat
-
-
-def _four_legs(canvas: Canvas, x: float, size: float, colour: str, neck: float) -> tuple[float, float]:
-    """An animal's body; returns where its head goes."""
-    top = _GROUND - 30 * size
-    for dx in (-18, -10, 12, 20):
-        canvas.rect(x + dx * size - 3, top + 8 * size, x + dx * size + 3, _GROUND, colour)
-    canvas.ellipse(x, top, 27 * size, 13 * size, colour)
-    head = (x - 28 * size, top - neck * size)
-    canvas.line([(x - 18 * size, top), head], colour, 11 * size)
-    return head
-
-
-def _thing(canvas: Canvas, name: str, x: float) -> None:
-    y = _GROUND
-    if name == "dog":
-        hx, hy = _four_legs(canvas, x, 0.95, "#c98f4e", 14)
-        canvas.line([(x + 22, y - 34), (x + 34, y - 50)], "#c98f4e", 6)
-        canvas.ellipse(hx, hy, 14, 11, "#c98f4e")
-        canvas.ellipse(hx + 8, hy - 2, 5, 11, "brown")
-        canvas.ellipse(hx - 13, hy + 1, 4, 3, "black")
-        canvas.ellipse(hx - 4, hy - 4, 2, 2, "black")
-    elif name == "cat":
-        canvas.arc(x + 22, y - 24, 14, 22, 270, 450, "#6f6f78", 6)
-        canvas.ellipse(x, y - 18, 19, 19, "#6f6f78")
-        for side in (-1, 1):
-            canvas.polygon(
-                [(x + side * 4, y - 52), (x + side * 16, y - 66), (x + side * 17, y - 44)], "#6f6f78"
-            )
-        canvas.ellipse(x, y - 42, 17, 14, "#6f6f78")
-        for side in (-1, 1):
-            canvas.ellipse(x + side * 7, y - 44, 3, 4, "#c8e05a")
-            canvas.line([(x + side * 8, y - 36), (x + side * 24, y - 38)], "black", 1.5)
-    elif name == "car":
-        canvas.polygon([(x - 22, y - 34), (x - 12, y - 52), (x + 16, y - 52), (x + 26, y - 34)], "#cfe9f5")
-        canvas.rect(x - 38, y - 34, x + 38, y - 10, "red")
-        for dx in (-22, 22):
-            canvas.ellipse(x + dx, y - 9, 10, 10, "black")
-            canvas.ellipse(x + dx, y - 9, 4, 4, "grey")
-    elif name == "bench":
-        for dx in (-28, 24):
-            canvas.rect(x + dx, y - 26, x + dx + 6, y, "black")
-        for dy in (28, 40, 52):
-            canvas.rect(x - 36, y - dy - 7, x + 36, y - dy, "wood")
-    elif name == "tree":
-        canvas.polygon([(x - 14, y - 22), (x + 14, y - 22), (x + 10, y), (x - 10, y)], "#b5532b")
-        canvas.line([(x, y - 22), (x, y - 40)], "brown", 5)
-        for dx, dy in ((-14, -50), (14, -50), (0, -68), (0, -46)):
-            canvas.ellipse(x + dx, y + dy, 15, 15, "green")
-    elif name == "bird":
-        for dx in (-4, 5):
-            canvas.line([(x + dx, y - 16), (x + dx, y)], "orange", 3)
-        canvas.ellipse(x, y - 26, 20, 14, "#2b8fd0")
-        canvas.ellipse(x - 17, y - 40, 11, 11, "#2b8fd0")
-        canvas.polygon([(x - 27, y - 42), (x - 40, y - 37), (x - 26, y - 35)], "orange")
-        canvas.polygon([(x - 2, y - 32), (x + 26, y - 42), (x + 16, y - 20)], "#1d5f94")
-        canvas.ellipse(x - 19, y - 42, 2, 2, "black")
-    elif name == "horse":
-        hx, hy = _four_legs(canvas, x, 1.25, "#7b4726", 26)
-        canvas.ellipse(hx - 6, hy, 17, 9, "#7b4726")
-        canvas.line([(hx + 8, hy - 8), (x - 20, y - 40)], "black", 7)
-        canvas.line([(x + 32, y - 40), (x + 40, y - 12)], "black", 6)
-    elif name == "cow":
-        hx, hy = _four_legs(canvas, x, 1.2, "white", 10)
-        for dx, dy in ((-10, -40), (12, -34)):
-            canvas.ellipse(x + dx, y + dy, 9, 7, "black", edge=False)
-        canvas.ellipse(hx, hy, 13, 12, "white")
-        canvas.ellipse(hx - 5, hy + 7, 9, 6, "pink")
-        for dx in (-8, 8):
-            canvas.line([(hx + dx, hy - 9), (hx + dx * 1.5, hy - 19)], "stone", 4)
-    elif name == "bicycle":
-        for dx in (-22, 22):
-            canvas.ellipse(x + dx, y - 19, 18, 18, "black")
-            canvas.ellipse(x + dx, y - 19, 14, 14, "white")
-        canvas.line([(x - 22, y - 19), (x - 8, y - 46), (x + 16, y - 46), (x + 22, y - 19)], "red", 4)
-        canvas.line(
-            [(x - 8, y - 46), (x + 2, y - 19), (x + 16, y - 46), (x + 12, y - 58), (x + 24, y - 60)], "red", 4
-        )
-        canvas.rect(x - 17, y - 54, x - 1, y - 49, "black")
-    elif name == "clock":
-        canvas.rect(x - 4, y - 46, x + 4, y, "black")
-        canvas.ellipse(x, y - 62, 25, 25, "white")
-        canvas.line([(x, y - 62), (x, y - 80)], "black", 3)
-        canvas.line([(x, y - 62), (x + 12, y - 56)], "black", 3)
-        for angle in range(0, 360, 90):
-            a, b = 20 * np.cos(np.radians(angle)), 20 * np.sin(np.radians(angle))
-            canvas.ellipse(float(x + a), float(y - 62 + b), 2, 2, "black")
 
 
 def _weather_in_front(canvas: Canvas, weather: str | None, rng: np.random.Generator) -> None:
@@ -566,7 +250,7 @@ def draw(scene: Scene) -> Picture:
     things = []
     for name, x in zip(scene.things, _THINGS_AT[len(scene.people)], strict=False):
         with canvas.record() as drawn:
-            _thing(canvas, name, x + float(rng.uniform(-5, 5)))
+            THINGS[name](canvas, x + float(rng.uniform(-5, 5)))
         things.append(drawn)
     centres = [x + float(rng.uniform(-8, 8)) for x in _PEOPLE_AT[len(scene.people)]]
     people = [_person(canvas, person, x) for person, x in zip(scene.people, centres, strict=True)]
@@ -574,9 +258,9 @@ def draw(scene: Scene) -> Picture:
     for person, x in zip(scene.people, centres, strict=True):
         with canvas.record() as drawn:
             if person.held:
-                _HELD[person.held](canvas, x + 42, _HAND_Y)
+                HELD_THINGS[person.held](canvas, x + 42, HAND_Y)
         held.append(drawn if person.held else None)
     _weather_in_front(canvas, scene.weather, rng)
     bodies, faces, hats = (list(column) for column in zip(*people, strict=True))
-    image = canvas.image.reduce(_SCALE)
+    image = canvas.image.reduce(SCALE)
     return Picture(image, bodies, faces, hats, held, things, landmark)

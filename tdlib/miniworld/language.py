@@ -1,4 +1,4 @@
-"""What can be said about a MiniWorld scene: captions, questions, answers, rationales.
+"""Says what is true of a MiniWorld scene: captions, questions, answers, rationales.
 
 Texts are written with two marks: ``{0}`` refers to person 0, ``<...>`` encloses the words that
 decide whether the text is true of the picture (the ground truth of relevance).
@@ -71,7 +71,7 @@ TYPES = ("explanation", "activity", "temporal", "mental", "role", "scene", "hypo
 
 
 def causes(scene: Scene, pleasant: bool) -> dict[str, str]:
-    """What in this scene explains a pleasant or an unpleasant mood: cue -> the region that shows it."""
+    """Finds what explains a pleasant or an unpleasant mood in this scene: cue -> the region that shows it."""
     cues = {name: name for name in scene.things}
     if scene.weather:
         cues[scene.weather] = "weather"
@@ -145,7 +145,7 @@ def true_values(scene: Scene, family: str) -> set[str]:
 
 
 def family_size(family: str) -> int:
-    """How many different values compete in a family."""
+    """Counts the different values that compete in a family."""
     sizes: dict[str, Sized] = {"mood": MOODS, "place": PLACES, "need": WEATHER, "role": ROLES}
     if family in ("joy", "trouble"):
         return len(THINGS) + len(WEATHER)

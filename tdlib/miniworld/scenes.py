@@ -1,4 +1,4 @@
-"""What can be in a MiniWorld scene, and how scenes are drawn at random.
+"""Lists what can be in a MiniWorld scene, and draws scenes at random.
 
 Owns the concepts (with what the curated corpus knows of them) and the sampler. Pictures are made
 in ``drawing``, words in ``language``, files in ``writers``.

@@ -1,4 +1,4 @@
-"""What the writers of all data sets share: streams of scenes, pictures on disk, choice, whole folders.
+"""Shared by the writers of all data sets: streams of scenes, pictures on disk, choice, whole folders.
 
 Everything is a function of the seed: the same call writes the same bytes. A folder appears under
 its final name only when it is complete.
@@ -7,6 +7,7 @@ its final name only when it is complete.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -34,6 +35,29 @@ STREAMS = {
 }  # their order is part of the world
 
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Number of pictures per split; about two questions or pairs are written about each.
+
+    ``train_examples`` asks for about that many training examples in place of two a picture: many
+    texts about few pictures (SNLI-VE: a multiple of three).
+    """
+
+    train: int = 900
+    val: int = 300  # SNLI-VE calls the split dev
+    test: int = 60
+    shifted: int = 150  # each of the two sets with other pictures: style and composition
+    train_examples: int | None = None
+
+    @classmethod
+    def of(cls, pictures: int) -> "Size":
+        """The usual proportions for this many training pictures."""
+        return cls(train=pictures, val=max(pictures // 3, 30), test=max(pictures // 15, 30))
+
+
+USUAL_SIZE = Size()
 
 
 def scene_at(seed: int, stream: str, index: int) -> Scene:
@@ -155,8 +179,8 @@ def refuse_foreign(folder: Path, marker: str) -> None:
         )
 
 
-def describe_world(data: str, seed: int, size: Any, **options: Any) -> dict[str, Any]:
-    """What is written beside a world, to know it again."""
+def describe_world(data: str, seed: int, size: Size, **options: Any) -> dict[str, Any]:
+    """Returns the description that is written beside a world, to know it again."""
     about = {"generator": VERSION, "side_files": SIDE_FILES, "data": data, "seed": seed}
     return about | {"size": vars(size), **options}
 
@@ -177,7 +201,7 @@ def write_world(folder: Path, description: dict[str, Any], fill: Callable[[Path]
 
 
 def has_world(folder: Path, description: dict[str, Any]) -> bool:
-    """Whether the folder holds this very world already."""
+    """Returns True if the folder holds this very world already."""
     try:
         found = json.loads((Path(folder) / "miniworld.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -34,9 +34,10 @@ from tdlib.miniworld.language import (
 from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, SHIRTS, THINGS, WEATHER, Scene, reserved_people
 from tdlib.miniworld.worlds import (
     STREAMS,
+    USUAL_SIZE,
     Deck,
+    Size,
     describe_world,
-    has_world,
     regions,
     save_picture,
     scene_at,
@@ -53,20 +54,6 @@ _OWN = {E: "you know, {}", N: "by the way, {}", C: "to be honest, {}"}
 _SWAPPED = {E: _OWN[N], N: _OWN[C], C: _OWN[E]}
 _PREFIXES = (*_OWN.values(), "{}")
 _WORDINGS = {"": (_OWN, BIAS), "_balanced": (_OWN, 0.0), "_shortcut": (_SWAPPED, 0.9)}
-
-
-@dataclass(frozen=True)
-class SnliVeSize:
-    """Number of pictures per split; two pairs are written about each.
-
-    ``train_examples`` asks for that many training pairs (a multiple of three) in place of two a picture.
-    """
-
-    train: int = 900
-    dev: int = 300
-    test: int = 60
-    shifted: int = 150  # each of dev_style and dev_composition
-    train_examples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -390,7 +377,7 @@ def _split(folder: Path, split: str, number: int, seed: int, examples: int | Non
                     rows.writerow([position, common["pairID"], f"{image}.jpg", text, label, why])
 
 
-def write_snli_ve(folder: Path, seed: int = 0, size: SnliVeSize | None = None) -> Path:
+def write_snli_ve(folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
     """Writes SNLI-VE: snli_ve_{train,dev,test}.jsonl, flickr30k_images/, and side files.
 
     Side files: ``*.relevance.jsonl`` (characters of the hypothesis and boxes that decide) and
@@ -402,21 +389,12 @@ def write_snli_ve(folder: Path, seed: int = 0, size: SnliVeSize | None = None) -
         DataError: the folder holds something else, for instance the real data; or a split has too
             few pictures.
     """
-    size = size or SnliVeSize()
 
     def fill(partial: Path) -> None:
         _split(partial, "train", size.train, seed, size.train_examples)
-        for split in ("dev", "test"):
-            _split(partial, split, getattr(size, split), seed)
+        for split, number in (("dev", size.val), ("test", size.test)):
+            _split(partial, split, number, seed)
         for split in ("dev_style", "dev_composition"):
             _split(partial, split, size.shifted, seed)
 
     return write_world(folder, describe_world("snli_ve", seed, size), fill)
-
-
-def ensure_snli_ve(folder: Path, seed: int = 0, size: SnliVeSize | None = None) -> Path:
-    """Writes the folder unless it already holds the same world."""
-    size = size or SnliVeSize()
-    if has_world(folder, describe_world("snli_ve", seed, size)):
-        return Path(folder)
-    return write_snli_ve(folder, seed, size)

@@ -21,9 +21,10 @@ from tdlib.miniworld.language import (
 from tdlib.miniworld.scenes import HELD, THINGS, Scene, reserved_people
 from tdlib.miniworld.worlds import (
     STREAMS,
+    USUAL_SIZE,
+    Size,
     concepts,
     describe_world,
-    has_world,
     regions,
     save_picture,
     scene_at,
@@ -34,21 +35,6 @@ from tdlib.miniworld.worlds import (
 ECHO = (0.55, 0.45)  # how often a right and a wrong answer repeats words and tags of the question
 _BALANCED = (0.5, 0.5)
 _REVERSED = (0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class VcrSize:
-    """Number of pictures per split; about two questions are asked about each (fewer in small splits).
-
-    ``train_examples`` asks for about that many training questions in place of two a picture: many
-    texts about few pictures.
-    """
-
-    train: int = 900
-    val: int = 300
-    test: int = 60
-    shifted: int = 150  # each of val_style and val_composition
-    train_examples: int | None = None
 
 
 @dataclass
@@ -268,9 +254,7 @@ def _record(
     return record, decisive
 
 
-def write_vcr(
-    folder: Path, seed: int = 0, size: VcrSize | None = None, echo: tuple[float, float] = ECHO
-) -> Path:
+def write_vcr(folder: Path, seed: int = 0, size: Size = USUAL_SIZE, echo: tuple[float, float] = ECHO) -> Path:
     """Writes a VCR folder: {train,val,test}.jsonl, vcr1images/, and the MiniWorld's side files.
 
     Side files: ``*.relevance.jsonl`` (which tokens and boxes decide each example),
@@ -289,7 +273,6 @@ def write_vcr(
         DataError: the folder holds something else, for instance the real VCR; or a split has so
             few pictures that no question about them finds three wrong answers.
     """
-    size = size or VcrSize()
 
     def fill(partial: Path) -> None:
         for split in ("train", "val", "test"):
@@ -298,14 +281,5 @@ def write_vcr(
         for split in ("val_style", "val_composition"):
             _split(partial, split, size.shifted, seed, echo)
 
-    return write_world(folder, describe_world("vcr", seed, size, echo=echo), fill)
-
-
-def ensure_vcr(
-    folder: Path, seed: int = 0, size: VcrSize | None = None, echo: tuple[float, float] = ECHO
-) -> Path:
-    """Writes the folder unless it already holds the same world."""
-    size = size or VcrSize()
-    if has_world(folder, describe_world("vcr", seed, size, echo=echo)):
-        return Path(folder)
-    return write_vcr(folder, seed, size, echo)
+    unusual = {} if echo == ECHO else {"echo": echo}
+    return write_world(folder, describe_world("vcr", seed, size, **unusual), fill)

@@ -20,9 +20,10 @@ from tdlib.miniworld.language import causes, char_spans, definite, references, t
 from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, THINGS, Scene, reserved_people
 from tdlib.miniworld.worlds import (
     STREAMS,
+    USUAL_SIZE,
     Deck,
+    Size,
     describe_world,
-    has_world,
     regions,
     save_picture,
     scene_at,
@@ -36,20 +37,6 @@ QUESTION_TYPES = (
     "what time", "what does the", "where is the", "how", "how many", "how many people are", "why is the",
     "which", "is the", "is the person", "is there a", "is it", "is this", "are the",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class VqaSize:
-    """Number of pictures per split; two questions are asked about each.
-
-    ``train_examples`` asks for that many training questions in place of two a picture.
-    """
-
-    train: int = 900
-    val: int = 300
-    test: int = 60
-    shifted: int = 150  # each of val2014_style and val2014_composition
-    train_examples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -374,25 +361,23 @@ def _write_questions(
                 ids["coco_split"] = each.coco_split
             text, spans = char_spans(ask.text)
             ask_({**ids, "question": text})
-            boxes = [each.boxes[region] for region in ask.regions]
-            write(
-                f"{stem}.relevance.jsonl", {"question_id": ids["question_id"], "spans": spans, "boxes": boxes}
-            )
+            marks = {"spans": spans, "boxes": [each.boxes[region] for region in ask.regions]}
+            write(f"{stem}.relevance.jsonl", {"question_id": ids["question_id"], **marks})
             if annotate:
-                annotate(
-                    {
-                        **ids,
-                        "question_type": question_type(text.lower()),
-                        "answer_type": answer_type(ask.answer),
-                        "multiple_choice_answer": ask.answer,
-                        "answers": annotators(
-                            rng, ask.answer, [a for a in table[ask.key] if a != ask.answer]
-                        ),
-                    }
-                )
+                annotate(ids | _annotation(rng, text, ask.answer, list(table[ask.key])))
 
 
-def write_vqa(folder: Path, seed: int = 0, size: VqaSize | None = None) -> Path:
+def _annotation(rng: np.random.Generator, text: str, answer: str, answers: list[str]) -> dict[str, Any]:
+    """Makes the fields of a question's annotation; ``answers`` are all that questions of its kind have."""
+    return {
+        "question_type": question_type(text.lower()),
+        "answer_type": answer_type(answer),
+        "multiple_choice_answer": answer,
+        "answers": annotators(rng, answer, [other for other in answers if other != answer]),
+    }
+
+
+def write_vqa(folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
     """Writes VQA v2: questions and annotations of train2014, val2014 and test2015 (questions only).
 
     Side files: ``*.relevance.jsonl`` (characters of the question and boxes that decide). Shifts:
@@ -403,7 +388,6 @@ def write_vqa(folder: Path, seed: int = 0, size: VqaSize | None = None) -> Path:
         DataError: the folder holds something else, for instance the real data; or a split has too
             few pictures, or too many questions about each.
     """
-    size = size or VqaSize()
 
     def fill(partial: Path) -> None:
         train = _pictures(partial, "train2014", size.train, seed)
@@ -417,18 +401,10 @@ def write_vqa(folder: Path, seed: int = 0, size: VqaSize | None = None) -> Path:
         ):  # fmt: skip
             _write_questions(partial, split, seed, _pictures(partial, split, number, seed), 2 * number)
 
-    return write_world(folder, describe_world("vqa", seed, size), fill)
+    return write_world(folder, describe_world("vqa_v2", seed, size), fill)
 
 
-def ensure_vqa(folder: Path, seed: int = 0, size: VqaSize | None = None) -> Path:
-    """Writes the folder unless it already holds the same world."""
-    size = size or VqaSize()
-    if has_world(folder, describe_world("vqa", seed, size)):
-        return Path(folder)
-    return write_vqa(folder, seed, size)
-
-
-def write_vqa_cp(folder: Path, seed: int = 0, size: VqaSize | None = None) -> Path:
+def write_vqa_cp(folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
     """Writes VQA-CP v2: train with skewed answers, test with the same ones turned around.
 
     Its pictures are those of ``write_vqa``'s train2014 and val2014, a quarter of both being the
@@ -437,7 +413,6 @@ def write_vqa_cp(folder: Path, seed: int = 0, size: VqaSize | None = None) -> Pa
     Raises:
         DataError: as ``write_vqa``.
     """
-    size = size or VqaSize()
 
     def fill(partial: Path) -> None:
         shown = _pictures(partial, "train2014", size.train, seed) + _pictures(
@@ -450,12 +425,4 @@ def write_vqa_cp(folder: Path, seed: int = 0, size: VqaSize | None = None) -> Pa
         _write_questions(partial, "train", seed, train, count, changing_priors=True)
         _write_questions(partial, "test", seed, test, 2 * len(test), "prior", changing_priors=True)
 
-    return write_world(folder, describe_world("vqa_cp", seed, size), fill)
-
-
-def ensure_vqa_cp(folder: Path, seed: int = 0, size: VqaSize | None = None) -> Path:
-    """Writes the folder unless it already holds the same world."""
-    size = size or VqaSize()
-    if has_world(folder, describe_world("vqa_cp", seed, size)):
-        return Path(folder)
-    return write_vqa_cp(folder, seed, size)
+    return write_world(folder, describe_world("vqa_cp_v2", seed, size), fill)

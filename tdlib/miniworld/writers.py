@@ -1,27 +1,55 @@
 """Writes the MiniWorld: the caption corpora here, each data set in its own module, all named here."""
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from tdlib.config import RunConfig
 from tdlib.core.files import write_folder, write_jsonl
+from tdlib.data.tasks import data_folder, task_of
 from tdlib.data.vcr import NEUTRAL_NAMES
 from tdlib.miniworld.drawing import Picture, draw
 from tdlib.miniworld.language import curated_captions, web_caption
 from tdlib.miniworld.scenes import Scene, sample_scene
-from tdlib.miniworld.worlds import STREAMS, TRAIN_STYLES, VERSION, refuse_foreign, save_picture, scene_at
-from tdlib.miniworld.write_snli_ve import SnliVeSize, ensure_snli_ve, write_snli_ve
-from tdlib.miniworld.write_vcr import ECHO, VcrSize, ensure_vcr, write_vcr
-from tdlib.miniworld.write_vqa import VqaSize, ensure_vqa, ensure_vqa_cp, write_vqa, write_vqa_cp
+from tdlib.miniworld.worlds import (
+    STREAMS,
+    TRAIN_STYLES,
+    USUAL_SIZE,
+    VERSION,
+    Size,
+    describe_world,
+    has_world,
+    refuse_foreign,
+    save_picture,
+    scene_at,
+)
+from tdlib.miniworld.write_snli_ve import write_snli_ve
+from tdlib.miniworld.write_vcr import ECHO, write_vcr
+from tdlib.miniworld.write_vqa import write_vqa, write_vqa_cp
 
 __all__ = [
-    "ECHO", "TRAIN_STYLES", "VERSION", "SnliVeSize", "VcrSize", "VqaSize", "captioned_scene", "captions",
-    "digest", "ensure_snli_ve", "ensure_vcr", "ensure_vqa", "ensure_vqa_cp", "false_caption", "scene_at",
-    "write_captions",
-    "write_snli_ve", "write_vcr", "write_vqa", "write_vqa_cp",
+    "ECHO", "TRAIN_STYLES", "VERSION", "WORLDS", "Size", "captioned_scene", "captions", "ensure_data",
+    "ensure_world", "false_caption", "scene_at", "write_captions", "write_snli_ve", "write_vcr", "write_vqa",
+    "write_vqa_cp",
 ]  # fmt: skip
+
+WORLDS: dict[str, Callable[[Path, int, Size], Path]] = {
+    "vcr": write_vcr, "snli_ve": write_snli_ve, "vqa_v2": write_vqa, "vqa_cp_v2": write_vqa_cp,
+}  # fmt: skip
+
+
+def ensure_world(data_set: str, folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
+    """Writes the folder unless it already holds the same world; ``data_set`` is a key of ``WORLDS``."""
+    if has_world(folder, describe_world(data_set, seed, size)):
+        return Path(folder)
+    return WORLDS[data_set](folder, seed, size)
+
+
+def ensure_data(config: RunConfig) -> Path:
+    """The folder of a run's data; the MiniWorld is written first where no other is named."""
+    folder = data_folder(config)
+    return folder if config.data_dir else ensure_world(task_of(config).data_set, folder, config.world_seed)
 
 
 def captioned_scene(kind: str, seed: int, index: int, reading: int = 0) -> tuple[Scene, str]:
@@ -71,12 +99,3 @@ def write_captions(folder: Path, kind: str, seed: int, number: int) -> Path:
         write_jsonl(partial / "captions.jsonl", records)
 
     return write_folder(folder, fill)
-
-
-def digest(folder: Path) -> str:
-    """SHA-256 over names and bytes of all files of a folder."""
-    total = hashlib.sha256()
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file():
-            total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return total.hexdigest()

@@ -256,7 +256,7 @@ def make_worlds(plan: Plan) -> None:
     if "RunConfig" not in plan.template.read_text(encoding="utf-8"):
         return
     from tdlib.config import RunConfig
-    from tdlib.data.tasks import data_folder
+    from tdlib.miniworld.writers import ensure_data
 
     wanted = {
         (run.parameters["task"], run.parameters.get("world_seed", 0))
@@ -268,6 +268,6 @@ def make_worlds(plan: Plan) -> None:
         while True:
             with run_states.claimed(home) as free:
                 if free:
-                    data_folder(RunConfig.from_parameters(task=task, world_seed=seed))
+                    ensure_data(RunConfig.from_parameters(task=task, world_seed=seed))
                     break
             time.sleep(POLL)

@@ -9,10 +9,11 @@ import torch
 from tdlib.config import RunConfig
 from tdlib.core.files import write_jsonl
 from tdlib.core.paths import ConfigError
-from tdlib.data.reading import Records
-from tdlib.data.tasks import data_folder, generated_file
+from tdlib.data.json_files import Records
+from tdlib.data.tasks import generated_file, task_of
 from tdlib.data.vcr import VcrReader, render
 from tdlib.data.vcr_shifts import MASKINGS, shortcut_scores, write_shifted
+from tdlib.miniworld.writers import ensure_data
 from tdlib.students.base import student_inputs
 from tdlib.students.registry import load_student
 from tdlib.training.data import EncodedExamples, collate
@@ -37,9 +38,9 @@ def write_masked(folder: Path, shift: str, source: Path | None = None) -> Path:
     config = RunConfig.from_parameters(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     if shift not in MASKINGS:
         raise ConfigError(f"shift={shift!r}: expected one of {', '.join(MASKINGS)}")
-    if not config.task.startswith("vcr"):
+    if shift not in task_of(config).shifts:
         raise ConfigError(f"{folder}: a run of task={config.task!r}; masked sets are VCR's")
-    home = data_folder(config)
+    home = ensure_data(config)
     source = source or home / "val.jsonl"
     cache = open_cache(config.teacher, config.teacher_pretrained) if config.regions == "clip" else None
     encoder = encoder_of(config, cache, str(folder / "student"))

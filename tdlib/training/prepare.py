@@ -24,13 +24,13 @@ from tdlib.data.tasks import (
     HELD_OUT,
     answer_vocabulary,
     class_labels,
-    data_folder,
     reader,
     splits_of,
     task_of,
 )
 from tdlib.data.vcr import PERSON_TOKENS
 from tdlib.method.priors import Idf
+from tdlib.miniworld.writers import ensure_data
 from tdlib.regions.computed import BackboneRegions, CachedRegions, RegionSource, open_regions
 from tdlib.students import registry as students
 from tdlib.students.base import StudentEncoder
@@ -73,7 +73,7 @@ def read_split(config: RunConfig, split: str) -> Examples:
     names = {
         "task", "data_dir", "world_seed", "references", "train_split", "vocabulary", "vocabulary_minimum"
     }  # fmt: skip
-    whole = _open(data_folder(config), config.model_dump_json(include=names), split.removesuffix(HELD_OUT))
+    whole = _open(ensure_data(config), config.model_dump_json(include=names), split.removesuffix(HELD_OUT))
     if not config.held_out or split.removesuffix(HELD_OUT) != splits_of(config)[0]:
         return whole
     return _divide(whole, config.held_out)[split.endswith(HELD_OUT)]
@@ -213,7 +213,7 @@ def load_student(config: RunConfig, materials: Materials) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             student.renew_visual(materials.encoder.regions.dim)
-    if task_of(config).data_set.startswith("vqa"):
+    if task_of(config).has_soft_labels:
         head = [layer for layer in student.classifier.modules() if isinstance(layer, nn.Linear)][-1]
         nn.init.constant_(head.bias, -math.log(max(1, len(materials.labels) - 1)))  # one answer of all
     return student

@@ -8,7 +8,7 @@ import pandas as pd
 from tdlib.config import RunConfig
 from tdlib.data.chance import chance_scores, constant_answer
 from tdlib.data.examples import Example, low_shot
-from tdlib.data.tasks import score
+from tdlib.data.tasks import score, task_of
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import choice_logits
 from tdlib.training.prepare import Materials, class_logits
@@ -38,7 +38,7 @@ def reference_scores(config: RunConfig, materials: Materials) -> pd.DataFrame:
     logits = class_logits(config, materials, subset)
     constant = constant_answer(materials.train)
     for split, examples in materials.evaluated.items():
-        if not examples.labelled or config.task == "vcr":
+        if not examples.labelled or task_of(config).has_parts:
             continue
         if logits is None:
             name, chosen = "teacher, zero-shot", zero_shot(materials.builder.cache, examples).argmax(1)

@@ -49,7 +49,7 @@ class Run:
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """The label set of a task without choices, as the stored student has it; else empty."""
-        if task_of(self.config).data_set == "vcr":
+        if task_of(self.config).has_choices:
             return ()
         names = self._student["id2label"]
         return tuple(names[str(i)] for i in range(len(names)))
