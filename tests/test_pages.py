@@ -1,6 +1,7 @@
 """Tables, charts and pages of results: what they say, what they escape, and that they fit."""
 
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -8,7 +9,8 @@ import pandas as pd
 import pytest
 
 from tdlib.core.pages import SCRIPT, STYLE, Html, Section, interval_chart, link, page_html, table_html
-from tdlib.runs.report import seed_interval
+from tdlib.runs.plan import Plan, PlannedRun
+from tdlib.runs.report import means_over_seeds, seed_interval
 
 EVIL = '<script>alert("1")</script>'
 
@@ -80,6 +82,22 @@ def test_a_page_has_contents_that_lead_to_its_parts_and_loads_nothing():
     assert "<title>A &lt;b&gt;</title>" in page and "said &lt;i&gt;" in page and "<p id='as-is'></p>" in page
     assert page.count("<details>") == 1 and "One &amp; two" in page and SCRIPT in page
     assert "http" not in page and "src=" not in page and "prefers-color-scheme:dark" in page
+
+
+def test_a_list_that_goes_with_a_task_is_no_setting_but_an_arm_that_does_is():
+    table = pd.DataFrame({
+        "task": ["vcr_qa", "vcr_qa", "snli_ve"], "eval_splits": ['["val"]', '["val"]', '["dev"]'],
+        "arm": ["finetune", "finetune", "clip_td"], "seed": [0, 1, 0], "state": "done",
+        "accuracy.val": [0.5, 0.7, np.nan], "accuracy.dev": [np.nan, np.nan, 0.3],
+        "measures.dev.accuracy": [np.nan, np.nan, 0.3], "detail.val.x": [0.1, 0.2, np.nan],
+    })  # fmt: skip
+    names = ["task", "eval_splits", "arm", "seed"]
+    runs = [PlannedRun(row, row, {"id": ""}) for row in table[names].to_dict("records")]
+    means = means_over_seeds(Plan("b", Path("t.ipynb"), runs), table)
+    assert list(means.columns) == [
+        "task", "arm", "seeds", "accuracy.val (%)", "detail.val.x (%)", "accuracy.dev (%)"
+    ]  # fmt: skip
+    assert means["accuracy.val (%)"][0] == "60 ± 14.1" and means["accuracy.dev (%)"][1] == "30"
 
 
 def test_the_interval_over_seeds_is_students():

@@ -37,7 +37,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Options:
-    """How arms are compared.
+    """Options of a comparison.
 
     ``baseline`` is the arm that the others are held against. ``tested`` are the arms whose difference is
     tested, all if empty; they are to be chosen before looking, as every further arm costs pairs

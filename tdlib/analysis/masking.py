@@ -91,7 +91,7 @@ def faithfulness_scores(
     draws: int = 4,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """What masking the targeted tokens does to a student's answer, beside baselines.
+    """Measure what masking the targeted tokens does to a student's answer, beside baselines.
 
     Rows as ``targeting_scores`` gives them, for ``targeting_quality``. Metrics, all in units of
     the scorer: "comprehensiveness" and "sufficiency" of the selected tokens (see ``faithfulness``),

@@ -34,7 +34,7 @@ FINDINGS = {
 
 
 def together(compared: pd.DataFrame) -> pd.DataFrame:
-    """Where several worlds were compared, the rows of all of them together; else the rows of the one."""
+    """Keep the rows of all worlds together where several were compared, else the rows of the one."""
     pooled = compared["world"] == ALL_WORLDS
     several = pooled.groupby([compared[name] for name in CELL]).transform("any")
     return compared[pooled | ~several.astype(bool)]
@@ -79,7 +79,7 @@ def shift_table(compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def _places(values: pd.Series, order: Iterable[Any]) -> pd.Series:
-    """Where each value first stands in an order."""
+    """The place at which each value first stands in an order."""
     return values.map({value: place for place, value in enumerate(dict.fromkeys(order))})
 
 
@@ -104,7 +104,7 @@ CLAIM_COLUMNS = [
 
 
 def claims_table(compared: pd.DataFrame, methods: Sequence[str] = METHODS) -> pd.DataFrame:
-    """What the runs say to each claim of the paper's abstract: a row per task, condition and method.
+    """Hold the runs against each claim of the paper's abstract: a row per task, condition and method.
 
     ``paper`` is the abstract's relative gain over finetuning ("up to"; missing where it claims none). Each
     row is one cell that is fixed before looking, worlds together: *low-shot* the fewest training
@@ -225,7 +225,7 @@ def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def power_note(compared: pd.DataFrame, alpha: float = ALPHA) -> str:
-    """What so many pairs and tested arms can show at all; "" if every comparison can reach ``alpha``."""
+    """Say what so many pairs and tested arms can show at all; "" if every comparison can reach ``alpha``."""
     short = compared[compared["verdict"] == "too few pairs"]
     if short.empty:
         return ""

@@ -1,4 +1,4 @@
-"""What finished runs have scored: batches and run folders read into tables, a row per run or per example.
+"""Reads batches and run folders into tables: a row per run, or per example that a run was scored on.
 
 Every comparison starts here. Reads states, parameters, manifests and predictions; scrapes no notebook and
 loads no model.
@@ -80,7 +80,7 @@ def read_runs(folder: Path) -> pd.DataFrame:
 
 
 def _settings(runs: pd.DataFrame, described: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """What tells each run from others of its task, as "name=value, ..."."""
+    """Name the parameters that tell each run from others of its task, as "name=value, ..."."""
     settings: dict[str, str] = {}
     for _, own in runs.groupby("task"):
         parameters = {run: described[run] for run in own["run"]}
@@ -133,7 +133,7 @@ def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.Dat
 
 
 def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
-    """What every finished run scored on every labelled example.
+    """Read the score of every finished run on every labelled example.
 
     Columns: batch, run, measure, split, id, question, image, score in [0, 1], chance. ``measure`` is the
     task's (``Task.metric``). A run of task "vcr" has three: Q->AR, where a row is a question, right if answer
@@ -263,7 +263,7 @@ def _strata(folder: str, split: str) -> pd.DataFrame:
 
 
 def _data_folder(reports: Path, batch: str, run: str) -> str:
-    """Where the data of a run lie, if they still do; "" if not. Nothing is written for this."""
+    """The folder of a run's data, "" if it is gone. A MiniWorld is not written anew for this."""
     try:
         began = json.loads((Path(reports) / batch / run / "parameters.json").read_text(encoding="utf-8"))
         parameters = began["parameters"]

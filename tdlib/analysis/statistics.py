@@ -1,4 +1,4 @@
-"""What may be said about accuracies over seeds and examples: intervals, paired tests, gains.
+"""Intervals, paired tests and gains of accuracies over seeds and examples.
 
 Arrays in, numbers out; knows no runs, arms or files. Rows are seeds: each is one training subset, one
 head and one data order. Columns are examples, which come in clusters (those that share a picture).
@@ -146,7 +146,7 @@ def _pooled(worlds: Sequence[_Draws]) -> _Draws:
 
 
 def _drawn(rng: np.random.Generator, resamples: int, members: int) -> np.ndarray:
-    """How often each member is drawn in each resample, (resamples, members); rows sum to ``members``."""
+    """Counts of each member in each resample, (resamples, members); rows sum to ``members``."""
     drawn = rng.integers(members, size=(resamples, members)) + members * np.arange(resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=resamples * members).reshape(resamples, members)
 
@@ -263,11 +263,11 @@ class PairedDifference:
     arms: int = 1
 
     def can_tell(self, alpha: float = ALPHA) -> bool:
-        """Whether any outcome of so many pairs, compared among so many arms, could reach ``alpha``."""
+        """True if some outcome of so many pairs, compared among so many arms, could reach ``alpha``."""
         return self.pairs >= MINIMUM_PAIRS and self.arms * smallest_p(self.pairs) <= alpha
 
     def is_significant(self, alpha: float = ALPHA) -> bool:
-        """Whether the adjusted p-value reaches ``alpha``.
+        """True if the adjusted p-value reaches ``alpha``.
 
         Raises:
             TooFewPairs: fewer than six pairs, or too few for the number of arms: nothing can be said.
@@ -306,7 +306,7 @@ def paired_difference(
     resamples: int = 2000,
     seed: int = 0,
 ) -> PairedDifference:
-    """What an arm gains over the baseline, both (seeds, examples) with the same rows and columns.
+    """Gain of an arm over the baseline, both (seeds, examples) with the same rows and columns.
 
     Both are resampled with the same draws, so that what a seed or a picture has in common cancels.
 

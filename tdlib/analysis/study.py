@@ -67,7 +67,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def lead_charts(compared: pd.DataFrame, baseline: str = "finetune") -> list[Html]:
-    """What a study found, drawn: each arm's score on the usual test, and its difference to the baseline.
+    """Draw what a study found: each arm's difference to the baseline and its score, on the usual test.
 
     A group per task, setting and size; the worlds together. A filled mark is a difference that the paired
     test found. Empty where there is nothing to draw.
@@ -96,7 +96,7 @@ def lead_charts(compared: pd.DataFrame, baseline: str = "finetune") -> list[Html
 
 
 def _for_page(table: pd.DataFrame) -> pd.DataFrame:
-    """What a page shows of a table; of one batch or measure its name is not repeated in every row."""
+    """The columns that a page shows; the name of a single batch or measure is not repeated in every row."""
     alike = [name for name in ("batch", "measure") if name in table and table[name].nunique() < 2]
     return table.drop(columns=[*ONLY_IN_FILES, *alike], errors="ignore")
 

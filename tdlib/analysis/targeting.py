@@ -82,7 +82,7 @@ def expected_average_precision(scores: np.ndarray, positive: np.ndarray) -> floa
 
 
 def pointing(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Whether the highest token is decisive (the pointing game, Zhang et al. 2018): 0 or 1.
+    """1 if the highest token is decisive, else 0 (the pointing game, Zhang et al. 2018).
 
     Where several tie, the share of them that are: what drawing one gives on average. nan without tokens.
     """
@@ -177,7 +177,7 @@ BASELINES: dict[str, dict[str, Baseline]] = {
 def targeting_scores(
     records: Sequence[TargetRecord], idf: "Idf | None" = None, draws: int = 32, seed: int = 0
 ) -> pd.DataFrame:
-    """How well each record's targeting finds the decisive tokens, beside baselines.
+    """Measure how well each record's targeting finds the decisive tokens, beside baselines.
 
     One row per record, modality, ``metric`` and ``source`` ("targeting", or a baseline), with its
     ``value``; ``example_id``, ``choice`` and ``image`` name the record, ``truth`` what its decisive

@@ -37,7 +37,7 @@ def constant_answer(train: Examples) -> int | None:
 def chance_scores(
     examples: Sequence[Example], constant: int | None, labels: Sequence[str] = ()
 ) -> list[float]:
-    """What guessing scores on each example, in [0, 1]; nan where nothing scores, or no answer is known.
+    """Score guessing on each example, in [0, 1]; nan where it cannot be scored or no answer is known.
 
     Args:
         examples: of the tested split.

@@ -161,14 +161,15 @@ def _metrics(plan: Plan, table: pd.DataFrame) -> list[str]:
 
 
 def _settings(plan: Plan, table: pd.DataFrame) -> list[str]:
-    """What runs differ in beside the seed, without columns that another one already tells apart.
+    """Parameters in which runs differ beside the seed, without lists that another one already tells apart.
 
-    Parameters that a batch varies together (``zip``) say the same twice: each task has its list of splits.
+    Each task has its list of splits, which a batch varies along with it (``zip``) and which fills a table.
     """
     names = [name for name in plan.varied if name != "seed" and name in table]
     kept: list[str] = []
     for name in names:
-        if not any((table.groupby(other)[name].nunique(dropna=False) <= 1).all() for other in kept):
+        listed = table[name].astype(str).str.startswith("[").all()
+        if not listed or not any((table.groupby(o)[name].nunique(dropna=False) <= 1).all() for o in kept):
             kept.append(name)
     return kept
 
