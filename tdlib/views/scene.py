@@ -33,7 +33,9 @@ def _marks(sheets: Sequence[Sheet]) -> list[str]:
     marks = {
         "underlined or outlined: selected": any(sheet.marked.any() for sheet in weights),
         "underlined or outlined: the largest": len(weights) < len(sheets) and not weights,
-        "dotted line: selected by the first alone": any(sheet.dotted is not None for sheet in sheets),
+        "dotted line: selected by the first alone": any(
+            sheet.dotted is not None and sheet.dotted.any() for sheet in sheets
+        ),
         f"dotted above, dashed box: decides the answer ({truth_name(records)})": truth_name(records),
         "orange box: object": any(record.object_boxes for record in records),
         "grey: no teacher target": any((~s.record.distilled & s.record.is_text).any() for s in weights),

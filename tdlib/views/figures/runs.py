@@ -118,7 +118,7 @@ def _draw_steps(axes: Axes, steps: pd.DataFrame, value: str, name: str, labels: 
     rows = steps.sort_values("order")
     for kind, style in (("text", TEXT_LINE), ("visual", VISUAL_LINE)):
         axes.plot(rows["order"], rows[f"{value}_{kind}"], label=f"{kind} tokens", **style)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(1.0, float(rows[[f"{value}_text", f"{value}_visual"]].max().max())))
     axes.set_title(name)
     step_axis(axes, labels)
     axes.grid(axis="y")
