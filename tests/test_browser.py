@@ -352,7 +352,7 @@ def check_sliders_sort_and_reset(page, run, shows) -> None:
         """() => document.querySelectorAll('.tdlib-words [style*="font-weight: bold"][data-token]').length"""
     )
     before = page.evaluate(marked)
-    handle = page.locator(".widget-slider", has_text="mass").locator(".noUi-handle")
+    handle = page.locator(".widget-hslider", has_text="mass").locator(".noUi-handle")
     handle.focus()
     for _ in range(6):
         page.keyboard.press("ArrowRight")

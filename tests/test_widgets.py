@@ -149,7 +149,7 @@ def test_reset_returns_to_the_start(runs, drawn):
     panel = Explorer(runs, filter=start, links=False)
     assert panel.filter == start and panel.list.total == 10
     panel.search.value, panel.correct.value, panel.order.value = "val-3", "wrong", "highest c"
-    panel.mass.value, panel.temperature.value, panel.step.value = 0.9, 1.0, 0
+    panel.mass.value, panel.temperature.index, panel.step.value = 0.9, 0, 0
     panel.weight.value = (0.2, 0.4)
     panel.reset.click()
     assert panel.filter == start and panel.list.total == 10

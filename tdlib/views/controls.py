@@ -77,11 +77,6 @@ def beside(*controls: Any) -> Any:
     return ipywidgets.HBox(controls, layout={"flex_flow": "row wrap"})
 
 
-def is_close(one: float, other: float) -> bool:
-    """Whether a slider stands at a value, which it may have rounded."""
-    return abs(one - other) <= 1e-3 * abs(other)
-
-
 def described(error: Exception) -> str:
     """An error as a sentence of HTML."""
     log.debug("cannot be shown", exc_info=error)

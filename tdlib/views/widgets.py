@@ -28,7 +28,6 @@ from tdlib.views.controls import (
     beside,
     described,
     dropdown,
-    is_close,
     named,
     offer,
     row_text,
@@ -112,10 +111,9 @@ class Explorer(ipywidgets.VBox):
         )
         self.layer = named("layer", ipywidgets.SelectionSlider(options=[("all", ALL)]))
         self.head = dropdown("head", [("mean", ALL)])
-        self.mass = named("mass", ipywidgets.FloatSlider(min=0.05, max=1, step=0.05), "280px")
-        self.temperature = named(
-            "temperature", ipywidgets.FloatLogSlider(min=-3, max=1, step=0.05, readout_format=".3g"), "280px"
-        )
+        # Values from a list, the run's own among them: JupyterLab moves any other to a slider's next step.
+        self.mass = named("mass", ipywidgets.SelectionSlider(options=[1.0]), "280px")
+        self.temperature = named("temperature", ipywidgets.SelectionSlider(options=[1.0]), "280px")
         self.paper = ipywidgets.Checkbox(description="for a paper", indent=False, layout={"width": "auto"})
         self.export = {
             kind: ipywidgets.Button(
@@ -172,7 +170,7 @@ class Explorer(ipywidgets.VBox):
         changed = {
             name: control.value
             for name, control in settings.items()
-            if not (control.disabled or is_close(control.value, getattr(self.run.config, name)))
+            if not control.disabled and control.value != getattr(self.run.config, name)
         }
         return Look(
             self.run, row["split"], row["example_id"], self.runs[self.second.value], self.step.value,
@@ -252,7 +250,13 @@ class Explorer(ipywidgets.VBox):
         offer(self.second_step, step_options(self.runs[self.second.value]))
         offer(self.layer, [("all", ALL), *((str(i), i) for i in range(min(run.layers, MOST_NAMES)))])
         offer(self.head, [("mean", ALL), *((str(i), i) for i in range(min(run.heads, MOST_NAMES)))])
-        self.mass.value, self.temperature.value = run.config.mass, run.config.temperature
+        masses = sorted({*(round(0.05 * step, 2) for step in range(1, 21)), run.config.mass})
+        heats = [run.config.temperature * 2.0**power for power in range(-4, 7)]
+        for control, values, chosen in (
+            (self.mass, masses, run.config.mass), (self.temperature, heats, run.config.temperature),
+        ):  # fmt: skip
+            control.options = [(f"{value:.3g}", value) for value in values]
+            control.value = chosen
         self.search.value, self.label.value, self.order.value = filter.text, filter.label, filter.order
         self.correct.value = next(name for name, value in VERDICTS.items() if value == filter.correct)
         self.disagreement.value = filter.disagreement
