@@ -13,6 +13,9 @@ from tdlib.core.paths import ROOT, ConfigError
 from tdlib.data.examples import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tdlib.data.examples import Example
     from tdlib.runs.batch import Batch
 
 FIRST = "00_start_here"
@@ -121,7 +124,8 @@ def _check(options: argparse.Namespace) -> int:
             print(f"  - {problem}")
         return int(bool(problems))
     bad = 0
-    for report in check_folder(path, options.decode):
+    look = _count_cut_texts(options.teacher) if options.teacher else None
+    for report in check_folder(path, options.decode, look):
         verdict = f"{len(report.problems)} problems" if report.problems else "ok"
         print(f"{report.task:<10} {report.split:<24} {report.examples:>8,} examples  {verdict}", flush=True)
         for note in report.notes:
@@ -130,6 +134,24 @@ def _check(options: argparse.Namespace) -> int:
             print(f"  - {problem}")
         bad += len(report.problems)
     return int(bad > 0)
+
+
+def _count_cut_texts(teacher: str) -> "Callable[[Sequence[Example]], list[str]]":
+    """Notes of what a teacher cuts of a split's texts; needs its tokenizer, not its weights."""
+    from tdlib.teacher.probe import count_cut
+    from tdlib.teacher.text import open_tokenizer
+    from tdlib.teacher.towers import TeacherError
+
+    try:
+        tokenize = open_tokenizer(teacher)
+    except TeacherError as error:
+        raise ConfigError(str(error)) from None
+
+    def look(examples: "Sequence[Example]") -> list[str]:
+        cut = count_cut(examples, lambda text: tokenize.read(text).cut)
+        return [str(cut)] if cut.cut_examples else []
+
+    return look
 
 
 def _mask(options: argparse.Namespace) -> int:
@@ -340,6 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--data", help="data set that a submission answers (default: the file's folder)")
     check.add_argument("--split", default="", help="split that a submission answers (default: the test)")
     check.add_argument("--decode", action="store_true", help="also decode every picture (slow)")
+    check.add_argument("--teacher", default="", help="also count what this teacher cuts of the texts")
     check.set_defaults(call=_check)
     mask = data.add_parser("mask", help="make a masked VCR set from what a trained student leans on")
     mask.add_argument("folder", help="run folder")

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tdlib.cli import main
 from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.runs.checks import check_parameters
@@ -113,6 +114,20 @@ def test_data_check_lists_problems_and_says_so_by_its_status(worlds, tmp_path):
     assert "snli_ve_dev.jsonl:2:" in done.stdout and "snli_ve_dev.jsonl:4:" in done.stdout
     nothing = tdlib("data", "check", str(tmp_path / "nowhere"))
     assert nothing.returncode == 1 and "no data set there" in nothing.stderr
+
+
+def test_data_check_counts_what_a_teacher_cuts(worlds, teacher_folder, tmp_path, capsys):
+    folder = shutil.copytree(worlds["snli_ve"], tmp_path / "snli_ve")
+    lines = (folder / "snli_ve_dev.jsonl").read_text().splitlines()
+    record = json.loads(lines[4])
+    lines[4] = json.dumps(record | {"sentence2": "A person waits there. " * 30})
+    (folder / "snli_ve_dev.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(["data", "check", str(folder), "--teacher", f"local-dir:{teacher_folder}"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "beyond the teacher's context" in line]
+    assert len(told) == 1 and f"1 of {len(lines)} examples" in told[0]
+    assert str(record["pairID"]) in told[0]
+    assert main(["data", "check", str(folder), "--teacher", "ViT-Nothing"]) == 1
+    assert "ViT-Nothing" in capsys.readouterr().err
 
 
 def own_notebook(folder: Path, *sources: str) -> Path:

@@ -29,6 +29,7 @@ from tdlib.core.records import read_records, records_table
 from tdlib.data.examples import DataError, low_shot
 from tdlib.students.base import student_inputs
 from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, load_vilt
+from tdlib.teacher.probe import count_cut
 from tdlib.training import prepare as experiments
 from tdlib.training import run as training
 from tdlib.training import trainer as trainer_module
@@ -265,6 +266,37 @@ def test_the_teachers_distribution_can_count_where_the_teacher_is_right(base, ma
         again = module_of(materials, settings_of(base, choice_instance_weight="correct")).eval()(batch)
     assert float(again["choice"]) == pytest.approx(found["correct"])
     assert found["correct"] < found["uniform"] and found["ratio"] < found["uniform"]
+
+
+def test_a_distribution_over_texts_cut_short_is_not_distilled(base, materials, mixed):
+    """A question beyond the teacher's context makes all statements one text, and all choices alike."""
+    example = materials.train[0]
+    question = " ".join(["Why is it that the person in the red coat waits there?"] * 6)
+    long = replace(example, prompt=replace(example.prompt, text=question, references=()))
+    experiments.add_to_cache(materials.builder.cache, [long])
+    config = settings_of(base, choice_temperature=1.0)
+    (item,) = [dataset_of(materials, config, [long])[0]]
+    assert item["targets"].teacher_logits.unique().numel() == 1 and item["targets"].teacher_knows == 0
+    batch = collate([*mixed, item], materials.encoder)
+    assert batch["teacher_knows"].tolist() == [1.0] * len(mixed) + [0.0]
+    for weighing in ("uniform", "ratio"):
+        module = module_of(materials, settings_of(base, choice_instance_weight=weighing)).eval()
+        with torch.no_grad():
+            with_it = module(batch)["choice"] * (len(mixed) + 1)
+            without = module(collate(mixed, materials.encoder))["choice"] * len(mixed)
+        assert_close(with_it, without, rtol=1e-4, atol=1e-6)
+
+
+def test_examples_that_the_teacher_cuts_are_counted(base, materials, folders):
+    first = materials.train[0]
+    long = replace(first, prompt=replace(first.prompt, text="word " * 60, references=()))
+    experiments.add_to_cache(materials.builder.cache, [first, long])
+    cut = materials.builder.cache.cut(long.statements()[0].text)
+    counted = count_cut([first, long], materials.builder.cache.cut)
+    assert (counted.examples, counted.cut_examples) == (2, 1) and counted.most >= cut > 0
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    assert [found.get("teacher_cut_examples") for found in metrics] == [None, 0]
+    assert "1 of 2 examples have texts beyond" in str(counted) and long.id in str(counted)
 
 
 def test_distillation_follows_the_formula(base, materials, mixed):

@@ -1,6 +1,6 @@
 """Finds out before the expensive step whether data, and files for a benchmark, are as they must be."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,12 +54,15 @@ class SplitReport(NamedTuple):
     notes: list[str]
 
 
-def check_folder(folder: Path, decode: bool = False) -> Iterator[SplitReport]:
+def check_folder(
+    folder: Path, decode: bool = False, look: Callable[[Sequence[Example]], list[str]] | None = None
+) -> Iterator[SplitReport]:
     """Validates every split in a folder, and compares those of one task with each other.
 
     Args:
         folder: a data set, or a folder of data sets.
         decode: also decode every picture.
+        look: gives further notes on the examples of a split without problems.
 
     Raises:
         DataError: no split of any task is there.
@@ -74,6 +77,9 @@ def check_folder(folder: Path, decode: bool = False) -> Iterator[SplitReport]:
                     empty = False
                     report, seen = _check_split(name, place, split[1], decode, earlier)
                     earlier[split[1]] = seen
+                    if look is not None and not report.problems:
+                        config = RunConfig.from_parameters(task=name, data_dir=str(place.resolve()))
+                        report.notes.extend(look(reader(config, split[1]).open(lambda _: None)))
                     yield report
     if empty:
         wanted = "train.jsonl (VCR), snli_ve_train.jsonl, esnlive_train.csv, "

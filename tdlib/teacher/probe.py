@@ -5,7 +5,8 @@ probe that saw it, so the teacher's certainty is not its memory.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -122,7 +123,7 @@ def statement_logits(cache: TeacherCache, labels: Sequence[str], example: Exampl
 
     The statements must be in the cache, see ``answer_statements``.
     """
-    texts = [cache.text(text).pooled.float() for text in answer_statements(example, labels)]
+    texts = [cache.text(text).pooled.float() for text in compared_texts(example, labels)]
     picture = cache.picture(example.image).pooled.float()
     return choice_logits(picture, torch.stack(texts), cache.teacher.logit_scale)
 
@@ -140,6 +141,50 @@ def answer_statements(example: Example, labels: Sequence[str]) -> list[str]:
         }  # fmt: skip
         return [wordings[label] for label in labels]
     return [f"{text} {label}" for label in labels]
+
+
+def compared_texts(example: Example, labels: Sequence[str] = ()) -> list[str]:
+    """The texts whose likeness to the picture makes the teacher's distribution for an example.
+
+    With ``labels`` the answer statements, else the statements with each choice (or the only one).
+    """
+    return answer_statements(example, labels) if labels else [s.text for s in example.statements()]
+
+
+@dataclass(frozen=True)
+class CutTexts:
+    """How many examples a teacher cannot read whole, and the one of which it misses most."""
+
+    examples: int
+    cut_examples: int
+    most: int  # tokens beyond the context in one text
+    id: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cut_examples} of {self.examples} examples have texts beyond the teacher's context (up to "
+            f"{self.most} tokens, {self.id}): it cannot tell their choices apart by what it does not see, so "
+            "its distribution over them is not distilled"
+        )
+
+
+def count_cut(examples: Iterable[Example], cut: Callable[[str], int], labels: Sequence[str] = ()) -> CutTexts:
+    """Counts the examples of which a teacher cuts a text.
+
+    Args:
+        examples: these.
+        cut: the tokens that it cuts of a text: ``TeacherCache.cut``, or, where no weights are at hand,
+            ``lambda text: tokenize.read(text).cut`` with ``text.open_tokenizer``.
+        labels: see ``compared_texts``.
+    """
+    number = bad = most = 0
+    worst = ""
+    for example in examples:
+        longest = max(map(cut, compared_texts(example, labels)))
+        number, bad = number + 1, bad + (longest > 0)
+        if longest > most:
+            most, worst = longest, example.id
+    return CutTexts(number, bad, most, worst)
 
 
 def soft_target(example: Example, num_labels: int) -> Float[Tensor, " classes"]:

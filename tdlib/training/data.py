@@ -101,7 +101,7 @@ def _targets_batch(items: Sequence[dict[str, Any]], length: int, visual: int) ->
                 batch[name] = value.new_zeros(len(items), len(value), length + visual, *value.shape[2:])
             batch[name][row, :, :texts] = value[:, :texts]
             batch[name][row, :, length : length + value.shape[1] - texts] = value[:, texts:]
-    for name in ("teacher_logits", "text_global", "image_global"):
+    for name in ("teacher_logits", "teacher_knows", "text_global", "image_global"):
         batch[name] = torch.stack([getattr(item["targets"], name) for item in items])
     return batch
 

@@ -81,7 +81,9 @@ class TargetedDistillation(nn.Module):
             terms = {"task": self.task_loss(logits, batch, examples), **extra}
             if config.choice_weight > 0:
                 weighing = config.choice_instance_weight  # "uniform" needs no right answer
-                weights = None if weighing == "uniform" else self.instance_weights(batch, logits, weighing)
+                weights = batch["teacher_knows"]  # a distribution over texts cut short is no knowledge
+                if weighing != "uniform":
+                    weights = weights * self.instance_weights(batch, logits, weighing)
                 terms["choice"] = choice_distribution_loss(
                     logits, batch["teacher_logits"], config.choice_temperature, examples, weights
                 )

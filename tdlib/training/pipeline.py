@@ -20,6 +20,7 @@ from tdlib.method.selection import token_scores
 from tdlib.method.tokens import TeacherTokens, Tokens
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import EXTRAS, TeacherRecord, choice_logits
+from tdlib.teacher.probe import compared_texts
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Targets:
     ``vectors`` (choices, tokens, teacher_dim) unit length, zero where not distilled; ``relevance``,
     ``prior``, ``scores`` (choices, tokens); ``valid`` marks tokens with a target; a relevance that
     depends on the student (``STUDENT_RELEVANCE``) is 0 here, for training to compute;
-    ``teacher_logits`` are CLIP's zero-shot scaled cosines (choices,), or class logits (labels,).
+    ``teacher_logits`` are CLIP's zero-shot scaled cosines (choices,), or class logits (labels,);
+    ``teacher_knows`` is 0 where a text was too long for it, so that they tell nothing, else 1.
     """
 
     tokens: Tokens
@@ -39,6 +41,7 @@ class Targets:
     scores: Tensor
     valid: Tensor
     teacher_logits: Tensor
+    teacher_knows: Tensor
     text_global: Tensor  # (choices, teacher_dim)
     image_global: Tensor  # (choices, teacher_dim), the same picture for each
 
@@ -86,6 +89,7 @@ class TargetBuilder:
         idf: word statistics of the training split.
         config: names the relevance variant, the prior and their settings.
         class_logits: the teacher's logits over the label set, where examples have no choices.
+        labels: the label set, where ``class_logits`` compares the picture with answer statements.
         seen_as: the example as the teacher sees it; itself, unless a control shows another's picture.
     """
 
@@ -96,8 +100,10 @@ class TargetBuilder:
         config: RunConfig,
         class_logits: Callable[[Example], Tensor] | None = None,
         seen_as: Callable[[Example], Example] = lambda example: example,
+        labels: Sequence[str] = (),
     ):
         self.cache, self.idf, self.config, self.class_logits = cache, idf, config, class_logits
+        self.labels = labels
         _ = cache.teacher.logit_scale  # is kept from now on: processes that make batches have no GPU
         self.seen_as = seen_as
 
@@ -190,6 +196,7 @@ class TargetBuilder:
             scores,
             valid,
             logits,
+            torch.tensor(float(not any(map(self.cache.cut, compared_texts(example, self.labels))))),
             teacher.text_global,
             teacher.image_global,
         )

@@ -37,7 +37,7 @@ from tdlib.method.registry import own_functions
 from tdlib.students import registry as students
 from tdlib.students.base import report_cut
 from tdlib.teacher.model import EXTRAS
-from tdlib.teacher.probe import ClassProbe
+from tdlib.teacher.probe import ClassProbe, count_cut
 from tdlib.training import checkpoints
 from tdlib.training.card import model_card
 from tdlib.training.data import EncodedExamples, collate
@@ -195,6 +195,12 @@ class _Run:
         self.metrics: dict[str, Any] = {
             "arm": config.arm, "seed": config.seed, "train_examples": len(subset)
         }  # fmt: skip
+        if self.builder is not None:
+            seen = map(self.builder.seen_as, subset)
+            cut = count_cut(seen, self.builder.cache.cut, self.builder.labels)
+            self.metrics["teacher_cut_examples"] = cut.cut_examples
+            if cut.cut_examples:
+                log.warning("%s", cut)
         if self.builder is not None and isinstance(self.builder.class_logits, ClassProbe):
             self.metrics["probe_accuracy"] = self.builder.class_logits.held_out_accuracy
         texts = {"train": subset, **materials.evaluated}
@@ -281,7 +287,9 @@ def _target_builder(config: RunConfig, materials: Materials, subset: Examples) -
         return replace(example, image=shown[example.id]) if example.id in shown else example
 
     seen = [seen_as(example) for example in subset] if shown else subset
-    builder = TargetBuilder(shared.cache, shared.idf, config, class_logits(config, materials, seen), seen_as)
+    worded = materials.labels if config.class_probabilities == "statements" else ()
+    logits = class_logits(config, materials, seen)
+    builder = TargetBuilder(shared.cache, shared.idf, config, logits, seen_as, worded)
     if config.relevance in (*EXTRAS, "gradient"):
         builder.prepare(subset)
     return builder
