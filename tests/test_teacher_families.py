@@ -9,15 +9,22 @@ from functools import cache
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 from open_clip import factory
 from PIL import Image
+from timm.models.beit import Beit
+from timm.models.cait import Cait
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tdlib.make.vocabulary import train_wordpiece_tokenizer
+from tdlib.teacher.families import text_tower
 from tdlib.teacher.model import EXTRAS, Teacher, TeacherError, choice_logits, patch_boxes
-from tdlib.teacher.towers import Tower, attention_weights, take_apart, text_tower
+from tdlib.teacher.towers import Tower, attention_weights, take_apart
 
 TEXTS = ["a red cup", "two dogs and a bench in the rain", ""]
 TOLERANCE = {"rtol": 0, "atol": 2e-6}
@@ -77,7 +84,39 @@ FAMILIES = {
         custom_text=True, multimodal_cfg=DECODER,
     ),
 }  # fmt: skip
-READABLE = [name for name in FAMILIES if name not in ("eva", "convnext", "timm-resnet")]  # attention of both
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TRUNKS = {  # of timm's, small; those that its own names give are of full size
+    "relpos": (VisionTransformerRelPos, {"class_token": True, "global_pool": "token"}),
+    "relpos_average": (VisionTransformerRelPos, {"class_token": True, "fc_norm": True}),
+    "relpos_post": (VisionTransformerRelPos, {"block_fn": ResPostRelPosBlock}),
+    "pe_core": (Eva, {"global_pool": "map", "attn_type": "rope", "use_rot_pos_emb": True}),
+    "distilled": (VisionTransformerDistilled, {}),
+    "beit": (Beit, {"use_rel_pos_bias": True}),
+    "cait": (Cait, {}),
+}
+
+
+def _small(name: str):
+    def build(pretrained=False, num_classes=0, global_pool=None, **_options):
+        make, settings = TRUNKS[name]
+        chosen = {} if global_pool is None else {"global_pool": global_pool}
+        trunk = make(**{**SMALL, **settings, "num_classes": num_classes, **chosen})
+        trunk.default_cfg = {}
+        return trunk
+
+    build.__name__ = f"small_{name}"
+    build.__module__ = __name__
+    timm.models.register_model(build)
+    return model(trunk(build.__name__, "", "linear", 32), custom_text=True)
+
+
+UNREAD = {name: _small(name) for name in ("distilled", "beit", "cait")}
+FAMILIES |= {name.replace("_", "-"): _small(name) for name in TRUNKS if name not in UNREAD}
+READABLE = [
+    name
+    for name in FAMILIES
+    if name not in ("eva", "convnext", "timm-resnet", "pe-core") and "relpos" not in name
+]
 families = pytest.mark.parametrize("name", FAMILIES)
 readable = pytest.mark.parametrize("name", READABLE)
 
@@ -230,6 +269,37 @@ def test_the_value_path_attends_to_itself_alone(name, pictures):
         after = tower.blocks[-1](hidden, attn_mask=diagonal)
         expected = tower.pooling.project(after[:, tower.prefix :])
         assert_close(tower.encode(given)[1]["value"], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["relpos", "relpos-post"])
+def test_the_value_path_of_relative_positions_leaves_their_bias_out(name, pictures):
+    tower, pixels = towers_of(teacher_of(name), pictures)[0]
+    block, hidden = tower.blocks[-1], tower.see(pixels).entered[0][0]
+    length = hidden.shape[1]
+    alone = torch.full((block.attn.num_heads, length, length), -torch.inf)
+    alone.diagonal(dim1=1, dim2=2).zero_()
+    with pytest.MonkeyPatch.context() as patch:  # in place of the bias
+        patch.setattr(block.attn.rel_pos, "get_bias", lambda: alone)
+        expected = tower.pooling.project(block(hidden)[:, tower.prefix :])
+    assert_close(tower.encode(pixels)[1]["value"], expected, rtol=1e-4, atol=1e-5)
+    assert "forward" not in vars(block.attn), "the model is left as it was"
+
+
+@torch.inference_mode()
+def test_a_perception_encoder_pools_its_class_token_too(pictures):
+    tower, pixels = towers_of(teacher_of("pe-core"), pictures)[0]
+    weights = tower.pooling.weights(tower.see(pixels).hidden, pixels)
+    assert tower.prefix == 1 and weights.shape[-1] == 17 and weights[..., 0].min() > 1e-3
+    assert tower.encode(pixels, ["attention"])[1]["attention"].shape == (2, 16)
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_tower_that_is_not_read_is_refused_by_name(name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factory, "_MODEL_CONFIGS", {name: copy.deepcopy(UNREAD[name])})
+        with pytest.raises(TeacherError, match=rf"teacher '{name}': .*(choose|supported|no reading)"):
+            Teacher(name, random_weights=1)
 
 
 # Attention

@@ -6,11 +6,10 @@ The mini detector plays the part of the Faster R-CNN behind the region features 
 """
 
 import difflib
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 from tdlib.core.devices import usual_device
 from tdlib.core.files import why_unreadable, write_json
 from tdlib.core.paths import resolve
+from tdlib.core.store import fingerprint
 from tdlib.data.examples import DataError
 
 
@@ -49,15 +49,6 @@ def pool_regions(feature_maps: Tensor, boxes: Sequence[Tensor], bins: int) -> Te
     scale = feature_maps.new_tensor([columns, rows, columns, rows])
     scaled = [box.to(feature_maps) * scale for box in boxes]
     return roi_align(feature_maps, scaled, bins, sampling_ratio=-1, aligned=True)
-
-
-def module_fingerprint(module: nn.Module, **settings: Any) -> str:
-    """SHA-256 over a module's weights and architecture, and settings."""
-    total = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        total.update(key.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
-    total.update(json.dumps({"module": str(module), **settings}, sort_keys=True).encode())
-    return total.hexdigest()
 
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -97,7 +88,7 @@ class TorchvisionBackbone:
         self.model.to(self.device)
         feature_map = self.feature_map(torch.zeros(1, 3, 256, 256, device=self.device))
         self.dim, self.stride = feature_map.shape[1], 256 // feature_map.shape[2]
-        self.fingerprint = module_fingerprint(self.model, size=size, torchvision=torchvision.__version__)
+        self.fingerprint = fingerprint(self.model, size=size, torchvision=torchvision.__version__)
 
     @torch.no_grad()
     def feature_map(self, pixels: Tensor) -> Tensor:
@@ -197,7 +188,7 @@ class DetectorBackbone:
         self.detector = detector.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)
         self.dim = detector.dim
-        self.fingerprint = module_fingerprint(detector, size=detector.size)
+        self.fingerprint = fingerprint(detector, size=detector.size)
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image, boxes: Tensor) -> Tensor:

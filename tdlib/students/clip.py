@@ -28,6 +28,7 @@ from tdlib.students.base import (
     pad_last,
     referred_objects,
 )
+from tdlib.teacher.families import image_tower, text_tower
 from tdlib.teacher.model import (
     Preprocess,
     Teacher,
@@ -36,7 +37,6 @@ from tdlib.teacher.model import (
     choice_logits,
     patch_boxes,
 )
-from tdlib.teacher.towers import image_tower, text_tower
 
 
 class ClipFusionConfig(PreTrainedConfig):

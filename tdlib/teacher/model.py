@@ -22,11 +22,12 @@ from torch.nn import functional as F
 from tdlib.core.devices import usual_device
 from tdlib.core.paths import resolve
 from tdlib.core.store import fingerprint
+from tdlib.teacher.families import check_tower, image_tower, text_tower
+from tdlib.teacher.families import encode_text_tokens as encode_text_tokens
 from tdlib.teacher.text import TextTokenizer, open_tokenizer
 from tdlib.teacher.towers import EXTRAS as EXTRAS
-from tdlib.teacher.towers import Seen, Tower, image_tower, text_tower
+from tdlib.teacher.towers import Seen, Tower
 from tdlib.teacher.towers import TeacherError as TeacherError
-from tdlib.teacher.towers import encode_text_tokens as encode_text_tokens
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +151,10 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.text, self.image = text_tower(model, repr(name)), image_tower(model.visual, repr(name))
         self.tokenize = open_tokenizer(name)
+        check_tower(self.text, self.text_ids([self.tokenize("a red cup on a table")[0]]))
+        check_tower(
+            self.image, self.preprocess(Image.linear_gradient("L").convert("RGB"))[None].to(self.device)
+        )
         self.fingerprint = self._fingerprint()
 
     @cached_property

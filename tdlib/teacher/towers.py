@@ -1,11 +1,11 @@
-"""The image and text towers of open_clip's model families, read in one way.
+"""What a tower of a CLIP tells of its tokens, in one reading for all families.
 
 A tower's blocks turn positions into hidden states; its pooling mixes what it reads at the positions
 and a head carries the mixture into the joint space. The vector of a token is what the tower would
 pool if that token stood alone (our reading): for a class or end token and for averages this is the
 final norm and projection; for attention pooling (ResNet, SigLIP, CoCa) the pooling's value path
-(MaskCLIP, Zhou et al. 2022, arXiv 2112.01071) with whatever follows it. Owns this decomposition and
-the relevance signals that need it; loading, tokens and positions are ``teacher``'s business.
+(MaskCLIP, Zhou et al. 2022, arXiv 2112.01071) with whatever follows it. Which blocks and poolings the
+models of a family have is in ``families``; the sums over attention maps here serve students too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,21 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncoder, MeanPooler
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
-    AttentionalPooler,
     CustomResidualAttentionBlock,
     ResidualAttentionBlock,
-    VisionTransformer,
-    text_global_pool,
 )
 from timm.layers import Attention as TimmAttention
-from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,11 +45,13 @@ class Parts:
     feed: Callable[[Tensor], Tensor]
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
+def by_heads(x: Tensor, heads: int) -> Tensor:
+    """(..., positions, width) as (..., heads, positions, head_dim)."""
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
-def _merged(x: Tensor) -> Tensor:
+def joined_heads(x: Tensor) -> Tensor:
+    """(..., heads, positions, head_dim) as (..., positions, width)."""
     return x.transpose(-3, -2).flatten(-2)
 
 
@@ -65,7 +60,7 @@ def take_apart(block: nn.Module) -> Parts | None:
     attention = getattr(block, "attn", None)
     if isinstance(block, ResidualAttentionBlock) and isinstance(attention, nn.MultiheadAttention):
         return Parts(block.ln_1, lambda x: _open_clip_qkv(attention, x),
-                     lambda mixed, _: block.ls_1(attention.out_proj(_merged(mixed))),
+                     lambda mixed, _: block.ls_1(attention.out_proj(joined_heads(mixed))),
                      lambda x: block.ls_2(block.mlp(block.ln_2(x))))  # fmt: skip
     if isinstance(block, CustomResidualAttentionBlock) and block.attn.logit_scale is None:
         return Parts(block.ln_1, lambda x: _open_clip_qkv(block.attn, x),
@@ -80,7 +75,7 @@ def take_apart(block: nn.Module) -> Parts | None:
 
 def _open_clip_qkv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     projected = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = (_heads(part, attention.num_heads) for part in projected.chunk(3, dim=-1))
+    q, k, v = (by_heads(part, attention.num_heads) for part in projected.chunk(3, dim=-1))
     if isinstance(attention, nn.MultiheadAttention):
         return q, k, v
     return attention.ln_q(q), attention.ln_k(k), v
@@ -89,16 +84,16 @@ def _open_clip_qkv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _custom_out(attention: Any, mixed: Tensor) -> Tensor:
     if attention.head_scale is not None:
         mixed = mixed * attention.head_scale
-    return attention.out_proj(attention.ln_inner(_merged(mixed)))
+    return attention.out_proj(attention.ln_inner(joined_heads(mixed)))
 
 
 def _timm_qkv(attention: TimmAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (_heads(part, attention.num_heads) for part in attention.qkv(x).chunk(3, dim=-1))
+    q, k, v = (by_heads(part, attention.num_heads) for part in attention.qkv(x).chunk(3, dim=-1))
     return attention.q_norm(q), attention.k_norm(k), v
 
 
 def _timm_out(attention: TimmAttention, mixed: Tensor, x: Tensor) -> Tensor:
-    mixed = attention.norm(_merged(mixed))
+    mixed = attention.norm(joined_heads(mixed))
     if attention.gate is not None:
         mixed = mixed * attention.gate(x).sigmoid()
     return attention.proj(mixed)
@@ -159,9 +154,26 @@ def each_alone(block: nn.Module, hidden: Tensor) -> Tensor:
     """
     if isinstance(block, ResidualAttentionBlock):
         return value_path(block, hidden)
+    if isinstance(block, RelPosBlock | ResPostRelPosBlock):  # its biases fit a whole picture only
+        with _passing_values(block.attn):
+            return block(hidden)
     options = {"attention_mask": None} if _is_hugging_face(block) else {}
     output = block(hidden.reshape(-1, 1, hidden.shape[-1]), **options)
     return (output[0] if isinstance(output, tuple) else output).view_as(hidden)
+
+
+@contextmanager
+def _passing_values(attention: RelPosAttention) -> Iterator[None]:
+    """Lets an attention pass every token's own value."""
+
+    def forward(x: Tensor, **_options: Any) -> Tensor:
+        return attention.proj(attention.qkv(x).chunk(3, dim=-1)[2])
+
+    try:
+        attention.forward = forward  # type: ignore[assignment]
+        yield
+    finally:
+        del attention.forward
 
 
 def _is_hugging_face(block: nn.Module) -> bool:
@@ -191,33 +203,8 @@ class Pooling:
 
     def pool(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """The pooled embedding with given weights, (batch, teacher_dim)."""
-        values = _heads(self.values(hidden), weights.shape[1])
+        values = by_heads(self.values(hidden), weights.shape[1])
         return self.head((weights.unsqueeze(-2) @ values).flatten(1))
-
-
-def _one_hot(index: Tensor, hidden: Tensor) -> Tensor:
-    return F.one_hot(index, hidden.shape[1]).unsqueeze(1).to(hidden)
-
-
-def _first(hidden: Tensor, _given: Tensor) -> Tensor:
-    return _one_hot(torch.zeros(len(hidden), dtype=torch.long, device=hidden.device), hidden)
-
-
-def _uniform(prefix: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Equal weights on all positions behind the first ``prefix``."""
-
-    def weights(hidden: Tensor, _given: Tensor) -> Tensor:
-        even = hidden.new_zeros(len(hidden), 1, hidden.shape[1])
-        even[..., prefix:] = 1 / (hidden.shape[1] - prefix)
-        return even
-
-    return weights
-
-
-def _linear(projection: nn.Module | Tensor | None) -> Callable[[Tensor], Tensor]:
-    if projection is None:
-        return nn.Identity()
-    return projection if isinstance(projection, nn.Module) else lambda x: x @ projection
 
 
 # Towers
@@ -353,7 +340,7 @@ class Tower:
         return (row.unsqueeze(1) @ self.attention_map(seen, -1).mean(dim=1)).squeeze(1)
 
     def _rollout(self, seen: Seen) -> Tensor:
-        """The pooled position's row of ``prod_l (A_l + I) / 2``, heads averaged (Abnar & Zuidema 2020)."""
+        """The pooled position's row of the rollout through all blocks, (batch, positions)."""
         row = self.pooling.weights(seen.hidden, seen.given).mean(dim=1)
         layers = reversed(range(len(self.blocks)))
         return rolled_out(row, (self.attention_map(seen, layer) for layer in layers))
@@ -385,10 +372,9 @@ class Tower:
         return Attended(self.pooling.pool(hidden, weights), maps, weights)
 
     def relevancy(self, attended: "Attended", goal: Tensor) -> Tensor:
-        """How much each token brings about a scalar (Chefer et al. 2021, eq. 5 and 6), (batch, tokens).
+        """How much each token brings about a scalar, (batch, tokens): the pooled row of ``relevancy``.
 
-        ``R = I; R += mean_heads((gradient * A)+) R`` from first to last block, and the pooled row of R;
-        a pooling that attends comes last, with the same product of its own.
+        A pooling that attends is the last layer, with the same product of gradient and weights.
         """
         *gradients, last = torch.autograd.grad(goal, [*attended.maps, attended.weights], retain_graph=True)
         row = attended.weights
@@ -436,257 +422,3 @@ def _watch(blocks: Sequence[nn.Module]) -> Iterator[_Watched]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _pooled(output: Tensor | tuple) -> Tensor:
-    """The pooled embedding of a tower that may also return its tokens."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-# Image towers
-
-
-def image_tower(visual: nn.Module, name: str) -> Tower:
-    """The image tower of an open_clip model.
-
-    Raises:
-        TeacherError: its pooling has no reading per token.
-    """
-    if isinstance(visual, VisionTransformer):
-        return _vision_transformer(visual, name)
-    if isinstance(visual, ModifiedResNet):
-        return _resnet(visual, name)
-    if isinstance(visual, TimmModel):
-        if all(hasattr(visual.trunk, part) for part in ("blocks", "num_prefix_tokens", "fc_norm")):
-            return _timm_transformer(visual, name)
-        return _timm_map(visual, name)
-    raise TeacherError(f"teacher {name}: image tower {type(visual).__name__} is of no family known here")
-
-
-def _vision_transformer(visual: VisionTransformer, name: str) -> Tower:
-    if visual.attn_pool is not None:
-        if visual.attn_pool_contrastive is not None or visual.pool_type != "tok":
-            raise TeacherError(
-                f"teacher {name}: attentional pooling {visual.attn_pool_type or visual.pool_type!r} does not "
-                "end in one token; only attentional_pool=true with pool_type='tok' is supported"
-            )
-        pooling = _attentional_pooling(visual.attn_pool, lambda x: visual.ln_post(x) @ visual.proj)
-    elif visual.pool_type == "none":
-        raise TeacherError(
-            f"teacher {name}: its image tower does not pool (pool_type='none'); set 'tok' or 'avg'"
-        )
-    else:
-        before, after = (
-            (nn.Identity(), visual.ln_post) if visual.final_ln_after_pool else (visual.ln_post, nn.Identity())
-        )
-        pooling = Pooling(
-            before, _first if visual.pool_type == "tok" else _uniform(1), lambda x: after(x) @ visual.proj
-        )
-    return Tower(
-        name, lambda pixels: (_pooled(visual(pixels)), None), visual.transformer.resblocks, pooling, prefix=1,
-        patch=visual.patch_size,
-    )  # fmt: skip
-
-
-def _attentional_pooling(pooler: AttentionalPooler, finish: Callable[[Tensor], Tensor]) -> Pooling:
-    """CoCa's pooling, of which the first query makes the pooled embedding."""
-    attention = pooler.attn
-    if attention.in_proj_weight is not None:
-        matrices = attention.in_proj_weight.chunk(3)
-    else:
-        matrices = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
-    (q_matrix, k_matrix, v_matrix), (q_bias, k_bias, v_bias) = matrices, attention.in_proj_bias.chunk(3)
-
-    def weights(hidden: Tensor, _given: Tensor) -> Tensor:
-        q = F.linear(pooler.ln_q(pooler.query[:1]), q_matrix, q_bias)
-        k = F.linear(pooler.ln_k(hidden), k_matrix, k_bias)
-        return attention_weights(_heads(q, attention.num_heads), _heads(k, attention.num_heads)).squeeze(-2)
-
-    return Pooling(
-        lambda hidden: F.linear(pooler.ln_k(hidden), v_matrix, v_bias), weights,
-        lambda x: finish(attention.out_proj(x)), attends=True,
-    )  # fmt: skip
-
-
-def _resnet(visual: ModifiedResNet, name: str) -> Tower:
-    """Positions are the mean of the last map and its cells, with the pooling's position embeddings.
-
-    Tokens are the cells through value and output projection (MaskCLIP; DenseCLIP, Rao et al. 2022);
-    there is no block before the pooling, so the value path is the same.
-    """
-    attention = visual.attnpool
-    heads = attention.num_heads
-
-    def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        cells = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels)))))
-        positions = cells.flatten(2).transpose(1, 2)
-        positions = torch.cat([positions.mean(dim=1, keepdim=True), positions], dim=1)
-        return attention(cells), positions + attention.positional_embedding
-
-    def weights(hidden: Tensor, _given: Tensor) -> Tensor:
-        q, k = attention.q_proj(hidden[:, :1]), attention.k_proj(hidden)
-        return attention_weights(_heads(q, heads), _heads(k, heads)).squeeze(-2)
-
-    def value_value(hidden: Tensor) -> Tensor:
-        """CLIP Surgery for ResNets: normalised values, scores eight times as large."""
-        v = _heads(attention.v_proj(hidden), heads)
-        unit = F.normalize(v, dim=-1)
-        return attention.c_proj(_merged(attention_weights(8 * unit, unit) @ v))
-
-    return Tower(
-        name, run, [], Pooling(attention.v_proj, weights, attention.c_proj, attends=True), prefix=1,
-        value_value=value_value,
-    )  # fmt: skip
-
-
-def _timm_transformer(visual: TimmModel, name: str) -> Tower:
-    trunk = visual.trunk
-    prefix, pool = trunk.num_prefix_tokens, trunk.attn_pool
-    skipped = 0 if getattr(trunk, "pool_include_prefix", False) else prefix
-
-    def head(x: Tensor) -> Tensor:
-        return visual.head(trunk.head(trunk.fc_norm(x)))
-
-    if isinstance(pool, AttentionPoolLatent) and pool.latent_len == 1 and pool.pos_embed is None:
-        pooling = _latent_pooling(trunk.norm, pool, head, skipped)
-    elif pool is None and trunk.global_pool in ("token", "avg"):
-        pooling = Pooling(trunk.norm, _first if trunk.global_pool == "token" else _uniform(skipped), head)
-    else:
-        kind = trunk.global_pool if pool is None else type(pool).__name__
-        raise TeacherError(
-            f"teacher {name}: timm pooling {kind!r} has no reading per token; supported are 'token', 'avg' "
-            "and 'map' with one latent and no position embedding"
-        )
-    return Tower(
-        name, lambda pixels: (visual(pixels), None), list(trunk.blocks), pooling, prefix,
-        patch=trunk.patch_embed.patch_size if isinstance(trunk.patch_embed, PatchEmbed) else None,
-    )  # fmt: skip
-
-
-def _latent_pooling(
-    norm: nn.Module, pool: AttentionPoolLatent, head: Callable[[Tensor], Tensor], skipped: int
-) -> Pooling:
-    """SigLIP's attention pooling by a learned query, with output projection and MLP residual."""
-
-    def weights(hidden: Tensor, _given: Tensor) -> Tensor:
-        q = pool.q_norm(_heads(pool.q(pool.latent), pool.num_heads))
-        k = pool.k_norm(_heads(pool.kv(norm(hidden[:, skipped:])).chunk(2, dim=-1)[0], pool.num_heads))
-        return F.pad(attention_weights(q, k).squeeze(-2), (skipped, 0))
-
-    def finish(x: Tensor) -> Tensor:
-        x = pool.proj(x)
-        return head(x if pool.mlp is None else x + pool.mlp(pool.norm(x)))
-
-    return Pooling(lambda hidden: pool.kv(norm(hidden)).chunk(2, dim=-1)[1], weights, finish, attends=True)
-
-
-def _timm_map(visual: TimmModel, name: str) -> Tower:
-    """Trunks that end in a map (ConvNeXt, FastViT, Swin): its cells, each through the head alone."""
-    trunk = visual.trunk
-    pool = getattr(getattr(trunk, "head", trunk), "global_pool", getattr(trunk, "global_pool", None))
-    last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
-    if getattr(pool, "pool_type", None) != "avg" or "pool" in dict(visual.head.named_children()):
-        raise TeacherError(
-            f"teacher {name}: timm trunk {type(trunk).__name__} does not average its last map; other pooling "
-            "has no reading per token here"
-        )
-
-    def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features = trunk.forward_features(pixels)
-        positions = features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
-        return visual.head(trunk.forward_head(features)), positions
-
-    def head(x: Tensor) -> Tensor:
-        single = x.reshape(-1, 1, 1, x.shape[-1])
-        output = visual.head(trunk.forward_head(single if last else single.permute(0, 3, 1, 2)))
-        return output.view(*x.shape[:-1], -1)
-
-    return Tower(name, run, [], Pooling(nn.Identity(), _uniform(0), head))
-
-
-# Text towers
-
-
-def text_tower(model: nn.Module, name: str) -> Tower:
-    """The text tower of an open_clip model.
-
-    Raises:
-        TeacherError: its pooling has no reading per token.
-    """
-    text: Any = getattr(model, "text", model)  # the plain CLIP class holds its text tower's parts itself
-    if isinstance(text, HFTextEncoder):
-        return _hugging_face_text(text, name)
-    if getattr(text, "cls_emb", None) is not None:
-        return _appended_class(text, name)
-    pool_type = text.text_pool_type if isinstance(text, open_clip.CLIP) else text.pool_type
-    if pool_type not in ("first", "last", "argmax", "eos"):
-        raise TeacherError(f"teacher {name}: its text tower does not pool (pool_type={pool_type!r})")
-
-    def weights(hidden: Tensor, ids: Tensor) -> Tensor:
-        index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).unsqueeze(-1)
-        return _one_hot(text_global_pool(index, ids, pool_type, _eos_of(text)).squeeze(-1), hidden)
-
-    pooling = Pooling(text.ln_final, weights, _linear(text.text_projection))
-    return Tower(
-        name, lambda ids: (encode_text_tokens(model, ids)[0], None), text.transformer.resblocks, pooling,
-        cut=text.attn_mask is not None and pool_type != "last",
-    )  # fmt: skip
-
-
-def _eos_of(text: Any) -> int | None:
-    """The end token's id of a text tower, which pool_type 'eos' looks for."""
-    return text.text_eos_id if isinstance(text, open_clip.CLIP) else text.eos_id
-
-
-def encode_text_tokens(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled and per-token text features before L2 normalisation, of open_clip's own text towers.
-
-    ``ids`` is (batch, tokens) with the padding id behind the end token. Where the tower is causal and
-    pools at the end token, they may be cut to the longest: padding changes nothing. Returns
-    (batch, teacher_dim) and (batch, tokens, teacher_dim), both after ``ln_final`` and the projection.
-    """
-    text: Any = getattr(model, "text", model)
-    length = ids.shape[1]
-    mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
-    hidden = text.token_embedding(ids) + text.positional_embedding[:length]
-    hidden = text.ln_final(text.transformer(hidden, attn_mask=mask))
-    pool_type = text.text_pool_type if isinstance(text, open_clip.CLIP) else text.pool_type
-    project = _linear(text.text_projection)
-    return project(text_global_pool(hidden, ids, pool_type, eos_token_id=_eos_of(text))), project(hidden)
-
-
-def _appended_class(text: Any, name: str) -> Tower:
-    """CoCa's text tower, which appends a class token and pools it."""
-
-    def weights(hidden: Tensor, _ids: Tensor) -> Tensor:
-        return _one_hot(hidden.new_full((len(hidden),), hidden.shape[1] - 1, dtype=torch.long), hidden)
-
-    pooling = Pooling(text.ln_final, weights, _linear(text.text_projection))
-    return Tower(name, lambda ids: (_pooled(text(ids)), None), text.transformer.resblocks, pooling)
-
-
-def _hugging_face_text(text: HFTextEncoder, name: str) -> Tower:
-    encoder = text.transformer
-    holder = getattr(encoder, "encoder", encoder)
-    blocks = next(
-        (getattr(holder, part) for part in ("layer", "layers", "block") if hasattr(holder, part)), None
-    )
-    norm = getattr(holder, "final_layer_norm", getattr(holder, "layer_norm", nn.Identity()))
-    if blocks is None or not isinstance(text.pooler, MeanPooler | ClsPooler | ClsLastHiddenStatePooler):
-        raise TeacherError(
-            f"teacher {name}: text tower {type(encoder).__name__} with {type(text.pooler).__name__} has no "
-            "reading per token; supported are BERT-, T5- and M2M-like encoders with mean or class pooling"
-        )
-    dense = getattr(encoder, "pooler", None)
-
-    def mean(hidden: Tensor, ids: Tensor) -> Tensor:
-        mask = (ids != text.config.pad_token_id).to(hidden)
-        return (mask / mask.sum(dim=1, keepdim=True)).unsqueeze(1)
-
-    def head(x: Tensor) -> Tensor:
-        if isinstance(text.pooler, ClsPooler) and text.pooler.use_pooler_output and dense is not None:
-            x = dense.activation(dense.dense(x))
-        return text.proj(x)
-
-    pooling = Pooling(norm, mean if isinstance(text.pooler, MeanPooler) else _first, head)
-    return Tower(name, lambda ids: (_pooled(text(ids)), None), list(blocks), pooling, cut=True)
