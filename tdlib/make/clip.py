@@ -26,7 +26,7 @@ from tdlib.core.files import write_folder, write_json
 from tdlib.make import corpus
 from tdlib.make.loop import Position, machine, mixed_precision, train
 from tdlib.miniworld.writers import VERSION
-from tdlib.teacher.towers import encode_text_tokens
+from tdlib.teacher.families import encode_text_tokens
 
 MINI_CLIP: dict[str, Any] = {
     "embed_dim": 128,
