@@ -82,6 +82,7 @@ class RunConfig(BaseModel):
 
     arm: str = _method("clip_td", "a key of tdlib.arms.ARMS")
     epochs: int = _training(6, "passes over the training subset", ge=1)
+    repeat_epochs: int = _training(1, "times that the epochs are trained (a control of cost)", ge=1)
     batch_size: int = _training(16, "examples per batch", ge=1)
     accumulation: int = _training(1, "batches per update", ge=1)
     learning_rate: float = _training(5e-4, "of pretrained layers", gt=0)
@@ -135,6 +136,33 @@ class RunConfig(BaseModel):
     token_weight: str = _method("score", "a key of tdlib.method.weighting.TOKEN_WEIGHTS")
     instance_weight: str = _method("ratio", "a key of tdlib.method.weighting.INSTANCE_WEIGHTS")
     distance: str = _method("cosine", "a key of tdlib.method.losses.DISTANCES")
+
+    centred_targets: bool = _method(
+        False, "whether targets lose the mean token of their modality (beyond the paper)"
+    )
+    shared_phi: bool = _method(False, "one map into CLIP's space for text and picture (beyond the paper)")
+    repair_weight: float = _method(
+        0.0, "of CLIP's judgement of texts with other pictures (beyond the paper)", ge=0
+    )
+    repair_pool: Literal["batch", "subset", "train", "own"] = _method(
+        "batch",
+        "where other pictures come from: the batch, the training subset, all training pictures (without "
+        "labels), or 'own': the example's own (a control)",
+    )
+    repair_choice: Literal["random", "changed", "disagreement"] = _method(
+        "random",
+        "which of them: any, one that changes CLIP's answer, or the one where the student is furthest from "
+        "CLIP",
+    )
+    repair_share: float = _method(1.0, "of the batch that is shown again", gt=0, le=1)
+    repair_schedule: str = _method("constant", "of repair_weight over the training")
+    repair_instance_weight: str = _method(
+        "certainty",
+        "of each pair: a key of tdlib.method.weighting.INSTANCE_WEIGHTS; CLIP's best answer counts as right",
+    )
+    truth_weight: float = _method(
+        0.0, "of selected words that predict whether their statement is true (beyond the paper)", ge=0
+    )
 
     teacher_control: Literal["", "shuffled_images", "random_weights"] = _method(
         "", "a teacher that sees another picture, or has learned nothing", "arm"
@@ -248,6 +276,10 @@ def apply_arm(config: RunConfig) -> RunConfig:
     (``clip_td_features``), with it alone (``clip_td_choice``), selection without weights, weights
     without selection, without the prior. Controls: other selections of the same size, a teacher that
     sees another example's picture or has random weights, and smoothed labels without a teacher.
+    Beyond the paper: ``clip_td_repaired`` adds CLIP's judgement of re-paired examples to the method,
+    ``repair_only`` has nothing else, ``truth_only`` lets selected tokens predict a statement's truth. Their
+    controls: ``repair_shuffled`` and ``repair_random`` have such teachers, ``repair_own`` learns CLIP's
+    judgement of the true pairs in a second pass, ``finetune_double`` finetunes with as many passes.
     ``clip_input``: CLIP's patch tokens in place of the student's regions; their projection is new
     (after CLIP-ViL, Shen et al. 2021). ``clip_finetune``: CLIP's two towers with a fusion head.
 

@@ -57,6 +57,15 @@ class TargetRecord:
     split: str = ""
     step: int = END  # updates done when it was recorded (0: before the first), or END
     truth: str = GROUND_TRUTH  # what the relevant spans and boxes are, or what stands in for it
+    # A re-paired lesson, where the run has such: the same text with another picture. Probabilities of this
+    # statement among those that CLIP judges, of CLIP and of the student, with the example's picture and
+    # with the other one; ``lesson_weight`` is the weight of the pair in the loss.
+    other_image: Path | None = None
+    teacher_choice: float | None = None
+    student_choice: float | None = None
+    teacher_other: float | None = None
+    student_other: float | None = None
+    lesson_weight: float | None = None
 
     @property
     def is_text(self) -> np.ndarray:
@@ -83,7 +92,7 @@ def records_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
                 value = value.tolist()
             elif field.name == "references":
                 value = [[r.start, r.end, *r.objects] for r in value]
-            elif field.name == "image":
+            elif isinstance(value, Path):
                 value = str(value)
             elif isinstance(value, tuple):
                 value = [list(item) if isinstance(item, tuple) else item for item in value]
@@ -156,8 +165,8 @@ def _record(row: dict[str, Any]) -> TargetRecord:
             value = np.array(value, dtype=kind).reshape(shapes.get(field.name, (-1,)))
         elif field.name == "references":
             value = tuple(Reference(r[0], r[1], tuple(r[2:])) for r in value)
-        elif field.name == "image":
-            value = Path(value)
+        elif field.name in ("image", "other_image"):
+            value = None if value is None else Path(value)
         elif isinstance(value, list):
             value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
         values[field.name] = value

@@ -66,13 +66,21 @@ def align(student: Tokens, teacher: Tokens) -> Float[Tensor, "*batch student_tok
 def aligned_targets(
     alignment: Float[Tensor, "*batch student_tokens teacher_tokens"],
     teacher_tokens: Float[Tensor, "*batch teacher_tokens teacher_dim"],
+    centre: Float[Tensor, "*rows teacher_dim"] | None = None,
 ) -> Float[Tensor, "*batch student_tokens teacher_dim"]:
     """Make the target of each student token: the mean direction of the teacher tokens it covers.
 
     ``u = normalise(A t)`` (our reading of CLIP-TD). Unit vectors in CLIP's joint space, exactly
     zero where the row of ``alignment`` is zero. Carries no gradient.
+
+    ``centre`` m, one vector for all rows or the mean teacher token of each row's modality, makes it
+    ``normalise(A t - m)`` (beyond the paper): CLIP's vectors lie in a narrow cone, and what all share
+    tells a student nothing.
     """
     mixed = alignment.detach() @ teacher_tokens.detach().to(alignment.dtype)
+    if centre is not None:
+        has_target = alignment.detach().sum(dim=-1, keepdim=True) > 0
+        mixed = torch.where(has_target, mixed - centre.detach().to(mixed.dtype), 0.0)
     return F.normalize(mixed, dim=-1)
 
 

@@ -54,6 +54,7 @@ _INSTANCE = Table(
     ("teacher_probabilities (batch choices)", "student_probabilities (batch choices)", "labels (batch)"),
     "(batch), at least 0",
 )  # fmt: skip
+_SCHEDULE = Table("weighting", "SCHEDULES", ("progress: float in [0, 1)",), "float in [0, 1]")
 TABLES: dict[str, tuple[Table, ...]] = {
     "relevance": (
         Table(
@@ -93,9 +94,9 @@ TABLES: dict[str, tuple[Table, ...]] = {
             "(batch tokens)",
         ),
     ),
-    "distill_schedule": (
-        Table("weighting", "SCHEDULES", ("progress: float in [0, 1)",), "float in [0, 1]"),
-    ),
+    "distill_schedule": (_SCHEDULE,),
+    "repair_schedule": (_SCHEDULE,),
+    "repair_instance_weight": (_INSTANCE,),
 }  # fmt: skip
 
 

@@ -9,6 +9,8 @@ An instance weight is a function ``(teacher_probabilities, student_probabilities
 ``INSTANCE_WEIGHTS["mine"] = my_weight``.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -99,6 +101,33 @@ def wsld_weight(
     return 1 - torch.exp(-student / teacher)
 
 
+def certainty_weight(
+    teacher_probabilities: Probabilities, student_probabilities: Probabilities, labels: Labels
+) -> Weights:
+    """Follow the teacher as far as it is sure: ``1 - H(teacher) / ln(choices)``; reads no label.
+
+    1 where it gives all to one choice, 0 where all are alike to it (our reading; ``H`` in nats). 1 where
+    there is one choice only.
+    """
+    teacher = teacher_probabilities.detach()
+    if teacher.shape[-1] < 2:
+        return torch.ones_like(teacher[..., 0])
+    entropy = -torch.xlogy(teacher, teacher).sum(dim=-1)
+    return (1 - entropy / math.log(teacher.shape[-1])).clamp(0, 1)
+
+
+def disagreement_weight(
+    teacher_probabilities: Probabilities, student_probabilities: Probabilities, labels: Labels
+) -> Weights:
+    """Follow the teacher where it is sure and the student says otherwise; reads no label.
+
+    ``certainty * sum_k |p_T[k] - p_S[k]| / 2``, the second factor being the total variation, 0 where both
+    agree and 1 where they exclude each other (our reading).
+    """
+    apart = (teacher_probabilities.detach() - student_probabilities.detach()).abs().sum(dim=-1) / 2
+    return certainty_weight(teacher_probabilities, student_probabilities, labels) * apart.clamp(0, 1)
+
+
 def uniform_weight(
     teacher_probabilities: Probabilities, student_probabilities: Probabilities, labels: Labels
 ) -> Weights:
@@ -137,6 +166,8 @@ INSTANCE_WEIGHTS = {
     "correct": correct_weight,
     "focal": focal_weight,
     "wsld": wsld_weight,
+    "certainty": certainty_weight,
+    "disagreement": disagreement_weight,
     "uniform": uniform_weight,
 }
 

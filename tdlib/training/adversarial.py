@@ -1,7 +1,7 @@
 """Adversarial finetuning of any student (VILLA, Gan et al. 2020, arXiv 2006.06195).
 
-Embeddings, not pixels or words, are moved to where the student errs, and it learns to answer there
-as it does without: an option of training beside every arm.
+Perturbs the input embeddings in the direction that raises the loss, and penalises how far the prediction
+moves. Works with every arm; ``adversarial_steps`` enables it.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,6 +46,7 @@ def adversarial_loss(
     task_loss: Callable[[Tensor, dict[str, Tensor], int], Tensor],
     config: RunConfig,
     examples: int,
+    output_hidden_states: bool = False,
 ) -> tuple[StudentOutput, dict[str, Tensor]]:
     """The clean output, and the loss at K moved inputs as the term "adversarial".
 
@@ -62,10 +63,9 @@ def adversarial_loss(
         config: ``adversarial_steps`` K, ``adversarial_rate`` the L2 norm of a step,
             ``adversarial_weight`` w, ``adversarial_on``.
         examples: what sums are divided by.
+        output_hidden_states: of the clean output.
     """
-    inputs: dict[str, Any] = student_inputs(student, batch) | {
-        "output_hidden_states": config.distill_weight > 0
-    }
+    inputs: dict[str, Any] = student_inputs(student, batch) | {"output_hidden_states": output_hidden_states}
     seen = next(name for name in PICTURES if name in inputs)
     words = inputs["input_ids"].flatten(0, 1)
     clean = student(**inputs)

@@ -45,7 +45,10 @@ def model_card(
         eval_results=results or None,
     )  # fmt: skip
     rows = [f"| `{split}` | {measure} | {100 * value:.1f} % |" for split, measure, value in figures]
-    terms = dict(zip(TERMS, (1.0, config.choice_weight, config.distill_weight), strict=True))
+    weights = (
+        1.0, config.choice_weight, config.distill_weight, config.repair_weight, config.truth_weight
+    )  # fmt: skip
+    terms = {name: weight for name, weight in zip(TERMS, weights, strict=True) if weight or name in TERMS[:3]}
     parts = [
         f"---\n{block.to_yaml()}\n---",
         f"# {name}: {config.task}",
@@ -65,13 +68,15 @@ def model_card(
 
 def _teaching(config: RunConfig, terms: Mapping[str, float]) -> str:
     weights = ", ".join(f"{name} {weight:g}" for name, weight in terms.items())
-    if not config.distill_weight and not config.choice_weight:
+    if not any(weight for name, weight in terms.items() if name != "task"):
         return "No teacher." if config.student != "teacher" else f"It is CLIP itself: `{config.teacher}`."
     source = " ".join(filter(None, (config.teacher, config.teacher_pretrained)))
     control = f" (control: {config.teacher_control})" if config.teacher_control else ""
     text = f"Teacher: `{source}`{control}. Weights of the terms: {weights}. The student has the parameters "
     text += "and the graph of the plainly finetuned one: the projections to the teacher's space were dropped."
-    if config.distill_weight:
+    if config.repair_weight or config.truth_weight:
+        text += " CLIP also judged statements, of other pictures too (beyond the paper)."
+    if config.distill_weight or config.repair_weight or config.truth_weight:
         text += " Targeted tokens (CLIP-TD, arXiv 2201.05729, our reading): " + _listed(
             config, parameters_with(role="method")
         )

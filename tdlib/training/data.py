@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, Dataset
 from tdlib.data.examples import Example, TextPart
 from tdlib.students.base import EncodedText, StudentEncoder, pad_last
 from tdlib.teacher.probe import soft_target
+from tdlib.training.judging import PicturePool, picture_number
 from tdlib.training.pipeline import TargetBuilder, Targets
 
 
@@ -80,6 +81,8 @@ class EncodedExamples(Dataset):
         )
         label = -1 if example.label is None else example.label
         item = {**vars(text), "visual": visual, "label": label, "targets": targets}
+        if targets is not None and targets.statements is not None:
+            item["picture"] = picture_number(example.image)
         if example.annotators:
             item["soft"] = soft_target(example, self.num_labels)
         return item
@@ -101,13 +104,19 @@ def _targets_batch(items: Sequence[dict[str, Any]], length: int, visual: int) ->
                 batch[name] = value.new_zeros(len(items), len(value), length + visual, *value.shape[2:])
             batch[name][row, :, :texts] = value[:, :texts]
             batch[name][row, :, length : length + value.shape[1] - texts] = value[:, texts:]
-    for name in ("teacher_logits", "teacher_knows", "text_global", "image_global"):
+    names = ["teacher_logits", "teacher_knows", "text_global", "image_global"]
+    if items[0]["targets"].statements is not None:  # what re-pairing reads
+        names += ["statements", "judged"]
+        batch["picture"] = torch.tensor([item["picture"] for item in items])
+    for name in names:
         batch[name] = torch.stack([getattr(item["targets"], name) for item in items])
     return batch
 
 
-def collate(items: Sequence[dict[str, Any]], encoder: StudentEncoder) -> dict[str, Tensor]:
-    """One batch: texts padded to the longest, pictures to the largest."""
+def collate(
+    items: Sequence[dict[str, Any]], encoder: StudentEncoder, pool: PicturePool | None = None
+) -> dict[str, Tensor]:
+    """One batch: texts padded to the longest, pictures to the largest; with as many pictures of ``pool``."""
     length = max(item["input_ids"].shape[1] for item in items)
     padding = {"input_ids": encoder.tokenizer.pad_token_id, "objects": -1}
     batch = {
@@ -122,6 +131,8 @@ def collate(items: Sequence[dict[str, Any]], encoder: StudentEncoder) -> dict[st
     if items[0]["targets"] is not None:
         visual = max(i["targets"].valid.shape[1] - i["input_ids"].shape[1] for i in items)
         batch |= _targets_batch(items, length, visual)
+    if pool is not None:
+        batch |= pool.draw([item["row"] for item in items], len(items))
     return batch
 
 

@@ -2,9 +2,10 @@
 
 ``TargetedDistillation`` joins the student with what training needs beside it (linear maps and
 weights of terms that are dropped afterwards). Owns which terms there are and what they weigh; the
-losses themselves, selection and weights are pure functions in modules of their own.
+method's steps are in ``method.clip_td``, re-pairing in ``Repairing`` below.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,23 +15,26 @@ from transformers import PreTrainedModel
 
 from tdlib.config import RunConfig
 from tdlib.core.paths import ConfigError
+from tdlib.method.clip_td import choose_tokens, distillation_loss, score_by_student, weigh_examples
 from tdlib.method.losses import choice_distribution_loss, targeted_distillation_loss
 from tdlib.method.relevance import STUDENT_RELEVANCE
-from tdlib.method.selection import SelectionOptions, select, token_scores
+from tdlib.method.selection import SelectionOptions
 from tdlib.method.tokens import Tokens
-from tdlib.method.weighting import INSTANCE_WEIGHTS, SCHEDULES, TOKEN_WEIGHTS
+from tdlib.method.weighting import SCHEDULES
 from tdlib.students.base import StudentOutput, student_inputs
 from tdlib.training.adversarial import adversarial_loss
+from tdlib.training.repairing import Repaired, Repairing
 
-TERMS = ("task", "choice", "distill")
+TERMS = ("task", "choice", "distill", "repair", "truth")
 
 
 class TargetedDistillation(nn.Module):
     """A student with the loss of the method (step 8).
 
-    ``phi`` is one linear map per modality from the student's width to the teacher's joint space;
-    it exists only here and is dropped after training (our reading), as is ``log_variance``, the
-    terms' own uncertainty, where they are weighed by it (Kendall et al. 2018, eq. 10).
+    ``phi`` is one linear map per modality (or one for both) from the student's width to the teacher's
+    joint space; it exists only here and is dropped after training (our reading), as are ``log_variance``,
+    the terms' own uncertainty, where they are weighed by it (Kendall et al. 2018, eq. 10), and the map of
+    ``repairing`` that reads a statement's truth from its tokens.
 
     ``progress``, the share of updates done, is for the trainer to set.
     """
@@ -40,7 +44,9 @@ class TargetedDistillation(nn.Module):
         self.student, self.settings = student, config
         self.phi: nn.ModuleDict | None = None
         self.log_variance: nn.ParameterDict | None = None
+        self.repairing: Repairing | None = None
         self.progress = 0.0
+        width = student.config.hidden_size
         if config.distill_weight > 0 and teacher_dim is not None:
             layers = student.config.num_hidden_layers + 1
             if not -layers <= config.distill_layer < layers:
@@ -48,21 +54,45 @@ class TargetedDistillation(nn.Module):
                     f"distill_layer={config.distill_layer}: the student has hidden states {-layers} to "
                     f"{layers - 1}"
                 )
-            width = student.config.hidden_size
             with torch.random.fork_rng():  # the baseline's random numbers stay what they are
                 torch.manual_seed(config.seed)
                 self.phi = nn.ModuleDict(
-                    {name: nn.Linear(width, teacher_dim) for name in self._mapped(config.distill_target)}
+                    {name: nn.Linear(width, teacher_dim) for name in self._mapped(config)}
                 )
+        if config.repair_weight > 0 or config.truth_weight > 0:
+            if config.truth_weight > 0 and self.phi is None and config.relevance in STUDENT_RELEVANCE:
+                raise ConfigError(
+                    f"relevance={config.relevance!r} compares the student with its targets, which "
+                    "distill_weight=0 leaves out; set another relevance, or distill_weight"
+                )
+            self.repairing = Repairing(config, width)
         if config.distill_schedule == "learned" and (self.phi is not None or config.choice_weight > 0):
-            self.log_variance = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in TERMS})
+            names = ("task", "choice", "distill", *(self.repairing.terms if self.repairing else ()))
+            self.log_variance = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
         self.options = SelectionOptions(config.mass, config.count, config.fraction, config.deviations)
         self.generator = torch.Generator().manual_seed(config.seed)
 
     @staticmethod
-    def _mapped(target: str) -> list[str]:
-        names = {"tokens": ["text", "visual"], "global": ["text_global", "image_global"]}
-        return names.get(target) or [*names["tokens"], *names["global"]]
+    def _mapped(config: RunConfig) -> list[str]:
+        """Names of the maps that are learned; one for both modalities is called "text"."""
+        tokens = ["text"] if config.shared_phi else ["text", "visual"]
+        names = {"tokens": tokens, "global": ["text_global", "image_global"]}
+        return names.get(config.distill_target) or [*names["tokens"], *names["global"]]
+
+    @property
+    def token_maps(self) -> Mapping[str, nn.Module]:
+        """The map of each modality's tokens."""
+        assert self.phi is not None
+        return {
+            "text": self.phi["text"],
+            "visual": self.phi["text" if self.settings.shared_phi else "visual"],
+        }
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """The generators that this module draws from, whose states belong to a checkpoint."""
+        return {"generator": self.generator} | (
+            {"repairing": self.repairing.generator} if self.repairing is not None else {}
+        )
 
     def forward(self, batch: dict[str, Tensor], window: int | None = None) -> dict[str, Tensor]:
         """The loss and its terms.
@@ -72,28 +102,35 @@ class TargetedDistillation(nn.Module):
         config = self.settings
         examples = window or len(batch["labels"])
         if config.adversarial_steps and self.training:
-            output, extra = adversarial_loss(self.student, batch, self.task_loss, config, examples)
+            output, extra = adversarial_loss(
+                self.student, batch, self.task_loss, config, examples, self.needs_hidden_states
+            )
         else:
-            output, extra = self.student(**self._inputs(batch)), {}
+            output, extra = self.student(**self.inputs(batch)), {}
         assert output.logits is not None
         output.logits = logits = output.logits.float()
+        repaired = None
+        if self.repairing is not None:
+            repaired = self.repairing.repair(self.student, batch, logits, config.repair_share)
         with torch.autocast(logits.device.type, enabled=False):  # whatever the precision of the student
             terms = {"task": self.task_loss(logits, batch, examples), **extra}
             if config.choice_weight > 0:
-                weighing = config.choice_instance_weight  # "uniform" needs no right answer
-                weights = batch["teacher_knows"]  # a distribution over texts cut short is no knowledge
-                if weighing != "uniform":
-                    weights = weights * self.instance_weights(batch, logits, weighing)
-                terms["choice"] = choice_distribution_loss(
-                    logits, batch["teacher_logits"], config.choice_temperature, examples, weights
-                )
+                terms["choice"] = self._choice_loss(logits, batch, examples)
+            chosen = self._chosen(output, batch)
             if self.phi is not None:
-                terms |= self._distill(output, batch, examples)
+                terms |= self._distill(output, batch, chosen, examples)
+            if self.repairing is not None:
+                terms |= self._repair(output, repaired, batch, chosen, examples)
             return {"loss": self._total(terms, examples, len(batch["labels"])), "logits": logits, **terms}
 
-    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+    @property
+    def needs_hidden_states(self) -> bool:
+        return self.phi is not None or self.settings.truth_weight > 0
+
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """What the student is called with."""
         inputs: dict[str, Any] = student_inputs(self.student, batch)
-        return inputs | {"output_hidden_states": True} if self.phi is not None else inputs
+        return inputs | {"output_hidden_states": True} if self.needs_hidden_states else inputs
 
     def task_loss(self, logits: Tensor, batch: dict[str, Tensor], examples: int) -> Tensor:
         """The loss of the task itself, summed over the batch and divided by ``examples``."""
@@ -107,9 +144,43 @@ class TargetedDistillation(nn.Module):
             )
         return loss / examples
 
+    def _choice_loss(self, logits: Tensor, batch: dict[str, Tensor], examples: int) -> Tensor:
+        """The teacher's distribution over the choices (or labels)."""
+        config = self.settings
+        weights = batch["teacher_knows"]  # a distribution over texts cut short is no knowledge
+        if config.choice_instance_weight != "uniform":  # "uniform" needs no right answer
+            weights = weights * self.instance_weights(batch, logits, config.choice_instance_weight)
+        return choice_distribution_loss(
+            logits, batch["teacher_logits"], config.choice_temperature, examples, weights
+        )
+
+    def _chosen(self, output: StudentOutput, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Selected tokens and their weights, once for all terms that read them; None where none does."""
+        config = self.settings
+        of_tokens = self.phi is not None and config.distill_target != "global"
+        if not of_tokens and config.truth_weight == 0:
+            return None
+        assert output.hidden_states is not None
+        return self.choose_tokens(batch, output.hidden_states[config.distill_layer].float())
+
+    def _repair(
+        self, output: StudentOutput, repaired: Repaired | None, batch: dict[str, Tensor],
+        chosen: tuple[Tensor, Tensor] | None, examples: int,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The terms beyond the paper: CLIP's judgement of re-paired examples, and of statements' truth."""
+        assert self.repairing is not None
+        share = len(batch["labels"]) / examples
+        terms = self.repairing.repair_loss(repaired, share) if repaired else {}
+        if self.settings.truth_weight > 0:
+            assert chosen is not None
+            terms["truth"] = self.repairing.truth_loss(output, repaired, batch, *chosen) * share
+        return terms
+
     def _total(self, terms: dict[str, Tensor], examples: int, here: int) -> Tensor:
         config = self.settings
         weights = {"task": 1.0, "choice": config.choice_weight, "distill": self.distill_weight()}
+        if self.repairing is not None:
+            weights |= self.repairing.weights(self.progress)
         loss = terms["task"].new_zeros(())
         for name, weight in weights.items():
             if name not in terms:
@@ -125,7 +196,10 @@ class TargetedDistillation(nn.Module):
         """The weight of the distillation term at this point of the training."""
         return self.settings.distill_weight * SCHEDULES[self.settings.distill_schedule](self.progress)
 
-    def _distill(self, output: StudentOutput, batch: dict[str, Tensor], examples: int) -> dict[str, Tensor]:
+    def _distill(
+        self, output: StudentOutput, batch: dict[str, Tensor], chosen: tuple[Tensor, Tensor] | None,
+        examples: int,
+    ) -> dict[str, Tensor]:  # fmt: skip
         assert self.phi is not None and output.hidden_states is not None and output.logits is not None
         hidden = output.hidden_states[self.settings.distill_layer].float()
         instance = self.instance_weights(batch, output.logits)
@@ -138,25 +212,21 @@ class TargetedDistillation(nn.Module):
                     torch.full_like(hidden[:, :, :1, 0], 0.5), instance[:, None],
                     self.settings.distance, sequences,
                 )  # fmt: skip
-        if self.settings.distill_target != "global":
-            terms |= self._distill_tokens(terms, hidden, instance, batch, sequences)
+        if chosen is not None and self.settings.distill_target != "global":
+            terms |= self._distill_tokens(terms, hidden, instance, batch, *chosen, sequences)
         return terms
 
     def _distill_tokens(
         self, terms: dict[str, Tensor], hidden: Tensor, instance: Tensor, batch: dict[str, Tensor],
-        sequences: int,
+        selected: Tensor, weights: Tensor, sequences: int,
     ) -> dict[str, Tensor]:  # fmt: skip
-        assert self.phi is not None
-        selected, weights = self.choose_tokens(batch, hidden)
-        text = Tokens(batch["target_spans"], batch["target_boxes"]).is_text
-        loss = terms["distill"]
-        share = weights * instance[:, None, None]
-        for name, chosen in (("text", selected & text), ("visual", selected & ~text)):
-            projected = self.phi[name](hidden[chosen])  # only the selected tokens are projected
-            loss = loss + targeted_distillation_loss(
-                projected[None], batch["vectors"][chosen][None], share[chosen][None], hidden.new_ones(1),
-                self.settings.distance, sequences,
-            )  # fmt: skip
+        student = Tokens(batch["target_spans"], batch["target_boxes"])
+        loss, text = terms["distill"], student.is_text
+        for part in distillation_loss(
+            hidden, self.token_maps, batch["vectors"], student, selected, weights, instance,
+            self.settings.distance, sequences,
+        ):  # fmt: skip
+            loss = loss + part
         return {
             "distill": loss,
             "selected_text": (selected & text).sum() / sequences,
@@ -176,24 +246,22 @@ class TargetedDistillation(nn.Module):
             return batch["relevance"], batch["scores"]
         assert self.phi is not None and hidden is not None
         student = Tokens(batch["target_spans"], batch["target_boxes"])
+        maps = self.token_maps
         with torch.no_grad():
-            mapped = torch.where(
-                student.is_text[..., None], self.phi["text"](hidden), self.phi["visual"](hidden)
-            )
-        relevance = STUDENT_RELEVANCE[config.relevance](mapped, batch["vectors"], student, batch["valid"])
-        scores = token_scores(
-            relevance, batch["prior"], student, batch["valid"], config.temperature, config.prior_weight
-        )
-        return relevance, scores
+            mapped = torch.where(student.is_text[..., None], maps["text"](hidden), maps["visual"](hidden))
+        return score_by_student(
+            mapped, batch["vectors"], batch["prior"], student, batch["valid"], config.relevance,
+            config.temperature, config.prior_weight,
+        )  # fmt: skip
 
     def choose_tokens(self, batch: dict[str, Tensor], hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Selected tokens and their weights, both (batch, choices, tokens); ``hidden`` as in ``scores``."""
+        config, student = self.settings, Tokens(batch["target_spans"], batch["target_boxes"])
         _, scores = self.scores(batch, hidden)
-        student = Tokens(batch["target_spans"], batch["target_boxes"])
-        selected = select(
-            scores, student, batch["valid"], self.settings.selector, self.options, self.generator
-        )
-        return selected, TOKEN_WEIGHTS[self.settings.token_weight](scores, selected)
+        return choose_tokens(
+            scores, student, batch["valid"], config.selector, self.options, config.token_weight,
+            self.generator,
+        )  # fmt: skip
 
     def instance_weights(self, batch: dict[str, Tensor], logits: Tensor, name: str = "") -> Tensor:
         """c (batch,), from the probabilities of teacher and student; carries no gradient.
@@ -201,10 +269,9 @@ class TargetedDistillation(nn.Module):
         0 for an example whose right answer is not in the label set: there is no p_T. ``name`` is that of
         a function in ``INSTANCE_WEIGHTS``; "" takes the run's.
         """
-        weight = INSTANCE_WEIGHTS[name or self.settings.instance_weight]
-        known = batch["labels"] >= 0
-        teacher, student = batch["teacher_logits"].softmax(-1), logits.detach().softmax(-1)
-        return weight(teacher, student, batch["labels"].clamp_min(0)) * known
+        return weigh_examples(
+            batch["teacher_logits"], logits, batch["labels"], name or self.settings.instance_weight
+        )
 
     @torch.no_grad()
     def fit_phi(self, loader: DataLoader, ridge: float = 1e-2, batches: int = 8) -> None:
@@ -221,10 +288,11 @@ class TargetedDistillation(nn.Module):
             if number == batches:
                 break
             batch = {name: value.to(device) for name, value in batch.items()}
-            hidden = self.student(**self._inputs(batch)).hidden_states[self.settings.distill_layer]
+            hidden = self.student(**self.inputs(batch)).hidden_states[self.settings.distill_layer]
             text = Tokens(batch["target_spans"], batch["target_boxes"]).is_text
+            of_text = batch["valid"] & text
             pairs = {
-                "text": (batch["valid"] & text, batch["vectors"]),
+                "text": (batch["valid"] if self.settings.shared_phi else of_text, batch["vectors"]),
                 "visual": (batch["valid"] & ~text, batch["vectors"]),
             }
             first = torch.zeros_like(text)

@@ -1,7 +1,7 @@
-"""From an example to what the method distils: the student's tokens, the teacher's, and their bond.
+"""Builds the targets of one example from cached teacher features: steps 1 to 5 of ``method.clip_td``.
 
-Everything here depends on the example and the frozen teacher alone, so it is computed once per
-example; what changes while training (selection that draws, instance weights) happens in ``training``.
+All that is here depends on the example and the frozen teacher alone, so it is made once per example; what
+changes while the student learns happens in ``objective``.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,37 +13,32 @@ from torch import Tensor
 
 from tdlib.config import RunConfig
 from tdlib.data.examples import Example
-from tdlib.method.alignment import align, aligned_targets
-from tdlib.method.priors import PRIORS, Idf, referred_prior
-from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
-from tdlib.method.selection import token_scores
+from tdlib.method.clip_td import ScoredTokens, score_tokens, token_prior
+from tdlib.method.priors import Idf
 from tdlib.method.tokens import TeacherTokens, Tokens
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import EXTRAS, TeacherRecord, choice_logits
 from tdlib.teacher.probe import compared_texts
+from tdlib.training.judging import StatementJudge
 
 
 @dataclass(frozen=True)
-class Targets:
+class Targets(ScoredTokens):
     """What one example's tokens are drawn to; tokens run over text, then picture, as in the student.
 
-    ``vectors`` (choices, tokens, teacher_dim) unit length, zero where not distilled; ``relevance``,
-    ``prior``, ``scores`` (choices, tokens); ``valid`` marks tokens with a target; a relevance that
-    depends on the student (``STUDENT_RELEVANCE``) is 0 here, for training to compute;
-    ``teacher_logits`` are CLIP's zero-shot scaled cosines (choices,), or class logits (labels,);
-    ``teacher_knows`` is 0 where a text was too long for it, so that they tell nothing, else 1.
+    Beside the scored tokens (choices, tokens, ...): ``teacher_logits`` are CLIP's zero-shot scaled cosines
+    (choices,), or class logits (labels,); ``teacher_knows`` is 0 where a text was too long for it, so that
+    they tell nothing, else 1. ``statements`` and ``judged`` say what CLIP judges of the example
+    with any picture, see ``judging.StatementJudge``; None where nothing is re-paired.
     """
 
     tokens: Tokens
-    vectors: Tensor
-    relevance: Tensor
-    prior: Tensor
-    scores: Tensor
-    valid: Tensor
     teacher_logits: Tensor
     teacher_knows: Tensor
     text_global: Tensor  # (choices, teacher_dim)
     image_global: Tensor  # (choices, teacher_dim), the same picture for each
+    statements: Tensor | None = None  # (judged, teacher_dim)
+    judged: Tensor | None = None  # (judged,)
 
 
 def teacher_tokens(
@@ -91,6 +86,8 @@ class TargetBuilder:
         class_logits: the teacher's logits over the label set, where examples have no choices.
         labels: the label set, where ``class_logits`` compares the picture with answer statements.
         seen_as: the example as the teacher sees it; itself, unless a control shows another's picture.
+        judge: what CLIP is asked about re-paired examples, where a run re-pairs.
+        centres: mean teacher tokens of texts and of pictures, where targets are centred.
     """
 
     def __init__(
@@ -101,11 +98,13 @@ class TargetBuilder:
         class_logits: Callable[[Example], Tensor] | None = None,
         seen_as: Callable[[Example], Example] = lambda example: example,
         labels: Sequence[str] = (),
+        judge: StatementJudge | None = None,
+        centres: tuple[Tensor, Tensor] | None = None,
     ):
         self.cache, self.idf, self.config, self.class_logits = cache, idf, config, class_logits
         self.labels = labels
         _ = cache.teacher.logit_scale  # is kept from now on: processes that make batches have no GPU
-        self.seen_as = seen_as
+        self.seen_as, self.judge, self.centres = seen_as, judge, centres
 
     def prepare(self, examples: Sequence[Example], part: int = 5_000) -> None:
         """Computes in one go what the relevance variant needs of examples and the cache lacks.
@@ -163,40 +162,45 @@ class TargetBuilder:
         example = self.seen_as(example)
         statements = [statement.text for statement in example.statements()]
         teacher = self._teacher_tokens(statements, example.image)
-        choices = len(statements)
-        student = Tokens.cat([Tokens.text(spans), Tokens.visual(boxes.expand(choices, -1, -1))])
-        alignment = align(student, teacher.tokens)
-        vectors = aligned_targets(alignment, teacher.projected)
-        valid = vectors.abs().sum(-1) > 0
-        prior = torch.ones(choices, student.spans.shape[1])
-        if self.config.relevance in STUDENT_RELEVANCE:
-            relevance = torch.zeros_like(prior)
-        else:
-            relevance = RELEVANCE[self.config.relevance](alignment, student, teacher)
-        text_prior = PRIORS[self.config.prior]
-        for row, text in enumerate(statements):
-            prior[row, : spans.shape[1]] = text_prior(text, spans[row], self.idf)
-            if self.config.visual_prior == "referred":
-                objects = {o for reference in example.statements()[row].references for o in reference.objects}
-                referred = torch.tensor([example.boxes[o] for o in sorted(objects)]).reshape(-1, 4)
-                prior[row, spans.shape[1] :] = referred_prior(boxes, referred)
-        scores = token_scores(
-            relevance, prior, student, valid, self.config.temperature, self.config.prior_weight
+        student = Tokens.cat([Tokens.text(spans), Tokens.visual(boxes.expand(len(statements), -1, -1))])
+        config = self.config
+        referred = self._referred(example) if config.visual_prior == "referred" else None
+        prior = token_prior(statements, spans, boxes, self.idf, config.prior, referred)
+        scored = score_tokens(
+            student, teacher, prior, config.relevance, config.temperature, config.prior_weight, self.centres
         )
         if self.class_logits is not None:
             logits = self.class_logits(example)
         else:
-            scale = self.cache.teacher.logit_scale
-            logits = choice_logits(teacher.image_global[0], teacher.text_global, scale)
+            logits = choice_logits(
+                teacher.image_global[0], teacher.text_global, self.cache.teacher.logit_scale
+            )
+        statements_judged = self.judge(example) if self.judge else (None, None)
+        is_cut = any(map(self.cache.cut, compared_texts(example, self.labels)))
         return Targets(
-            student,
-            vectors,
-            relevance,
-            prior,
-            scores,
-            valid,
-            logits,
-            torch.tensor(float(not any(map(self.cache.cut, compared_texts(example, self.labels))))),
-            teacher.text_global,
-            teacher.image_global,
-        )
+            **vars(scored), tokens=student, teacher_logits=logits, text_global=teacher.text_global,
+            image_global=teacher.image_global,
+            teacher_knows=torch.tensor(float(not is_cut)),
+            statements=statements_judged[0], judged=statements_judged[1],
+        )  # fmt: skip
+
+    @staticmethod
+    def _referred(example: Example) -> list[Tensor]:
+        """The boxes of the objects that each statement points at, (objects, 4)."""
+        objects = [
+            sorted({o for reference in statement.references for o in reference.objects})
+            for statement in example.statements()
+        ]
+        return [torch.tensor([example.boxes[o] for o in numbers]).reshape(-1, 4) for numbers in objects]
+
+
+@torch.no_grad()
+def token_centres(cache: TeacherCache, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """The mean token of the examples' distinct statements, and of their distinct pictures, (teacher_dim,).
+
+    Each text, and each picture, counts with its number of tokens.
+    """
+    texts = dict.fromkeys(statement.text for example in examples for statement in example.statements())
+    pictures = dict.fromkeys(example.image for example in examples)
+    of_texts = torch.cat([cache.text(text).projected for text in texts]).mean(0)
+    return of_texts, torch.cat([cache.picture(picture).projected for picture in pictures]).mean(0)

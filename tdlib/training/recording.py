@@ -22,6 +22,7 @@ from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TargetBuilder
 from tdlib.training.prepare import Materials, class_logits, load_student
+from tdlib.training.repairing import asks_truth
 
 
 class Probes(Protocol):
@@ -66,7 +67,7 @@ class ProbeRecorder:
         ``step`` is the number of updates done, or END. In evaluation mode (no dropout).
         """
         module, was_training = self.module, self.module.training
-        drawn = module.generator.get_state()
+        states = {name: generator.get_state() for name, generator in module.generators().items()}
         module.eval()
         found = []
         try:
@@ -76,7 +77,8 @@ class ProbeRecorder:
                 found += self._batch(examples, items, step)
         finally:
             module.train(was_training)
-            module.generator.set_state(drawn)
+            for name, generator in module.generators().items():
+                generator.set_state(states[name])
         self.records += found
         return found
 
@@ -97,6 +99,7 @@ class ProbeRecorder:
             logits.float().softmax(-1).cpu().numpy() for logits in (batch["teacher_logits"], output.logits)
         )
         instance = module.instance_weights(batch, output.logits).float().cpu().numpy()
+        lessons = self._lessons(examples, batch, output.logits.float())
         length = batch["input_ids"].shape[2]
         records = []
         for row, (example, item) in enumerate(zip(examples, items, strict=True)):
@@ -123,9 +126,47 @@ class ProbeRecorder:
                         teacher_probability=teacher_p, student_probability=student_p,
                         instance_weight=weight_of_example,
                         **{name: array[row, choice, own] for name, array in arrays.items()},
+                        **lessons.get((row, choice), {}),
                     )
                 )  # fmt: skip
         return records
+
+    def _lessons(
+        self, examples: Sequence[Example], batch: dict[str, Tensor], logits: Tensor
+    ) -> dict[tuple[int, int], dict[str, Any]]:
+        """What CLIP and the student make of the probes with each other's pictures, by row and statement.
+
+        Empty where the run re-pairs nothing, or where what CLIP judges are no statements of the student's
+        (VQA). The same pictures at every step, unless their choice depends on the student.
+        """
+        repairing = self.module.repairing
+        if repairing is None or repairing.settings.repair_weight == 0:
+            return {}
+        truth = asks_truth(batch)
+        if not truth and batch["judged"].shape[1] != batch["input_ids"].shape[1]:
+            return {}
+        repairing.generator.manual_seed(repairing.settings.seed)  # its state is put back afterwards
+        repaired = repairing.repair(self.module.student, batch, logits)
+        assert repaired is not None
+        pairs = repaired.pairs
+        columns = {
+            "teacher_choice": pairs.own[pairs.rows],
+            "teacher_other": pairs.teacher,
+            "student_choice": logits.gather(1, batch["judged"])[pairs.rows],
+            "student_other": repaired.student,
+        }
+        found = {name: value.float().softmax(-1).cpu().tolist() for name, value in columns.items()}
+        weights = repaired.weights.cpu().tolist()
+        lessons = {}
+        for place, (row, column, exists) in enumerate(
+            zip(pairs.rows.tolist(), pairs.columns.tolist(), pairs.exists.tolist(), strict=True)
+        ):
+            for choice in range(1 if truth else batch["judged"].shape[1]) if exists else ():
+                lessons[row, choice] = {name: values[place][choice] for name, values in found.items()}
+                lessons[row, choice] |= {
+                    "other_image": examples[column].image, "lesson_weight": weights[place]
+                }  # fmt: skip
+        return lessons
 
 
 class RecordTargets(TrainerCallback):

@@ -43,12 +43,14 @@ from tdlib.training.card import model_card
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.distributed import launch, must_launch, place_among_processes
 from tdlib.training.evaluation import predict, prediction_table
+from tdlib.training.judging import PicturePool, StatementJudge, asks_truth
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.pipeline import TargetBuilder
+from tdlib.training.pipeline import TargetBuilder, token_centres
 from tdlib.training.prepare import (
     PREPARED,
     SHARED,
     Materials,
+    add_to_cache,
     class_logits,
     load_student,
     prepare,
@@ -189,6 +191,7 @@ class _Run:
             modality=config.modality,
         )
         self.dataset = self.encode(subset, builder=self.builder)
+        self.pool = _picture_pool(config, materials, subset, self.builder)
         dim = shared.cache.teacher.dim if shared else None
         self.module = TargetedDistillation(self.student, config, dim)
         self.seconds_before = 0.0  # of training before the last interruption
@@ -216,7 +219,7 @@ class _Run:
         if keeps:
             home = self.checkpoints
             place = checkpoints.staging(home) if rank == 0 else home / checkpoints.STAGING
-        self.trainer = make_trainer(self.module, config, self.dataset, place, show_progress)
+        self.trainer = make_trainer(self.module, config, self.dataset, place, show_progress, pool=self.pool)
         self.recorders = self._recorders() if rank == 0 else []
         if self.recorders and config.probe_every:
             self.trainer.add_callback(RecordTargets(self.recorders, config.probe_every))
@@ -237,12 +240,14 @@ class _Run:
         self.trainer.train(**({"resume_from_checkpoint": str(whole)} if whole else {}))
         self.metrics["train_seconds"] = round(self.seconds_before + time.time() - began, 2)
         self.metrics["updates"] = self.trainer.state.global_step
+        self.metrics["passes_per_update"] = passes_per_update(config)
         for recorder in self.recorders:
             recorder.record(END)
 
     def _recorders(self) -> list[ProbeRecorder]:
-        """A recorder for each evaluated split's probes, where the run distils."""
-        if self.module.phi is None or not self.config.probe_examples:
+        """A recorder for each evaluated split's probes, where the run distils or re-pairs."""
+        targets = self.module.phi is not None or self.module.repairing is not None
+        if not targets or not self.config.probe_examples:
             return []
         gather = partial(collate, encoder=self.materials.encoder)
         return [
@@ -275,13 +280,21 @@ class _Run:
 def _target_builder(config: RunConfig, materials: Materials, subset: Examples) -> TargetBuilder | None:
     """What makes the targets of a run's examples; None for an arm without a teacher."""
     shared = materials.builder
-    if not (config.distill_weight > 0 or config.choice_weight > 0):
+    repairs = config.repair_weight > 0 or config.truth_weight > 0
+    if not (config.distill_weight > 0 or config.choice_weight > 0 or repairs):
         return None
     if shared is None:
         raise ConfigError(f"arm={config.arm!r} needs a teacher, but the materials were prepared without one")
     if config.modality != "both":
         raise ConfigError(f"modality={config.modality!r} is for arms without a teacher, not {config.arm!r}")
-    shown = shuffled_pictures(subset, config.seed) if config.teacher_control == "shuffled_images" else {}
+    if config.truth_weight > 0 and materials.labels and not asks_truth(materials.labels):
+        raise ConfigError(
+            f"truth_weight={config.truth_weight:g}: the student of task={config.task!r} reads a question "
+            "without an answer, which is neither true nor false; set truth_weight=0"
+        )
+    shown = {}
+    if config.teacher_control == "shuffled_images":
+        shown = shuffled_pictures(materials.train if config.repair_pool == "train" else subset, config.seed)
 
     def seen_as(example: Example) -> Example:
         return replace(example, image=shown[example.id]) if example.id in shown else example
@@ -289,10 +302,34 @@ def _target_builder(config: RunConfig, materials: Materials, subset: Examples) -
     seen = [seen_as(example) for example in subset] if shown else subset
     worded = materials.labels if config.class_probabilities == "statements" else ()
     logits = class_logits(config, materials, seen)
-    builder = TargetBuilder(shared.cache, shared.idf, config, logits, seen_as, worded)
+    cache = shared.cache
+    if config.repair_pool == "train" and repairs:
+        add_to_cache(cache, [seen_as(example) for example in materials.train])
+    builder = TargetBuilder(
+        cache, shared.idf, config, logits, seen_as, worded,
+        StatementJudge(cache, subset, materials.labels) if repairs else None,
+        token_centres(cache, seen) if config.centred_targets else None,
+    )  # fmt: skip
     if config.relevance in (*EXTRAS, "gradient"):
         builder.prepare(subset)
     return builder
+
+
+def _picture_pool(
+    config: RunConfig, materials: Materials, subset: Examples, builder: TargetBuilder | None
+) -> PicturePool | None:
+    """The pictures without labels that a run re-pairs with; None where those of the batch will do."""
+    if builder is None or config.repair_weight == 0 or config.repair_pool in ("batch", "own"):
+        return None
+    examples = materials.train if config.repair_pool == "train" else subset
+    pool = PicturePool([*examples], materials.encoder, builder.cache, config.seed, builder.seen_as)
+    materials.encoder.prepare(pool.examples)
+    return pool
+
+
+def passes_per_update(config: RunConfig) -> float:
+    """How often an example goes through the student at each update: once, if it is only finetuned."""
+    return 1 + config.adversarial_steps + (config.repair_share if config.repair_weight > 0 else 0)
 
 
 # Evaluation: what it needs is the trained student alone, so it can be done again.

@@ -30,6 +30,7 @@ from tdlib.core.paths import ConfigError
 from tdlib.core.records import read_records, write_records
 from tdlib.training import checkpoints
 from tdlib.training.data import EncodedExamples, EpochBatches, SharedBatches, collate
+from tdlib.training.judging import PicturePool
 from tdlib.training.objective import TERMS, TargetedDistillation
 from tdlib.training.recording import ProbeRecorder
 
@@ -139,7 +140,7 @@ class DistillationTrainer(Trainer):
         assert self.model is not None
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.model.named_parameters():
-            is_new = name.startswith(("phi.", "log_variance.", "student.classifier."))
+            is_new = name.startswith(("phi.", "log_variance.", "repairing.", "student.classifier."))
             groups[is_new, parameter.ndim > 1].append(parameter)
         self.optimizer = torch.optim.AdamW(
             [
@@ -170,7 +171,7 @@ class DistillationTrainer(Trainer):
 
     def save_own(self, folder: Path) -> None:
         """Writes this process's part of what the Trainer does not save."""
-        own = {"generator": self.module.generator.get_state()}
+        own = {name: generator.get_state() for name, generator in self.module.generators().items()}
         own |= {f"sum.{name}": value.cpu() for name, value in self._sums.items()}
         save_file(own, folder / f"process-{self.args.process_index}.safetensors")
         if self.is_world_process_zero():
@@ -186,7 +187,8 @@ class DistillationTrainer(Trainer):
         self.history, self.diagnostics = progress["history"], progress["diagnostics"]
         self._last_step = progress["last_step"]
         own = load_file(folder / f"process-{self.args.process_index}.safetensors")
-        self.module.generator.set_state(own["generator"])
+        for name, generator in self.module.generators().items():
+            generator.set_state(own[name])
         self._sums = {name: own[f"sum.{name}"].to(self.args.device) for name in progress["terms"]}
 
 
@@ -247,12 +249,13 @@ def diagnose(
     share of examples on which teacher and student choose the same.
     """
     parameters = [p for p in module.student.parameters() if p.requires_grad]
-    drawn = module.generator.get_state()
+    states = {name: generator.get_state() for name, generator in module.generators().items()}
     devices = [p.device for p in parameters[:1] if p.device.type == "cuda"]
     size = torch.tensor(len(batch["labels"]), device=batch["labels"].device)
     with torch.random.fork_rng(devices):
         output = module(batch, int(accelerator.reduce(size, "sum")))
-    module.generator.set_state(drawn)
+    for name, generator in module.generators().items():
+        generator.set_state(states[name])
     gradients = {}
     for name in (*TERMS, "adversarial"):
         if name in output:
@@ -283,10 +286,12 @@ def make_trainer(
     folder: Path,
     show_progress: bool = False,
     log_every: int = 10,
+    pool: PicturePool | None = None,
 ) -> DistillationTrainer:
     """A trainer for one run; same data order and updates for every arm of the same seed.
 
-    ``folder`` is where it saves every ``checkpoint_every`` updates, if that is above 0.
+    ``folder`` is where it saves every ``checkpoint_every`` updates, if that is above 0. ``pool`` are
+    pictures for re-pairing beside the batch's own.
 
     Raises:
         ConfigError: half precision without a GPU that can compute in it, or where gradients would vanish.
@@ -302,7 +307,7 @@ def make_trainer(
             "adversarial_steps=0 and diagnostics_every=0, or precision='bf16'"
         )
     arguments = TrainingArguments(
-        output_dir=str(folder), num_train_epochs=config.epochs,
+        output_dir=str(folder), num_train_epochs=config.epochs * config.repeat_epochs,
         per_device_train_batch_size=config.batch_size // config.processes,
         gradient_accumulation_steps=config.accumulation, learning_rate=config.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=config.warmup_fraction, max_grad_norm=1.0,
@@ -317,7 +322,7 @@ def make_trainer(
     arguments._n_gpu = min(1, arguments.n_gpu)  # a process has one; else the Trainer spreads it over all
     trainer = DistillationTrainer(
         config=config, model=module, args=arguments, train_dataset=dataset,
-        data_collator=partial(collate, encoder=dataset.encoder),
+        data_collator=partial(collate, encoder=dataset.encoder, pool=pool),
     )  # fmt: skip
     if not show_progress:
         trainer.remove_callback(transformers.PrinterCallback)

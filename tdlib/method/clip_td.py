@@ -1,0 +1,179 @@
+"""CLIP-TD from tokens to loss: the steps in their order. Read this file first.
+
+The paper (arXiv 2201.05729) gives no formulas for selection and weighting; this is our reading of it.
+For every student token i of an example b, text or visual:
+
+    1  alignment        A[i, j]: the teacher tokens that lie where it lies             ``alignment``
+    2  target           u[i] = normalise(A t)                                          ``alignment``
+    3  relevance        r[i]: what it has to do with the other modality                ``relevance``
+    4  prior            how much its word, or its place, tells before any picture      ``priors``
+    5  score            s[i] = softmax(r / temperature) * prior^prior_weight           ``selection``
+    6  selection        which tokens are distilled                                     ``selection``
+    7  token weight     w[i] = s[i] / sum over the selected                            ``weighting``
+    8  instance weight  c[b]: how far the teacher is to be followed                    ``weighting``
+    9  loss             mean_b c[b] * sum_i w[i] * D(phi(h[i]), u[i])                  ``losses``
+
+Steps 1 to 5 depend on the example and the frozen teacher alone and are done once (``score_tokens``; the
+relevance variants that look at the student are redone as it learns, ``score_by_student``); 6 to 9 are done
+at every update. Beyond the paper, ``pairing`` teaches from pairs that the data do not hold.
+
+Every function takes one example (choices, tokens, ...) or a batch of them (batch, choices, tokens, ...).
+Who calls them: ``training.pipeline`` the first half, ``training.objective`` the second.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+
+from tdlib.method.alignment import align, aligned_targets
+from tdlib.method.losses import Distance, targeted_distillation_loss
+from tdlib.method.priors import PRIORS, Idf, referred_prior
+from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
+from tdlib.method.selection import DEFAULTS, SelectionOptions, Selector, select, token_scores
+from tdlib.method.tokens import TeacherTokens, Tokens
+from tdlib.method.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS
+
+PerToken = Float[Tensor, "*batch tokens"]
+Mask = Bool[Tensor, "*batch tokens"]
+Vectors = Float[Tensor, "*batch tokens teacher_dim"]
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """Steps 1 to 5: what each student token is drawn to, and how much it deserves to be.
+
+    ``vectors`` have unit length, or are zero where a token is not distilled; ``valid`` marks the others.
+    ``relevance`` is 0 where it depends on the student (``score_by_student``). ``prior`` and ``scores`` lie
+    in [0, 1]; scores sum to 1 over the valid tokens of each modality.
+    """
+
+    vectors: Vectors
+    valid: Mask
+    relevance: PerToken
+    prior: PerToken
+    scores: PerToken
+
+
+def token_prior(
+    texts: Sequence[str],
+    spans: Int[Tensor, "choices text_tokens 2"],
+    boxes: Float[Tensor, "visual_tokens 4"],
+    idf: Idf | None,
+    prior: str = "idf",
+    referred: Sequence[Float[Tensor, "objects 4"]] | None = None,
+) -> Float[Tensor, "choices tokens"]:
+    """Step 4: the prior of each token of several statements about one picture, text then visual.
+
+    ``prior`` names one of ``PRIORS`` for words. ``referred`` are the boxes that each statement points at;
+    None: all places are alike.
+    """
+    length = spans.shape[1]
+    whole = torch.ones(len(texts), length + len(boxes))
+    for row, text in enumerate(texts):
+        whole[row, :length] = PRIORS[prior](text, spans[row], idf)
+        if referred is not None:
+            whole[row, length:] = referred_prior(boxes, referred[row])
+    return whole
+
+
+def score_tokens(
+    student: Tokens,
+    teacher: TeacherTokens,
+    prior: PerToken,
+    relevance: str = "value",
+    temperature: float = 0.03,
+    prior_weight: float = 1.0,
+    centres: tuple[Float[Tensor, " teacher_dim"], Float[Tensor, " teacher_dim"]] | None = None,
+) -> ScoredTokens:
+    """Steps 1, 2, 3 and 5 for the student's tokens; ``prior`` is step 4.
+
+    ``relevance`` names one of ``RELEVANCE`` or ``STUDENT_RELEVANCE``. ``centres`` are the mean teacher
+    tokens of texts and of pictures, where targets are centred.
+    """
+    alignment = align(student, teacher.tokens)  # 1
+    vectors = aligned_targets(alignment, teacher.projected)  # 2
+    valid = vectors.abs().sum(-1) > 0
+    if centres is not None:  # only the direction of a target changes, not which tokens have one
+        of_modality = torch.where(student.is_text.unsqueeze(-1), centres[0], centres[1])
+        vectors = aligned_targets(alignment, teacher.projected, of_modality)
+    if relevance in STUDENT_RELEVANCE:  # 3
+        relevances = torch.zeros_like(prior)
+    else:
+        relevances = RELEVANCE[relevance](alignment, student, teacher)
+    scores = token_scores(relevances, prior, student, valid, temperature, prior_weight)  # 5
+    return ScoredTokens(vectors, valid, relevances, prior, scores)
+
+
+def score_by_student(
+    projected: Vectors,
+    vectors: Vectors,
+    prior: PerToken,
+    student: Tokens,
+    valid: Mask,
+    relevance: str,
+    temperature: float = 0.03,
+    prior_weight: float = 1.0,
+) -> tuple[PerToken, PerToken]:
+    """Steps 3 and 5 anew, for a relevance that looks at the student: ``projected`` is ``phi(h)``."""
+    relevances = STUDENT_RELEVANCE[relevance](projected, vectors, student, valid)
+    return relevances, token_scores(relevances, prior, student, valid, temperature, prior_weight)
+
+
+def choose_tokens(
+    scores: PerToken,
+    student: Tokens,
+    valid: Mask,
+    selector: str | Selector = "nucleus",
+    options: SelectionOptions = DEFAULTS,
+    token_weight: str = "score",
+    generator: Generator | None = None,
+) -> tuple[Mask, PerToken]:
+    """Steps 6 and 7: the selected tokens and their weights, which sum to 1 over both modalities."""
+    selected = select(scores, student, valid, selector, options, generator)
+    return selected, TOKEN_WEIGHTS[token_weight](scores, selected)
+
+
+def weigh_examples(
+    teacher_logits: Float[Tensor, "batch choices"],
+    student_logits: Float[Tensor, "batch choices"],
+    labels: Int[Tensor, " batch"],
+    instance_weight: str = "ratio",
+) -> Float[Tensor, " batch"]:
+    """Step 8, from the probabilities of teacher and student; carries no gradient.
+
+    0 for an example whose right answer is not in the label set (-1): there is no p_T.
+    """
+    weight = INSTANCE_WEIGHTS[instance_weight]
+    teacher, student = teacher_logits.softmax(-1), student_logits.detach().softmax(-1)
+    return weight(teacher, student, labels.clamp_min(0)) * (labels >= 0)
+
+
+def distillation_loss(
+    hidden: Float[Tensor, "batch choices tokens student_dim"],
+    phi: Mapping[str, Callable[[Tensor], Tensor]],
+    vectors: Vectors,
+    student: Tokens,
+    selected: Mask,
+    weights: PerToken,
+    instance: Float[Tensor, " batch"],
+    distance: str | Distance = "cosine",
+    num_sequences: int | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Step 9, the text's part and the picture's; the loss is their sum.
+
+    ``phi`` holds the maps "text" and "visual" into CLIP's space. ``num_sequences``: divide by this number,
+    that of a whole accumulation window, instead of batch times choices.
+    """
+    sequences = num_sequences or hidden.shape[0] * hidden.shape[1]
+    share = weights * instance[:, None, None]
+    text, visual = (
+        targeted_distillation_loss(
+            phi[name](hidden[chosen])[None],  # only the selected tokens are projected
+            vectors[chosen][None], share[chosen][None], hidden.new_ones(1), distance, sequences,
+        )
+        for name, chosen in (("text", selected & student.is_text), ("visual", selected & ~student.is_text))
+    )  # fmt: skip
+    return text, visual

@@ -1,0 +1,144 @@
+"""What CLIP is asked about a text and any picture, and the other pictures that a text is shown with.
+
+Owns the readings of the tasks for re-pairing (``method.pairing``): which statements CLIP compares, and
+which outputs of the student they stand for. No label of the example is read.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdlib.data.examples import Example
+from tdlib.students.base import StudentEncoder
+from tdlib.teacher.cache import TeacherCache
+
+JUDGED_ANSWERS = 32  # of a VQA question
+
+
+def asks_truth(labels: Sequence[str]) -> bool:
+    """Whether a task asks if one statement is true of the picture (entailment): see ``judge_truth``."""
+    return {"entailment", "contradiction"} <= set(labels)
+
+
+class StatementJudge:
+    """The statements that CLIP judges about an example, whatever the picture: embeddings and outputs.
+
+    - Choices (VCR): the question with each choice; they stand for the student's outputs in order.
+    - Entailment (SNLI-VE): the hypothesis, which is true or false; these stand for "entailment" and
+      "contradiction". "neutral" is not judged, see ``method.pairing.judge_truth``.
+    - A label set (VQA): the question followed by an answer, for the ``JUDGED_ANSWERS`` answers that are most
+      frequent among the training subset's questions of its type, and then among all. The student's
+      distribution over these alone is compared; each costs one text in the teacher's cache.
+
+    Args:
+        cache: gets and holds the statements' embeddings.
+        examples: the training subset, whose answers are counted.
+        labels: the label set, where examples have no choices.
+    """
+
+    def __init__(self, cache: TeacherCache, examples: Sequence[Example], labels: Sequence[str] = ()):
+        self.cache, self.labels = cache, labels
+        self._answers: dict[str, list[int]] = {}
+        if labels and not asks_truth(labels):
+            self._answers = _frequent_answers(examples, len(labels))
+            self.prepare(examples)
+
+    def prepare(self, examples: Sequence[Example]) -> None:
+        """Adds to the cache in one go what these examples' statements lack (calling adds one by one)."""
+        if self._answers:
+            self.cache.add(texts=[text for example in examples for text in self._statements(example)[0]])
+
+    def _statements(self, example: Example) -> tuple[list[str], list[int]]:
+        if not self.labels:
+            return [statement.text for statement in example.statements()], [*range(len(example.choices))]
+        if asks_truth(self.labels):
+            return [example.prompt.text], [self.labels.index(n) for n in ("entailment", "contradiction")]
+        answers = self._answers.get(example.stratum, self._answers[""])
+        return [f"{example.prompt.text.strip()} {self.labels[answer]}" for answer in answers], answers
+
+    def __call__(self, example: Example) -> tuple[Tensor, Tensor]:
+        """Global embeddings times the logit scale (statements, teacher_dim), and outputs (judged,)."""
+        texts, outputs = self._statements(example)
+        if self._answers:
+            self.prepare([example])
+        embeddings = torch.stack([self.cache.text(text).pooled.float() for text in texts])
+        return self.cache.teacher.logit_scale * embeddings, torch.tensor(outputs)
+
+
+def _frequent_answers(examples: Sequence[Example], num_labels: int) -> dict[str, list[int]]:
+    """The labels that are judged for each stratum, most frequent first; under "" those of all."""
+    counts: dict[str, Counter[int]] = defaultdict(Counter)
+    for example in examples:
+        if example.label is not None:
+            counts[example.stratum][example.label] += 1
+    overall: Counter[int] = sum(counts.values(), Counter())
+    whole = [label for label, _ in overall.most_common()]
+    whole += [label for label in range(num_labels) if label not in overall]  # so that all lists are as long
+    size = min(JUDGED_ANSWERS, num_labels)
+    ordered = {
+        stratum: [*dict.fromkeys([label for label, _ in own.most_common()] + whole)][:size]
+        for stratum, own in counts.items()
+    }
+    return ordered | {"": whole[:size]}
+
+
+def picture_number(picture: Path) -> int:
+    """A number that tells pictures apart, the same in every process."""
+    return int.from_bytes(hashlib.sha256(str(picture).encode()).digest()[:7])
+
+
+class PicturePool:
+    """Pictures without labels that texts are shown with, beside those of the batch.
+
+    Which are drawn depends on the seed and the batch's examples alone, so that an interrupted run, or one
+    whose batches are made by other processes, draws the same.
+
+    Args:
+        examples: their pictures; the first example of each says what its objects are.
+        encoder: of the student.
+        cache: holds the teacher's features of the pictures.
+        seed: of the draws.
+        seen_as: the example as the teacher sees it (controls).
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], encoder: StudentEncoder, cache: TeacherCache, seed: int,
+        seen_as: Callable[[Example], Example] = lambda example: example,
+    ):  # fmt: skip
+        first = {example.image: example for example in reversed(examples)}
+        self.examples = [example for example in examples if first.get(example.image) is example]
+        self.encoder, self.cache, self.seed, self.seen_as = encoder, cache, seed, seen_as
+        self._encoded: dict[int, dict[str, Any]] = {}
+        self._room = 2**28
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def draw(self, rows: Sequence[int], count: int) -> dict[str, Tensor]:
+        """``count`` pictures as entries of a batch whose examples have these numbers, "pool_" before each."""
+        state = hashlib.sha256(f"{self.seed} {list(rows)}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(state[:7]))
+        chosen = torch.randperm(len(self.examples), generator=generator)[:count].tolist()
+        seen = [self.seen_as(self.examples[place]).image for place in chosen]
+        visual = self.encoder.pad_visual([self._visual(place) for place in chosen])
+        numbers = [picture_number(self.examples[place].image) for place in chosen]
+        return {
+            **{f"pool_{name}": value for name, value in visual.items()},
+            "pool_picture": torch.tensor(numbers),
+            "pool_image": torch.stack([self.cache.picture(image).pooled.float() for image in seen]),
+        }
+
+    def _visual(self, place: int) -> dict[str, Any]:
+        if place in self._encoded:
+            return self._encoded[place]
+        visual = self.encoder.visual(self.examples[place])
+        size = sum(value.nbytes for value in visual.values() if isinstance(value, Tensor))
+        if size <= self._room:
+            self._room -= size
+            self._encoded[place] = visual
+        return visual

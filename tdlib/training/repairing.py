@@ -1,0 +1,219 @@
+"""Re-pairing while a student trains: the second pass with other pictures, and the loss on it.
+
+Owns what happens at an update; what CLIP makes of a pair and which picture is taken are
+``method.pairing``, which statements CLIP judges ``judging``. Beyond the paper: see ``method.pairing``.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from tdlib.config import RunConfig
+from tdlib.method.losses import choice_distribution_loss
+from tdlib.method.pairing import (
+    PICTURE_CHOICES,
+    judge_choices,
+    judge_truth,
+    other_pictures,
+)
+from tdlib.method.tokens import Tokens
+from tdlib.method.weighting import INSTANCE_WEIGHTS, SCHEDULES
+from tdlib.students.base import EncodedText, StudentOutput, student_inputs
+
+TEXT_INPUTS = {field.name for field in fields(EncodedText)}
+TRUTH_LAYER = -2  # one layer below the top: what [CLS] reads
+
+
+@dataclass
+class Pairs:
+    """Which rows of a batch are shown with which picture; ``rows`` and ``columns`` run over the pairs.
+
+    ``columns`` count the batch's pictures, then those of the pool. ``exists`` is False for a row that has
+    no other picture to be shown with. ``teacher`` are CLIP's logits over the judged statements.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    exists: Tensor
+    teacher: Tensor  # (pairs, judged)
+    own: Tensor  # (batch, judged), for the example's own picture
+
+
+@dataclass
+class Repaired:
+    """Pairs, and what the student says of them."""
+
+    pairs: Pairs
+    output: StudentOutput
+    student: Tensor  # (pairs, judged), its logits of the judged outputs
+    weights: Tensor  # (pairs,), 0 for a pair that does not exist
+
+
+class Repairing(nn.Module):
+    """The terms "repair" and "truth" of one run; ``psi`` is dropped with it.
+
+    ``L_repair = mean_b c[b] * KL(CLIP(. | text b, picture j(b)) || student(. | text b, picture j(b)))``,
+    c being ``repair_instance_weight``. A weight that asks for the right answer is given CLIP's best one: no
+    label is read. The mean is over the rows that are shown, so that ``repair_share`` changes its cost and
+    not its size.
+
+    ``L_truth = mean_b c[b] * sum_i w[b, i] * BCE(psi(h[b, i]), p_CLIP(statement))``: the selected text
+    tokens, one layer below the top, predict whether their statement is true of the picture.
+    """
+
+    def __init__(self, config: RunConfig, width: int):
+        super().__init__()
+        self.settings = config
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.psi: nn.Linear | None = None
+        if config.truth_weight > 0:
+            with torch.random.fork_rng():  # the baseline's random numbers stay what they are
+                self.psi = nn.Linear(width, 1)
+            nn.init.zeros_(self.psi.weight)
+            nn.init.zeros_(self.psi.bias)
+        weights = {"repair": config.repair_weight, "truth": config.truth_weight}
+        self.terms = tuple(name for name, weight in weights.items() if weight > 0)
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """What the terms weigh at a share of the updates."""
+        config = self.settings
+        return {
+            "repair": config.repair_weight * SCHEDULES[config.repair_schedule](progress),
+            "truth": config.truth_weight,
+        }
+
+    def judge(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """CLIP's logits (batch, pictures, judged), the pictures' numbers, and where each is there first."""
+        numbers, images = batch["picture"], batch["image_global"][:, 0]
+        if "pool_picture" in batch:
+            numbers = torch.cat([numbers, batch["pool_picture"]])
+            images = torch.cat([images, batch["pool_image"]])
+        first = (numbers[:, None] == numbers[None]).long().argmax(dim=1)
+        distinct = first == torch.arange(len(numbers), device=numbers.device)
+        if asks_truth(batch):
+            judged = judge_truth(batch["statements"], images, distinct)
+        else:
+            judged = judge_choices(batch["statements"], images)
+        return judged, numbers, first
+
+    def pair(self, batch: dict[str, Tensor], logits: Tensor, share: float = 1.0) -> Pairs:
+        """Chooses the rows that are shown again (``share`` of them), and the picture of each."""
+        config, examples = self.settings, len(batch["labels"])
+        judged, numbers, first = self.judge(batch)
+        own = judged.gather(1, first[:examples, None, None].expand(-1, -1, judged.shape[2]))[:, 0]
+        columns = torch.arange(examples, device=numbers.device)
+        if config.repair_pool == "own":  # a control: CLIP's judgement of the true pairs
+            exists = torch.ones_like(columns, dtype=torch.bool)
+            judged_there = own
+        else:
+            allowed = other_pictures(batch["picture"], numbers)
+            if "pool_picture" in batch:
+                allowed[:, :examples] = False
+            else:  # so that a picture of several examples is not taken more often
+                allowed &= (first == torch.arange(len(numbers), device=numbers.device))[None]
+            student = logits.detach().gather(1, batch["judged"])
+            choose = PICTURE_CHOICES[config.repair_choice]
+            columns = choose(judged, own, student, allowed, self.generator)
+            exists = columns >= 0
+            columns = columns.clamp_min(0)
+            index = columns[:, None, None].expand(-1, -1, judged.shape[2])
+            judged_there = judged.gather(1, index)[:, 0]
+        order = torch.rand(examples, generator=self.generator).to(numbers.device) + 2.0 * ~exists
+        rows = order.argsort()[: math.ceil(share * examples)].sort().values
+        return Pairs(rows, columns[rows], exists[rows], judged_there[rows], own)
+
+    def repair(
+        self, student: PreTrainedModel, batch: dict[str, Tensor], logits: Tensor, share: float = 1.0
+    ) -> Repaired | None:
+        """Shows ``share`` of the texts with other pictures; None where nothing is re-paired."""
+        config = self.settings
+        if config.repair_weight == 0:
+            return None
+        pairs = self.pair(batch, logits, share)
+        output = student(
+            **repaired_inputs(student, batch, pairs.rows, pairs.columns),
+            output_hidden_states=config.truth_weight > 0,
+        )
+        own_logits = output.logits.float().gather(1, batch["judged"][pairs.rows])
+        teacher = pairs.teacher.softmax(-1)
+        weigh = INSTANCE_WEIGHTS[config.repair_instance_weight]
+        weights = weigh(teacher, own_logits.detach().softmax(-1), teacher.argmax(-1))
+        # What the teacher cuts short, it misjudges with any picture.
+        weights = weights * pairs.exists * batch["teacher_knows"][pairs.rows]
+        return Repaired(pairs, output, own_logits, weights)
+
+    def repair_loss(self, repaired: Repaired, share: float) -> dict[str, Tensor]:
+        """The term "repair", and what the log keeps of it; ``share`` of the window's examples are here."""
+        pairs = repaired.pairs.exists.sum().clamp_min(1)
+        loss = choice_distribution_loss(
+            repaired.student, repaired.pairs.teacher, num_examples=1, instance_weights=repaired.weights
+        )
+        teacher, student = repaired.pairs.teacher, repaired.student.detach()
+        agree = (teacher.argmax(-1) == student.argmax(-1)) & repaired.pairs.exists
+        return {
+            "repair": loss / pairs * share,
+            "repair_certainty": repaired.weights.sum() / pairs * share,
+            "repair_agreement": agree.sum() / pairs * share,
+        }
+
+    def truth_loss(
+        self, output: StudentOutput, repaired: Repaired | None, batch: dict[str, Tensor],
+        selected: Tensor, weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The term "truth" on the true pairs and, where there are any, on the re-paired ones."""
+        text = Tokens(batch["target_spans"], batch["target_boxes"]).is_text
+        of_text = weights * (selected & text)
+        judged, _, first = self.judge(batch)
+        own = judged.gather(1, first[: len(of_text), None, None].expand(-1, -1, judged.shape[2]))[:, 0]
+        everyone = torch.ones(len(of_text), device=of_text.device)
+        loss = self._truth(output, of_text, own, everyone)
+        if repaired is not None:
+            rows = repaired.pairs.rows
+            loss = loss + self._truth(
+                repaired.output, of_text[rows], repaired.pairs.teacher, repaired.pairs.exists.float()
+            )
+        return loss
+
+    def _truth(self, output: StudentOutput, of_text: Tensor, teacher: Tensor, exists: Tensor) -> Tensor:
+        assert self.psi is not None and output.hidden_states is not None
+        p = teacher.softmax(-1).detach()
+        certainty = INSTANCE_WEIGHTS["certainty"](p, p, p.argmax(-1)) * exists
+        # Text tokens come first in every student; visual ones may be fewer with another picture.
+        length = min(of_text.shape[2], output.hidden_states[TRUTH_LAYER].shape[2])
+        w = of_text[:, :, :length]
+        w = w / w.sum(-1, keepdim=True).clamp_min(1e-9)
+        told = self.psi(output.hidden_states[TRUTH_LAYER][:, :, :length].float())[..., 0]
+        expected = p[:, : told.shape[1], None].expand_as(told)  # of one statement: that it is true
+        error = F.binary_cross_entropy_with_logits(told, expected, reduction="none")
+        return (certainty[:, None] * (w * error).sum(-1)).mean(1).sum() / exists.sum().clamp_min(1)
+
+
+def asks_truth(batch: dict[str, Tensor]) -> bool:
+    """Whether CLIP judges one statement, true or false, rather than compares several."""
+    return batch["statements"].shape[1] == 1 and batch["judged"].shape[1] == 2
+
+
+def repaired_inputs(
+    student: Any, batch: dict[str, Tensor], rows: Tensor, columns: Tensor
+) -> dict[str, Tensor]:
+    """A student's inputs for the texts of ``rows`` with the pictures of ``columns``.
+
+    Pictures are the batch's, or the pool's where the batch has one; they are encoded already. A name
+    in the text that pointed at an object points at the object of that number in the other picture.
+    """
+    pooled = "pool_picture" in batch
+    examples = len(batch["labels"])
+    inputs = {}
+    for name, value in student_inputs(student, batch).items():
+        if name in TEXT_INPUTS:
+            inputs[name] = value[rows]
+        elif pooled:
+            inputs[name] = batch[f"pool_{name}"][columns - examples]
+        else:
+            inputs[name] = value[columns]
+    return inputs
