@@ -1,8 +1,8 @@
 """The library behind the notebooks of the CLIP-TD workbench. A map, lowest floor first:
 
 core        whole files, paths, identities, records of targets
-method      CLIP-TD itself: tokens to loss, tensor functions only. **Read this first**, then
-            ``training.pipeline`` and ``training.objective``, which call it
+method      CLIP-TD itself: tokens to loss, tensor functions only. **Read ``method.clip_td`` first**,
+            then ``training.pipeline`` and ``training.objective``, which call it
 data        examples, the tasks' official files, metrics, shifts
 miniworld   the generator of small data in those same files
 teacher     CLIP: tokens, relevance, cache, class probabilities

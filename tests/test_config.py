@@ -23,7 +23,7 @@ from tdlib.method.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS
 TABLES = {
     "arm": ARMS, "relevance": RELEVANCE, "prior": PRIORS, "selector": SELECTORS,
     "token_weight": TOKEN_WEIGHTS, "instance_weight": INSTANCE_WEIGHTS, "distance": DISTANCES,
-    "choice_instance_weight": INSTANCE_WEIGHTS,
+    "choice_instance_weight": INSTANCE_WEIGHTS, "repair_instance_weight": INSTANCE_WEIGHTS,
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
-"""Training one student: data preparation, the objective, the trainer, checkpoints, what is recorded.
+"""Training one student: what it needs, what it minimises, the loop, what it leaves.
 
-``pipeline`` builds an example's targets and scores from the method's functions; ``objective`` turns
-a batch of them into the loss.
+In the order of a run: ``prepare`` reads data and fills caches, ``data`` makes batches, ``pipeline`` builds an
+example's targets and ``objective`` turns a batch of them into the loss (``repairing`` and ``judging``: with
+other pictures, beyond the paper), ``trainer`` does the updates, ``evaluation`` predicts, ``recording`` keeps
+what was targeted, and ``run`` joins them into a run folder.
 """
