@@ -59,6 +59,16 @@ def captions_texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory, captions_texts) -> Path:
+    """A BERT tokenizer of 300 words."""
+    from tdlib.make.vocabulary import train_wordpiece_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer") / "wordpiece"
+    train_wordpiece_tokenizer(captions_texts, 300).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory, captions_texts) -> Path:
     """An open_clip model folder: a CLIP of two layers with random weights."""
     import open_clip

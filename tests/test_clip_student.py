@@ -27,10 +27,9 @@ from tdlib.students.clip import (
     ClipFusionForClassification,
     ClipFusionForMultipleChoice,
     fused,
-    load_clip_fusion,
     open_teacher_as_student,
 )
-from tdlib.students.vilt import load_vilt
+from tdlib.students.registry import load_student
 from tdlib.teacher.model import Teacher, TeacherError
 from tdlib.training.data import EncodedExamples, collate
 
@@ -322,7 +321,7 @@ def test_save_and_load_give_the_same_logits(spec, own, examples, labels, tmp_pat
         for parameter in student.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     name = stored(tmp_path, student, encoder)
-    again, its_encoder = load_clip_fusion(name, seed=3, labels=labels), ClipFusionEncoder(name)
+    again, its_encoder = load_student(name, seed=3, labels=labels), ClipFusionEncoder(name)
     assert (tmp_path / "model.safetensors").is_file() and not again.training
     assert type(again) is type(student) and again.config.hidden_size == student.config.hidden_size
     assert again.state_dict().keys() == student.state_dict().keys()
@@ -338,11 +337,11 @@ def test_save_and_load_give_the_same_logits(spec, own, examples, labels, tmp_pat
 
 def test_what_was_loaded_can_be_stored_again(mini, encoder, examples, tmp_path):
     first = stored(tmp_path / "first", open_teacher_as_student(mini), encoder)
-    second = stored(tmp_path / "second", load_clip_fusion(first), ClipFusionEncoder(first))
+    second = stored(tmp_path / "second", load_student(first), ClipFusionEncoder(first))
     shutil.rmtree(first)
     batch = batch_of(ClipFusionEncoder(second), examples)
     assert torch.equal(
-        logits_of(load_clip_fusion(second), batch), logits_of(open_teacher_as_student(mini), batch)
+        logits_of(load_student(second), batch), logits_of(open_teacher_as_student(mini), batch)
     )
 
 
@@ -451,7 +450,7 @@ def test_checkpoints_that_do_not_fit_are_refused(folder, case):
     BROKEN_MODELS[case](folder)
     for labels in ((), LABELS):
         with pytest.raises(StudentError, match=re.escape(str(folder))):
-            load_clip_fusion(str(folder), labels=labels)
+            load_student(str(folder), labels=labels)
 
 
 @pytest.mark.parametrize("case", BROKEN_ENCODERS)
@@ -464,11 +463,11 @@ def test_encoders_with_a_missing_or_malformed_file_are_refused(folder, case):
 def test_other_architectures_and_teachers_are_no_stored_students(student_folder, teacher_folder, folder):
     for other in (student_folder, teacher_folder, folder / "nothing"):
         with pytest.raises(StudentError, match=re.escape(str(other))):
-            load_clip_fusion(str(other))
+            load_student(str(other))
         with pytest.raises(StudentError, match=re.escape(str(other))):
             ClipFusionEncoder(str(other))
     with pytest.raises(StudentError, match=re.escape(str(folder))):
-        load_vilt(str(folder))
+        load_student(str(folder))
 
 
 def test_a_head_for_labels_does_not_score_choices(mini, encoder, tmp_path):

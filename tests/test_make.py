@@ -19,7 +19,6 @@ from tdlib.make.vocabulary import train_wordpiece_tokenizer
 from tdlib.miniworld.worlds import Size, scene_at
 from tdlib.regions.computed import open_regions
 from tdlib.students.registry import load_student
-from tdlib.students.vlbert import load_vlbert
 
 SCENES = 24
 BATCH = {"text": 4, "words": 4, "contrast": 4, "fusion": 4}
@@ -349,7 +348,7 @@ def test_types_without_captions_start_as_those_of_answers(made):
 
 def test_a_classifier_of_vlbert_starts_from_the_word_predictor(made):
     kept = load_file(made["vl-bert"] / "model.safetensors")["classifier.0.dense.weight"]
-    labelled = [load_vlbert(str(made["vl-bert"]), seed, labels=("no", "yes")) for seed in (0, 1)]
+    labelled = [load_student(str(made["vl-bert"]), seed, labels=("no", "yes")) for seed in (0, 1)]
     for model in labelled:
         assert torch.equal(model.classifier[0].dense.weight, kept.float())
     assert not torch.equal(labelled[0].classifier[2].weight, labelled[1].classifier[2].weight)

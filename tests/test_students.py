@@ -1,13 +1,13 @@
 """What all students share: their classifiers, the texts that they cut, files that are not read."""
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tdlib.make.pretraining import train_wordpiece_tokenizer
 from torch.testing import assert_close
 
 from tdlib.data.examples import TextPart
@@ -23,8 +23,9 @@ LABELS = ("no", "yes", "maybe")
 
 
 @pytest.fixture(scope="module")
-def uniter_folder(tmp_path_factory, captions_texts) -> Path:
+def uniter_folder(tmp_path_factory, tokenizer_folder) -> Path:
     folder = tmp_path_factory.mktemp("students") / "uniter"
+    shutil.copytree(tokenizer_folder, folder)
     torch.manual_seed(0)
     UniterForMultipleChoice(
         UniterConfig(
@@ -38,7 +39,6 @@ def uniter_folder(tmp_path_factory, captions_texts) -> Path:
             img_dim=4,
         )
     ).save_pretrained(folder)
-    train_wordpiece_tokenizer(captions_texts, 300).save_pretrained(folder)
     return folder
 
 
@@ -131,6 +131,13 @@ def test_what_is_cut_is_counted(kind, student_folder, uniter_folder, teacher, ex
     assert text_lengths(encoder, [short]).cut == 1
     assert text_lengths(encoder, [short] * 5, most=2).statements == 4
     assert text_lengths(encoder, []).statements == 0
+
+
+def test_what_clips_context_cuts_is_counted(teacher, examples):
+    """The teacher of these tests reads 48 tokens."""
+    long = replace(examples[0], prompt=TextPart("rain " * 60), choices=(TextPart("rain"),))
+    found = text_lengths(ClipFusionEncoder(teacher, 1000), [long])
+    assert found.cut == 1 and found.longest >= 63
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from tdlib.core.records import TargetRecord, read_records, write_records
 from tdlib.data.examples import TextPart
 from tdlib.data.vcr import VcrReader
 from tdlib.method.priors import Idf
+from tdlib.students.registry import load_student
 from tdlib.students.uniter import UniterConfig, UniterForClassification
-from tdlib.students.vilt import ViltEncoder, load_vilt
+from tdlib.students.vilt import ViltEncoder
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.evaluation import predict
 from tdlib.views.measures import quality_view
@@ -389,7 +390,7 @@ def test_targeting_that_finds_the_planted_token_beats_chance():
 
 @pytest.fixture(scope="module")
 def setting(student_folder, world):
-    student, encoder = load_vilt(str(student_folder)).eval(), ViltEncoder(str(student_folder), 40)
+    student, encoder = load_student(str(student_folder)).eval(), ViltEncoder(str(student_folder), 40)
     example = VcrReader(world, "train").read()[0]
     data = EncodedExamples([example], encoder)
     batch = collate([data[0]], encoder)

@@ -16,7 +16,8 @@ from tdlib.data import tasks as catalogue
 from tdlib.data import vcr
 from tdlib.data.examples import DataError
 from tdlib.data.tasks import TASKS, submission_split
-from tdlib.students.vilt import ViltEncoder, ViltForClassification, load_vilt
+from tdlib.students.registry import load_student
+from tdlib.students.vilt import ViltEncoder, ViltForClassification
 from tdlib.training import prepare as experiments
 from tdlib.training.data import EncodedExamples
 from tdlib.training.evaluation import predict
@@ -64,7 +65,7 @@ def test_a_task_trains_evaluates_and_submits(settings, task, tmp_path):
     summary = summarise(table.assign(arm="finetune", seed=0))
     mean = summary.set_index("split").loc[usual, "mean"]
     assert mean == pytest.approx(metrics["accuracy"][usual])
-    student = load_vilt(str(folder / "student"), labels=materials.labels)  # the stored head, not a new one
+    student = load_student(str(folder / "student"), labels=materials.labels)  # the stored head, not a new one
     again = predict(student, EncodedExamples(materials.evaluated[usual], ViltEncoder(str(folder / "student")),
                                              num_labels=len(materials.labels)))  # fmt: skip
     stored = table[table["split"] == usual]
@@ -185,15 +186,15 @@ def test_person_tokens_are_words_of_the_student(settings, tmp_path):
     tokens = materials.encoder.tokenizer.tokenize(materials.train[0].statements()[0].text)
     assert any(token in vcr.PERSON_TOKENS for token in tokens)
     train_run(config, materials, tmp_path / "run")
-    stored = load_vilt(str(tmp_path / "run" / "student"))
+    stored = load_student(str(tmp_path / "run" / "student"))
     assert stored.config.vocab_size == len(ViltEncoder(str(tmp_path / "run" / "student")).tokenizer)
 
 
 def test_heads_have_the_labels_and_replace_others(student_folder, tmp_path):
-    three = load_vilt(str(student_folder), labels=("a", "b", "c"))
+    three = load_student(str(student_folder), labels=("a", "b", "c"))
     assert isinstance(three, ViltForClassification) and three.config.id2label == {0: "a", 1: "b", 2: "c"}
     three.save_pretrained(tmp_path)
-    assert load_vilt(str(tmp_path), labels=("x", "y")).config.num_labels == 2
+    assert load_student(str(tmp_path), labels=("x", "y")).config.num_labels == 2
 
 
 def test_galleries_escape_data_and_show_answers(settings):

@@ -28,7 +28,8 @@ from tdlib.core.paths import ConfigError
 from tdlib.core.records import read_records, records_table
 from tdlib.data.examples import DataError, low_shot
 from tdlib.students.base import student_inputs
-from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, load_vilt
+from tdlib.students.registry import load_student
+from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice
 from tdlib.teacher.probe import count_cut
 from tdlib.training import prepare as experiments
 from tdlib.training import run as training
@@ -82,7 +83,7 @@ def dataset_of(materials, config: RunConfig, examples=None) -> EncodedExamples:
 
 
 def module_of(materials, config: RunConfig) -> TargetedDistillation:
-    student = load_vilt(config.student, seed=config.seed)
+    student = load_student(config.student, seed=config.seed)
     return TargetedDistillation(student, config, materials.builder.cache.teacher.dim)
 
 
@@ -113,7 +114,7 @@ def test_weights_of_zero_are_plain_finetuning_bit_for_bit(base, materials, folde
     train_run(config, materials, tmp_path / "zero")
     assert_same_bits(weights_of(tmp_path / "zero"), weights_of(folders[0]))
     assert (tmp_path / "zero/history.jsonl").read_text() == (folders[0] / "history.jsonl").read_text()
-    start = load_vilt(base.student).state_dict()
+    start = load_student(base.student).state_dict()
     assert not torch.equal(start["classifier.weight"], weights_of(folders[0])["classifier.weight"])
     assert any(
         not torch.equal(a, b)
@@ -137,7 +138,7 @@ def test_finetuning_equals_a_plain_loop(base, materials, tmp_path, monkeypatch):
     config = apply_arm(settings_of(base, arm="finetune", epochs=2, weight_decay=0.1))
     batches = recorded(monkeypatch)
     trainer = trained(materials, config, tmp_path)
-    student = load_vilt(config.student).train()
+    student = load_student(config.student).train()
     groups = []
     for name, parameter in student.named_parameters():
         rate = config.head_learning_rate if name.startswith("classifier.") else config.learning_rate
@@ -458,13 +459,13 @@ def test_the_history_covers_every_update_of_a_short_run(folders):
 
 
 def test_the_finished_student_is_the_baseline_and_predicts_what_is_recorded(folders, base, materials):
-    start = load_vilt(base.student).state_dict()
+    start = load_student(base.student).state_dict()
     for folder in folders:
-        student = load_vilt(str(folder / "student"))
+        student = load_student(str(folder / "student"))
         again = ViltForMultipleChoice.from_pretrained(folder / "student")
         assert {n: v.shape for n, v in weights_of(folder).items()} == {n: v.shape for n, v in start.items()}
         assert sum(p.numel() for p in student.parameters()) == sum(
-            p.numel() for p in load_vilt(base.student).parameters()
+            p.numel() for p in load_student(base.student).parameters()
         )
         assert_same_bits(student.state_dict(), dict(again.state_dict()))
         encoder = ViltEncoder(str(folder / "student"))
@@ -480,7 +481,7 @@ def test_the_finished_student_is_the_baseline_and_predicts_what_is_recorded(fold
 
 
 def test_predictions_do_not_depend_on_the_batches(base, materials):
-    student, examples = load_vilt(base.student), materials.train[:9]
+    student, examples = load_student(base.student), materials.train[:9]
     dataset = EncodedExamples(examples, materials.encoder)
     one, many = predict(student, dataset, batch_size=1), predict(student, dataset, batch_size=4)
     assert_close(one, many, rtol=0, atol=1e-6)

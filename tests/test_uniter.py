@@ -1,78 +1,44 @@
 """The UNITER student: parity with the published equations, its inputs, conversion of official files."""
 
-import json
 import math
 import re
 import shutil
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from region_students import CLOSE, LABELS, TEXT, BoxRegions, change, inputs_of, run, uniter, weighty
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoConfig
 
-from tdlib.data.examples import Example, TextPart
+from tdlib.data.examples import TextPart
 from tdlib.data.vcr import PERSON_TOKENS, VcrReader
-from tdlib.make.vocabulary import train_wordpiece_tokenizer
-from tdlib.regions.computed import Regions
 from tdlib.students.base import StudentError
-from tdlib.students.convert import convert_uniter, uniter_weights
+from tdlib.students.convert import FORMATS, official_weights
+from tdlib.students.convert import convert as convert_checkpoint
 from tdlib.students.convert import main as convert_command
+from tdlib.students.registry import load_student
 from tdlib.students.uniter import (
     UniterConfig,
     UniterEncoder,
     UniterForClassification,
     UniterForMultipleChoice,
     UniterModel,
-    load_uniter,
 )
 
-CLOSE = {"rtol": 0, "atol": 1e-5}
-TEXT = ("input_ids", "attention_mask", "token_type_ids")
-LABELS = ("no", "yes", "maybe")
-
 
 @pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory, captions_texts) -> Path:
-    folder = tmp_path_factory.mktemp("uniter") / "tokenizer"
-    train_wordpiece_tokenizer(captions_texts, 300).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer_folder) -> Path:
-    """A UNITER of two layers with random weights, large enough that every part of it counts."""
-    folder = tokenizer_folder.parent / "student"
+def folder(tokenizer_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uniter") / "student"
     shutil.copytree(tokenizer_folder, folder)
-    torch.manual_seed(0)
-    config = UniterConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=64, type_vocab_size=4, img_dim=6,
-    )  # fmt: skip
-    model = UniterForMultipleChoice(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    weighty(uniter).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def student(folder) -> UniterForMultipleChoice:
-    return load_uniter(str(folder)).eval()
-
-
-class BoxRegions:
-    """The whole picture and every object of an example, each seen as its geometry."""
-
-    dim = 6
-
-    def __call__(self, example: Example) -> Regions:
-        boxes = torch.tensor([(0.0, 0.0, 1.0, 1.0), *example.boxes])
-        return Regions(torch.cat([boxes, boxes[:, :2]], dim=1), boxes, torch.arange(-1, len(example.boxes)))
+    return load_student(str(folder)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -83,30 +49,6 @@ def encoder(folder) -> UniterEncoder:
 @pytest.fixture(scope="module")
 def examples(world):
     return VcrReader(world, "train").read()[:5]
-
-
-def inputs_of(batch: int = 3, choices: int = 2, length: int = 7, regions: int = 4, seed: int = 0) -> dict:
-    """Random inputs; texts and regions of several lengths, all padding at the end."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 300, (batch, choices, length), generator=generator)
-    texts = torch.randint(2, length + 1, (batch, choices, 1), generator=generator)
-    seen = torch.randint(1, regions + 1, (batch, 1), generator=generator)
-    attention = (torch.arange(length) < texts).long()
-    mask = (torch.arange(regions) < seen).long()
-    corners = torch.rand(batch, regions, 2, 2, generator=generator).sort(dim=2).values.flatten(2)
-    return {
-        "input_ids": ids * attention,
-        "attention_mask": attention,
-        "token_type_ids": torch.randint(0, 4, ids.shape, generator=generator) * attention,
-        "region_features": torch.randn(batch, regions, 6, generator=generator) * mask[..., None],
-        "region_boxes": corners * mask[..., None],
-        "region_mask": mask,
-    }
-
-
-def run(student, inputs, **options):
-    with torch.inference_mode():
-        return student(**inputs, output_hidden_states=True, **options)
 
 
 # Parity with the equations, in double precision, one token sequence at a time, from the weights alone
@@ -176,7 +118,7 @@ def rows_of(inputs):
 
 
 def test_states_and_scores_are_those_of_the_equations(student):
-    inputs, weights = inputs_of(), student.state_dict()
+    inputs, weights = inputs_of(objects=False), student.state_dict()
     output = run(student, inputs)
     for (b, c), row in rows_of(inputs):
         states, pooled = equations(weights, *row)
@@ -189,9 +131,9 @@ def test_states_and_scores_are_those_of_the_equations(student):
 
 def test_label_scores_are_those_of_the_equations(folder):
     torch.manual_seed(1)
-    student = load_uniter(str(folder), labels=LABELS).eval()
+    student = load_student(str(folder), labels=LABELS).eval()
     assert isinstance(student, UniterForClassification)
-    inputs, weights = inputs_of(choices=1), student.state_dict()
+    inputs, weights = inputs_of(choices=1, objects=False), student.state_dict()
     logits = run(student, inputs).logits
     assert logits.shape == (3, 3) and student.config.id2label == dict(enumerate(LABELS))
     for (b, _), row in rows_of(inputs):
@@ -209,102 +151,7 @@ def test_the_authors_loss_is_the_binary_cross_entropy_of_the_score(student):
 # Padding and places
 
 
-def cut(inputs, b, c):
-    """The inputs of one example and choice without any padding."""
-    text, seen = inputs["attention_mask"][b, c].bool(), inputs["region_mask"][b].bool()
-    return {name: value[b : b + 1, c : c + 1, text] for name, value in inputs.items() if name in TEXT} | {
-        name: value[b : b + 1, seen] for name, value in inputs.items() if name not in TEXT
-    }
-
-
-def test_padding_is_as_good_as_moving_regions_up(student):
-    inputs = inputs_of()
-    assert not inputs["attention_mask"].all() and not inputs["region_mask"].all()
-    output = run(student, inputs)
-    for (b, c), _ in rows_of(inputs):
-        alone, real = run(student, cut(inputs, b, c)), output.attention_mask[b, c].bool()
-        assert_close(alone.logits[0, 0], output.logits[b, c], **CLOSE)
-        for own, expected in zip(output.hidden_states, alone.hidden_states, strict=True):
-            assert_close(own[b, c, real], expected[0, 0], **CLOSE)
-
-
-def test_what_stands_in_the_padding_does_not_matter(student):
-    inputs = inputs_of()
-    noise = inputs_of(seed=1)
-    text, seen = inputs["attention_mask"] == 1, inputs["region_mask"] == 1
-    filled = dict(inputs)
-    filled["input_ids"] = torch.where(text, inputs["input_ids"], 7)
-    filled["token_type_ids"] = torch.where(text, inputs["token_type_ids"], 3)
-    for name in ("region_features", "region_boxes"):
-        filled[name] = torch.where(seen[..., None], inputs[name], noise[name] + 9)
-    assert_close(run(student, filled).logits, run(student, inputs).logits, **CLOSE)
-
-
-def test_choices_examples_and_the_order_of_regions_do_not_matter(student):
-    inputs = inputs_of(choices=3)
-    logits = run(student, inputs).logits
-    order = torch.tensor([2, 0, 1])
-    text = {name: inputs[name][:, order] for name in TEXT}
-    assert_close(run(student, {**inputs, **text}).logits, logits[:, order], **CLOSE)
-    rows = {name: value[order] for name, value in inputs.items()}
-    assert_close(run(student, rows).logits, logits[order], **CLOSE)
-    turned = {name: inputs[name].flip(1) for name in inputs if name not in TEXT}
-    assert_close(run(student, {**inputs, **turned}).logits, logits, **CLOSE)
-
-
-def test_output_says_where_tokens_are(student):
-    inputs = inputs_of()
-    spans = torch.randint(0, 50, (3, 2, 7, 2))
-    output = run(student, inputs, spans=spans)
-    assert torch.equal(output.spans[:, :, :7], spans) and not output.spans[:, :, 7:].any()
-    assert not run(student, inputs).spans.any()
-    assert not output.boxes[:, :, :7].any()
-    for choice in range(2):
-        assert torch.equal(output.boxes[:, choice, 7:], inputs["region_boxes"])
-        assert torch.equal(output.attention_mask[:, choice, 7:], inputs["region_mask"])
-    assert torch.equal(output.attention_mask[:, :, :7], inputs["attention_mask"])
-    assert output.hidden_states[0].shape == (3, 2, 11, 32) and len(output.hidden_states) == 3
-
-
-def test_gradients_reach_regions_and_every_parameter(folder):
-    student = load_uniter(str(folder)).eval()
-    inputs = inputs_of()
-    inputs["region_features"].requires_grad_()
-    student(**inputs).logits.square().sum().backward()
-    gradient = inputs["region_features"].grad.abs().sum(-1)
-    assert torch.equal(gradient > 0, inputs["region_mask"] == 1)
-    for name, parameter in student.named_parameters():
-        if name.endswith("self.key.bias"):  # the softmax over keys ignores it
-            continue
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-
-
-def test_the_word_embedding_can_be_hooked(student):
-    inputs, seen = inputs_of(), []
-    handle = student.get_input_embeddings().register_forward_hook(lambda *args: seen.append(args[2].shape))
-    logits = run(student, inputs).logits
-    handle.remove()
-    assert seen == [(6, 7, 32)]
-    handle = student.get_input_embeddings().register_forward_hook(lambda *args: 2 * args[2])
-    disturbed = run(student, inputs).logits
-    handle.remove()
-    assert not torch.allclose(disturbed, logits, atol=0.01)
-
-
 # Inputs
-
-
-def test_encoder_and_student_fit(encoder, student, examples):
-    texts, visuals = [encoder.text(e) for e in examples], [encoder.visual(e) for e in examples]
-    batch = encoder.pad_visual(visuals)
-    for b, (text, example) in enumerate(zip(texts, examples, strict=True)):
-        own = {name: getattr(text, name)[None] for name in (*TEXT, "spans")}
-        own |= {name: value[b : b + 1] for name, value in batch.items()}
-        output = run(student, {name: own[name] for name in student.inputs})
-        assert output.logits.shape == (1, len(example.choices)) and output.logits.isfinite().all()
-        boxes = output.boxes[0, 0, text.input_ids.shape[1] :]
-        assert_close(boxes[: len(example.boxes) + 1], encoder.visual_boxes(visuals[b]))
-        assert not boxes[len(example.boxes) + 1 :].any()
 
 
 def test_token_types_are_the_authors(encoder, examples):
@@ -324,76 +171,29 @@ def test_token_types_are_the_authors(encoder, examples):
     assert not encoder.text(replace(example, given=0, choices=())).token_type_ids.any()
 
 
-def change(folder, **settings):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-
-
-def test_encoders_that_do_not_fit_are_refused(folder, student_folder, tmp_path, examples):
-    with pytest.raises(StudentError, match=r"is a vilt; expected .* a UNITER"):
-        UniterEncoder(str(student_folder), 40, BoxRegions())
-    with pytest.raises(StudentError, match=r"at most 64.*max_text_tokens=65"):
-        UniterEncoder(str(folder), 65, BoxRegions())
+def test_choices_need_their_token_types(folder, tmp_path, examples):
     copy = tmp_path / "uniter"
     shutil.copytree(folder, copy)
-    change(copy, img_dim=2048)
-    with pytest.raises(StudentError, match=r"width 2048, but these have 6"):
-        UniterEncoder(str(copy), 40, BoxRegions())
-    change(copy, img_dim=6, type_vocab_size=2)
+    change(copy, type_vocab_size=2)
     encoder = UniterEncoder(str(copy), 40, BoxRegions())
     assert not encoder.text(replace(examples[0], choices=())).token_type_ids.any()
-    with pytest.raises(StudentError, match=rf"2 token types.*{examples[0].id}.*vcr=True"):
+    with pytest.raises(StudentError, match=rf"2 token types.*{examples[0].id}.*--vcr"):
         encoder.text(examples[0])
 
 
 # Loading
 
 
-def test_save_and_load(student, tmp_path):
-    student.save_pretrained(tmp_path)
-    again = load_uniter(str(tmp_path), seed=5).eval()
-    assert isinstance(again.config, UniterConfig) and again.config.img_dim == 6
-    assert AutoConfig.from_pretrained(tmp_path).to_dict() == again.config.to_dict()
-    inputs = inputs_of()
-    # To rounding: where a file puts the weights in memory decides in which order products are summed.
-    assert_close(run(again, inputs).logits, run(student, inputs).logits, **CLOSE)
-    assert again.state_dict().keys() == student.state_dict().keys()
-    assert all(torch.equal(value, student.state_dict()[name]) for name, value in again.state_dict().items())
-
-
-def test_a_model_stored_in_half_precision_is_trained_in_single(student, tmp_path):
-    deepcopy(student).half().save_pretrained(tmp_path)
-    assert {parameter.dtype for parameter in load_uniter(str(tmp_path)).parameters()} == {torch.float32}
-
-
 def test_a_checkpoint_without_head_gets_one_from_the_seed(student, tmp_path):
     student.uniter.save_pretrained(tmp_path)
     state = torch.random.get_rng_state()
-    first, same, other = (load_uniter(str(tmp_path), seed=seed) for seed in (1, 1, 2))
+    first, same, other = (load_student(str(tmp_path), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(first.classifier[0].weight, same.classifier[0].weight)
     assert first.classifier[0].weight.std() > 0 and not first.classifier[0].bias.any()
     assert not torch.equal(first.classifier[0].weight, other.classifier[0].weight)
     for name, parameter in student.uniter.named_parameters():
         assert torch.equal(first.uniter.get_parameter(name), parameter), name
-
-
-def test_a_head_for_other_labels_is_replaced(student, tmp_path):
-    student.save_pretrained(tmp_path)
-    replaced = load_uniter(str(tmp_path), labels=LABELS)
-    assert replaced.classifier[3].weight.shape == (3, 64)
-    replaced.save_pretrained(tmp_path)
-    kept = load_uniter(str(tmp_path), seed=9, labels=LABELS)
-    assert torch.equal(kept.classifier[3].weight, replaced.classifier[3].weight)
-
-
-def test_folders_that_do_not_fit_are_refused(folder, student_folder, tmp_path):
-    copy = tmp_path / "uniter"
-    shutil.copytree(folder, copy)
-    change(copy, img_dim=7)
-    for name in (copy, student_folder, tmp_path / "nothing"):
-        with pytest.raises(StudentError, match=re.escape(str(name))):
-            load_uniter(str(name))
 
 
 # Conversion
@@ -460,14 +260,14 @@ def convert(state, tmp_path, tokenizer_folder, **options):
     # The form that torch wrote in 2020, when the official files were made.
     torch.save(state, tmp_path / "uniter.pt", _use_new_zipfile_serialization=False)
     folder = tmp_path / "converted"
-    return folder, convert_uniter(tmp_path / "uniter.pt", folder, tokenizer_folder, **options)
+    return folder, convert_checkpoint("uniter", tmp_path / "uniter.pt", folder, tokenizer_folder, **options)
 
 
 @pytest.mark.parametrize("width, layers, count", [(768, 12, 111_082_752), (1024, 24, 337_800_192)])
 def test_official_sizes_are_recognised(width, layers, count):
     shapes = official_shapes(28996, width, 4 * width, layers)
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    config, weights, dropped = uniter_weights(state, "uniter.pt")
+    config, weights, dropped = official_weights(FORMATS["uniter"], state, "uniter.pt")
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (
         width, layers, width // 64,
     )  # fmt: skip
@@ -485,8 +285,8 @@ def test_a_converted_checkpoint_computes_the_equations(tmp_path, tokenizer_folde
     stored = load_file(folder / "model.safetensors")
     assert stored.keys() == {name for name in state if name.startswith("uniter.")} - set(dropped)
     assert all(torch.equal(stored[name], state[name]) for name in stored)
-    student = load_uniter(str(folder)).eval()
-    inputs = {**inputs_of(), "token_type_ids": torch.zeros(3, 2, 7, dtype=torch.long)}
+    student = load_student(str(folder)).eval()
+    inputs = {**inputs_of(objects=False), "token_type_ids": torch.zeros(3, 2, 7, dtype=torch.long)}
     output = run(student, inputs)
     for (b, c), row in rows_of(inputs):
         states, _ = equations(state, *row, heads=1)
@@ -537,7 +337,7 @@ def test_vcr_adds_token_types_and_people(tmp_path, tokenizer_folder, examples):
     people = text.input_ids[0] >= 300
     assert text.input_ids[0, people].tolist() == [312, 301]
     assert text.spans[0, people].tolist() == [[3, 12], [18, 26]]
-    student = load_uniter(str(folder))
+    student = load_student(str(folder))
     batch = encoder.pad_visual([encoder.visual(examples[0])])
     own = {name: getattr(text, name)[None] for name in (*TEXT, "spans")} | batch
     assert run(student, {name: own[name] for name in student.inputs}).logits.isfinite().all()
@@ -577,10 +377,9 @@ REFUSED = {  # what is done to a good state dict, and what the message says
         lambda s: s.update({"uniter.embeddings.word_embeddings.weight": torch.ones(3)}),
         r"no matrix: uniter.embeddings.word_embeddings.weight \(3,\)",
     ),
-    "empty": (lambda s: s.clear(), "missing.*word_embeddings"),
     "three types": (
         lambda s: s.update({"uniter.embeddings.token_type_embeddings.weight": torch.ones(3, 64)}),
-        "3 token types; expected .* 2 types, or 4",
+        "3 token types .*expected .* 2 or 4 types",
     ),
     "width": (
         lambda s: s.update({"uniter.embeddings.word_embeddings.weight": torch.ones(300, 70)}),
@@ -590,7 +389,6 @@ REFUSED = {  # what is done to a good state dict, and what the message says
         lambda s: s.update({"uniter.embeddings.word_embeddings.weight": torch.ones(381, 64)}),
         r"has 300 tokens, but .* has 381.*vcr=True",
     ),
-    "no tensors": (lambda s: s.update({"epoch": 3}), "is not a state dict"),
 }
 
 
@@ -618,30 +416,6 @@ def test_a_finetuned_checkpoint_is_converted_without_its_head(tmp_path, tokenize
     convert_command()
     same, other = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "own"))
     assert same.keys() == other.keys() and all(torch.equal(same[name], other[name]) for name in same)
-
-
-def test_files_that_cannot_be_read_are_refused(tmp_path, tokenizer_folder):
-    path, target = tmp_path / "uniter.pt", tmp_path / "converted"
-    with pytest.raises(StudentError, match=r"uniter\.pt cannot be read"):
-        convert_uniter(path, target, tokenizer_folder)
-    path.write_bytes(b"no checkpoint")
-    with pytest.raises(StudentError, match=r"uniter\.pt cannot be read"):
-        convert_uniter(path, target, tokenizer_folder)
-    torch.save(Path("x"), path)  # an object: loading it would run code
-    with pytest.raises(StudentError, match=r"uniter\.pt cannot be read \(damaged, or"):
-        convert_uniter(path, target, tokenizer_folder)
-    torch.save(official_state(), path)
-    with pytest.raises(StudentError, match=r"tokenizer .*nothing.* cannot be loaded"):
-        convert_uniter(path, target, tmp_path / "nothing")
-    assert not target.exists()
-
-
-def test_nothing_is_overwritten(tmp_path, tokenizer_folder):
-    (tmp_path / "converted").mkdir()
-    (tmp_path / "converted" / "mine").write_text("mine")
-    with pytest.raises(StudentError, match="is not empty"):
-        convert(official_state(), tmp_path, tokenizer_folder)
-    assert [path.name for path in (tmp_path / "converted").iterdir()] == ["mine"]
 
 
 def test_the_config_is_that_of_the_authors():

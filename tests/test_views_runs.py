@@ -25,8 +25,8 @@ from tdlib.core.records import END, TargetRecord, read_records, records_table, w
 from tdlib.data.examples import low_shot
 from tdlib.students import attention as student_attentions
 from tdlib.students.clip import open_teacher_as_student
+from tdlib.students.registry import load_student
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
-from tdlib.students.vilt import load_vilt
 from tdlib.students.visual_bert import VisualBertForClassification
 from tdlib.students.vlbert import VlBertConfig, VlBertForClassification, VlBertForMultipleChoice
 from tdlib.teacher import attention as teacher_attentions
@@ -191,7 +191,7 @@ def setting(materials, config, folder, every: int = 0):
     builder = TargetBuilder(materials.builder.cache, materials.builder.idf, config)
     subset = low_shot(materials.train, config.shots, config.seed)
     module = TargetedDistillation(
-        load_vilt(config.student, seed=config.seed), config, materials.builder.cache.teacher.dim
+        load_student(config.student, seed=config.seed), config, materials.builder.cache.teacher.dim
     )
     trainer = make_trainer(module, config, EncodedExamples(subset, materials.encoder, builder), folder)
     probes = EncodedExamples(materials.evaluated["val"][:3], materials.encoder, builder)
@@ -579,7 +579,7 @@ def test_recomputed_attention_is_eager_attention(name, image):
 
 @pytest.fixture(scope="module")
 def vilt(base, materials):
-    student = load_vilt(base.student, seed=0).eval()
+    student = load_student(base.student, seed=0).eval()
     example = materials.evaluated["val"][0]
     data = EncodedExamples([example], materials.encoder, materials.builder)
     module = TargetedDistillation(student, base, materials.builder.cache.teacher.dim)
@@ -642,7 +642,7 @@ def test_gradient_relevance_is_the_published_product(vilt):
     row = relevancy[0].detach().clone()
     row[0] -= 1
     np.testing.assert_allclose(found, (row / row.max()).numpy(), atol=1e-5)
-    frozen = load_vilt(student.name_or_path).requires_grad_(False)
+    frozen = load_student(student.name_or_path).requires_grad_(False)
     with pytest.raises(AttentionError, match="requires_grad_"):
         student_attentions.gradient_relevance(frozen, batch, record)
 

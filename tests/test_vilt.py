@@ -18,7 +18,8 @@ from transformers import BertConfig, BertModel, ViltConfig, ViltForMaskedLM, Vil
 from tdlib.data.examples import TextPart
 from tdlib.data.vcr import VcrReader
 from tdlib.students.base import StudentError, pad_last
-from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, embed_patches, load_vilt, pad_pictures
+from tdlib.students.registry import load_student
+from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, embed_patches, pad_pictures
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 SIZES = {  # height and width in pixels of each picture of a batch
@@ -32,7 +33,7 @@ SIZES = {  # height and width in pixels of each picture of a batch
 @pytest.fixture(scope="module")
 def student(student_folder) -> ViltForMultipleChoice:
     """The tiny model with larger weights everywhere: its position embeddings would start at 0."""
-    model = load_vilt(str(student_folder)).eval()
+    model = load_student(str(student_folder)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -305,7 +306,7 @@ def test_output_hands_spans_on(student):
 
 def test_save_and_load(student, tmp_path):
     student.save_pretrained(tmp_path)
-    again = load_vilt(str(tmp_path), seed=5).eval()
+    again = load_student(str(tmp_path), seed=5).eval()
     inputs = inputs_of(SIZES["mixed"])
     assert torch.equal(run(again, inputs).logits, run(student, inputs).logits)
     assert again.state_dict().keys() == student.state_dict().keys()
@@ -322,7 +323,7 @@ def test_encoder_saves_what_it_needs(encoder, tmp_path, student_folder, examples
 
 def test_a_model_stored_in_half_precision_is_trained_in_single(student, tmp_path):
     deepcopy(student).half().save_pretrained(tmp_path)
-    assert {parameter.dtype for parameter in load_vilt(str(tmp_path)).parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in load_student(str(tmp_path)).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", [ViltModel, ViltForMaskedLM])
@@ -331,7 +332,7 @@ def test_a_stock_checkpoint_gets_a_head_from_the_seed(student, student_folder, t
     stock_model = kind(ViltConfig.from_pretrained(student_folder))
     stock_model.save_pretrained(tmp_path)
     state = torch.random.get_rng_state()
-    first, same, other = (load_vilt(str(tmp_path), seed=seed) for seed in (1, 1, 2))
+    first, same, other = (load_student(str(tmp_path), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)  # the caller's random numbers stay what they are
     assert torch.equal(first.classifier.weight, same.classifier.weight)
     assert first.classifier.weight.std() > 0
@@ -381,7 +382,7 @@ def test_checkpoints_that_do_not_fit_are_refused(student_folder, tmp_path, case)
     shutil.copytree(student_folder, folder)
     BROKEN[case](folder)
     with pytest.raises(StudentError, match=re.escape(str(folder))):
-        load_vilt(str(folder))
+        load_student(str(folder))
 
 
 def test_other_architectures_and_missing_folders_are_refused(tmp_path):
@@ -391,7 +392,7 @@ def test_other_architectures_and_missing_folders_are_refused(tmp_path):
     BertModel(config).save_pretrained(tmp_path)
     for name in (str(tmp_path), str(tmp_path / "nothing")):
         with pytest.raises(StudentError, match=re.escape(name)):
-            load_vilt(name)
+            load_student(name)
         with pytest.raises(StudentError, match=re.escape(name)):
             ViltEncoder(name)
 

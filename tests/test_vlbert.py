@@ -1,6 +1,5 @@
 """The VL-BERT student: parity with the published equations, its inputs, conversion of official files."""
 
-import json
 import math
 import re
 import shutil
@@ -10,78 +9,38 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import ExifTags, Image
+from region_students import CLOSE, LABELS, TEXT, BoxRegions, inputs_of, run, vlbert, weighty
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoConfig
 
-from tdlib.data.examples import Example, Reference, TextPart
+from tdlib.data.examples import Reference, TextPart
 from tdlib.data.vcr import VcrReader, render
-from tdlib.make.vocabulary import train_wordpiece_tokenizer
 from tdlib.regions.computed import Regions
 from tdlib.students.base import StudentError
+from tdlib.students.convert import FORMATS, official_weights
+from tdlib.students.convert import convert as convert_checkpoint
+from tdlib.students.registry import load_student
 from tdlib.students.vlbert import (
     VlBertConfig,
     VlBertEncoder,
     VlBertForClassification,
     VlBertForMultipleChoice,
-    convert_vlbert,
     geometry,
-    load_vlbert,
     referents,
-    vlbert_weights,
 )
 
-CLOSE = {"rtol": 0, "atol": 1e-5}
-TEXT = ("input_ids", "attention_mask", "token_type_ids", "objects")
-LABELS = ("no", "yes", "maybe")
-
 
 @pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory, captions_texts) -> Path:
-    folder = tmp_path_factory.mktemp("vlbert") / "tokenizer"
-    train_wordpiece_tokenizer(captions_texts, 300).save_pretrained(folder)
-    return folder
-
-
-def small_config(**settings) -> VlBertConfig:
-    sizes = {
-        "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "intermediate_size": 48, "max_position_embeddings": 64, "visual_embedding_dim": 6,
-    }  # fmt: skip
-    return VlBertConfig(**sizes | settings)
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer_folder) -> Path:
-    """A VL-BERT of two layers with random weights, large enough that every part of it counts."""
-    folder = tokenizer_folder.parent / "student"
+def folder(tokenizer_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vlbert") / "student"
     shutil.copytree(tokenizer_folder, folder)
-    torch.manual_seed(0)
-    model = VlBertForMultipleChoice(small_config())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    weighty(vlbert).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def student(folder) -> VlBertForMultipleChoice:
-    return load_vlbert(str(folder)).eval()
-
-
-class BoxRegions:
-    """The objects of an example, each seen as its geometry; the whole picture last, unless left out."""
-
-    dim = 6
-
-    def __init__(self, whole: bool = True):
-        self.whole = whole
-
-    def __call__(self, example: Example) -> Regions:
-        boxes = torch.tensor([*example.boxes, (0.0, 0.001, 0.998, 1.0)])[: None if self.whole else -1]
-        objects = torch.tensor([*range(len(example.boxes)), -1])[: len(boxes)]
-        return Regions(torch.cat([boxes, boxes[:, :2]], dim=1), boxes, objects)
+    return load_student(str(folder)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -92,33 +51,6 @@ def encoder(folder) -> VlBertEncoder:
 @pytest.fixture(scope="module")
 def examples(world):
     return VcrReader(world, "train").read()[:5]
-
-
-def inputs_of(batch: int = 3, choices: int = 2, length: int = 7, regions: int = 4, seed: int = 0) -> dict:
-    """Random inputs; texts and regions of several lengths, all padding at the end."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 300, (batch, choices, length), generator=generator)
-    texts = torch.randint(3, length + 1, (batch, choices, 1), generator=generator)
-    seen = torch.randint(2, regions + 1, (batch, 1), generator=generator)
-    attention = (torch.arange(length) < texts).long()
-    mask = (torch.arange(regions) < seen).long()
-    corners = torch.rand(batch, regions, 2, 2, generator=generator).sort(dim=2).values.flatten(2)
-    found = torch.arange(-1, regions - 1).expand(batch, -1)  # region 0 is no object
-    return {
-        "input_ids": ids * attention,
-        "attention_mask": attention,
-        "token_type_ids": torch.randint(0, 2, ids.shape, generator=generator) * attention,
-        "region_features": torch.randn(batch, regions, 6, generator=generator) * mask[..., None],
-        "region_boxes": corners * mask[..., None],
-        "region_mask": mask,
-        "region_objects": found.masked_fill(mask == 0, -1),
-        "objects": torch.randint(-1, 3, ids.shape, generator=generator).masked_fill(attention == 0, -1),
-    }
-
-
-def run(student, inputs, **options):
-    with torch.inference_mode():
-        return student(**inputs, output_hidden_states=True, **options)
 
 
 # Parity with the equations, in double precision, one token sequence at a time, from the weights alone
@@ -216,7 +148,7 @@ def test_states_and_scores_are_those_of_the_equations(student):
 
 
 def test_label_scores_are_those_of_the_equations(folder):
-    student = load_vlbert(str(folder), labels=LABELS).eval()
+    student = load_student(str(folder), labels=LABELS).eval()
     assert isinstance(student, VlBertForClassification)
     inputs, table = inputs_of(choices=1), double(student.state_dict())
     logits = run(student, inputs).logits
@@ -237,105 +169,20 @@ def test_geometry_is_that_of_the_authors():
 # Padding and places
 
 
-def cut(inputs, b, c):
-    """The inputs of one example and choice without any padding."""
-    text, seen = inputs["attention_mask"][b, c].bool(), inputs["region_mask"][b].bool()
-    return {name: value[b : b + 1, c : c + 1, text] for name, value in inputs.items() if name in TEXT} | {
-        name: value[b : b + 1, seen] for name, value in inputs.items() if name not in TEXT
-    }
-
-
-def test_what_stands_in_the_padding_does_not_matter(student):
-    inputs = inputs_of()
-    noise = inputs_of(seed=1)
-    text, seen = inputs["attention_mask"] == 1, inputs["region_mask"] == 1
-    assert not text.all() and not seen.all()
-    filled = {name: torch.where(text, inputs[name], 1) for name in TEXT if name != "attention_mask"}
-    for name in ("region_features", "region_boxes"):
-        filled[name] = torch.where(seen[..., None], inputs[name], noise[name] + 9)
-    filled |= {"attention_mask": inputs["attention_mask"], "region_mask": inputs["region_mask"]}
-    filled["region_objects"] = inputs["region_objects"]
-    output = run(student, filled)
-    for (b, c), _ in rows_of(inputs):
-        alone, real = run(student, cut(inputs, b, c)), output.attention_mask[b, c].bool()
-        assert_close(alone.logits[0, 0], output.logits[b, c], **CLOSE)
-        for own, expected in zip(output.hidden_states, alone.hidden_states, strict=True):
-            assert_close(own[b, c, real], expected[0, 0], **CLOSE)
-
-
-def test_choices_and_the_order_of_objects_do_not_matter(student):
-    inputs = inputs_of(choices=3)
-    logits = run(student, inputs).logits
-    order = torch.tensor([2, 0, 1])
-    text = {name: inputs[name][:, order] for name in TEXT}
-    assert_close(run(student, {**inputs, **text}).logits, logits[:, order], **CLOSE)
-    turned = {name: inputs[name][:, [0, 3, 2, 1]] for name in inputs if name not in TEXT}
-    assert_close(run(student, {**inputs, **turned}).logits, logits, **CLOSE)
-
-
-def test_output_says_where_tokens_are(student):
-    inputs = inputs_of()
-    spans = torch.randint(0, 50, (3, 2, 7, 2))
-    output = run(student, inputs, spans=spans)
-    assert torch.equal(output.spans[:, :, :7], spans) and not output.spans[:, :, 7:].any()
-    assert not run(student, inputs).spans.any()
-    assert not output.boxes[:, :, :7].any()
-    for choice in range(2):
-        assert torch.equal(output.boxes[:, choice, 7:], inputs["region_boxes"])
-        assert torch.equal(output.attention_mask[:, choice, 7:], inputs["region_mask"])
-    assert torch.equal(output.attention_mask[:, :, :7], inputs["attention_mask"])
-    assert [state.shape for state in output.hidden_states] == [(3, 2, 11, 32)] * 3
-    assert student(**inputs).hidden_states is None
-
-
-@pytest.mark.parametrize("labels", [(), LABELS], ids=["choices", "labels"])
-def test_gradients_reach_regions_and_every_parameter(folder, labels):
-    student = load_vlbert(str(folder), labels=labels).eval()
-    inputs = inputs_of(choices=1 if labels else 2)
-    inputs["region_features"].requires_grad_()
-    student(**inputs).logits.square().sum().backward()
-    gradient = inputs["region_features"].grad.abs().sum(-1)
-    assert torch.equal(gradient > 0, inputs["region_mask"] == 1)
-    for name, parameter in student.named_parameters():
-        if name.endswith("self.key.bias"):  # the softmax over keys ignores it
-            continue
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-
-
-def test_the_word_embedding_can_be_hooked(student):
-    inputs, seen = inputs_of(), []
-    handle = student.get_input_embeddings().register_forward_hook(lambda *args: seen.append(args[2].shape))
-    logits = run(student, inputs).logits
-    handle.remove()
-    assert seen == [(6, 7, 32)]
-    handle = student.get_input_embeddings().register_forward_hook(lambda *args: 2 * args[2])
-    disturbed = run(student, inputs).logits
-    handle.remove()
-    assert not torch.allclose(disturbed, logits, atol=0.01)
-
-
 # Inputs
 
 
-@pytest.mark.parametrize("labels", [(), LABELS], ids=["choices", "labels"])
-def test_encoder_and_student_fit(encoder, folder, examples, labels):
-    student = load_vlbert(str(folder), labels=labels).eval()
-    examples = [replace(e, choices=() if labels else e.choices) for e in examples]
-    texts, visuals = [encoder.text(e) for e in examples], [encoder.visual(e) for e in examples]
-    batch = encoder.pad_visual(visuals)
-    for b, (text, example) in enumerate(zip(texts, examples, strict=True)):
-        own = {name: getattr(text, name)[None] for name in (*TEXT, "spans")}
-        own |= {name: value[b : b + 1] for name, value in batch.items()}
-        output = run(student, {name: own[name] for name in student.inputs})
-        assert output.logits.shape == (1, len(labels or example.choices)) and output.logits.isfinite().all()
-        boxes = output.boxes[0, 0, text.input_ids.shape[1] :]
-        assert_close(boxes[: len(example.boxes) + 1], encoder.visual_boxes(visuals[b]))
-        assert not boxes[len(example.boxes) + 1 :].any()
+class WholeLast(BoxRegions):
+    def __call__(self, example):
+        regions = super().__call__(example)
+        order = [*range(1, len(regions.boxes)), 0]
+        return Regions(regions.features[order], regions.boxes[order], regions.objects[order])
 
 
-def test_the_whole_picture_comes_first(encoder, folder, examples):
+def test_the_whole_picture_comes_first(folder, examples):
     """And it ends where the authors' does: at pixel (width - 1, height - 1), counted from 0."""
     example, last = examples[0], torch.tensor([0, 0, 255 / 256, 255 / 256])
+    encoder = VlBertEncoder(str(folder), 40, WholeLast())
     given, moved = encoder.regions(example), encoder.visual(example)
     assert Image.open(example.image).size == (256, 256)
     assert moved["region_boxes"][0, 2:].tolist() == [255 / 256, 255 / 256]
@@ -442,30 +289,15 @@ def test_a_question_without_choices_ends_in_a_mask(encoder, examples):
     assert long.input_ids.shape == (1, 40) and long.input_ids[0, -2] == encoder.tokenizer.mask_token_id
 
 
-def change(folder, **settings):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-
-
-def test_encoders_that_do_not_fit_are_refused(folder, student_folder, tmp_path):
-    with pytest.raises(StudentError, match=r"is a vilt; expected .* a VL-BERT"):
-        VlBertEncoder(str(student_folder), 40, BoxRegions())
+def test_regions_and_the_end_need_positions(folder):
     with pytest.raises(StudentError, match=r"64 positions.*max_text_tokens=63"):
         VlBertEncoder(str(folder), 63, BoxRegions())
     VlBertEncoder(str(folder), 62, BoxRegions())
-    copy = tmp_path / "vlbert"
-    shutil.copytree(folder, copy)
-    change(copy, visual_embedding_dim=2048)
-    with pytest.raises(StudentError, match=r"width 2048, but these have 6"):
-        VlBertEncoder(str(copy), 40, BoxRegions())
-    change(copy, visual_embedding_dim=6, vocab_size=301)
-    with pytest.raises(StudentError, match=r"301 words, but its tokenizer 300"):
-        VlBertEncoder(str(copy), 40, BoxRegions())
 
 
 @pytest.mark.parametrize("labels", [(), LABELS], ids=["choices", "labels"])
 def test_the_longest_text_has_positions(folder, labels):
-    student = load_vlbert(str(folder), labels=labels).eval()
+    student = load_student(str(folder), labels=labels).eval()
     inputs = inputs_of(batch=1, choices=1, length=62)
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     assert run(student, inputs).logits.isfinite().all()
@@ -475,44 +307,11 @@ def test_the_longest_text_has_positions(folder, labels):
 
 
 def test_a_new_student_starts_without_the_picture():
-    student = VlBertForMultipleChoice(small_config()).eval()
+    student = vlbert().eval()
     assert not student.vlbert.visual_ln_text.weight.any() and not student.vlbert.visual_ln_object.weight.any()
     inputs = inputs_of()
     other = {"region_features": inputs["region_features"] + 1}
     assert torch.equal(run(student, inputs).logits, run(student, {**inputs, **other}).logits)
-
-
-def test_save_and_load(student, tmp_path):
-    student.save_pretrained(tmp_path)
-    again = load_vlbert(str(tmp_path), seed=5).eval()
-    assert isinstance(again.config, VlBertConfig) and again.config.visual_embedding_dim == 6
-    assert AutoConfig.from_pretrained(tmp_path).to_dict() == again.config.to_dict()
-    inputs = inputs_of()
-    # To rounding: where a file puts the weights in memory decides in which order products are summed.
-    assert_close(run(again, inputs).logits, run(student, inputs).logits, **CLOSE)
-    assert again.state_dict().keys() == student.state_dict().keys()
-    assert all(torch.equal(value, student.state_dict()[name]) for name, value in again.state_dict().items())
-
-
-def test_a_classifier_is_kept_or_replaced(student, tmp_path):
-    student.save_pretrained(tmp_path)
-    first, same, other = (load_vlbert(str(tmp_path), seed=seed, labels=LABELS) for seed in (1, 1, 2))
-    assert torch.equal(first.classifier[2].weight, same.classifier[2].weight)
-    assert not torch.equal(first.classifier[2].weight, other.classifier[2].weight)
-    first.save_pretrained(tmp_path)
-    assert torch.equal(
-        load_vlbert(str(tmp_path), labels=LABELS).classifier[2].weight, first.classifier[2].weight
-    )
-    assert load_vlbert(str(tmp_path), labels=LABELS[:2]).classifier[2].weight.shape == (2, 32)
-
-
-def test_folders_that_do_not_fit_are_refused(folder, student_folder, tmp_path):
-    copy = tmp_path / "vlbert"
-    shutil.copytree(folder, copy)
-    change(copy, visual_embedding_dim=7)
-    for name in (copy, student_folder, tmp_path / "nothing"):
-        with pytest.raises(StudentError, match=re.escape(str(name))):
-            load_vlbert(str(name))
 
 
 # Conversion
@@ -584,7 +383,9 @@ def convert(state, tmp_path, tokenizer_folder, **options):
     # The form that torch wrote in 2019, when the official files were made.
     torch.save(whole, tmp_path / "vl-bert.model", _use_new_zipfile_serialization=False)
     folder = tmp_path / "converted"
-    return folder, convert_vlbert(tmp_path / "vl-bert.model", folder, tokenizer_folder, **options)
+    return folder, convert_checkpoint(
+        "vl-bert", tmp_path / "vl-bert.model", folder, tokenizer_folder, **options
+    )
 
 
 @pytest.mark.parametrize("width, layers", [(768, 12), (1024, 24)])
@@ -592,7 +393,7 @@ def convert(state, tmp_path, tokenizer_folder, **options):
 def test_official_sizes_are_recognised(width, layers, detector):
     shapes = official_shapes(30522, width, 4 * width, layers) | detector
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    config, weights, left_out = vlbert_weights(state, "vl-bert.model")
+    config, weights, left_out = official_weights(FORMATS["vl-bert"], state, "vl-bert.model")
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (
         width, layers, width // 64,
     )  # fmt: skip
@@ -613,7 +414,7 @@ def test_a_converted_checkpoint_computes_the_equations(tmp_path, tokenizer_folde
     }  # fmt: skip
     assert stored.keys() == kept.keys() and all(torch.equal(stored[name], kept[name]) for name in kept)
     inputs = inputs_of(choices=1)
-    for student in (load_vlbert(str(folder)), load_vlbert(str(folder), labels=LABELS)):
+    for student in (load_student(str(folder)), load_student(str(folder), labels=LABELS)):
         output = run(student.eval(), inputs)
         for (b, c), row in rows_of(inputs):
             states = equations(double(stored), *row, heads=1)
@@ -639,7 +440,7 @@ def test_finetuned_checkpoints_fit(tmp_path, tokenizer_folder):
     heads = {"final_mlp.1.weight": torch.ones(1, 64), "cnn_loss_reg.2.bias": torch.ones(81)}
     folder, left_out = convert({**state, **pooler, **heads}, tmp_path, tokenizer_folder)
     assert left_out == sorted(heads)
-    student = load_vlbert(str(folder))
+    student = load_student(str(folder))
     assert torch.equal(student.vlbert.pooler.dense.weight, torch.eye(64))
     assert student.classifier[1].weight.std() > 0
 
@@ -663,7 +464,6 @@ REFUSED = {  # what is done to a good state dict, and what the message says
     ),
     "shape": (lambda s: s.update({QUERY: torch.ones(64, 32)}), r"\(64, 32\) instead of \(64, 64\)"),
     "no words": (lambda s: s.pop("module.vlbert.word_embeddings.weight"), "missing.*word_embeddings"),
-    "empty": (lambda s: s.clear(), "missing.*word_embeddings"),
     "two types": (
         lambda s: s.update({"module.vlbert.token_type_embeddings.weight": torch.ones(2, 64)}),
         "2 token types .* expected .* 3 types",
@@ -680,7 +480,6 @@ REFUSED = {  # what is done to a good state dict, and what the message says
         lambda s: s.update({"module.vlbert.word_embeddings.weight": torch.ones(381, 64)}),
         r"has 300 tokens, but .* has 381",
     ),
-    "no tensors": (lambda s: s.update({"epoch": 3}), "is not a state dict"),
 }
 
 
@@ -693,30 +492,6 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path, tokenizer_folder, cas
         convert(state, tmp_path, tokenizer_folder)
     assert "vl-bert.model" in str(error.value)
     assert not (tmp_path / "converted").exists()
-
-
-def test_files_that_cannot_be_read_are_refused(tmp_path, tokenizer_folder):
-    path, target = tmp_path / "vl-bert.model", tmp_path / "converted"
-    with pytest.raises(StudentError, match=r"vl-bert\.model cannot be read"):
-        convert_vlbert(path, target, tokenizer_folder)
-    path.write_bytes(b"no checkpoint")
-    with pytest.raises(StudentError, match=r"vl-bert\.model cannot be read"):
-        convert_vlbert(path, target, tokenizer_folder)
-    torch.save({"state_dict": {}, "config": Path("x")}, path)  # an object: loading it would run code
-    with pytest.raises(StudentError, match=r"vl-bert\.model cannot be read \(damaged, or"):
-        convert_vlbert(path, target, tokenizer_folder)
-    torch.save({"state_dict": official_state()}, path)
-    with pytest.raises(StudentError, match=r"tokenizer .*nothing.* cannot be loaded"):
-        convert_vlbert(path, target, tmp_path / "nothing")
-    assert not target.exists()
-
-
-def test_nothing_is_overwritten(tmp_path, tokenizer_folder):
-    (tmp_path / "converted").mkdir()
-    (tmp_path / "converted" / "mine").write_text("mine")
-    with pytest.raises(StudentError, match="is not empty"):
-        convert(official_state(), tmp_path, tokenizer_folder)
-    assert [path.name for path in (tmp_path / "converted").iterdir()] == ["mine"]
 
 
 def test_the_config_is_that_of_the_authors():

@@ -563,7 +563,7 @@ def write_weights(job: StudentJob, folder: Path) -> None:
     """Writes configuration and weights, in half precision.
 
     Token types that captions do not have become copies of those that they do, as at the start of the
-    authors' finetuning on VCR (see ``convert_uniter``).
+    authors' finetuning on VCR (see ``students.convert``).
     """
     kind, weights = job.kind, dict(job.model.state_dict())
     if kind.types:

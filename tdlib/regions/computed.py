@@ -1,30 +1,25 @@
 """Region features: what a detector, or a grid, saw in each picture.
 
-Owns what regions are and those that are computed here: RoIAlign over given boxes or a grid, from a
-backbone on this machine (``backbones``), kept on disk. Files that others made are read in
-``region_files`` and ``region_lmdb``.
+It says what regions are and computes them: RoIAlign over given boxes or a grid, from a backbone on this
+machine (``backbones``), kept on disk. ``files`` and ``lmdb`` read those that others made.
 """
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tdlib.core.files import file_digest
 from tdlib.core.paths import resolve
+from tdlib.core.store import EXACT, CacheError, Column, FileDigests, Store, record_key
 from tdlib.data.examples import DataError, Example
 from tdlib.data.pictures import open_picture
 from tdlib.regions.backbones import Backbone, open_backbone
-from tdlib.teacher.cache import CacheError, TeacherCache
+from tdlib.teacher.cache import TeacherCache
 
 Layout = Literal["boxes", "grid", "boxes+grid"]
 
@@ -121,115 +116,66 @@ class ClipGridRegions:
         return Regions(record.projected[inside], boxes, torch.full((len(boxes),), -1))
 
 
-class CachedRegions:
-    """Computed regions, stored once per picture and boxes.
+_LAYOUT = {
+    "regions": {
+        "features": Column(), "boxes": EXACT, "objects": EXACT, "size": Column(half=False, ragged=False),
+    }
+}  # fmt: skip
+_TOGETHER = 1024  # records of a shard
 
-    ``folder/<fingerprint>`` holds shards: safetensors files of packed, ragged records, features in
-    half precision, read memory-mapped. Each has the keys of its records in its metadata and the
-    start of its own SHA-256 as its name, and appears under it when complete: killed or concurrent
-    writers damage nothing. A key is the SHA-256 of the picture file's bytes and the example's boxes.
+
+class CachedRegions:
+    """Computed regions, stored once per picture and boxes: a verified ``Store`` in ``folder/<fingerprint>``.
+
+    A record's key is the SHA-256 of the picture file's bytes and of the example's boxes; features are kept
+    in half precision.
 
     Args:
         source: computes what is missing.
         folder: where caches of all sources lie.
-        examples: stored on opening; ``add`` stores more.
 
     Raises:
         CacheError: a shard is damaged, or an example is asked for that was never added.
     """
 
-    def __init__(self, source: ComputedRegions, folder: Path | str, examples: Sequence[Example] = ()):
+    def __init__(self, source: ComputedRegions, folder: Path | str):
         self.source, self.dim = source, source.dim
-        self.folder = Path(folder) / source.fingerprint[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._rows: dict[str, tuple[Path, int, int]] = {}  # shard, first region, last
-        self._digests: dict[str, tuple[tuple[int, int], str]] = {}
-        self._files: dict[tuple[int, Path], Any] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if file_digest(path)[:16] != path.stem:
-                raise CacheError(f"{path}: checksum differs, the file is damaged; delete it and run again")
-            self._list(path)
-        self.add(examples)
+        self.store = Store(Path(folder) / source.fingerprint[:16], source.fingerprint, _LAYOUT)
+        self._digests = FileDigests()
 
     def __len__(self) -> int:
         """Number of stored records."""
-        return len(self._rows)
+        return self.store.count("regions")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}
-
-    def _open(self, path: Path) -> Any:
-        """A memory-mapped shard, opened by each process for itself."""
-        name = os.getpid(), path
-        if name not in self._files:
-            self._files[name] = safe_open(path, framework="pt")
-        return self._files[name]
-
-    def _list(self, path: Path) -> None:
+    def _key(self, example: Example) -> bytes:
         try:
-            keys = json.loads(self._open(path).metadata()["keys"])
-            offsets = self._open(path).get_tensor("offsets").tolist()
-            places = zip(keys, offsets[:-1], offsets[1:], strict=True)
-            self._rows |= {key: (path, start, end) for key, start, end in places}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise CacheError(f"{path}: not a shard of regions ({error!r}); delete it and run again") from None
-
-    def key(self, example: Example) -> str:
-        """What an example's regions are stored under; digests of unchanged files are remembered."""
-        name = str(example.image)
-        try:
-            status = example.image.stat()
+            return record_key(self._digests(example.image), json.dumps(example.boxes))
         except FileNotFoundError:
             open_picture(example.image)  # raises with the remedy
             raise
-        stamp = status.st_size, status.st_mtime_ns
-        if name not in self._digests or self._digests[name][0] != stamp:
-            self._digests[name] = stamp, file_digest(example.image)
-        return hashlib.sha256(f"{self._digests[name][1]} {json.dumps(example.boxes)}".encode()).hexdigest()
 
-    def add(
-        self, examples: Sequence[Example], shard_size: int = 1024,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:  # fmt: skip
-        """Computes and stores what is not there yet; calls ``progress(done, total)`` after every shard."""
-        missing = {key: example for example in examples if (key := self.key(example)) not in self._rows}
-        for start in range(0, len(missing), shard_size):
-            part = dict(list(missing.items())[start : start + shard_size])
-            self._write(list(part), [self.source(example) for example in part.values()])
-            if progress:
-                progress(start + len(part), len(missing))
-
-    def _write(self, keys: list[str], regions: list[Regions]) -> None:
-        packed = {
-            "features": torch.cat([r.features for r in regions]).half(),
-            "boxes": torch.cat([r.boxes for r in regions]),
-            "objects": torch.cat([r.objects for r in regions]),
-            "offsets": torch.tensor([0, *(len(r.boxes) for r in regions)]).cumsum(0),
-        }
-        if not packed["features"].isfinite().all():
-            raise CacheError("features are not finite in half precision; the backbone's weights are damaged")
-        handle, partial = tempfile.mkstemp(prefix=".partial-", dir=self.folder)
-        try:
-            save_file(packed, partial, metadata={"keys": json.dumps(keys)})
-            os.fsync(handle)
-            path = self.folder / f"{file_digest(Path(partial))[:16]}.safetensors"
-            os.replace(partial, path)
-        finally:
-            os.close(handle)
-            Path(partial).unlink(missing_ok=True)
-        self._list(path)
+    def add(self, examples: Sequence[Example]) -> None:
+        """Computes and stores what is not there yet."""
+        wanted = {self._key(example): example for example in examples}
+        missing = self.store.missing("regions", wanted)
+        for start in range(0, len(missing), _TOGETHER):
+            keys = missing[start : start + _TOGETHER]
+            records = []
+            for key in keys:
+                regions = self.source(wanted[key])
+                records.append(vars(regions) | {"size": torch.tensor(regions.size or (0, 0)).float()})
+            self.store.append("regions", keys, records, [str(wanted[key].image) for key in keys])
 
     def __call__(self, example: Example) -> Regions:
-        key = self.key(example)
-        if key not in self._rows:
+        try:
+            record = self.store.read("regions", self._key(example))
+        except KeyError:
             raise CacheError(
-                f"{self.folder}: no regions of example {example.id} ({example.image}); call add() with it"
-            )
-        path, start, end = self._rows[key]
-        features, boxes, objects = (
-            self._open(path).get_slice(name)[start:end] for name in ("features", "boxes", "objects")
-        )
-        return Regions(features.float(), boxes, objects)
+                f"{self.store.folder}: no regions of example {example.id} ({example.image}); call add() "
+                "with it"
+            ) from None
+        width, height = record.pop("size").tolist()
+        return Regions(**record, size=(width, height) if width else None)
 
 
 def listed_paths(where: str) -> list[str]:
@@ -248,10 +194,10 @@ def open_regions(
 ) -> RegionSource:
     """The region source that a spec "KIND:WHERE" names.
 
-    Files of a detector: "lmdb:FOLDER[,FOLDER]", "tsv:FILE[,FILE]", "lxmert:FILE[,FILE]",
-    "hdf5:FILE[,MAPPING.json]", "npz:FOLDER[,FOLDER]". Computed here: "boxes:BACKBONE",
-    "grid:BACKBONE", "boxes+grid:BACKBONE", where BACKBONE is the folder of a ``MiniDetector`` or
-    MODEL@WEIGHTS, a model of torchvision's with its local file. "clip": the teacher's patches.
+    Files of a detector: "lmdb:FOLDER[,FOLDER]" (UNITER's), "npz:FOLDER[,FOLDER]"; other files become NPZ by
+    ``python -m tdlib.regions.convert``. Computed here: "boxes:BACKBONE", "grid:BACKBONE",
+    "boxes+grid:BACKBONE", where BACKBONE is the folder of a ``MiniDetector`` or MODEL@WEIGHTS, a model of
+    torchvision's with its local file. "clip": the teacher's patches.
 
     Args:
         spec: see above.
@@ -263,24 +209,26 @@ def open_regions(
         DataError: the spec is malformed, or what it names is not there or not in its layout.
         ImportError: the kind needs a package of the extra ``regions``.
     """
-    from tdlib.regions.files import Hdf5Regions, LxmertRegions, NpzRegions, TsvRegions
+    from tdlib.regions.files import NpzRegions
     from tdlib.regions.lmdb import LmdbRegions
 
-    doors: dict[str, Callable[..., RegionSource]] = {
-        "lmdb": LmdbRegions, "tsv": TsvRegions, "lxmert": LxmertRegions, "hdf5": Hdf5Regions,
-        "npz": NpzRegions,
-    }  # fmt: skip
     kind, _, where = spec.partition(":")
-    if kind in doors and where:
-        return doors[kind](*listed_paths(where))
+    readers = {"lmdb": LmdbRegions, "npz": NpzRegions}
+    if kind in readers and where:
+        return readers[kind](*listed_paths(where))
     if kind in ("boxes", "grid", "boxes+grid") and where:
         return BackboneRegions(open_backbone(where, device), kind, grid)  # type: ignore[arg-type]
     if kind == "clip" and not where:
         if cache is None:
             raise DataError("regions='clip' are read from the teacher's cache, and none is given")
         return ClipGridRegions(cache)
+    if kind in ("tsv", "lxmert", "hdf5"):
+        raise DataError(
+            f"regions={spec!r}: make a folder of NPZ files of it, once: python -m tdlib.regions.convert "
+            f"{kind} {where or 'FILE'} FOLDER; then give npz:FOLDER"
+        )
     raise DataError(
-        f"regions={spec!r}; expected lmdb:FOLDER[,FOLDER], tsv:FILE[,FILE], lxmert:FILE[,FILE], "
-        "hdf5:FILE[,MAPPING.json], npz:FOLDER[,FOLDER], boxes:BACKBONE, grid:BACKBONE, boxes+grid:BACKBONE "
-        "(BACKBONE: a mini detector's folder, or MODEL@WEIGHTS such as resnet50@resnet50.pth), or clip"
+        f"regions={spec!r}; expected lmdb:FOLDER[,FOLDER], npz:FOLDER[,FOLDER], boxes:BACKBONE, "
+        "grid:BACKBONE, boxes+grid:BACKBONE (BACKBONE: a mini detector's folder, or MODEL@WEIGHTS such as "
+        "resnet50@resnet50.pth), or clip"
     )

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import ModelOutput
 
@@ -315,6 +316,44 @@ def mismatches(problems: Mapping[str, Collection[str]]) -> str:
         for what, names in problems.items()
         if names
     )
+
+
+class FusedAttention:
+    """Self-attention by torch's fused kernel, for stock modules that write it out; stands before one.
+
+    Where a module is asked for its attention maps, which no fused kernel keeps, it computes as always.
+    """
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    dropout: nn.Dropout
+    num_attention_heads: int
+    training: bool
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
+    ) -> tuple[Tensor, ...]:
+        """``attention_mask`` is boolean, or added to the scores; (batch, 1, 1 or tokens, tokens)."""
+        if output_attentions:
+            return super().forward(hidden_states, attention_mask, output_attentions)  # type: ignore[misc]
+        query, key, value = (
+            part(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            attention_mask = attention_mask == 0  # the kernels for GPUs want booleans
+        dropout = self.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout)
+        return (mixed.transpose(1, 2).flatten(2),)
+
+
+def fuse_attention(model: nn.Module, kind: type[FusedAttention]) -> None:
+    """Lets a stock model compute its attention as ``kind`` does; ``kind`` is based on the stock module."""
+    stock = kind.__mro__[2]
+    for module in model.modules():
+        if type(module) is stock:
+            module.__class__ = kind
 
 
 def drawn_linear(inputs: int, outputs: int) -> nn.Linear:

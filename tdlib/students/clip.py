@@ -24,7 +24,6 @@ from tdlib.students.base import (
     StudentEncoder,
     StudentError,
     StudentOutput,
-    load_checkpoint,
     pad_last,
     referred_objects,
 )
@@ -216,12 +215,6 @@ def open_teacher_as_student(
     return student.eval()
 
 
-def load_clip_fusion(name: str, seed: int = 0, labels: Sequence[str] = ()) -> ClipFusionForMultipleChoice:
-    """A stored student with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
-    kind = ClipFusionForClassification if labels else ClipFusionForMultipleChoice
-    return load_checkpoint(kind, name, seed, labels)
-
-
 class _Tokenizer:
     """What users of a student's tokenizer need of a teacher's."""
 
@@ -255,7 +248,6 @@ class ClipFusionEncoder(StudentEncoder):
     tokenizer: Any
 
     def __init__(self, source: str | Teacher, max_text_tokens: int = 40):
-        self.max_text_tokens = max_text_tokens
         if isinstance(source, Teacher):
             self.name, self.config = source.name, fusion_config(source)
             self.preprocess, self.tokenize = source.preprocess, source.tokenize
@@ -263,6 +255,7 @@ class ClipFusionEncoder(StudentEncoder):
             self.name = resolve(source)
             self.config, self.preprocess, self.tokenize = self._read()
         self.tokenizer = _Tokenizer(self.tokenize)
+        self.max_text_tokens = min(max_text_tokens, self.config.max_position_embeddings)
 
     def _read(self) -> tuple[ClipFusionConfig, Preprocess, TextTokenizer]:
         try:
@@ -293,7 +286,8 @@ class ClipFusionEncoder(StudentEncoder):
         )
 
     def lengths(self, example: Example) -> list[int]:
-        return [len(self.tokenize(statement.text)[0]) for statement in example.statements()]
+        texts = [self.tokenize.read(statement.text) for statement in example.statements()]
+        return [len(text.ids) + text.cut for text in texts]
 
     def _cut(self, ids: list[int], spans: list[tuple[int, int]]) -> tuple[list, list]:
         """At most ``max_text_tokens``, the last of which stays the last."""

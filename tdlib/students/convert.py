@@ -1,54 +1,125 @@
-"""The authors' checkpoints of students, as folders that ``from_pretrained`` reads.
+"""The authors' checkpoints of students, as folders that ``load_student`` reads, in float32.
 
-Foreign files are read with ``weights_only=True``: no code of theirs runs.
+``python -m tdlib.students.convert uniter uniter-base.pt FOLDER --tokenizer bert-base-cased --vcr``
+
+UNITER and VILLA (``uniter-base.pt``) and VL-BERT (``vl-bert-base-prec.model``) come as files of tensors by
+the authors' names; ``FORMATS`` says what is theirs in each. VisualBERT's are on the hub in the stock format
+and only lack a tokenizer. Foreign files are read with ``weights_only=True``: no code of theirs runs.
 """
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig
 
 from tdlib.core.files import write_folder
 from tdlib.core.paths import resolve
 from tdlib.data.vcr import PERSON_TOKENS
-from tdlib.students.base import StudentError, mismatches, read_checkpoint
+from tdlib.students.base import StudentError, load_checkpoint, mismatches, read_checkpoint
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
+from tdlib.students.visual_bert import VisualBertForMultipleChoice
+from tdlib.students.vlbert import (
+    CLASSIFIER,
+    GEOMETRY,
+    VlBertConfig,
+    VlBertForClassification,
+    VlBertForMultipleChoice,
+)
 
-# Beginnings of names that are left out: the heads of pretraining, its embedding of masked regions, and the
-# heads that the authors' finetuning writes.
-UNITER_LEFT_OUT = (
-    "cls.", "feat_regress.", "region_classifier.", "itm_output.", "uniter.img_embeddings.mask_embedding.",
-    "vcr_output.", "vqa_output.", "re_output.", "nlvr2_output.", "rank_output.", "attn_pool.", "attn1.",
-    "attn2.", "fc.",
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class Format:
+    """How the authors of one architecture wrote its weights, and what VCR needs beside them.
+
+    ``sizes`` names the matrices that tell a checkpoint's sizes: rows of "words" (by the hidden size),
+    "positions" and "types", the rows of "intermediate", and the columns of "regions" less ``geometry``.
+    """
+
+    name: str
+    config: Callable[..., BertConfig]
+    models: tuple[Any, ...]  # a checkpoint may have parameters of each of them
+    key: str  # of the state dict in the file
+    rename: Callable[[str], str]  # the authors' name of a parameter as ours
+    left_out: tuple[str, ...]  # beginnings of (our) names of what finetuning does not start from
+    sizes: Mapping[str, str]
+    width: str  # what the configuration calls the width of region features
+    types: Mapping[int, tuple[int, ...]]  # of so many token types: the one that each of VCR's starts as
+    tokenizer: str  # what the authors pretrained with
+    geometry: int = 0
+    people: Sequence[str] = field(default=(), repr=False)  # tokens that VCR adds
 
 
-def convert_uniter(
-    checkpoint: Path | str,
-    folder: Path | str,
-    tokenizer: Path | str,
-    vcr: bool = False,
-    seed: int = 0,
-    drop: Sequence[str] = (),
-) -> list[str]:
-    """Writes an official UNITER or VILLA checkpoint as a folder that ``load_uniter`` reads, in float32.
+def _uniter_name(name: str) -> str:
+    """Older files say ``bert.`` for ``uniter.``, and ``gamma`` and ``beta`` for a norm's parameters."""
+    name = re.sub(r"^bert\.", "uniter.", name)
+    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
 
-    With ``vcr``, token types 2 and 3 (answer, rationale) are added as copies of type 0, and the
-    tokens of people (``person_0`` ... ``person_80``) with rows from N(0, 0.02), as the authors'
-    finetuning on VCR does; what a checkpoint of their second pretraining on VCR has, it keeps.
+
+def _vlbert_name(name: str) -> str:
+    """Without ``module.`` of several GPUs and ``_module.`` of VCR.
+
+    The transform of the word predictor is kept under the name of the classifier, which starts from it.
+    """
+    name = name.removeprefix("module.").replace("vlbert._module.", "vlbert.")
+    return re.sub(r"^vlbert\.mlm_head\.predictions\.transform\.", CLASSIFIER, name)
+
+
+FORMATS = {
+    "uniter": Format(
+        "UNITER", UniterConfig, (UniterForMultipleChoice,), "model_state", _uniter_name,
+        # Heads of pretraining, its embedding of masked regions, and the heads that finetuning writes.
+        ("cls.", "feat_regress.", "region_classifier.", "itm_output.",
+         "uniter.img_embeddings.mask_embedding.", "vcr_output.", "vqa_output.", "re_output.",
+         "nlvr2_output.", "rank_output.", "attn_pool.", "attn1.", "attn2.", "fc."),
+        {"words": "uniter.embeddings.word_embeddings.weight",
+         "positions": "uniter.embeddings.position_embeddings.weight",
+         "types": "uniter.embeddings.token_type_embeddings.weight",
+         "regions": "uniter.img_embeddings.img_linear.weight",
+         "intermediate": "uniter.encoder.layer.0.intermediate.dense.weight"},
+        "img_dim", {2: (0, 1, 0, 0), 4: (0, 1, 2, 3)}, "bert-base-cased (28,996)", people=PERSON_TOKENS,
+    ),
+    "vl-bert": Format(
+        "VL-BERT", VlBertConfig, (VlBertForMultipleChoice, VlBertForClassification), "state_dict",
+        _vlbert_name,
+        # The detector, and what only pretraining or the head of a task uses.
+        ("image_feature_extractor.backbone.", "image_feature_extractor.roi_head_feature_extractor.",
+         "image_feature_extractor.head.", "image_feature_extractor.regularizing_predictor.",
+         "object_mask_visual_embedding.", "object_mask_word_embedding.", "aux_text_visual_embedding.",
+         "vlbert.mlm_head.", "vlbert.mvrc_head.", "vlbert.relationsip_head.", "final_mlp.", "cnn_loss_reg."),
+        {"words": "vlbert.word_embeddings.weight", "positions": "vlbert.position_embeddings.weight",
+         "types": "vlbert.token_type_embeddings.weight",
+         "regions": "image_feature_extractor.obj_downsample.1.weight",
+         "intermediate": "vlbert.encoder.layer.0.intermediate.dense.weight"},
+        # Type 1, which pretraining on captions never meets, starts as type 0.
+        "visual_embedding_dim", {3: (0, 0, 2)}, "bert-base-uncased (30,522)", GEOMETRY,
+    ),
+}  # fmt: skip
+
+
+def convert(
+    kind: str, checkpoint: Path | str, folder: Path | str, tokenizer: Path | str, *, vcr: bool = False,
+    seed: int = 0, drop: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
+    """Writes an official checkpoint as a folder.
 
     Args:
-        checkpoint: such as ``uniter-base.pt``.
+        kind: "uniter" (VILLA's are UNITERs), "vl-bert" or "visual-bert".
+        checkpoint: a file of the authors', or one that their finetuning wrote; of VisualBERT a folder or
+            hub id, such as ``uclanlp/visualbert-vcr-coco-pre``.
         folder: where to write; must not exist or be empty.
-        tokenizer: folder or hub id of the tokenizer that it was pretrained with (bert-base-cased).
-        vcr: whether to prepare it for VCR.
+        tokenizer: folder or hub id of the tokenizer that it was pretrained with.
+        vcr: whether to prepare it for VCR as the authors do at the start of finetuning: token types of
+            answers (and of UNITER's rationales) start as those of questions, and UNITER's tokens of people
+            (``person_0`` ...) get rows from N(0, 0.02). What pretraining on VCR has learned is kept.
         seed: of the new rows.
-        drop: beginnings of the names of further parameters to leave out, beside ``UNITER_LEFT_OUT``.
+        drop: beginnings of the names of further parameters to leave out.
 
     Returns:
         The names in the checkpoint that were left out.
@@ -60,29 +131,19 @@ def convert_uniter(
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise StudentError(f"{folder} is not empty; remove it or choose another folder to write to")
-    config, weights, dropped = uniter_weights(
-        read_checkpoint(checkpoint, "model_state"), str(checkpoint), drop
-    )
-    try:
-        words = AutoTokenizer.from_pretrained(resolve(str(tokenizer)))
-    except Exception as error:  # transformers lets through what json and tokenizers raise
-        raise StudentError(
-            f"tokenizer {str(tokenizer)!r} cannot be loaded ({error}); expected a folder or hub id, such as "
-            "bert-base-cased"
-        ) from error
-    known = len(words)
-    if vcr:
-        words.add_tokens(PERSON_TOKENS)
-        add_token_types(config, weights)
-    missing = len(words) - config.vocab_size
-    if missing not in (0, len(words) - known):
-        raise StudentError(
-            f"tokenizer {str(tokenizer)!r} has {known} tokens, but {checkpoint} has {config.vocab_size}; "
-            "expected the tokenizer that it was pretrained with: bert-base-cased (28,996) for the authors' "
-            f"checkpoints, and vcr=True if it has {len(PERSON_TOKENS)} tokens of people already"
-        )
-    if missing:
-        add_words(config, weights, missing, seed)
+    source, left_out = FORMATS.get(kind), list[str]()
+    if source is None:  # the stock format: all but the head, which is drawn
+        model = load_checkpoint(VisualBertForMultipleChoice, str(checkpoint), seed=0)
+        config, state = model.config, model.state_dict()
+        weights = {name: value for name, value in state.items() if not name.startswith("classifier.")}
+    else:
+        state = read_checkpoint(checkpoint, source.key)
+        config, weights, left_out = official_weights(source, state, str(checkpoint), drop)
+    words = _fit_tokenizer(source, tokenizer, config, weights, str(checkpoint), vcr, seed)
+    if vcr and source is not None:
+        order = source.types[config.type_vocab_size]
+        weights[source.sizes["types"]] = weights[source.sizes["types"]][list(order)]
+        config.type_vocab_size = len(order)
 
     def fill(partial: Path) -> None:
         config.save_pretrained(partial)
@@ -91,34 +152,32 @@ def convert_uniter(
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})
 
     write_folder(folder, fill)
-    return dropped
+    return left_out
 
 
-def uniter_weights(
-    state: Mapping[str, Tensor], where: str, drop: Sequence[str] = ()
-) -> tuple[UniterConfig, dict[str, Tensor], list[str]]:
-    """Configuration, parameters by our names, and the dropped names of a UNITER's state dict.
-
-    Sizes are those of the tensors; a head is 64 wide, as in every BERT. Older files say ``bert.``
-    for ``uniter.``, and ``gamma`` and ``beta`` for a norm's ``weight`` and ``bias``.
+def official_weights(
+    source: Format, state: Mapping[str, Tensor], where: str, drop: Sequence[str] = ()
+) -> tuple[Any, dict[str, Tensor], list[str]]:
+    """Configuration, parameters by our names, and the names left out of an official state dict.
 
     Raises:
         StudentError: parameters are missing, unknown or of unknown shape; names them and ``where``.
     """
-    weights, dropped = {}, []
+    weights, left_out = {}, []
     for name, value in state.items():
-        new = re.sub(r"^bert\.", "uniter.", name)
-        new = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", new))
-        if name.startswith(tuple(drop)) or new.startswith(UNITER_LEFT_OUT):
-            dropped.append(name)
+        new = source.rename(name)
+        if name.startswith(tuple(drop)) or new.startswith(source.left_out):
+            left_out.append(name)
         else:
             weights[new] = value
-    config = _uniter_config(weights, where)
+    config = _config_of(source, weights, where)
     with torch.device("meta"):
-        model = UniterForMultipleChoice(config)
-    shapes = {k: v.shape for k, v in model.state_dict().items() if not k.startswith("classifier.")}
+        models = [model(config) for model in source.models]
+    shapes = {name: value.shape for model in models for name, value in model.state_dict().items()}
+    if len(models) == 1:  # its head is drawn
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("classifier.")}
     problems = {
-        "missing": shapes.keys() - weights.keys(),
+        "missing": {name for name in shapes if not name.startswith(models[0].may_lack)} - weights.keys(),
         "unknown": weights.keys() - shapes.keys(),
         "of unknown shape": {
             f"{name} {tuple(weights[name].shape)} instead of {tuple(shape)}"
@@ -128,85 +187,95 @@ def uniter_weights(
     }
     if found := mismatches(problems):
         raise StudentError(
-            f"checkpoint {where} is not a UNITER: parameters {found}; name the beginnings of those that are "
-            "unknown and not needed in drop (--drop NAME of the command)"
+            f"checkpoint {where} is not a {source.name}: parameters {found}; name the beginnings of those "
+            "that are unknown and not needed in drop (--drop NAME of the command)"
         )
-    return config, weights, sorted(dropped)
+    return config, weights, sorted(left_out)
 
 
-def _uniter_config(weights: Mapping[str, Tensor], where: str) -> UniterConfig:
-    names = {
-        "words": "uniter.embeddings.word_embeddings.weight",
-        "positions": "uniter.embeddings.position_embeddings.weight",
-        "types": "uniter.embeddings.token_type_embeddings.weight",
-        "regions": "uniter.img_embeddings.img_linear.weight",
-        "intermediate": "uniter.encoder.layer.0.intermediate.dense.weight",
-    }
+def _config_of(source: Format, weights: Mapping[str, Tensor], where: str) -> BertConfig:
+    """Sizes are those of the tensors; a head of attention is 64 wide, as in every BERT."""
     bad = [
         f"{name} {tuple(weights[name].shape)}" if name in weights else name
-        for name in names.values()
+        for name in source.sizes.values()
         if name not in weights or weights[name].ndim != 2 or 0 in weights[name].shape
     ]
     if bad:
         raise StudentError(
-            f"checkpoint {where} is not a pretrained UNITER: missing, or no matrix: {', '.join(bad)}"
+            f"checkpoint {where} is not a {source.name}: missing, or no matrix: {', '.join(bad)}"
         )
-    shape = {what: weights[name].shape for what, name in names.items()}
-    width, types = shape["words"][1], shape["types"][0]
-    if width % 64 or types not in (2, 4):
+    shape = {what: weights[name].shape for what, name in source.sizes.items()}
+    width, types, seen = shape["words"][1], shape["types"][0], shape["regions"][1] - source.geometry
+    if width % 64 or types not in source.types or seen < 1:
         raise StudentError(
-            f"checkpoint {where}: hidden size {width} and {types} token types; expected a multiple of 64 "
-            "(768 for base, 1024 for large), and 2 types, or 4 after pretraining on VCR"
+            f"checkpoint {where}: hidden size {width}, {types} token types and {shape['regions'][1]} numbers "
+            f"per region; expected a multiple of 64 (768 for base, 1024 for large), "
+            f"{' or '.join(map(str, source.types))} types, and more than {source.geometry} numbers"
         )
-    layers = {found[1] for name in weights if (found := re.match(r"uniter\.encoder\.layer\.(\d+)\.", name))}
-    return UniterConfig(
+    pattern = re.compile(r"\w+\.encoder\.layer\.(\d+)\.")
+    layers = {found[1] for name in weights if (found := pattern.match(name))}
+    return source.config(
         vocab_size=shape["words"][0], hidden_size=width, num_hidden_layers=len(layers),
         num_attention_heads=width // 64, intermediate_size=shape["intermediate"][0],
-        max_position_embeddings=shape["positions"][0], type_vocab_size=types, img_dim=shape["regions"][1],
+        max_position_embeddings=shape["positions"][0], type_vocab_size=types, **{source.width: seen},
     )  # fmt: skip
 
 
-def add_token_types(config: UniterConfig, weights: dict[str, Tensor]) -> None:
-    """Gives two token types two more, copies of the first; four stay what they are."""
-    name = "uniter.embeddings.token_type_embeddings.weight"
-    if config.type_vocab_size == 2:
-        weights[name] = weights[name][[0, 1, 0, 0]]
-        config.type_vocab_size = 4
+def _fit_tokenizer(
+    source: Format | None, name: Path | str, config: Any, weights: dict[str, Tensor], where: str, vcr: bool,
+    seed: int,
+) -> Any:  # fmt: skip
+    """The tokenizer, with VCR's people where they are wanted; ``weights`` get a row for each that is new.
 
-
-def add_words(config: UniterConfig, weights: dict[str, Tensor], number: int, seed: int) -> None:
-    """Adds rows from N(0, ``initializer_range``) to the word embeddings."""
-    name = "uniter.embeddings.word_embeddings.weight"
-    generator = torch.Generator().manual_seed(seed)
-    rows = config.initializer_range * torch.randn(number, config.hidden_size, generator=generator)
-    weights[name] = torch.cat([weights[name].float(), rows])
-    config.vocab_size += number
+    Raises:
+        StudentError: it cannot be loaded, or is of another size than the checkpoint.
+    """
+    people = source.people if vcr and source else ()
+    expected = source.tokenizer if source else "bert-base-uncased (30,522)"
+    try:
+        words = AutoTokenizer.from_pretrained(resolve(str(name)))
+    except Exception as error:  # transformers lets through what json and tokenizers raise
+        raise StudentError(
+            f"tokenizer {str(name)!r} cannot be loaded ({error}); expected a folder or hub id, such as "
+            f"{expected.partition(' ')[0]}"
+        ) from error
+    known = len(words)
+    words.add_tokens(list(people))
+    missing = len(words) - config.vocab_size
+    if missing not in (0, len(words) - known):
+        more = f", and vcr=True if it has {len(PERSON_TOKENS)} tokens of people already"
+        raise StudentError(
+            f"tokenizer {str(name)!r} has {known} tokens, but {where} has {config.vocab_size}; expected the "
+            f"tokenizer that it was pretrained with: {expected} for the authors' checkpoints"
+            f"{more if source and source.people else ''}"
+        )
+    if missing and source:
+        generator = torch.Generator().manual_seed(seed)
+        rows = config.initializer_range * torch.randn(missing, config.hidden_size, generator=generator)
+        table = source.sizes["words"]
+        weights[table] = torch.cat([weights[table].float(), rows])
+        config.vocab_size += missing
+    return words
 
 
 def main() -> None:
-    """``python -m tdlib.students.convert uniter uniter-base.pt FOLDER --tokenizer bert-base-cased --vcr``."""
-    from tdlib.students.visual_bert import convert_visual_bert
-    from tdlib.students.vlbert import convert_vlbert
-
+    """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Turn an official checkpoint into a student's folder.")
-    parser.add_argument("kind", choices=["uniter", "vl-bert", "visual-bert"])
+    parser.add_argument("kind", choices=[*FORMATS, "visual-bert"])
     parser.add_argument("checkpoint", help="a .pt or .model file; for VisualBERT a folder or hub id")
     parser.add_argument("folder", help="where to write; must not exist or be empty")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id of its BERT tokenizer")
     parser.add_argument("--vcr", action="store_true", help="make room for VCR's answers and rationales")
     parser.add_argument(
         "--drop", action="append", default=[], metavar="NAME",
-        help="leave out parameters whose names begin so (may be given several times; UNITER)",
+        help="leave out parameters whose names begin so; may be given several times",
     )  # fmt: skip
     options = parser.parse_args()
     try:
-        if options.kind == "visual-bert":
-            convert_visual_bert(options.checkpoint, options.folder, options.tokenizer)
-        else:
-            convert, more = convert_vlbert, {}
-            if options.kind == "uniter":
-                convert, more = convert_uniter, {"drop": options.drop}
-            convert(options.checkpoint, options.folder, options.tokenizer, vcr=options.vcr, **more)
+        convert(
+            options.kind, options.checkpoint, options.folder, options.tokenizer, vcr=options.vcr,
+            drop=options.drop,
+        )  # fmt: skip
     except StudentError as error:
         raise SystemExit(f"convert: {error}") from None
     print(Path(options.folder).resolve())

@@ -1,10 +1,17 @@
-"""Inputs and output of students that read region features beside text: UNITER, VL-BERT, VisualBERT."""
+"""What students that read region features beside text have in common: UNITER, VL-BERT, VisualBERT.
 
-from collections.abc import Sequence
+One forward pass for all of them (``RegionStudent``): an architecture only says what its hidden states are
+and what its head reads. Padding is masked, where the authors move regions up to the end of each text; the
+result is the same. One encoder (``RegionEncoder``), and the one of the two that read BERT's pairs.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
 
 from tdlib.data.examples import Example
 from tdlib.regions.computed import CachedRegions, Regions, RegionSource
@@ -24,28 +31,108 @@ def sequence_mask(attention_mask: Tensor, region_mask: Tensor) -> Tensor:
     return torch.cat([attention_mask, regions.to(attention_mask)], dim=-1)
 
 
-def region_output(
-    logits: Tensor,
-    states: Sequence[Tensor],
-    attention_mask: Tensor,
-    region_mask: Tensor,
-    region_boxes: Tensor,
-    spans: Tensor | None,
-) -> StudentOutput:
-    """Output over text, then regions, of ``states`` (batch * choices, at least those tokens, width)."""
-    mask = sequence_mask(attention_mask, region_mask)
-    batch, choices, tokens = mask.shape
-    length, regions = attention_mask.shape[2], region_mask.shape[1]
-    if spans is None:
-        spans = attention_mask.new_zeros(batch, choices, length, 2)
-    boxes = region_boxes[:, None].expand(-1, choices, -1, -1)
-    return StudentOutput(
-        logits=logits,
-        hidden_states=tuple(state[:, :tokens].unflatten(0, (batch, choices)) for state in states),
-        attention_mask=mask,
-        spans=torch.cat([spans, spans.new_zeros(batch, choices, regions, 2)], dim=2),
-        boxes=torch.cat([boxes.new_zeros(batch, choices, length, 4), boxes], dim=2),
-    )
+def bert_states(
+    layers: Iterable[nn.Module], config: Any, embeddings: Tensor, tokens: Tensor
+) -> tuple[Tensor, ...]:
+    """Hidden states of BERT's layers, ``embeddings`` (rows, tokens, width) first.
+
+    ``tokens`` (rows, tokens) is 1 on real ones. transformers makes the mask: a boolean one for its fused
+    attention, none where nothing is padded.
+    """
+    mask = create_bidirectional_mask(config, embeddings, tokens)
+    states = [embeddings]
+    for layer in layers:
+        states.append(layer(states[-1], mask))
+    return tuple(states)
+
+
+def referents(objects: Tensor, region_objects: Tensor) -> Tensor:
+    """Which regions each token refers to: (batch, choices, text_tokens, regions), boolean.
+
+    ``objects`` (batch, choices, text_tokens) and ``region_objects`` (batch, regions) are indices of
+    an example's objects, -1 for none.
+    """
+    return (objects[..., None] == region_objects[:, None, None]) & (objects[..., None] >= 0)
+
+
+def answer_slot(state: Tensor, attention_mask: Tensor) -> Tensor:
+    """The text token before the last, [MASK] in a ``BertPairEncoder``'s question: (batch * choices, width).
+
+    ``state`` (batch * choices, tokens, width), ``attention_mask`` (batch, choices, text_tokens) with
+    padding at the end.
+    """
+    slots = attention_mask.flatten(0, 1).sum(-1) - 2
+    return state[torch.arange(len(state), device=state.device), slots]
+
+
+class RegionStudent:
+    """Scores statements about a picture that is given as regions; stands before ``PreTrainedModel``.
+
+    An architecture defines ``states`` and ``summary``, ``renew_visual`` and its ``classifier``.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = (
+        "input_ids", "attention_mask", "token_type_ids", "region_features", "region_boxes", "region_mask",
+        "region_objects", "objects", "spans",
+    )  # fmt: skip
+    classifier: nn.Module
+
+    def states(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states, embeddings first, each (batch * choices, text_tokens + regions or more, width).
+
+        ``inputs`` are those of ``forward``; what has no place (VL-BERT's [END]) stands at the end.
+        """
+        raise NotImplementedError
+
+    def summary(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the head reads of the last ``state``: (batch * choices, width)."""
+        raise NotImplementedError
+
+    def renew_visual(self, dim: int) -> None:
+        """Draws the projection of region features anew, for features of width ``dim``."""
+        raise NotImplementedError
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, region_features: Tensor,
+        region_boxes: Tensor, region_mask: Tensor, spans: Tensor | None = None,
+        output_hidden_states: bool = False, **references: Tensor,
+    ) -> StudentOutput:  # fmt: skip
+        """Scores statements.
+
+        Args:
+            input_ids: (batch, choices, text_tokens), padded at the end; likewise attention_mask and
+                token_type_ids.
+            region_features: (batch, regions, visual_embedding_dim), once per example: in training its
+                choices share what dropout leaves of them.
+            region_boxes: (batch, regions, 4), xyxy normalised to the picture.
+            region_mask: (batch, regions), 1 on real regions.
+            spans: (batch, choices, text_tokens, 2) characters of each token, handed on in the output.
+            output_hidden_states: whether to return hidden states, spans and boxes.
+            references: where ``inputs`` names them, region_objects (batch, regions), index of the object
+                that a region is, or -1, and objects (batch, choices, text_tokens), index of the object
+                that a token refers to, or -1.
+        """
+        states = self.states(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            region_features=region_features, region_boxes=region_boxes, region_mask=region_mask, **references,
+        )  # fmt: skip
+        logits = self.classifier(self.summary(states[-1], attention_mask))
+        logits = logits.view(len(input_ids), -1)  # per choice, or per class
+        if not output_hidden_states:
+            return StudentOutput(logits=logits)
+        mask = sequence_mask(attention_mask, region_mask)
+        batch, choices, tokens = mask.shape
+        length, regions = attention_mask.shape[2], region_mask.shape[1]
+        if spans is None:
+            spans = attention_mask.new_zeros(batch, choices, length, 2)
+        boxes = region_boxes[:, None].expand(-1, choices, -1, -1)
+        return StudentOutput(
+            logits=logits,
+            hidden_states=tuple(state[:, :tokens].unflatten(0, (batch, choices)) for state in states),
+            attention_mask=mask,
+            spans=torch.cat([spans, spans.new_zeros(batch, choices, regions, 2)], dim=2),
+            boxes=torch.cat([boxes.new_zeros(batch, choices, length, 4), boxes], dim=2),
+        )
 
 
 class RegionEncoder(StudentEncoder):
@@ -178,3 +265,37 @@ class RegionEncoder(StudentEncoder):
             "region_objects": pad_last([v["region_objects"] for v in visuals], longest, 0, -1),
             "region_mask": pad_last(mask, longest, 0),
         }
+
+
+class BertPairEncoder(RegionEncoder):
+    """[CLS] prompt [SEP] choice [SEP], with types 0 and 1; without choices [CLS] prompt [SEP] [MASK] [SEP].
+
+    A given answer (VCR's QA->R) follows its question without a separator. The head of a classifier
+    reads [MASK], which has no characters. So do the authors of VL-BERT and of VisualBERT.
+
+    Raises:
+        StudentError: the student is of another architecture; its tokenizer is not that of its
+            vocabulary; region features are not of its width.
+    """
+
+    def __init__(self, name: str, max_text_tokens: int, regions: RegionSource):
+        super().__init__(name, max_text_tokens, regions)
+        config = self.config
+        # Where a folder has no tokenizer, transformers makes one that knows no words.
+        if len(self.tokenizer) != config.vocab_size:
+            raise StudentError(
+                f"student {name!r} has {config.vocab_size} words, but its tokenizer {len(self.tokenizer)}; "
+                "save the tokenizer of its pretraining beside it (bert-base-uncased for the authors')"
+            )
+
+    def _parts(self, example: Example) -> list[list[tuple[str, int, int]]]:
+        parts = super()._parts(replace(example, given=0))
+        if example.choices:
+            return parts
+        slot = (self.tokenizer.mask_token, len(example.prompt.text), self.token_types["answer"])
+        return [[*row, slot] for row in parts]
+
+    def text(self, example: Example) -> EncodedText:
+        encoded = super().text(example)
+        encoded.spans[encoded.input_ids == self.tokenizer.mask_token_id] = 0
+        return encoded

@@ -8,29 +8,44 @@ from transformers import AutoConfig
 
 from tdlib.core.paths import resolve
 from tdlib.regions.computed import RegionSource
-from tdlib.students.base import StudentEncoder, StudentError
-from tdlib.students.clip import ClipFusionEncoder, load_clip_fusion
-from tdlib.students.uniter import UniterEncoder, load_uniter
-from tdlib.students.vilt import ViltEncoder, load_vilt
-from tdlib.students.visual_bert import VisualBertEncoder, load_visual_bert
-from tdlib.students.vlbert import VlBertEncoder, load_vlbert
+from tdlib.students.base import StudentEncoder, StudentError, load_checkpoint
+from tdlib.students.clip import (
+    ClipFusionEncoder,
+    ClipFusionForClassification,
+    ClipFusionForMultipleChoice,
+)
+from tdlib.students.uniter import UniterEncoder, UniterForClassification, UniterForMultipleChoice
+from tdlib.students.vilt import ViltEncoder, ViltForClassification, ViltForMultipleChoice
+from tdlib.students.visual_bert import (
+    VisualBertEncoder,
+    VisualBertForClassification,
+    VisualBertForMultipleChoice,
+)
+from tdlib.students.vlbert import VlBertEncoder, VlBertForClassification, VlBertForMultipleChoice
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How students of one architecture are fed and loaded."""
+    """How students of one architecture are fed, and their models for choices and for labels."""
 
     encoder: Callable[..., StudentEncoder]
-    load: Callable[..., Any]
+    choices: Any
+    labels: Any
     reads_regions: bool = True
+
+    def load(self, name: str, seed: int = 0, labels: Sequence[str] = ()) -> Any:
+        """A student with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
+        return load_checkpoint(self.labels if labels else self.choices, name, seed, labels)
 
 
 ARCHITECTURES = {  # by model_type
-    "vilt": Architecture(ViltEncoder, load_vilt, reads_regions=False),
-    "uniter": Architecture(UniterEncoder, load_uniter),
-    "vl-bert": Architecture(VlBertEncoder, load_vlbert),
-    "visual_bert": Architecture(VisualBertEncoder, load_visual_bert),
-    "clip-fusion": Architecture(ClipFusionEncoder, load_clip_fusion, reads_regions=False),
+    "vilt": Architecture(ViltEncoder, ViltForMultipleChoice, ViltForClassification, reads_regions=False),
+    "uniter": Architecture(UniterEncoder, UniterForMultipleChoice, UniterForClassification),
+    "vl-bert": Architecture(VlBertEncoder, VlBertForMultipleChoice, VlBertForClassification),
+    "visual_bert": Architecture(VisualBertEncoder, VisualBertForMultipleChoice, VisualBertForClassification),
+    "clip-fusion": Architecture(
+        ClipFusionEncoder, ClipFusionForMultipleChoice, ClipFusionForClassification, reads_regions=False
+    ),
 }
 
 

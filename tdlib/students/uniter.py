@@ -1,18 +1,14 @@
 """UNITER (Chen et al. 2020, arXiv 1909.11740) as a student: one BERT over words and regions.
 
 Parameters carry the names of the authors' code, so that their checkpoints (and VILLA's, which are
-UNITERs trained otherwise) fit key for key; ``convert`` turns one into a folder. The authors move
-regions up to the end of each text before the encoder; here padding is masked instead, which gives
-the same result, as regions have no positions.
+UNITERs trained otherwise) fit key for key; ``convert`` turns one into a folder.
 """
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import (
     BertEmbeddings,
     BertEncoder,
@@ -21,8 +17,8 @@ from transformers.models.bert.modeling_bert import (
 )
 
 from tdlib.data.examples import Example
-from tdlib.students.base import EncodedText, StudentError, StudentOutput, drawn_linear, load_checkpoint
-from tdlib.students.region_student import RegionEncoder, region_output, sequence_mask
+from tdlib.students.base import EncodedText, StudentError, drawn_linear
+from tdlib.students.region_student import RegionEncoder, RegionStudent, bert_states, sequence_mask
 
 IMAGE_TYPE = 1  # the token type of regions
 
@@ -30,7 +26,7 @@ IMAGE_TYPE = 1  # the token type of regions
 class UniterConfig(BertConfig):
     """BERT's sizes, and ``img_dim``, the width of region features.
 
-    ``type_vocab_size`` is 2 in the authors' checkpoints; VCR needs 4 (see ``convert_uniter``).
+    ``type_vocab_size`` is 2 in the authors' checkpoints; VCR needs 4 (see ``convert``).
     """
 
     model_type = "uniter"
@@ -90,29 +86,16 @@ class UniterModel(UniterPreTrainedModel):
         return self.embeddings.word_embeddings
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_type_ids: Tensor,
-        region_features: Tensor,
-        region_boxes: Tensor,
-        region_mask: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Hidden states (batch * choices, text_tokens + regions, width), the embeddings first.
-
-        Arguments as in ``UniterForMultipleChoice``. Regions are embedded once per example: in
-        training its choices share their dropout.
-        """
-        choices = input_ids.shape[1]
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, region_features: Tensor,
+        region_boxes: Tensor, region_mask: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Hidden states, see ``RegionStudent.states``; arguments as in its ``forward``."""
         text = self.embeddings(input_ids.flatten(0, 1), token_type_ids.flatten(0, 1))
         image_type = self.embeddings.token_type_embeddings.weight[IMAGE_TYPE]
         regions = self.img_embeddings(region_features, region_boxes, image_type)
-        states = [torch.cat([text, regions.repeat_interleave(choices, dim=0)], dim=1)]
+        embeddings = torch.cat([text, regions.repeat_interleave(input_ids.shape[1], dim=0)], dim=1)
         tokens = sequence_mask(attention_mask, region_mask).flatten(0, 1)
-        mask = create_bidirectional_mask(self.config, states[0], tokens)
-        for layer in self.encoder.layer:
-            states.append(layer(states[-1], mask))
-        return tuple(states)
+        return bert_states(self.encoder.layer, self.config, embeddings, tokens)
 
 
 class LogOdds(nn.Module):
@@ -122,7 +105,7 @@ class LogOdds(nn.Module):
         return logits[..., 1:] - logits[..., :1]
 
 
-class UniterForMultipleChoice(UniterPreTrainedModel):
+class UniterForMultipleChoice(RegionStudent, UniterPreTrainedModel):
     """UNITER that scores each statement about a picture; a softmax over the choices decides.
 
     The head is the authors' for VCR (d -> 2d, ReLU, LN, 2d -> 2: wrong, right). They train it with
@@ -132,10 +115,7 @@ class UniterForMultipleChoice(UniterPreTrainedModel):
     the choices, where the first would be idle if the second logit alone were the score.
     """
 
-    inputs = (
-        "input_ids", "attention_mask", "token_type_ids", "region_features", "region_boxes", "region_mask",
-        "spans",
-    )  # fmt: skip
+    inputs = tuple(name for name in RegionStudent.inputs if "objects" not in name)
     may_lack = ("classifier.",)
 
     def __init__(self, config: UniterConfig):
@@ -152,38 +132,14 @@ class UniterForMultipleChoice(UniterPreTrainedModel):
         return self.uniter.get_input_embeddings()
 
     def renew_visual(self, dim: int) -> None:
-        """Draws the projection of region features anew, for features of width ``dim``."""
         self.uniter.img_embeddings.img_linear = drawn_linear(dim, self.config.hidden_size)
         self.config.img_dim = dim
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_type_ids: Tensor,
-        region_features: Tensor,
-        region_boxes: Tensor,
-        region_mask: Tensor,
-        spans: Tensor | None = None,
-        output_hidden_states: bool = False,
-    ) -> StudentOutput:
-        """Scores statements.
+    def states(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.uniter(**inputs)
 
-        Args:
-            input_ids: (batch, choices, text_tokens); likewise attention_mask and token_type_ids.
-            region_features: (batch, regions, img_dim), once per example.
-            region_boxes: (batch, regions, 4), xyxy normalised to the picture.
-            region_mask: (batch, regions), 1 on real regions.
-            spans: (batch, choices, text_tokens, 2) characters of each token, handed on in the output.
-            output_hidden_states: whether to return hidden states, spans and boxes.
-        """
-        states = self.uniter(
-            input_ids, attention_mask, token_type_ids, region_features, region_boxes, region_mask
-        )
-        logits = self.classifier(self.uniter.pooler(states[-1])).view(len(input_ids), -1)  # or per class
-        if not output_hidden_states:
-            return StudentOutput(logits=logits)
-        return region_output(logits, states, attention_mask, region_mask, region_boxes, spans)
+    def summary(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.uniter.pooler(state)
 
 
 class UniterForClassification(UniterForMultipleChoice):
@@ -205,7 +161,6 @@ class UniterEncoder(RegionEncoder):
 
     A separator has the type of the part that it ends, as in the authors' second pretraining on VCR;
     their finetuning gives it that of the part that follows.
-
     """
 
     kind = "UNITER"
@@ -224,11 +179,6 @@ class UniterEncoder(RegionEncoder):
         if int(encoded.token_type_ids.max()) >= self.config.type_vocab_size:
             raise StudentError(
                 f"student {self.name!r} has {self.config.type_vocab_size} token types; example "
-                f"{example.id!r} has choices, which need 4: convert the checkpoint with vcr=True"
+                f"{example.id!r} has choices, which need 4: convert the checkpoint with vcr=True (--vcr)"
             )
         return encoded
-
-
-def load_uniter(name: str, seed: int = 0, labels: Sequence[str] = ()) -> UniterForMultipleChoice:
-    """A UNITER with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
-    return load_checkpoint(UniterForClassification if labels else UniterForMultipleChoice, name, seed, labels)

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, ViltConfig, ViltModel, ViltPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.vilt.modeling_vilt import ViltSelfAttention
 
 from tdlib.data.examples import DataError, Example
 from tdlib.data.pictures import open_picture
+from tdlib.regions.computed import grid_boxes
 from tdlib.students.base import (
     EncodedText,
+    FusedAttention,
     StudentEncoder,
     StudentError,
     StudentOutput,
-    load_checkpoint,
+    fuse_attention,
     pair_spans,
     referred_objects,
 )
@@ -71,6 +74,10 @@ def embed_patches(vilt: ViltModel, pixel_values: Tensor, pixel_mask: Tensor) -> 
     )
 
 
+class ViltFusedAttention(FusedAttention, ViltSelfAttention):
+    """The stock module's parameters, computed by torch's fused kernel."""
+
+
 class ViltForMultipleChoice(ViltPreTrainedModel):
     """ViLT that scores each statement about a picture; a softmax over the choices decides."""
 
@@ -81,6 +88,7 @@ class ViltForMultipleChoice(ViltPreTrainedModel):
     def __init__(self, config: ViltConfig):
         super().__init__(config)
         self.vilt = ViltModel(config)
+        fuse_attention(self.vilt, ViltFusedAttention)
         self.classifier = self.make_classifier(config)
         self.post_init()
 
@@ -222,9 +230,7 @@ class ViltEncoder(StudentEncoder):
     def visual_boxes(self, visual: dict[str, Tensor]) -> Tensor:
         """Boxes (1 + patches, 4) of the visual tokens that these pixel values become; [CLS] has none."""
         rows, columns = (side // self.patch_size for side in visual["pixels"].shape[-2:])
-        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        boxes = torch.stack([x / columns, y / rows, (x + 1) / columns, (y + 1) / rows], dim=-1).view(-1, 4)
-        return torch.cat([torch.zeros(1, 4), boxes])
+        return torch.cat([torch.zeros(1, 4), grid_boxes(rows, columns)])
 
     def pad_visual(self, visuals: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         values, mask = pad_pictures([visual["pixels"] for visual in visuals])
@@ -233,11 +239,6 @@ class ViltEncoder(StudentEncoder):
     def save(self, folder: Path | str) -> None:
         super().save(folder)
         self.image_processor.save_pretrained(folder)
-
-
-def load_vilt(name: str, seed: int = 0, labels: Sequence[str] = ()) -> ViltForMultipleChoice:
-    """A ViLT with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
-    return load_checkpoint(ViltForClassification if labels else ViltForMultipleChoice, name, seed, labels)
 
 
 def pad_pictures(pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

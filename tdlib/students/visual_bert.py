@@ -4,24 +4,20 @@ Parameters are those of the stock model, ``visual_bert.``; only its forward pass
 that regions are projected once per example instead of once per choice.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import VisualBertConfig, VisualBertModel, VisualBertPreTrainedModel
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.visual_bert.modeling_visual_bert import VisualBertSelfAttention
 
-from tdlib.core.files import write_folder
-from tdlib.students.base import StudentError, StudentOutput, drawn_linear, load_checkpoint
-from tdlib.students.region_student import region_output, sequence_mask
-from tdlib.students.vlbert import (
+from tdlib.students.base import FusedAttention, StudentError, drawn_linear, fuse_attention
+from tdlib.students.region_student import (
     BertPairEncoder,
+    RegionStudent,
     answer_slot,
-    check_empty,
-    fitting_tokenizer,
     referents,
+    sequence_mask,
 )
 
 # Of the visual token types. The authors' code gives regions of COCO, VCR, VQA and Flickr30k type 0; type 1 is
@@ -29,7 +25,11 @@ from tdlib.students.vlbert import (
 REGION_TYPE = 0
 
 
-class VisualBertForMultipleChoice(VisualBertPreTrainedModel):
+class VisualBertFusedAttention(FusedAttention, VisualBertSelfAttention):
+    """The stock module's parameters, computed by torch's fused kernel."""
+
+
+class VisualBertForMultipleChoice(RegionStudent, VisualBertPreTrainedModel):
     """VisualBERT that scores each statement about a picture; a softmax over the choices decides.
 
     The head is the stock one for VCR: dropout and one linear layer on the pooled [CLS]. A region has
@@ -42,10 +42,6 @@ class VisualBertForMultipleChoice(VisualBertPreTrainedModel):
     """
 
     config_class = VisualBertConfig
-    inputs = (
-        "input_ids", "attention_mask", "token_type_ids", "region_features", "region_boxes", "region_mask",
-        "region_objects", "objects", "spans",
-    )  # fmt: skip
     may_lack: ClassVar[tuple[str, ...]] = ("classifier.", "visual_bert.pooler.")
     with_pooler: ClassVar[bool] = True
 
@@ -57,6 +53,7 @@ class VisualBertForMultipleChoice(VisualBertPreTrainedModel):
                 "choose a checkpoint without it"
             )
         self.visual_bert = VisualBertModel(config, add_pooling_layer=self.with_pooler)
+        fuse_attention(self.visual_bert, VisualBertFusedAttention)
         self.classifier = self.make_classifier(config)
         self.post_init()
 
@@ -68,12 +65,10 @@ class VisualBertForMultipleChoice(VisualBertPreTrainedModel):
         return self.visual_bert.get_input_embeddings()
 
     def renew_visual(self, dim: int) -> None:
-        """Draws the projection of region features anew, for features of width ``dim``."""
         self.visual_bert.embeddings.visual_projection = drawn_linear(dim, self.config.hidden_size)
         self.config.visual_embedding_dim = dim
 
     def summary(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        """What the head reads of the last ``state``: (batch * choices, width)."""
         assert self.visual_bert.pooler is not None
         return self.visual_bert.pooler(state)
 
@@ -97,42 +92,17 @@ class VisualBertForMultipleChoice(VisualBertPreTrainedModel):
         regions = (table.visual_projection(region_features) + own)[:, None] + places
         return table.dropout(table.LayerNorm(torch.cat([text, regions], dim=2)))
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_type_ids: Tensor,
-        region_features: Tensor,
-        region_boxes: Tensor,
-        region_mask: Tensor,
-        region_objects: Tensor,
-        objects: Tensor,
-        spans: Tensor | None = None,
-        output_hidden_states: bool = False,
-    ) -> StudentOutput:
-        """Scores statements.
-
-        Args:
-            input_ids: (batch, choices, text_tokens), padded at the end; likewise attention_mask and
-                token_type_ids.
-            region_features: (batch, regions, visual_embedding_dim), once per example.
-            region_boxes: (batch, regions, 4), xyxy normalised to the picture.
-            region_mask: (batch, regions), 1 on real regions.
-            region_objects: (batch, regions), index of the object that a region is, or -1.
-            objects: (batch, choices, text_tokens), index of the object that a token refers to, or -1.
-            spans: (batch, choices, text_tokens, 2) characters of each token, handed on in the output.
-            output_hidden_states: whether to return hidden states, spans and boxes.
-        """
+    def states(
+        self, *, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, region_features: Tensor,
+        region_mask: Tensor, region_objects: Tensor, objects: Tensor, **_: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         aligned = referents(objects, region_objects) & (attention_mask[..., None] == 1)
-        state = self.embed(input_ids, token_type_ids, region_features, aligned).flatten(0, 1)
-        tokens = sequence_mask(attention_mask, region_mask).flatten(0, 1)
-        # One row, added to the scores of every query, as in the stock model.
-        mask = create_bidirectional_mask(self.config, state[:, :1], tokens, allow_is_bidirectional_skip=False)
-        states = self.visual_bert.encoder(state, attention_mask=mask, output_hidden_states=True).hidden_states
-        logits = self.classifier(self.summary(states[-1], attention_mask)).view(len(input_ids), -1)
-        if not output_hidden_states:
-            return StudentOutput(logits=logits)
-        return region_output(logits, states, attention_mask, region_mask, region_boxes, spans)
+        states = [self.embed(input_ids, token_type_ids, region_features, aligned).flatten(0, 1)]
+        # One row for every query: true where a token may be attended to.
+        mask = sequence_mask(attention_mask, region_mask).flatten(0, 1)[:, None, None].bool()
+        for layer in self.visual_bert.encoder.layer:
+            states.append(layer(states[-1], mask)[0])
+        return tuple(states)
 
 
 class VisualBertForClassification(VisualBertForMultipleChoice):
@@ -156,36 +126,8 @@ class VisualBertForClassification(VisualBertForMultipleChoice):
 class VisualBertEncoder(BertPairEncoder):
     """Turns examples into VisualBERT's inputs.
 
-    The authors' repositories on the hub hold no tokenizer; see ``convert_visual_bert``.
+    The authors' repositories on the hub hold no tokenizer; ``convert`` puts one beside their weights.
     """
 
     kind = "VisualBERT"
     config_kind = VisualBertConfig
-
-
-def load_visual_bert(name: str, seed: int = 0, labels: Sequence[str] = ()) -> VisualBertForMultipleChoice:
-    """A VisualBERT with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
-    kind = VisualBertForClassification if labels else VisualBertForMultipleChoice
-    return load_checkpoint(kind, name, seed, labels)
-
-
-def convert_visual_bert(name: str, folder: Path | str, tokenizer: Path | str) -> None:
-    """Writes a stock checkpoint without its head, but with a tokenizer, as a folder.
-
-    Args:
-        name: folder or hub id, such as ``uclanlp/visualbert-vcr-coco-pre``.
-        folder: where to write; must not exist or be empty.
-        tokenizer: folder or hub id of the tokenizer that it was pretrained with (bert-base-uncased).
-
-    Raises:
-        StudentError: one of the two cannot be loaded, or they do not fit; the folder is not empty.
-    """
-    check_empty(folder)
-    model = load_visual_bert(name).visual_bert
-    words = fitting_tokenizer(tokenizer, model.config.vocab_size, name)
-
-    def fill(partial: Path) -> None:
-        model.save_pretrained(partial)
-        words.save_pretrained(partial)
-
-    write_folder(Path(folder), fill)

@@ -189,12 +189,12 @@ class RecordTargets(TrainerCallback):
 
 
 def preview_targets(
-    config: RunConfig, materials: Materials, examples: Sequence[Example]
+    config: RunConfig, materials: Materials, examples: Sequence[Example], student: Any = None
 ) -> list[TargetRecord]:
     """What the method would target in examples before any training: one record per statement.
 
-    The student is the untrained one; what the cache lacks is added to it. Any example will do, also
-    one of your own (``Example`` with a picture and a text).
+    ``student`` is ``load_student``'s for these settings, which is loaded if none is given; what the cache
+    lacks is added to it. Any example will do, also one of your own (``Example`` with a picture and a text).
     """
     assert materials.builder is not None
     shared = materials.builder
@@ -203,5 +203,6 @@ def preview_targets(
     builder.prepare(examples)
     materials.encoder.prepare(examples)
     probes = EncodedExamples(examples, materials.encoder, builder, num_labels=len(materials.labels))
-    module = TargetedDistillation(load_student(config, materials), config, shared.cache.teacher.dim)
+    student = student if student is not None else load_student(config, materials)
+    module = TargetedDistillation(student, config, shared.cache.teacher.dim)
     return ProbeRecorder(probes, partial(collate, encoder=materials.encoder), module).record()

@@ -1,0 +1,108 @@
+"""What the tests of region students share: small models with random weights, random inputs, regions."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import VisualBertConfig, VisualBertModel
+
+from tdlib.data.examples import Example
+from tdlib.regions.computed import Regions
+from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
+from tdlib.students.vlbert import VlBertConfig, VlBertForMultipleChoice
+
+CLOSE = {"rtol": 0, "atol": 1e-5}
+TEXT = ("input_ids", "attention_mask", "token_type_ids", "objects")
+LABELS = ("no", "yes", "maybe")
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 48, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def uniter(**settings):
+    return UniterForMultipleChoice(UniterConfig(**SIZES | {"type_vocab_size": 4, "img_dim": 6} | settings))
+
+
+def vlbert(**settings):
+    return VlBertForMultipleChoice(VlBertConfig(**SIZES | {"visual_embedding_dim": 6} | settings))
+
+
+def visual_bert(kind=VisualBertModel, **settings):
+    """A stock model."""
+    return kind(VisualBertConfig(**SIZES | {"visual_embedding_dim": 6} | settings))
+
+
+def weighty(make, **settings):
+    """A model with random weights, large enough that every part of it counts."""
+    torch.manual_seed(0)
+    model = make(**settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+class BoxRegions:
+    """The whole picture, unless left out, and every object of an example, each seen as its geometry."""
+
+    dim = 6
+
+    def __init__(self, whole: bool = True):
+        self.whole = whole
+
+    def __call__(self, example: Example) -> Regions:
+        boxes = torch.tensor([(0.0, 0.001, 0.998, 1.0), *example.boxes])[0 if self.whole else 1 :]
+        objects = torch.arange(-1 if self.whole else 0, len(example.boxes))
+        return Regions(torch.cat([boxes, boxes[:, :2]], dim=1), boxes, objects)
+
+
+def inputs_of(
+    batch: int = 3, choices: int = 2, length: int = 7, regions: int = 4, seed: int = 0, objects: bool = True
+) -> dict[str, torch.Tensor]:
+    """Random inputs; texts and regions of several lengths, all padding at the end; region 0 is no object."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 300, (batch, choices, length), generator=generator)
+    texts = torch.randint(3, length + 1, (batch, choices, 1), generator=generator)
+    seen = torch.randint(2, regions + 1, (batch, 1), generator=generator)
+    attention = (torch.arange(length) < texts).long()
+    mask = (torch.arange(regions) < seen).long()
+    corners = torch.rand(batch, regions, 2, 2, generator=generator).sort(dim=2).values.flatten(2)
+    inputs = {
+        "input_ids": ids * attention,
+        "attention_mask": attention,
+        "token_type_ids": torch.randint(0, 2, ids.shape, generator=generator) * attention,
+        "region_features": torch.randn(batch, regions, 6, generator=generator) * mask[..., None],
+        "region_boxes": corners * mask[..., None],
+        "region_mask": mask,
+    }
+    if objects:
+        found = torch.arange(-1, regions - 1).expand(batch, -1)
+        referred = torch.randint(-1, 3, ids.shape, generator=generator)
+        inputs["region_objects"] = found.masked_fill(mask == 0, -1)
+        inputs["objects"] = referred.masked_fill(attention == 0, -1)
+    return inputs
+
+
+def run(student, inputs, **options):
+    with torch.inference_mode():
+        return student(**inputs, output_hidden_states=True, **options)
+
+
+def cut(inputs, b, c):
+    """The inputs of one example and choice without any padding."""
+    text, seen = inputs["attention_mask"][b, c].bool(), inputs["region_mask"][b].bool()
+    return {
+        name: value[b : b + 1, c : c + 1, text] if name in TEXT else value[b : b + 1, seen]
+        for name, value in inputs.items()
+    }
+
+
+def places_of(inputs) -> list[list[int]]:
+    """Each example and choice."""
+    return torch.cartesian_prod(*map(torch.arange, inputs["input_ids"].shape[:2])).tolist()
+
+
+def change(folder: Path, **settings) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
