@@ -259,6 +259,8 @@ def reports_with_tuned(tmp_path) -> Path:
     """What `tdlib batch best tune` would have left: for every task and arm the learning rate of its own."""
     tune = Batch("tune").plan
     rates = {(run.parameters["task"], run.parameters["arm"]): 2.5e-4 for run in tune.runs}
+    arms = ("finetune", "naive", "clip_td", "clip_td_repaired")
+    write_choice(tmp_path, [({"arm": arm}, {"epochs": 16}) for arm in arms], name="repair_tune")
     return write_choice(
         tmp_path,
         [({"task": task, "arm": arm}, {"learning_rate": rate}) for (task, arm), rate in rates.items()],

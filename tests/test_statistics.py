@@ -444,7 +444,7 @@ def test_what_is_left_out_of_one_world_leaves_the_other_whole():
 
 
 def test_pooled_intervals_hold_the_truth_as_often_as_they_say():
-    """90 % intervals of a gain that an example has or has not, in two worlds, hold it in 80 to 97 % of draws."""
+    """90 % intervals of a gain that each example has or has not, in two worlds, hold it in 80 to 97 %."""
     rng, held = np.random.default_rng(0), 0
     for _ in range(150):
         drawn = []
