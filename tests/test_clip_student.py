@@ -30,6 +30,7 @@ from tdlib.students.clip import (
     open_teacher_as_student,
 )
 from tdlib.students.registry import load_student
+from tdlib.students.vilt import ViltForMultipleChoice
 from tdlib.teacher.model import Teacher, TeacherError
 from tdlib.training.data import EncodedExamples, collate
 
@@ -463,11 +464,11 @@ def test_encoders_with_a_missing_or_malformed_file_are_refused(folder, case):
 def test_other_architectures_and_teachers_are_no_stored_students(student_folder, teacher_folder, folder):
     for other in (student_folder, teacher_folder, folder / "nothing"):
         with pytest.raises(StudentError, match=re.escape(str(other))):
-            load_student(str(other))
+            load_checkpoint(ClipFusionForMultipleChoice, str(other), seed=0)
         with pytest.raises(StudentError, match=re.escape(str(other))):
             ClipFusionEncoder(str(other))
     with pytest.raises(StudentError, match=re.escape(str(folder))):
-        load_student(str(folder))
+        load_checkpoint(ViltForMultipleChoice, str(folder), seed=0)
 
 
 def test_a_head_for_labels_does_not_score_choices(mini, encoder, tmp_path):
