@@ -217,9 +217,7 @@ def test_draws_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
     assert bootstrap_interval(correct, np.arange(50)) == pytest.approx(whole, abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("level", 1.0), ("level", 0.0), ("method", "t"), ("resamples", 0)]
-)
+@pytest.mark.parametrize(("option", "value"), [("level", 1.0), ("level", 0.0), ("resamples", 0)])
 def test_bad_options_fail(option, value):
     with pytest.raises(ValueError, match=f"{option}=.*expected"):
         bootstrap_interval(np.eye(3), np.arange(3), **{"resamples": 10, option: value})

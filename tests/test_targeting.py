@@ -254,7 +254,7 @@ def test_truth_and_what_stands_in_for_it_are_never_averaged():
     quality = targeting.targeting_quality(targeting.targeting_scores([proxy]), resamples=20)
     assert set(quality["truth"]) == {"referred objects"}
     view = quality_view(quality)
-    assert "referred objects" in view.html and "referred objects" in repr(view)
+    assert "referred objects" in view.to_html() and "referred objects" in repr(view)
     usual = quality_view(targeting.targeting_quality(targeting.targeting_scores([true]), resamples=20))
     assert "against" not in repr(usual)
 
