@@ -27,7 +27,7 @@ def verify_pictures(examples: Sequence[Example], decode: bool = False) -> None:
     Raises:
         DataError: names the pictures, and for each the first example that shows it.
     """
-    first_shown = {}
+    first_shown: dict[Path, str] = {}
     for example in examples:
         first_shown.setdefault(example.image, example.id)
     problems = []

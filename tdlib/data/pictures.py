@@ -73,9 +73,8 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            if _orientation(image) != 1:
-                image = ImageOps.exif_transpose(image)
-            return _rgb(image, path)
+            upright = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+            return _rgb(upright, path)
     except FileNotFoundError:
         raise _missing(path) from None
     except DataError:

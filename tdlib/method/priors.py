@@ -136,4 +136,4 @@ def referred_prior(
     return share.clamp(floor, 1)
 
 
-PRIORS = {"idf": idf_prior, "yake": yake_prior, "uniform": uniform_prior}
+PRIORS: dict[str, Callable[..., Tensor]] = {"idf": idf_prior, "yake": yake_prior, "uniform": uniform_prior}
