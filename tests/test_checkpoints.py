@@ -247,7 +247,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(
     assert steps_at(home) == [3, 6]
     assert not folder.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(training, "predict", lambda *_args: 1 / 0)
+        patch.setattr(training, "save_manifest", lambda *_args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_run(config, materials, folder)
     assert steps_at(home) == [9, 12]
@@ -270,7 +270,7 @@ def interrupted(base, materials, tmp_path, monkeypatch):
     """A run folder's name and settings, of a training that ended in an error after its last update."""
     config, folder = settings_of(base, checkpoint_every=4), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "predict", lambda *_args: 1 / 0)
+        patch.setattr(training, "save_manifest", lambda *_args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_run(config, materials, folder)
     return config, folder

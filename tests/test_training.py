@@ -175,7 +175,9 @@ def test_all_arms_of_a_seed_start_alike_and_see_the_same(base, materials, tmp_pa
             patch.setattr(
                 training, "write_jsonl", lambda _path, history, kept=histories: kept.extend(history)
             )
-            patch.setattr(training, "make_trainer", lambda *args: make_trainer(*args, log_every=1))
+            patch.setattr(
+                training, "make_trainer", lambda *args, **options: make_trainer(*args, **options, log_every=1)
+            )
             patch.setattr(training, "predict", lambda _student, data: np.full((len(data), 4), 0.25))
             train_run(config.model_copy(update={"probe_examples": 0}), materials, tmp_path / arm)
         steps = math.ceil(len(low_shot(materials.train, base.shots, 0)) / 4)
