@@ -55,10 +55,14 @@ class Job(Protocol):
     and a checkpoint has to keep (JSON).
     """
 
-    module: nn.Module
-    phases: Sequence[tuple[str, float]]
     settings: dict[str, Any]
     memory: dict[str, Any]
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def phases(self) -> Sequence[tuple[str, float]]: ...
 
     def loss(self, phase: str, place: int, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of step ``place`` of a phase, and figures to report.

@@ -63,7 +63,7 @@ def curated_pictures(folder: Path, seed: int, number: int) -> list[Example]:
             for name, drawn in zip(scene.things, picture.things, strict=True)
             if THINGS[name].coco
         ]
-        boxes = tuple(tuple(side / SIZE for side in drawn.box) for _, drawn in listed)
+        boxes: tuple[Any, ...] = tuple(tuple(side / SIZE for side in drawn.box) for _, drawn in listed)
         names = tuple(name for name, _ in listed)
         found.append(Example(f"curated-{index}", path, boxes, names, TextPart(""), (), None, ""))
     return found
@@ -87,9 +87,8 @@ def scores(student: Any, encoder: StudentEncoder, examples: Sequence[Example]) -
 
 def open_student(folder: Path, detector: Path, cache: Path) -> tuple[Any, StudentEncoder]:
     """A student of a folder and its reader; computed regions are kept in ``cache``."""
-    encoder = open_encoder(
-        str(folder), LONGEST, lambda: CachedRegions(open_regions(f"boxes+grid:{detector}"), cache)
-    )
+    source: Any = open_regions(f"boxes+grid:{detector}")
+    encoder = open_encoder(str(folder), LONGEST, lambda: CachedRegions(source, cache))
     return load_student(str(folder)), encoder
 
 
@@ -146,7 +145,7 @@ def student_zero_shot(
     splits: Sequence[str] = ("val_balanced", "val_shortcut"),
 ) -> dict[str, float]:  # fmt: skip
     """Zero-shot accuracy of a student in four-choice VCR (chance 0.25) on a MiniWorld of no report."""
-    figures = {}
+    figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         world = write_vcr(Path(temporary) / "vcr", seed, size or Size(train=0, test=0, shifted=0))
         student, encoder = open_student(folder, detector, Path(temporary) / "regions")

@@ -340,8 +340,8 @@ class StudentJob:
             if phase == "fusion":
                 lengths = np.maximum(lengths, (ids[rows, reading + readings] != self.pad).sum(1))
             order = lengths.argsort(kind="stable").reshape(-1, size)
-            parts = [rng.permutation(part) for part in rng.permutation(order)]
-            self._group = (phase, group), [(rows[part], reading[part]) for part in parts]
+            mixed = [rng.permutation(part) for part in rng.permutation(order)]
+            self._group = (phase, group), [(rows[part], reading[part]) for part in mixed]
         parts = self._group[1]
         return parts[member % len(parts)]
 

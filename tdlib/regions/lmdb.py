@@ -95,7 +95,8 @@ class LmdbRegions(FileRegions):
                     _check_objects(record.where, boxes, example)
                 objects = torch.arange(len(boxes)) if ground_truth else torch.full((len(boxes),), -1)
                 parts.append((features, boxes, objects))
-        return Regions(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        features, boxes, objects = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Regions(features, boxes, objects)
 
 
 def _check_objects(where: str, boxes: Tensor, example: Example) -> None:

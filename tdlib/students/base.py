@@ -353,7 +353,7 @@ def fuse_attention(model: nn.Module, kind: type[FusedAttention]) -> None:
     stock = kind.__mro__[2]
     for module in model.modules():
         if type(module) is stock:
-            module.__class__ = kind
+            module.__class__ = kind  # type: ignore[assignment]
 
 
 def drawn_linear(inputs: int, outputs: int) -> nn.Linear:

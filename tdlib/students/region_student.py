@@ -77,7 +77,7 @@ class RegionStudent:
     )  # fmt: skip
     classifier: nn.Module
 
-    def states(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+    def states(self, *args: Any, **inputs: Any) -> tuple[Tensor, ...]:
         """Hidden states, embeddings first, each (batch * choices, text_tokens + regions or more, width).
 
         ``inputs`` are those of ``forward``; what has no place (VL-BERT's [END]) stands at the end.

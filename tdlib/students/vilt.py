@@ -74,7 +74,7 @@ def embed_patches(vilt: ViltModel, pixel_values: Tensor, pixel_mask: Tensor) -> 
     )
 
 
-class ViltFusedAttention(FusedAttention, ViltSelfAttention):
+class ViltFusedAttention(FusedAttention, ViltSelfAttention):  # type: ignore[misc]
     """The stock module's parameters, computed by torch's fused kernel."""
 
 

@@ -25,7 +25,7 @@ from tdlib.students.region_student import (
 REGION_TYPE = 0
 
 
-class VisualBertFusedAttention(FusedAttention, VisualBertSelfAttention):
+class VisualBertFusedAttention(FusedAttention, VisualBertSelfAttention):  # type: ignore[misc]
     """The stock module's parameters, computed by torch's fused kernel."""
 
 

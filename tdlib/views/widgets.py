@@ -325,17 +325,17 @@ class Explorer(ipywidgets.VBox):
             self._show(None, described(error))
 
     def _show(self, view: View | None, message: str = "") -> None:
-        sheets = view is not None and bool(view.sheets)
-        html = "" if view is None or sheets else view.to_html()
+        drawn = view if view is not None and view.sheets else None  # in the page, not as one piece of HTML
+        html = "" if view is None or drawn else view.to_html()
         with self.stage.hold_sync():
-            if sheets:
-                self.stage.pictures = pictures_of(view)
-            self.stage.scene = scene_of(view) if sheets else {}
+            if drawn:
+                self.stage.pictures = pictures_of(drawn)
+            self.stage.scene = scene_of(drawn) if drawn else {}
         self.output.value, self.message.value = html, message
         for button in self.export.values():
             button.disabled = view is None
-        if sheets and self._links:
-            self._link(view)
+        if drawn and self._links:
+            self._link(drawn)
 
     def _prefetch(self) -> None:
         """Makes the next example's view, and sends its picture, while this one is looked at."""
