@@ -59,7 +59,9 @@ def test_start_here_tells_the_whole_story(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "page") in done.stdout and str(tmp_path / "runs") in done.stdout
     runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert runs == sorted(f"{arm}-seed{seed}" for arm in ("finetune", "naive", "clip_td") for seed in (0, 1))
+    assert runs == sorted(
+        f"{arm}-seed{seed}" for arm in ("finetune", "clip_td", "clip_td_repaired") for seed in (0, 1)
+    )
     executed = nbformat.read(tmp_path / "page" / "00_start_here.ipynb", as_version=4)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     kinds = {kind for output in outputs for kind in output.get("data", {})}

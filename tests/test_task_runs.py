@@ -201,7 +201,7 @@ def test_galleries_escape_data_and_show_answers(settings):
     config = settings("vcr_qa", submission_split="")
     example = prepare(config, [0], whole_splits=False).evaluated["val"][0]
     shown = gallery([example], width=120)
-    assert shown.to_html().count("<img") == 1 and example.choices[example.label].text in repr(shown)
+    assert shown.html.count("<img") == 1 and example.choices[example.label].text in repr(shown)
     part = vcr.render(["<script>", [0], "&"], ["person"], decisive=[0])
     html = text_html(part)
     assert "<script>" not in html and "&lt;script&gt;" in html and "&amp;" in html and "<sub>0</sub>" in html

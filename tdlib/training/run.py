@@ -198,17 +198,20 @@ class _Run:
         self.metrics: dict[str, Any] = {
             "arm": config.arm, "seed": config.seed, "train_examples": len(subset)
         }  # fmt: skip
+        if self.builder is not None and isinstance(self.builder.class_logits, ClassProbe):
+            self.metrics["probe_accuracy"] = self.builder.class_logits.held_out_accuracy
+
+    def _count_cut_texts(self) -> None:
+        """Counts what teacher and student cut; after the checkpoint's run has been held against this one."""
         if self.builder is not None:
-            seen = map(self.builder.seen_as, subset)
+            seen = map(self.builder.seen_as, self.subset)
             cut = count_cut(seen, self.builder.cache.cut, self.builder.labels)
             self.metrics["teacher_cut_examples"] = cut.cut_examples
             if cut.cut_examples:
                 log.warning("%s", cut)
-        if self.builder is not None and isinstance(self.builder.class_logits, ClassProbe):
-            self.metrics["probe_accuracy"] = self.builder.class_logits.held_out_accuracy
-        texts = {"train": subset, **materials.evaluated}
+        texts = {"train": self.subset, **self.materials.evaluated}
         self.metrics["student_cut_texts"] = {
-            split: report_cut(materials.encoder, examples, split) for split, examples in texts.items()
+            split: report_cut(self.materials.encoder, examples, split) for split, examples in texts.items()
         }
 
     def train(self, partial: Path, show_progress: bool) -> None:
@@ -231,6 +234,7 @@ class _Run:
             if whole := _agreed(checkpoints.newest(home, identity) if rank == 0 else None):
                 keeper.restore(whole)
             self.resumed, self.seconds_before = keeper.resumed, keeper.seconds
+        self._count_cut_texts()
         if self.module.phi is not None and whole is None:
             with torch.random.fork_rng():  # a loader draws a seed
                 self.module.fit_phi(
