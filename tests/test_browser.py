@@ -389,6 +389,10 @@ def print_latency(page, ids) -> None:
     print(f"a step of the explorer: median {sorted(times)[len(times) // 2]:.0f} ms of {len(times)}")
 
 
+@pytest.mark.skipif(
+    "TDLIB_TEST_EXPLORER" not in os.environ,
+    reason="drives the live explorer for minutes: run it alone with TDLIB_TEST_EXPLORER=1",
+)
 def test_the_explorer_follows_keyboard_and_mouse(context, lab, runs):
     page, watch = open_in_lab(context, lab, "live.ipynb")
     page.wait_for_selector("text=/ipykernel. . Idle/")  # before, cells would be run without a kernel
