@@ -163,13 +163,15 @@ def _unknown_function(name: str, value: Any) -> bool:
 def _config_problems(template: Template, values: Mapping[str, Any]) -> list[str]:
     """Lists what ``RunConfig`` refuses: single settings, entries of lists of them, and combinations."""
     settings = {name: value for name, value in values.items() if name in template.settings}
-    lists = {name: value for name, value in values.items() if name not in FIELDS and isinstance(value, list)}
-    cases: list[dict[str, Any]] = [{}] + [
-        {name.removesuffix("s"): entry}
-        for name, entries in lists.items()
-        if name.removesuffix("s") in FIELDS and name.endswith("s")
-        for entry in entries
-    ]  # `arms` is a list of `arm`, `seeds` one of `seed`
+    # `arms` is a list of `arm`, `seeds` one of `seed`; no run is made of none of a list's entries.
+    lists = {
+        name.removesuffix("s"): value
+        for name, value in values.items()
+        if name not in FIELDS and name.endswith("s") and name.removesuffix("s") in FIELDS
+        if isinstance(value, list) and value
+    }
+    first = {name: entries[0] for name, entries in lists.items()}
+    cases = [first] + [first | {name: entry} for name, entries in lists.items() for entry in entries[1:]]
     return list(
         dict.fromkeys(p for case in cases for p in _setting_problems(template, settings | case, values))
     )
