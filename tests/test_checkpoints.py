@@ -1,12 +1,13 @@
 """Checkpoints: whole or not there, damaged ones are passed over, and a killed training ends as any other."""
 
+import importlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
@@ -15,9 +16,8 @@ import torch
 from transformers.trainer_pt_utils import safe_globals
 
 from tdlib.config import RunConfig
-from tdlib.core.paths import ROOT, ConfigError
+from tdlib.core.paths import ConfigError
 from tdlib.runs import states as run_states
-from tdlib.training import prepare as experiments
 from tdlib.training import run as training
 from tdlib.training.checkpoints import checkpoints_of, damaged, newest, remove, seal, staging
 from tdlib.training.objective import TargetedDistillation
@@ -191,43 +191,29 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert found == known
 
 
-KILLED = """
-import importlib, json, os, signal, sys
-from pathlib import Path
-from tdlib.training import prepare as experiments
-from tdlib.config import RunConfig
+def killed_at(run: Callable[[], object], module: str, name: str, number: int) -> None:
+    """Runs in a process of its own that is killed before the ``number``-th call of a function."""
 
-cache, folder, module, name, number, config = sys.argv[1:]
-where = importlib.import_module(module)
-*path, name = name.split(".")
-for part in path:
-    where = getattr(where, part)
-real, calls = getattr(where, name), []
+    def until_killed() -> None:
+        where = importlib.import_module(module)
+        *path, last = name.split(".")
+        for part in path:
+            where = getattr(where, part)
+        real, calls = getattr(where, last), []
 
-def killing(*args, **options):
-    calls.append(1)
-    if len(calls) == int(number):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **options)
+        def killing(*args, **options):
+            calls.append(1)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
 
-experiments.CACHE_ROOT = Path(cache)
-config = RunConfig.from_parameters(**json.loads(config))
-materials = experiments.prepare(config, whole_splits=False)
-setattr(where, name, killing)
-from tdlib.training.objective import TargetedDistillation
-from tdlib.training.run import train_run
-train_run(config, materials, Path(folder))
-"""
+        setattr(where, last, killing)
+        run()
 
-
-def killed_at(config: RunConfig, folder: Path, module: str, name: str, number: int) -> None:
-    """Trains in a process of its own that is killed before the ``number``-th call of a function."""
-    result = subprocess.run(
-        [sys.executable, "-c", KILLED, str(experiments.CACHE_ROOT), str(folder), module, name, str(number),
-         config.model_dump_json()],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == -signal.SIGKILL, result.stderr
+    process = get_context("fork").Process(target=until_killed)  # a copy of this one: nothing to import
+    process.start()
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def steps_at(home: Path) -> list[int]:
@@ -241,17 +227,21 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(
     config, folder = settings_of(base, checkpoint_every=3), tmp_path / "run"
     home, total = checkpoints_of(folder), json.loads((undisturbed / "metrics.json").read_text())["updates"]
     assert total == 12 and base.epochs == 3  # after updates 3 and 6 an epoch is not over
-    killed_at(config, folder, "tdlib.training.checkpoints", "write_json", 4)  # the second one's manifest
+
+    def run() -> None:
+        train_run(config, materials, folder)
+
+    killed_at(run, "tdlib.training.checkpoints", "write_json", 4)  # the second one's manifest
     assert steps_at(home) == [3] and any((home / ".partial").iterdir())
-    killed_at(config, folder, "tdlib.training.objective", "TargetedDistillation.forward", 10)
+    killed_at(run, "tdlib.training.objective", "TargetedDistillation.forward", 10)
     assert steps_at(home) == [3, 6]
     assert not folder.exists()
     with monkeypatch.context() as patch:
         patch.setattr(training, "save_manifest", lambda *_args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train_run(config, materials, folder)
+            run()
     assert steps_at(home) == [9, 12]
-    train_run(config, materials, folder)
+    run()
     assert_same_run(folder, undisturbed)
     resumed = json.loads((folder / "environment.json").read_text())["resumed_after_updates"]
     assert resumed == [3, 6, 12]
