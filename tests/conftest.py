@@ -16,6 +16,7 @@ os.environ.update(
 )
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,20 +24,31 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+# nbformat's schemas import it to check addresses, which no notebook has; it takes two seconds of processor
+# time in every process that starts: in this one, and (``quick_start``) in those that tests start.
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+
 # Must precede the first import of tdlib: a module imported earlier stays unchecked.
 install_import_hook("tdlib.method", "beartype.beartype")
 
 
-def _make_world(folder):
-    from tdlib.miniworld.writers import Size, write_vcr
-
-    return write_vcr(folder, seed=7, size=Size(train=40, val=30, test=30, shifted=30))
+@pytest.fixture(autouse=True, scope="session")
+def quick_start(tmp_path_factory) -> Iterator[Path]:
+    """A folder of modules that every process which tests start finds first."""
+    folder = tmp_path_factory.mktemp("custom")
+    (folder / "rfc3987_syntax.py").write_text("raise ImportError\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield folder
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """A VCR folder of 100 MiniWorld pictures."""
-    return _make_world(tmp_path_factory.mktemp("world") / "vcr")
+    from tdlib.miniworld.writers import Size, write_vcr
+
+    size = Size(train=40, val=30, test=30, shifted=30)
+    return write_vcr(tmp_path_factory.mktemp("world") / "vcr", seed=7, size=size)
 
 
 @pytest.fixture(scope="session")

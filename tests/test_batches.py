@@ -76,11 +76,8 @@ if a == 3:
     import pandas
     pandas.DataFrame({"id": ["x", "y"], "score": [3.0, 0.0]}).to_parquet(folder / "predictions.parquet")
 """
-# Seen by every process that the tests start. A dependency of a dependency takes a second and a half to
-# import, for a check of addresses that no notebook needs; and the disk is full while a file is there.
-CUSTOM = {
-    "rfc3987_syntax.py": "raise ImportError\n",
-    "sitecustomize.py": """\
+# Seen by every process that the tests start: the disk is full while a file is there.
+FULL = """\
 import errno, os
 replace = os.replace
 def full(source, target, **options):
@@ -88,19 +85,16 @@ def full(source, target, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
     return replace(source, target, **options)
 os.replace = full
-""",
-}
+"""
 
 
-@pytest.fixture(autouse=True, scope="session")
-def quick(tmp_path_factory):
-    home = tmp_path_factory.mktemp("custom")
-    for name, text in CUSTOM.items():
-        (home / name).write_text(text)
+@pytest.fixture(autouse=True, scope="module")
+def quick(quick_start):
+    (quick_start / "sitecustomize.py").write_text(FULL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(home), prepend=os.pathsep)
-        patch.setenv("TDLIB_TEST_FULL", str(home / "full"))
-        yield home
+        patch.setenv("TDLIB_TEST_FULL", str(quick_start / "full"))
+        yield quick_start
+    (quick_start / "sitecustomize.py").unlink()
 
 
 @pytest.fixture(autouse=True)
