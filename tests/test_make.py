@@ -15,7 +15,7 @@ from tdlib.make import corpus, loop, measure, students
 from tdlib.make.clip import contrastive_loss, make_clip
 from tdlib.make.detector import train_mini_detector
 from tdlib.make.students import KINDS, StudentJob, check_reader, make_student, matching_loss
-from tdlib.make.vocabulary import train_wordpiece_tokenizer
+from tdlib.make.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer
 from tdlib.miniworld.worlds import Size, scene_at
 from tdlib.regions.computed import open_regions
 from tdlib.students.registry import load_student
@@ -57,6 +57,12 @@ def job_of(kind: str, made: dict[str, Path], work: Path, detector: Path) -> Stud
 
 
 # The corpora
+
+
+@pytest.mark.parametrize("train", [train_clip_tokenizer, train_wordpiece_tokenizer])
+def test_a_tokenizer_is_a_function_of_its_texts(train, captions_texts):
+    digests = {corpus.tokenizer_digest(train(captions_texts, 300)) for _ in range(3)}
+    assert len(digests) == 1
 
 
 def test_ids_are_of_a_question_and_what_follows_it(work):

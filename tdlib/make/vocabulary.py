@@ -1,5 +1,8 @@
 """Tokenizers of the mini models: CLIP's byte pairs and BERT's word pieces, both learned from web texts."""
 
+import json
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -7,16 +10,31 @@ from tdlib.miniworld.writers import captioned_scene
 
 
 def train_clip_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTrainedTokenizerFast:
-    """A lower-cased byte-pair tokenizer whose end token has the highest id, as CLIP's pooling expects."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
-    special = ["<pad>", "<unk>"]
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, end_of_word_suffix="</w>")
+    """A lower-cased byte-pair tokenizer whose end token has the highest id, as CLIP's pooling expects.
+
+    The same for the same texts; see ``_numbered``.
+    """
+
+    def empty(model: models.BPE) -> Tokenizer:
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+        return tokenizer
+
+    settings: dict[str, Any] = {"unk_token": "<unk>", "end_of_word_suffix": "</w>"}
+    learner = empty(models.BPE(**settings))
+    special = _numbered(learner, texts, ["<pad>", "<unk>"], "{}</w>")
+    learner.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=special, end_of_word_suffix="</w>", show_progress=False
+        ),
     )
-    tokenizer.add_special_tokens(["<start_of_text>", "<end_of_text>"])
+    learned = json.loads(learner.to_str())["model"]
+    merges = [tuple(merge) for merge in learned["merges"]]
+    tokenizer = empty(models.BPE(learned["vocab"], merges, **settings))
+    tokenizer.add_special_tokens(["<pad>", "<unk>", "<start_of_text>", "<end_of_text>"])
     start, end = tokenizer.token_to_id("<start_of_text>"), tokenizer.token_to_id("<end_of_text>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<start_of_text> $A <end_of_text>",
@@ -29,11 +47,7 @@ def train_clip_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTrainedT
 
 
 def train_wordpiece_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTrainedTokenizerFast:
-    """A BERT tokenizer (lower case, WordPiece), the same for the same texts.
-
-    The trainer numbers pieces such as "##a" in the order of a hash table, another one in every run, and
-    breaks ties by these numbers. So all letters get theirs beforehand.
-    """
+    """A BERT tokenizer (lower case, WordPiece), the same for the same texts; see ``_numbered``."""
 
     def empty(model: models.WordPiece) -> Tokenizer:
         tokenizer = Tokenizer(model)
@@ -44,8 +58,7 @@ def train_wordpiece_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTra
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     learner = empty(models.WordPiece(unk_token="[UNK]"))
-    letters = sorted(set("".join(map(learner.normalizer.normalize_str, texts)).replace(" ", "")))
-    numbered = [*special, *letters, *(f"##{letter}" for letter in letters)]
+    numbered = _numbered(learner, texts, special, "##{}")
     learner.train_from_iterator(
         texts, trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=numbered, show_progress=False)
     )
@@ -56,6 +69,16 @@ def train_wordpiece_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTra
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
         sep_token="[SEP]", mask_token="[MASK]",
     )  # fmt: skip
+
+
+def _numbered(learner: Tokenizer, texts: list[str], special: list[str], affixed: str) -> list[str]:
+    """Special tokens, then every letter alone and with its affix, sorted.
+
+    A trainer numbers pieces such as "##a" in the order of a hash table, another one in every run, and
+    breaks ties by these numbers. So all letters get theirs beforehand.
+    """
+    letters = sorted(set("".join(map(learner.normalizer.normalize_str, texts)).replace(" ", "")))
+    return [*special, *letters, *map(affixed.format, letters)]
 
 
 def vocabulary_texts(seed: int, number: int = 6_000) -> list[str]:
