@@ -13,6 +13,7 @@ from typing import NamedTuple
 import nbformat
 import pytest
 
+from notebooks import execute
 from tdlib.cli import main
 from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT, ConfigError
@@ -90,14 +91,17 @@ def test_start_here_tells_the_whole_story(tdlib, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["vcr", "snli_ve", "vqa_v2"])
-def test_template_runs_every_task_by_one_parameter(tdlib, tiny, worlds, task, tmp_path):
+def test_template_runs_every_task_by_one_parameter(tdlib, tiny, worlds, task, own_cache, tmp_path):
     arm = "naive" if task == "vcr" else "clip_td"
     parameters = tiny | {
         "task": task, "data_dir": str(worlds[task]), "runs_dir": str(tmp_path / "runs"), "shots": 0.3,
         "probe_examples": 1, "submission": True, "arm": arm, "seed": 3,
     }  # fmt: skip
-    done = tdlib("run", "04_distill", "--folder", str(tmp_path / "page"), *arguments_of(parameters))
-    assert done.returncode == 0, done.stderr
+    if task == "vcr":
+        done = tdlib("run", "04_distill", "--folder", str(tmp_path / "page"), *arguments_of(parameters))
+        assert done.returncode == 0, done.stderr
+    else:
+        execute("04_distill", **parameters)
     folder = tmp_path / "runs" / f"{arm}-seed3"
     config = json.loads((folder / "config.json").read_text())
     assert (config["selector"], config["seed"]) == ("all" if task == "vcr" else "nucleus", 3)

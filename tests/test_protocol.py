@@ -6,11 +6,11 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
+from notebooks import execute
 from tdlib.analysis.compare import COLUMNS, compare_arms, compare_within, summarise
 from tdlib.analysis.protocol import (
     CLAIMS,
@@ -36,7 +36,6 @@ from tdlib.analysis.statistics import bootstrap_interval, paired_difference, sig
 from tdlib.analysis.study import lead_charts, readable, write_study
 from tdlib.analysis.tuning import rank_settings, write_tuned
 from tdlib.cli import main
-from tdlib.core.paths import ROOT
 from tdlib.data.examples import Example, TextPart, save_manifest
 from tdlib.runs import states as run_states
 from tdlib.training.evaluation import prediction_table
@@ -725,20 +724,13 @@ def test_figures_of_nothing_say_so(compared):
 # The notebook.
 
 
-def run_notebook(**parameters) -> dict:
-    """Executes the notebook's code with other parameters, without a kernel; what it has defined."""
-    names: dict = {}
-    for cell in nbformat.read(ROOT / "notebooks" / "07_protocol.ipynb", as_version=4).cells:
-        if cell.cell_type == "code":
-            exec(cell.source, names)
-            if "parameters" in cell.metadata.get("tags", []):
-                names |= parameters
-    return names
-
-
 def test_the_notebook_writes_a_study(reports, tmp_path):
-    found = run_notebook(
-        batches=["low", "wide", "never"], reports_dir=str(reports), output_dir=str(tmp_path), resamples=50
+    found = execute(
+        "07_protocol",
+        batches=["low", "wide", "never"],
+        reports_dir=str(reports),
+        output_dir=str(tmp_path),
+        resamples=50,
     )
     assert found["page"] == tmp_path / "low-wide-never" / "index.html"
     assert any("tdlib batch run never" in sentence for sentence in found["missing"])
@@ -748,7 +740,11 @@ def test_the_notebook_writes_a_study(reports, tmp_path):
 
 
 def test_the_notebook_without_any_batch_says_what_to_run(tmp_path, capsys):
-    found = run_notebook(
-        batches=["low_shot"], reports_dir=str(tmp_path), output_dir=str(tmp_path / "out"), fallback=""
+    found = execute(
+        "07_protocol",
+        batches=["low_shot"],
+        reports_dir=str(tmp_path),
+        output_dir=str(tmp_path / "out"),
+        fallback="",
     )
     assert found["compared"].empty and "tdlib batch run low_shot" in found["page"].read_text()
