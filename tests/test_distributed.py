@@ -118,11 +118,10 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("arm", ["finetune", "clip_td"])
-def test_two_processes_train_as_one_does(base, materials, tmp_path, arm):
+def test_two_processes_train_as_one_does(base, materials, tmp_path):
     found = {}
     for processes in (1, 2):
-        config = apply_arm(settings_of(base, arm=arm, processes=processes))
+        config = settings_of(base, processes=processes)
         found[processes] = train_run(config, materials, tmp_path / str(processes))
     one, two = tmp_path / "1", tmp_path / "2"
     assert found[1]["updates"] == found[2]["updates"] and found[1].keys() == found[2].keys()
@@ -141,13 +140,14 @@ def test_two_processes_train_as_one_does(base, materials, tmp_path, arm):
     tables = [pd.read_parquet(folder / "predictions.parquet") for folder in (one, two)]
     assert tables[0]["id"].tolist() == tables[1]["id"].tolist()
     assert_close(*(tables[i]["probability"].to_numpy() for i in (1, 0)), rtol=0, atol=1e-4)
-    if arm == "clip_td":
-        records = [pd.read_parquet(folder / "selections.parquet") for folder in (one, two)]
-        assert records[0]["step"].tolist() == records[1]["step"].tolist()
+    records = [pd.read_parquet(folder / "selections.parquet") for folder in (one, two)]
+    assert records[0]["step"].tolist() == records[1]["step"].tolist()
 
 
 def test_a_killed_process_ends_all_and_together_they_continue(base, materials, tmp_path):
-    config = settings_of(base, processes=2, checkpoint_every=2, epochs=6, diagnostics_every=0, probe_every=0)
+    """Without a teacher: the test above has one."""
+    changes = {"checkpoint_every": 2, "epochs": 6, "diagnostics_every": 0, "probe_every": 0}
+    config = apply_arm(settings_of(base, arm="finetune", processes=2, **changes))
     folder, home = tmp_path / "run", checkpoints_of(tmp_path / "run")
 
     def kill_one() -> None:
