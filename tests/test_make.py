@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tdlib.data.examples import DataError, Reference
-from tdlib.make import corpus, loop, measure, students
+from tdlib.make import corpus, kinds, loop, measure
 from tdlib.make.clip import contrastive_loss, make_clip
 from tdlib.make.detector import train_mini_detector
-from tdlib.make.students import KINDS, StudentJob, check_reader, make_student, matching_loss
+from tdlib.make.kinds import KINDS
+from tdlib.make.pretraining import PHASES, StudentJob, matching_loss
+from tdlib.make.students import check_reader, make_student
 from tdlib.make.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer
 from tdlib.miniworld.worlds import Size, scene_at
 from tdlib.regions.computed import open_regions
@@ -169,7 +171,7 @@ def test_views_hide_objects_or_cells(made, work, detector):
     whole, few, bare = (job.sight.view(rows, view, rng) for view in ("all", "few", "bare"))
     objects = int(job.sight.real[rows].sum(1).max())
     lengths = [view["region_features"].shape[1] for view in (whole, few, bare)]
-    assert lengths == [1 + objects + 36, 1 + objects + students.CELLS, 1 + 36]
+    assert lengths == [1 + objects + 36, 1 + objects + kinds.CELLS, 1 + 36]
     real = torch.from_numpy(job.sight.real[rows]).sum(1)
     for view in (whole, few):
         assert torch.equal((view["region_objects"] >= 0).sum(1), real)
@@ -178,7 +180,7 @@ def test_views_hide_objects_or_cells(made, work, detector):
     assert not job.sight.people(rows, bare).any()
     assert job.sight.people(rows, few).tolist() == [len(scene_at(0, "curated", i).people) for i in rows]
     cells = [set(map(tuple, boxes.tolist())) for boxes in few["region_boxes"][:, 1 + objects :]]
-    assert all(len(found) == students.CELLS for found in cells) and cells[0] != cells[1]
+    assert all(len(found) == kinds.CELLS for found in cells) and cells[0] != cells[1]
     assert_close(bare["region_features"][:, 1:], whole["region_features"][:, 1 + objects :])
 
 
@@ -217,7 +219,7 @@ def test_contrast_is_least_where_pairs_agree():
 
 
 @each_kind
-@pytest.mark.parametrize("phase", [name for name, _ in students.PHASES])
+@pytest.mark.parametrize("phase", [name for name, _ in PHASES])
 def test_every_phase_teaches_what_it_is_about(kind, phase, made, work, detector):
     """A loss is finite, the same for the same place, and moves the parameters that it should."""
     job = job_of(kind, made, work, detector)
@@ -342,7 +344,7 @@ def test_a_score_is_that_of_the_batch_in_training(kind, made, work, detector, tm
         named = job.curated.named[:3, 0]
         named = np.where(named < people[:, None], named, -1)
         text = job.text(job.as_read(job.curated.ids[:3, 0])[:, None], named[:, None])
-        own = students.read(student, text, visual).logits[:, 0]
+        own = kinds.read(student, text, visual).logits[:, 0]
     assert_close(found, own, rtol=0, atol=0.02)  # pictures on disk are JPEG
     assert found.std() > 0
 

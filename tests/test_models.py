@@ -9,8 +9,8 @@ from tdlib.core.files import file_digest
 from tdlib.core.paths import ROOT
 from tdlib.data.pictures import open_picture
 from tdlib.data.vcr import VcrReader
+from tdlib.make.kinds import KINDS
 from tdlib.make.measure import matching
-from tdlib.make.students import KINDS
 from tdlib.miniworld.writers import Size, write_vcr
 from tdlib.teacher.model import Teacher
 

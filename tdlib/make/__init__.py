@@ -3,8 +3,9 @@
 ``python -m tdlib.make uniter|vilt|vl-bert|visual-bert|clip|detector [--minutes M | --steps N]``
 
 - ``corpus`` prepares arrays on disk: pictures, token ids, region features; makers map them into memory.
-- ``students`` is the one maker of the mini students; ``clip`` that of the teacher; ``detector`` that of
-  the network behind region features. The first two share ``loop``: phases, learning rate, checkpoints.
+- ``students`` is the one maker of the mini students (``kinds`` says what each is, ``pretraining`` what
+  it learns); ``clip`` that of the teacher; ``detector`` that of the network behind region features. The
+  first two share ``loop``: phases, learning rate, checkpoints.
 - ``measure`` says what a written folder knows, through the readers that runs use.
 - ``vocabulary`` makes the tokenizers.
 

@@ -9,9 +9,10 @@ import torch
 from tdlib.core.paths import ROOT
 from tdlib.make.clip import make_clip
 from tdlib.make.detector import evaluate_detector, train_mini_detector
+from tdlib.make.kinds import KINDS
 from tdlib.make.loop import note_figures
 from tdlib.make.measure import measure_clip, measure_student
-from tdlib.make.students import KINDS, make_student
+from tdlib.make.students import make_student
 
 FOLDERS = {name: kind.folder for name, kind in KINDS.items()} | {
     "clip": "mini-clip",

@@ -82,6 +82,21 @@ class Position:
     averages: dict[str, float] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
 
+    def note(self, phase: str, figures: dict[str, Tensor]) -> None:
+        """Adds what a step reports to the averages; what is not finite (a mean over nothing) is left out."""
+        for name, value in figures.items():
+            now, past = float(value), self.averages.get(f"{phase} {name}")
+            if math.isfinite(now):
+                self.averages[f"{phase} {name}"] = now if past is None else 0.98 * past + 0.02 * now
+
+    def line(self, phase: str, done: float, left: float) -> str:
+        """A line of progress; ``done`` is a share of the run, ``left`` seconds."""
+        shown = {k.split()[1]: round(v, 3) for k, v in self.averages.items() if k.startswith(phase)}
+        return (
+            f"{phase} step {self.step} ({100 * done:.0f} %) {shown}, {self.seconds / 60:.1f} min, "
+            f"{max(0, left) / 60:.1f} min left"
+        )
+
 
 def save_checkpoint(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, position: Position,
@@ -170,7 +185,6 @@ def train(
         raise ValueError(f"steps={steps}, minutes={minutes}: give exactly one of the two")
     module = job.module.train()
     optimizer = make_optimizer(module, weight_decay)
-    parameters = list(module.parameters())
     settings = job.settings | {"peak": peak, "weight_decay": weight_decay}
     position = Position()
     if checkpoint.is_file():
@@ -191,22 +205,7 @@ def train(
 
     while (share := progress()) < 1:
         phase = phase_at(job.phases, share)
-        place = position.steps.get(phase, 0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(position.step, share, peak)
-        loss, figures = job.loss(phase, place, share)
-        if not loss.isfinite():
-            raise FloatingPointError(f"step {position.step} ({phase}): the loss is {float(loss.detach())}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        for name, value in figures.items():
-            now, past = float(value), position.averages.get(f"{phase} {name}")
-            if math.isfinite(now):
-                position.averages[f"{phase} {name}"] = now if past is None else 0.98 * past + 0.02 * now
-        position.step += 1
-        position.steps[phase] = place + 1
+        _update(job, phase, optimizer, learning_rate(position.step, share, peak), position, share)
         now = time.monotonic()
         position.seconds = before + clock() - began
         position.memory = dict(job.memory)
@@ -215,17 +214,32 @@ def train(
         if now - logged > log_every or done >= 1:
             logged = now
             left = position.seconds * (1 / done - 1) if steps else 60 * (minutes or 0) - position.seconds
-            shown = {k.split()[1]: round(v, 3) for k, v in position.averages.items() if k.startswith(phase)}
-            log.info(
-                "%s step %d (%.0f %%) %s, %.1f min, %.1f min left",
-                phase, position.step, 100 * done, shown, position.seconds / 60, max(0, left) / 60,
-            )  # fmt: skip
+            log.info("%s", position.line(phase, done, left))
         if now - saved > save_every or done >= 1 or stops:
             saved = now
             save_checkpoint(checkpoint, module, optimizer, position, settings)
         if stops:
             break
     return position
+
+
+def _update(
+    job: Job, phase: str, optimizer: torch.optim.Optimizer, rate: float, position: Position, share: float
+) -> None:
+    """One step of a phase; ``position`` moves on by it. Raises FloatingPointError for a bad loss."""
+    place = position.steps.get(phase, 0)
+    loss, figures = job.loss(phase, place, share)
+    if not loss.isfinite():
+        raise FloatingPointError(f"step {position.step} ({phase}): the loss is {float(loss.detach())}")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    nn.utils.clip_grad_norm_(list(job.module.parameters()), 1.0)
+    optimizer.step()
+    position.note(phase, figures)
+    position.step += 1
+    position.steps[phase] = place + 1
 
 
 def machine() -> dict[str, Any]:

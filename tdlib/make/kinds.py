@@ -1,0 +1,187 @@
+"""The kinds of mini students: what each sees, how it is built, and how all of them are read alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import ViltConfig, VisualBertConfig
+
+from tdlib.core.files import file_digest
+from tdlib.make import corpus
+from tdlib.miniworld.drawing import SIZE
+from tdlib.students.base import StudentOutput
+from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
+from tdlib.students.vilt import ViltForMultipleChoice, embed_patches
+from tdlib.students.visual_bert import VisualBertForMultipleChoice
+from tdlib.students.vlbert import CLASSIFIER, VlBertConfig, VlBertForMultipleChoice, within_pixels
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
+    "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+CELLS = 12  # of the grid's 36, where the objects have boxes: see ``RegionSight``
+
+
+class PatchSight:
+    """Pictures as ViLT reads them, moved by up to three pixels, in a light that varies a little."""
+
+    summary = 1  # visual tokens that are no place: the image's [CLS]
+
+    def __init__(self, home: Path, seed: int, scenes: int, detector: Path):
+        self.pictures = corpus.pictures("curated", home, seed, scenes)["pictures"]
+        self.settings: dict[str, Any] = {}
+
+    def __call__(self, rows: np.ndarray, rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
+        pixels = torch.from_numpy(self.pictures[rows]).float() / 127.5 - 1
+        dy, dx = rng.integers(-3, 4, 2).tolist()
+        contrast = torch.from_numpy(rng.uniform(0.75, 1.25, (len(rows), 1, 1, 1)).astype(np.float32))
+        light = torch.from_numpy(rng.uniform(-0.2, 0.2, (len(rows), 3, 1, 1)).astype(np.float32))
+        pixels = (torch.roll(pixels, (dy, dx), (-2, -1)) * contrast + light).clamp(-1, 1)
+        return {
+            "pixel_values": pixels,
+            "pixel_mask": torch.ones(len(rows), *pixels.shape[-2:], dtype=torch.long),
+        }
+
+    def people(self, rows: np.ndarray, visual: dict[str, Tensor]) -> Tensor:
+        return torch.zeros(len(rows), dtype=torch.long)  # a patch is nobody
+
+
+class RegionSight:
+    """Regions of pictures in three views, one per batch.
+
+    "few": the whole picture, the objects and a third of the grid's cells, others for each picture
+    (what the boxes do not show needs few cells, and short sequences are quick); "bare": all but the
+    objects, as of data sets without boxes; "all". Towards the end, more of "all".
+    """
+
+    summary = 0
+
+    def __init__(self, home: Path, seed: int, scenes: int, detector: Path):
+        seen = corpus.regions(home, seed, scenes, detector)
+        self.features, self.boxes, self.real = seen["features"], seen["boxes"], seen["real"]
+        self.counted = seen["people"]
+        self.dim = self.features.shape[-1]
+        self.settings = {"detector": file_digest(detector / "model.safetensors")}
+
+    def __call__(self, rows: np.ndarray, rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
+        shares = (0.6, 0.25, 0.15) if progress < 0.93 else (0.1, 0.3, 0.6)
+        return self.view(rows, ("few", "bare", "all")[rng.choice(3, p=shares)], rng)
+
+    def view(self, rows: np.ndarray, view: str, rng: np.random.Generator) -> dict[str, Tensor]:
+        """What region students read of the pictures ``rows``."""
+        real = self.real[rows]
+        most = 0 if view == "bare" else int(real.sum(1).max())
+        cells = self.features.shape[1] - 1 - corpus.MOST_OBJECTS
+        places = np.tile(np.arange(1 + most + cells), (len(rows), 1))
+        places[:, 1 + most :] += corpus.MOST_OBJECTS - most
+        if view == "few":
+            chosen = rng.random((len(rows), cells)).argsort(1)[:, :CELLS]
+            places = np.concatenate([places[:, : 1 + most], 1 + corpus.MOST_OBJECTS + chosen], axis=1)
+        mask = np.ones(places.shape, bool)
+        mask[:, 1 : 1 + most] = real[:, :most]
+        objects = np.full(places.shape, -1)
+        objects[:, 1 : 1 + most] = np.where(real[:, :most], np.arange(most), -1)
+        return {
+            "region_features": torch.from_numpy(self.features[rows[:, None], places]).float(),
+            "region_boxes": torch.from_numpy(self.boxes[rows[:, None], places]),
+            "region_mask": torch.from_numpy(mask).long(),
+            "region_objects": torch.from_numpy(objects),
+        }
+
+    def people(self, rows: np.ndarray, visual: dict[str, Tensor]) -> Tensor:
+        """How many people have a box, of each picture: the first objects are people."""
+        shown = (visual["region_objects"] >= 0).any(1)
+        return torch.from_numpy(self.counted[rows].astype(np.int64)) * shown
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a mini student of one architecture is made, and what it is called."""
+
+    folder: str
+    architecture: str  # its model_type
+    sight: type[PatchSight] | type[RegionSight]
+    make: Callable[[int, int], Any]  # of the sizes of the vocabulary and of region features
+    answer_type: int  # token type of a choice
+    slot: bool = False  # whether [MASK] follows a statement that is no question with a choice
+    types: str = ""  # its embeddings of token types, where some of them stay untrained
+    met: tuple[int, ...] = ()  # per token type the one whose embedding it gets
+    transform: str = ""  # where a classifier starts from the transform of the word predictor
+    boxes: Callable[[Tensor], Tensor] = lambda boxes: boxes  # as its encoder changes those of regions
+
+
+def _vilt(words: int, dim: int) -> ViltForMultipleChoice:
+    config = ViltConfig(**SIZES, vocab_size=words, image_size=corpus.SIZE, patch_size=16)
+    return ViltForMultipleChoice(config)
+
+
+KINDS = {
+    "uniter": Kind(
+        "mini-uniter", "uniter", RegionSight,
+        lambda words, dim: UniterForMultipleChoice(
+            UniterConfig(**SIZES, vocab_size=words, img_dim=dim, type_vocab_size=4)
+        ),
+        2, types="uniter.embeddings.token_type_embeddings.weight", met=(0, 1, 2, 2),  # rationales: as answers
+    ),
+    "vilt": Kind("mini-vilt", "vilt", PatchSight, _vilt, 1),
+    "vl-bert": Kind(
+        "mini-vlbert", "vl-bert", RegionSight,
+        lambda words, dim: VlBertForMultipleChoice(
+            VlBertConfig(**SIZES, vocab_size=words, visual_embedding_dim=dim)
+        ),
+        1, slot=True, transform=CLASSIFIER, boxes=lambda boxes: within_pixels(boxes, (SIZE, SIZE)),
+    ),
+    "visual-bert": Kind(
+        "mini-visualbert", "visual_bert", RegionSight,
+        lambda words, dim: VisualBertForMultipleChoice(
+            VisualBertConfig(**SIZES, vocab_size=words, visual_embedding_dim=dim)
+        ),
+        1, slot=True,
+    ),
+}  # fmt: skip
+
+
+def read(model: Any, text: dict[str, Tensor] | None, visual: dict[str, Tensor] | None) -> StudentOutput:
+    """Logits and hidden states of texts (pictures, choices, tokens) with pictures, or of one of the two.
+
+    Without text a student reads [CLS] alone; without a picture one region that is masked, ViLT none.
+    """
+    if text is None:
+        assert visual is not None
+        cls = torch.full((len(next(iter(visual.values()))), 1, 1), model.config.cls_token_id)
+        text = {
+            "input_ids": cls, "attention_mask": torch.ones_like(cls), "token_type_ids": torch.zeros_like(cls),
+            "objects": torch.full_like(cls, -1),
+        }  # fmt: skip
+    number = len(text["input_ids"])
+    if isinstance(model, ViltForMultipleChoice):
+        choices = text["input_ids"].shape[1]
+        if visual is None:
+            image = torch.zeros(number, 0, model.config.hidden_size)
+            mask = torch.zeros(number, 0, dtype=torch.long)
+        else:
+            image, mask, _ = embed_patches(model.vilt, visual["pixel_values"], visual["pixel_mask"])
+        output = model.vilt(
+            **{k: text[k].flatten(0, 1) for k in ("input_ids", "attention_mask", "token_type_ids")},
+            image_embeds=image.repeat_interleave(choices, dim=0),
+            pixel_mask=mask.repeat_interleave(choices, dim=0), output_hidden_states=True,
+        )  # fmt: skip
+        states = *output.hidden_states[:-1], output.last_hidden_state
+        return StudentOutput(
+            logits=model.classifier(output.pooler_output).view(number, choices),
+            hidden_states=tuple(state.unflatten(0, (number, choices)) for state in states),
+        )
+    if visual is None:
+        width = getattr(model.config, "img_dim", None) or model.config.visual_embedding_dim
+        visual = {
+            "region_features": torch.zeros(number, 1, width),
+            "region_boxes": torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]).expand(number, 1, 4),
+            "region_mask": torch.zeros(number, 1, dtype=torch.long),
+            "region_objects": torch.full((number, 1), -1),
+        }
+    inputs = {name: value for name, value in (text | visual).items() if name in model.inputs}
+    return model(**inputs, output_hidden_states=True)
