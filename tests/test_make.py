@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 
 from tdlib.data.examples import DataError, Reference
 from tdlib.make import corpus, kinds, loop, measure
-from tdlib.make.clip import contrastive_loss, make_clip
+from tdlib.make.clip import MINI_CLIP, contrastive_loss, fast_clip, make_clip
 from tdlib.make.detector import train_mini_detector
 from tdlib.make.kinds import KINDS
 from tdlib.make.pretraining import PHASES, StudentJob, matching_loss
@@ -375,6 +376,24 @@ def test_zero_shot_is_split_by_what_the_curated_corpus_knows(made, detector):
     figures = measure.student_zero_shot(made["vilt"], detector, 3, size, ["val_balanced"])
     assert {"vcr_val_balanced", "vcr_val_balanced_known", "vcr_val_balanced_unknown"} <= set(figures)
     assert all(0 <= value <= 1 for value in figures.values())
+
+
+def test_the_fast_attention_is_open_clips():
+    config = json.loads(json.dumps(MINI_CLIP))
+    config["text_cfg"]["vocab_size"] = 50
+    fast, usual = fast_clip(config), open_clip.CLIP(**config)
+    usual.load_state_dict(fast.state_dict())
+    pixels, ids = torch.randn(2, 3, 96, 96), torch.randint(1, 49, (2, 48))
+    ids[:, -1] = 49
+    for read in (lambda model: model.encode_image(pixels), lambda model: model.encode_text(ids)):
+        results = []
+        for model in (fast, usual):
+            model.zero_grad()
+            features = read(model)
+            features.square().sum().backward()
+            results.append([features, *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert len(results[0]) > 20
+        assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
 def test_the_teacher_continues_loads_and_is_measured(work, tmp_path):

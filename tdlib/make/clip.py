@@ -44,8 +44,37 @@ CAPTIONS = 2  # of each picture in a step of "contrast": a caption costs a third
 _SORTED = 4  # batches whose captions are sorted by length together
 
 
+class BatchFirstAttention(nn.MultiheadAttention):
+    """The attention of open_clip's blocks without the copies that torch's own makes in training.
+
+    Torch turns (batch, tokens, width) round and copies query, key and value apart. On one CPU core a step of
+    this image tower takes 0.73 times as long without (2.36 and 1.73 s for 256 pictures).
+    """
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """Attends to itself: all three are one tensor; a mask is the causal one (only text has any)."""
+        assert query is key is value and not need_weights
+        batch, tokens, width = query.shape
+        projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+        heads = projected.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        read = F.scaled_dot_product_attention(*heads.unbind(0), is_causal=attn_mask is not None)
+        return self.out_proj(read.transpose(1, 2).reshape(batch, tokens, width)), None
+
+
+def fast_clip(config: dict[str, Any]) -> open_clip.CLIP:
+    """An open_clip model with ``BatchFirstAttention``; its parameters have their usual names."""
+    model = open_clip.CLIP(**config)
+    for part in model.modules():
+        if isinstance(part, nn.MultiheadAttention):
+            part.__class__ = BatchFirstAttention
+    return model
+
+
 def patch_words(visual: VisionTransformer, pixels: Tensor, word_head: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Picture features (batch, dim), and log-odds of words (batch, vocabulary) of the surest patch."""
+    """Picture features (batch, dim), and log-odds of words (batch, words) of the surest patch."""
     output = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
     votes = word_head(output["image_intermediates"][-1] @ visual.proj)
     return output["image_features"], votes.float().amax(dim=1)
@@ -92,12 +121,12 @@ class ClipJob:
         self.config = json.loads(json.dumps(MINI_CLIP))
         self.config["text_cfg"]["vocab_size"] = len(tokenizer)
         torch.manual_seed(seed)
-        self.model = open_clip.CLIP(**self.config)
-        self.head = nn.Linear(self.config["embed_dim"], len(tokenizer))
+        self.model = fast_clip(self.config)
         said = corpus.said_words(self.texts.ids, len(tokenizer))
         share = said[:10_000].mean(0)
         asked = ((share > 0.01) & (share < 0.3)).nonzero()[0]  # mostly nouns; function words are frequent
-        self.asked, self.said = self.put(asked), self.put(said[:, asked])
+        self.said = self.put(said[:, asked])
+        self.head = nn.Linear(self.config["embed_dim"], len(asked))
         mean, spread = (
             torch.tensor(value, device=device).view(3, 1, 1) * 255
             for value in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
@@ -137,10 +166,10 @@ class ClipJob:
         present = self.said[self.put(rows)].float()
         with mixed_precision(self.device):
             image, votes = patch_words(self.model.visual, (pixels - self.mean) / self.spread, self.head)
-            loss = F.binary_cross_entropy_with_logits(votes[:, self.asked], present)
+            loss = F.binary_cross_entropy_with_logits(votes, present)
             figures = {"votes": loss.detach()}
             if phase == "contrast":
-                guesses = self.head(image).float()[:, self.asked]
+                guesses = self.head(image).float()
                 loss = 10 * (loss + F.binary_cross_entropy_with_logits(guesses, present))
                 scale = self.model.logit_scale.clamp(0, math.log(100)).exp()
                 terms = []
