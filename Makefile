@@ -25,12 +25,12 @@ help: ## Show this help
 run: $(INSTALLED) ## Tell the whole story on the MiniWorld; writes a report under reports/
 	$(BIN)/tdlib run $(ARGS)
 
-test: $(INSTALLED) ## Run lint, types and all tests
+test: $(INSTALLED) ## Run lint, types and all tests but slow ones (ARGS="-m slow")
 	@failed=""; \
 	$(MAKE) --no-print-directory lint || failed="$$failed lint"; \
 	$(MAKE) --no-print-directory types || failed="$$failed types"; \
 	echo "pytest -n $(WORKERS) $(ARGS)"; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS) || failed="$$failed pytest"; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS) || failed="$$failed pytest"; \
 	if [ -n "$$failed" ]; then echo "make test: FAILED:$$failed" >&2; exit 1; fi; \
 	echo "make test: lint, types and tests hold"
 

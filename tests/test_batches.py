@@ -979,8 +979,13 @@ def running(batch: Batch, cell: bool) -> Callable[[], bool]:
 @pytest.mark.parametrize(
     ("victim", "cell"),
     [
-        ("runner", False), ("worker", False), ("runner and worker", False),
-        ("runner", True), ("worker", True), ("kernel", True), ("runner and worker", True),
+        ("worker", False), ("kernel", True), ("runner and worker", True),
+        *(
+            pytest.param(*victim, marks=pytest.mark.slow)
+            for victim in [
+                ("runner", False), ("runner and worker", False), ("runner", True), ("worker", True),
+            ]
+        ),
     ],
 )  # fmt: skip
 def test_whoever_is_killed_the_run_is_made_once_and_is_the_same(tmp_path, undisturbed, victim, cell):
@@ -1024,7 +1029,13 @@ def output_of(batch: Batch) -> Path:
     return batch.folder_of(run) / "output" / "clip_td-seed0"
 
 
-@pytest.mark.parametrize("victim", ["runner", "kernel", "runner and worker and kernel"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "runner and worker and kernel",
+        *(pytest.param(victim, marks=pytest.mark.slow) for victim in ("runner", "kernel")),
+    ],
+)
 def test_a_training_that_is_killed_in_a_batch_goes_on_from_its_checkpoint(
     tmp_path, training, trained, victim
 ):

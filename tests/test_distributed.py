@@ -185,6 +185,7 @@ def test_own_functions_are_refused_before_anything_starts(base, materials, tmp_p
         train_run(settings_of(base, selector="mine", processes=2), materials, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_comes_back_and_leaves_nothing(base, materials, tmp_path):
     student = tmp_path / "student"
     shutil.copytree(base.student, student)
@@ -204,6 +205,7 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
+@pytest.mark.slow
 def test_the_processes_end_with_the_one_that_started_them(base, tmp_path):
     (tmp_path / "config.json").write_text(settings_of(base, processes=2, epochs=10_000).model_dump_json())
     code = (

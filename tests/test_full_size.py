@@ -26,6 +26,7 @@ def uniter_base(tmp_path, captions_texts):
     return folder
 
 
+@pytest.mark.slow
 def test_one_cached_epoch_at_full_size(world, uniter_base, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "CACHE_ROOT", tmp_path / "cache")
     experiments.open_cache.cache_clear()
