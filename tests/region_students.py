@@ -1,6 +1,14 @@
-"""What the tests of region students share: small models with random weights, random inputs, regions."""
+"""What the tests of region students share: small models with random weights, random inputs, regions.
+
+And the equations of BERT's layers, in double precision from the weights alone, with the names and shapes
+that their parameters have in official files.
+"""
 
 import json
+import math
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -106,3 +114,98 @@ def places_of(inputs) -> list[list[int]]:
 def change(folder: Path, **settings) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def student_folder(tmp_path_factory, tokenizer_folder, model) -> Path:
+    """A folder of a model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("region_student") / "student"
+    shutil.copytree(tokenizer_folder, folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+# The equations (Devlin et al. 2019)
+
+
+def norm(x, weights, name):
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-12)
+    return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def linear(x, weights, name):
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def layer_states(embedded, table, encoder: str, heads: int):
+    """What goes into two layers and what comes out of each, of one unpadded sequence."""
+    states = [embedded]
+    for layer in (f"{encoder}.layer.{number}" for number in range(2)):
+        query, key, value = (
+            linear(states[-1], table, f"{layer}.attention.self.{name}") for name in ("query", "key", "value")
+        )
+        wide = query.shape[-1] // heads
+        mixed = []
+        for part in (slice(head * wide, (head + 1) * wide) for head in range(heads)):
+            scores = query[:, part] @ key[:, part].T / math.sqrt(wide)
+            mixed.append((scores.exp() / scores.exp().sum(-1, keepdim=True)) @ value[:, part])
+        attended = linear(torch.cat(mixed, dim=-1), table, f"{layer}.attention.output.dense")
+        attended = norm(attended + states[-1], table, f"{layer}.attention.output.LayerNorm")
+        inner = gelu(linear(attended, table, f"{layer}.intermediate.dense"))
+        outer = linear(inner, table, f"{layer}.output.dense") + attended
+        states.append(norm(outer, table, f"{layer}.output.LayerNorm"))
+    return states
+
+
+# Official files
+
+
+def dense(name, outputs, inputs):
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def scale(name, width):
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def layer_shapes(encoder: str, width: int, inner: int, layers: int) -> dict[str, tuple]:
+    shapes = {}
+    for layer in (f"{encoder}.layer.{number}" for number in range(layers)):
+        for name in ("query", "key", "value"):
+            shapes |= dense(f"{layer}.attention.self.{name}", width, width)
+        shapes |= dense(f"{layer}.attention.output.dense", width, width)
+        shapes |= scale(f"{layer}.attention.output.LayerNorm", width)
+        shapes |= dense(f"{layer}.intermediate.dense", inner, width)
+        shapes |= dense(f"{layer}.output.dense", width, inner) | scale(f"{layer}.output.LayerNorm", width)
+    return shapes
+
+
+def random_state(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def refused(prefix: str, model: str) -> dict[str, tuple[Callable[[dict], object], str]]:
+    """What is done to a good state dict, and what the message says, of every architecture."""
+    query = f"{model}.encoder.layer.1.attention.self.query.weight"
+    words = f"{model}.{'embeddings.' * (model == 'uniter')}word_embeddings.weight"
+
+    def put(name: str, *shape: int) -> Callable[[dict], object]:
+        return lambda state: state.update({prefix + name: torch.ones(shape)})
+
+    return {
+        "missing": (lambda s: s.pop(prefix + query), rf"1 missing \({re.escape(query)}\)"),
+        "unknown layer": (put(f"{model}.x", 1), rf"unknown \({model}\.x\)"),
+        "a gap": (
+            lambda s: [s.pop(name) for name in list(s) if "layer.0.attention" in name],
+            rf"10 missing \({model}.encoder.layer.0.attention",
+        ),
+        "shape": (put(query, 64, 32), r"\(64, 32\) instead of \(64, 64\)"),
+        "no words": (lambda s: s.pop(prefix + words), "missing.*word_embeddings"),
+        "width": (put(words, 300, 70), "hidden size 70"),
+        "vocabulary": (put(words, 381, 64), r"has 300 tokens, but .* has 381"),
+    }

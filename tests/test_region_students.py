@@ -46,10 +46,9 @@ class Kind:
 
 @pytest.fixture(scope="module", params=["uniter", "vl-bert", "visual_bert"])
 def kind(request, tmp_path_factory, tokenizer_folder) -> Kind:
-    folder = tmp_path_factory.mktemp(request.param) / "student"
-    shutil.copytree(tokenizer_folder, folder)
     make = {"uniter": small.uniter, "vl-bert": small.vlbert, "visual_bert": small.visual_bert}
-    small.weighty(make[request.param]).save_pretrained(folder)
+    model = small.weighty(make[request.param])
+    folder = small.student_folder(tmp_path_factory, tokenizer_folder, model)
     return Kind(request.param, folder, load_student(str(folder)).eval())
 
 

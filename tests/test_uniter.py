@@ -1,14 +1,14 @@
 """The UNITER student: parity with the published equations, its inputs, conversion of official files."""
 
-import math
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import region_students as small
 import torch
-from region_students import CLOSE, LABELS, TEXT, BoxRegions, change, inputs_of, run, uniter, weighty
+from region_students import CLOSE, LABELS, TEXT, BoxRegions, change, gelu, inputs_of, linear, norm, run
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -30,10 +30,7 @@ from tdlib.students.uniter import (
 
 @pytest.fixture(scope="module")
 def folder(tokenizer_folder, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("uniter") / "student"
-    shutil.copytree(tokenizer_folder, folder)
-    weighty(uniter).save_pretrained(folder)
-    return folder
+    return small.student_folder(tmp_path_factory, tokenizer_folder, small.weighty(small.uniter))
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +51,6 @@ def examples(world):
 # Parity with the equations, in double precision, one token sequence at a time, from the weights alone
 
 
-def norm(x, weights, name):
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-12)
-    return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def linear(x, weights, name):
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def gelu(x):
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
 def equations(weights, ids, types, features, boxes, heads=4):
     """Hidden states and pooled [CLS] of one unpadded sequence (Chen et al. 2020; Devlin et al. 2019)."""
     table = {k.removeprefix("uniter."): v.double() for k, v in weights.items()}
@@ -82,22 +65,7 @@ def equations(weights, ids, types, features, boxes, heads=4):
     seen = norm(linear(features.double(), table, f"{image}.img_linear"), table, f"{image}.img_layer_norm")
     place = norm(linear(place, table, f"{image}.pos_linear"), table, f"{image}.pos_layer_norm")
     regions = norm(seen + place + kinds[1], table, f"{image}.LayerNorm")
-    states = [torch.cat([text, regions])]
-    for number in range(2):
-        layer = f"encoder.layer.{number}"
-        query, key, value = (
-            linear(states[-1], table, f"{layer}.attention.self.{name}") for name in ("query", "key", "value")
-        )
-        wide = query.shape[-1] // heads
-        mixed = []
-        for part in (slice(head * wide, (head + 1) * wide) for head in range(heads)):
-            scores = query[:, part] @ key[:, part].T / math.sqrt(wide)
-            mixed.append((scores.exp() / scores.exp().sum(-1, keepdim=True)) @ value[:, part])
-        attended = linear(torch.cat(mixed, dim=-1), table, f"{layer}.attention.output.dense")
-        attended = norm(attended + states[-1], table, f"{layer}.attention.output.LayerNorm")
-        inner = gelu(linear(attended, table, f"{layer}.intermediate.dense"))
-        states.append(norm(linear(inner, table, f"{layer}.output.dense") + attended, table,
-                           f"{layer}.output.LayerNorm"))  # fmt: skip
+    states = small.layer_states(torch.cat([text, regions]), table, "encoder", heads)
     return states, torch.tanh(linear(states[-1][0], table, "pooler.dense"))
 
 
@@ -146,9 +114,6 @@ def test_the_authors_loss_is_the_binary_cross_entropy_of_the_score(student):
     expected = torch.nn.functional.cross_entropy(pair, target)
     score = student.classifier[4](pair)[:, 0]
     assert_close(torch.nn.functional.binary_cross_entropy_with_logits(score, target.double()), expected)
-
-
-# Padding and places
 
 
 # Inputs
@@ -202,54 +167,40 @@ def test_a_checkpoint_without_head_gets_one_from_the_seed(student, tmp_path):
 def official_shapes(words, width, inner, layers, positions=512, types=2, regions=2048) -> dict[str, tuple]:
     """Parameters of the authors' pretraining model (ChenRocks/UNITER, model/{model,layer,pretrain}.py)."""
 
-    def dense(name, outputs, inputs):
-        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-    def scale(name):
-        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
     shapes = {
         "uniter.embeddings.word_embeddings.weight": (words, width),
         "uniter.embeddings.position_embeddings.weight": (positions, width),
         "uniter.embeddings.token_type_embeddings.weight": (types, width),
-        **scale("uniter.embeddings.LayerNorm"),
-        **dense("uniter.img_embeddings.img_linear", width, regions),
-        **scale("uniter.img_embeddings.img_layer_norm"),
-        **scale("uniter.img_embeddings.pos_layer_norm"),
-        **dense("uniter.img_embeddings.pos_linear", width, 7),
+        **small.scale("uniter.embeddings.LayerNorm", width),
+        **small.dense("uniter.img_embeddings.img_linear", width, regions),
+        **small.scale("uniter.img_embeddings.img_layer_norm", width),
+        **small.scale("uniter.img_embeddings.pos_layer_norm", width),
+        **small.dense("uniter.img_embeddings.pos_linear", width, 7),
         "uniter.img_embeddings.mask_embedding.weight": (2, regions),
-        **scale("uniter.img_embeddings.LayerNorm"),
+        **small.scale("uniter.img_embeddings.LayerNorm", width),
     }
-    for layer in (f"uniter.encoder.layer.{number}" for number in range(layers)):
-        for name in ("query", "key", "value"):
-            shapes |= dense(f"{layer}.attention.self.{name}", width, width)
-        shapes |= dense(f"{layer}.attention.output.dense", width, width)
-        shapes |= scale(f"{layer}.attention.output.LayerNorm")
-        shapes |= dense(f"{layer}.intermediate.dense", inner, width)
-        shapes |= dense(f"{layer}.output.dense", width, inner) | scale(f"{layer}.output.LayerNorm")
     return {
         **shapes,
-        **dense("uniter.pooler.dense", width, width),
+        **small.layer_shapes("uniter.encoder", width, inner, layers),
+        **small.dense("uniter.pooler.dense", width, width),
         "cls.predictions.bias": (words,),
-        **dense("cls.predictions.transform.dense", width, width),
-        **scale("cls.predictions.transform.LayerNorm"),
+        **small.dense("cls.predictions.transform.dense", width, width),
+        **small.scale("cls.predictions.transform.LayerNorm", width),
         "cls.predictions.decoder.weight": (words, width),
         "feat_regress.weight": (width, regions),
         "feat_regress.bias": (regions,),
-        **dense("feat_regress.net.0", width, width),
-        **scale("feat_regress.net.2"),
-        **dense("region_classifier.net.0", width, width),
-        **scale("region_classifier.net.2"),
-        **dense("region_classifier.net.3", 1601, width),
-        **dense("itm_output", 2, width),
+        **small.dense("feat_regress.net.0", width, width),
+        **small.scale("feat_regress.net.2", width),
+        **small.dense("region_classifier.net.0", width, width),
+        **small.scale("region_classifier.net.2", width),
+        **small.dense("region_classifier.net.3", 1601, width),
+        **small.dense("itm_output", 2, width),
     }
 
 
 def official_state(words=300, **sizes) -> dict[str, torch.Tensor]:
     """Random weights under the official names: two layers, 64 wide."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = official_shapes(words, 64, 96, 2, positions=48, regions=6, **sizes)
-    state = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    state = small.random_state(official_shapes(words, 64, 96, 2, positions=48, regions=6, **sizes))
     state["cls.predictions.decoder.weight"] = state["uniter.embeddings.word_embeddings.weight"]  # tied
     state["feat_regress.weight"] = state["uniter.img_embeddings.img_linear.weight"]
     return state
@@ -362,34 +313,18 @@ def test_what_pretraining_on_vcr_has_learnt_is_kept(tmp_path, tokenizer_folder):
     assert len(UniterEncoder(str(folder), 48, BoxRegions()).tokenizer) == 381
 
 
-QUERY = "uniter.encoder.layer.1.attention.self.query.weight"
-REFUSED = {  # what is done to a good state dict, and what the message says
-    "missing": (lambda s: s.pop(QUERY), rf"1 missing \({re.escape(QUERY)}\)"),
+WORDS = "uniter.embeddings.word_embeddings.weight"
+TYPES = "uniter.embeddings.token_type_embeddings.weight"
+REFUSED = small.refused("", "uniter") | {
     "unknown": (lambda s: s.update({"own_head.bias": torch.ones(2)}), r"1 unknown \(own_head.bias\).*--drop"),
-    "unknown layer": (lambda s: s.update({"uniter.x": torch.ones(1)}), r"unknown \(uniter.x\)"),
-    "a gap": (
-        lambda s: [s.pop(name) for name in list(s) if "layer.0.attention" in name],
-        r"10 missing \(uniter.encoder.layer.0.attention",
-    ),
-    "shape": (lambda s: s.update({QUERY: torch.ones(64, 32)}), r"\(64, 32\) instead of \(64, 64\)"),
-    "no words": (lambda s: s.pop("uniter.embeddings.word_embeddings.weight"), "missing.*word_embeddings"),
-    "no matrix": (
-        lambda s: s.update({"uniter.embeddings.word_embeddings.weight": torch.ones(3)}),
-        r"no matrix: uniter.embeddings.word_embeddings.weight \(3,\)",
-    ),
+    "no matrix": (lambda s: s.update({WORDS: torch.ones(3)}), rf"no matrix: {re.escape(WORDS)} \(3,\)"),
     "three types": (
-        lambda s: s.update({"uniter.embeddings.token_type_embeddings.weight": torch.ones(3, 64)}),
-        "3 token types .*expected .* 2 or 4 types",
+        lambda s: s.update({TYPES: torch.ones(3, 64)}), "3 token types .*expected .* 2 or 4 types"
     ),
-    "width": (
-        lambda s: s.update({"uniter.embeddings.word_embeddings.weight": torch.ones(300, 70)}),
-        "hidden size 70",
+    "vocabulary of VCR": (
+        lambda s: s.update({WORDS: torch.ones(381, 64)}), r"has 300 tokens, but .* has 381.*vcr=True"
     ),
-    "vocabulary": (
-        lambda s: s.update({"uniter.embeddings.word_embeddings.weight": torch.ones(381, 64)}),
-        r"has 300 tokens, but .* has 381.*vcr=True",
-    ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)

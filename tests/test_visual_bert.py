@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from region_students import CLOSE, LABELS, TEXT, BoxRegions, change, inputs_of, run, visual_bert, weighty
+from region_students import (
+    CLOSE,
+    LABELS,
+    TEXT,
+    BoxRegions,
+    change,
+    inputs_of,
+    run,
+    student_folder,
+    visual_bert,
+    weighty,
+)
 from torch.testing import assert_close
 from transformers import VisualBertForMultipleChoice as StockForMultipleChoice
 from transformers import (
@@ -36,10 +47,7 @@ def stock() -> VisualBertModel:
 @pytest.fixture(scope="module")
 def folder(tokenizer_folder, tmp_path_factory, stock) -> Path:
     """The stock model with a tokenizer beside it."""
-    folder = tmp_path_factory.mktemp("visual_bert") / "student"
-    shutil.copytree(tokenizer_folder, folder)
-    stock.save_pretrained(folder)
-    return folder
+    return student_folder(tmp_path_factory, tokenizer_folder, stock)
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +133,6 @@ def test_label_scores_are_the_stock_question_answering_models():
         expected = stock(**stock_inputs(inputs, aligned=True)).logits
     assert expected.shape == (3, 3)
     assert_close(run(student, inputs).logits, expected, **CLOSE)
-
-
-# Padding and places
 
 
 # Inputs

@@ -2,14 +2,14 @@
 
 import math
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import region_students as small
 import torch
 from PIL import ExifTags, Image
-from region_students import CLOSE, LABELS, TEXT, BoxRegions, inputs_of, run, vlbert, weighty
+from region_students import CLOSE, LABELS, TEXT, BoxRegions, gelu, inputs_of, linear, norm, run
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -32,10 +32,7 @@ from tdlib.students.vlbert import (
 
 @pytest.fixture(scope="module")
 def folder(tokenizer_folder, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("vlbert") / "student"
-    shutil.copytree(tokenizer_folder, folder)
-    weighty(vlbert).save_pretrained(folder)
-    return folder
+    return small.student_folder(tmp_path_factory, tokenizer_folder, small.weighty(small.vlbert))
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +51,6 @@ def examples(world):
 
 
 # Parity with the equations, in double precision, one token sequence at a time, from the weights alone
-
-
-def norm(x, weights, name):
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-12)
-    return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def linear(x, weights, name):
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def gelu(x):
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
 def place(box) -> list[float]:
@@ -99,23 +82,8 @@ def equations(table, ids, types, objects, features, boxes, found, heads=4):
     word = table["object_linguistic_embeddings.weight"][0]
     sequence += [word + region + places[len(ids)] + kinds[2] for region in for_region]
     sequence.append(table["vlbert.end_embedding.weight"][0] + places[len(ids) + 1] + kinds[2])
-    states = [norm(torch.stack(sequence), table, "vlbert.embedding_LayerNorm")]
-    for number in range(2):
-        layer = f"vlbert.encoder.layer.{number}"
-        query, key, value = (
-            linear(states[-1], table, f"{layer}.attention.self.{name}") for name in ("query", "key", "value")
-        )
-        wide = query.shape[-1] // heads
-        mixed = []
-        for part in (slice(head * wide, (head + 1) * wide) for head in range(heads)):
-            scores = query[:, part] @ key[:, part].T / math.sqrt(wide)
-            mixed.append((scores.exp() / scores.exp().sum(-1, keepdim=True)) @ value[:, part])
-        attended = linear(torch.cat(mixed, dim=-1), table, f"{layer}.attention.output.dense")
-        attended = norm(attended + states[-1], table, f"{layer}.attention.output.LayerNorm")
-        inner = gelu(linear(attended, table, f"{layer}.intermediate.dense"))
-        states.append(norm(linear(inner, table, f"{layer}.output.dense") + attended, table,
-                           f"{layer}.output.LayerNorm"))  # fmt: skip
-    return states
+    embedded = norm(torch.stack(sequence), table, "vlbert.embedding_LayerNorm")
+    return small.layer_states(embedded, table, "vlbert.encoder", heads)
 
 
 def double(weights):
@@ -164,9 +132,6 @@ def test_geometry_is_that_of_the_authors():
     expected = torch.tensor([place(box) for box in boxes.tolist()], dtype=torch.double)
     assert_close(geometry(boxes), expected)
     assert geometry(boxes.view(2, 1, 4)).shape == (2, 1, 2048)
-
-
-# Padding and places
 
 
 # Inputs
@@ -307,7 +272,7 @@ def test_the_longest_text_has_positions(folder, labels):
 
 
 def test_a_new_student_starts_without_the_picture():
-    student = vlbert().eval()
+    student = small.vlbert().eval()
     assert not student.vlbert.visual_ln_text.weight.any() and not student.vlbert.visual_ln_object.weight.any()
     inputs = inputs_of()
     other = {"region_features": inputs["region_features"] + 1}
@@ -324,14 +289,8 @@ def official_shapes(words, width, inner, layers, positions=512, features=2048, p
     pretrain/modules/resnet_vlbert_for_pretraining_multitask.py, cfgs/pretrain/base_prec_4x16G_fp32.yaml)
     """
 
-    def dense(name, outputs, inputs):
-        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-    def scale(name):
-        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
     shapes = {
-        **dense("image_feature_extractor.obj_downsample.1", width, 2048 + features),
+        **small.dense("image_feature_extractor.obj_downsample.1", width, 2048 + features),
         "object_linguistic_embeddings.weight": (1, width),
         "object_mask_visual_embedding.weight": (1, 2048),
         "object_mask_word_embedding.weight": (1, width),
@@ -340,22 +299,18 @@ def official_shapes(words, width, inner, layers, positions=512, features=2048, p
         "vlbert.end_embedding.weight": (1, width),
         "vlbert.position_embeddings.weight": (positions, width),
         "vlbert.token_type_embeddings.weight": (3, width),
-        **scale("vlbert.embedding_LayerNorm"),
-        **scale("vlbert.visual_ln_text"),
-        **scale("vlbert.visual_ln_object"),
+        **small.scale("vlbert.embedding_LayerNorm", width),
+        **small.scale("vlbert.visual_ln_text", width),
+        **small.scale("vlbert.visual_ln_object", width),
     }
-    for layer in (f"vlbert.encoder.layer.{number}" for number in range(layers)):
-        for part in ("query", "key", "value"):
-            shapes |= dense(f"{layer}.attention.self.{part}", width, width)
-        shapes |= dense(f"{layer}.attention.output.dense", width, width)
-        shapes |= scale(f"{layer}.attention.output.LayerNorm")
-        shapes |= dense(f"{layer}.intermediate.dense", inner, width)
-        shapes |= dense(f"{layer}.output.dense", width, inner) | scale(f"{layer}.output.LayerNorm")
+    shapes |= small.layer_shapes("vlbert.encoder", width, inner, layers)
     word_head = "vlbert.mlm_head.predictions"
     shapes |= {f"{word_head}.bias": (words,), f"{word_head}.decoder.weight": (words, width)}
-    shapes |= dense(f"{word_head}.transform.dense", width, width) | scale(f"{word_head}.transform.LayerNorm")
-    shapes |= dense("vlbert.mvrc_head.transform.dense", width, width)
-    shapes |= dense("vlbert.mvrc_head.region_cls_pred", 1601, width)
+    shapes |= small.dense(f"{word_head}.transform.dense", width, width) | small.scale(
+        f"{word_head}.transform.LayerNorm", width
+    )
+    shapes |= small.dense("vlbert.mvrc_head.transform.dense", width, width)
+    shapes |= small.dense("vlbert.mvrc_head.region_cls_pred", 1601, width)
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
@@ -371,9 +326,7 @@ PRETRAINING = re.compile(r"object_mask|aux_text|mlm_head\.predictions\.(bias|dec
 
 def official_state(words=300, **sizes) -> dict[str, torch.Tensor]:
     """Random weights under the official names: two layers, 64 wide."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = official_shapes(words, 64, 96, 2, positions=48, features=6, **sizes)
-    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return small.random_state(official_shapes(words, 64, 96, 2, positions=48, features=6, **sizes))
 
 
 def convert(state, tmp_path, tokenizer_folder, **options):
@@ -454,16 +407,7 @@ def test_vcr_starts_answers_as_questions(tmp_path, tokenizer_folder):
     assert {value.dtype for value in stored.values()} == {torch.float32}
 
 
-QUERY = "module.vlbert.encoder.layer.1.attention.self.query.weight"
-REFUSED = {  # what is done to a good state dict, and what the message says
-    "missing": (lambda s: s.pop(QUERY), rf"1 missing \({re.escape(QUERY[7:])}\)"),
-    "unknown": (lambda s: s.update({"module.vlbert.x": torch.ones(1)}), r"1 unknown \(vlbert\.x\)"),
-    "a gap": (
-        lambda s: [s.pop(name) for name in list(s) if "layer.0.attention" in name],
-        r"10 missing \(vlbert.encoder.layer.0.attention",
-    ),
-    "shape": (lambda s: s.update({QUERY: torch.ones(64, 32)}), r"\(64, 32\) instead of \(64, 64\)"),
-    "no words": (lambda s: s.pop("module.vlbert.word_embeddings.weight"), "missing.*word_embeddings"),
+REFUSED = small.refused("module.", "vlbert") | {
     "two types": (
         lambda s: s.update({"module.vlbert.token_type_embeddings.weight": torch.ones(2, 64)}),
         "2 token types .* expected .* 3 types",
@@ -471,14 +415,6 @@ REFUSED = {  # what is done to a good state dict, and what the message says
     "no geometry": (
         lambda s: s.update({"module.image_feature_extractor.obj_downsample.1.weight": torch.ones(64, 2048)}),
         "2048 numbers per region; expected .* more than 2048",
-    ),
-    "width": (
-        lambda s: s.update({"module.vlbert.word_embeddings.weight": torch.ones(300, 70)}),
-        "hidden size 70",
-    ),
-    "vocabulary": (
-        lambda s: s.update({"module.vlbert.word_embeddings.weight": torch.ones(381, 64)}),
-        r"has 300 tokens, but .* has 381",
     ),
 }
 
