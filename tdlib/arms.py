@@ -1,56 +1,62 @@
-"""The arms of a comparison: named settings of the same training."""
+"""The arms of a comparison: named settings of the same training.
+
+An arm says which terms the loss has. A weight of ``WEIGHTS`` that it sets to 0 stays 0: the arm lacks that
+term. One that it sets above 0 is where the arm starts: a run that sets the weight to something else than
+``RunConfig``'s default has its own, so that a batch can tune it. All else is what the arm is.
+"""
+
+WEIGHTS = ("distill_weight", "choice_weight", "repair_weight", "truth_weight", "label_smoothing")
+
+_IN_PAPER = {"repair_weight": 0.0, "truth_weight": 0.0}
+_NO_DISTILLATION = {"distill_weight": 0.0, "choice_weight": 0.0}
+_TASK_ALONE = {**_NO_DISTILLATION, **_IN_PAPER}
 
 ARMS: dict[str, dict[str, object]] = {
-    "finetune": {"distill_weight": 0.0, "choice_weight": 0.0},
+    "finetune": {**_TASK_ALONE},
     "naive": {
+        **_IN_PAPER,
         "choice_weight": 0.0,
         "selector": "all",
         "token_weight": "uniform",
         "instance_weight": "uniform",
     },
     "naive_global": {
+        **_IN_PAPER,
         "choice_weight": 0.0,
         "distill_target": "global",
         "instance_weight": "uniform",
     },
-    "clip_td": {},
+    "clip_td": {**_IN_PAPER},
     # ablations
-    "clip_td_features": {"choice_weight": 0.0},
-    "clip_td_choice": {"distill_weight": 0.0},
-    "clip_td_selection": {"instance_weight": "uniform", "token_weight": "uniform"},
-    "clip_td_weighting": {"selector": "all"},
-    "clip_td_no_prior": {"prior": "uniform"},
+    "clip_td_features": {**_IN_PAPER, "choice_weight": 0.0},
+    "clip_td_choice": {**_IN_PAPER, "distill_weight": 0.0},
+    "clip_td_selection": {**_IN_PAPER, "instance_weight": "uniform", "token_weight": "uniform"},
+    "clip_td_weighting": {**_IN_PAPER, "selector": "all"},
+    "clip_td_no_prior": {**_IN_PAPER, "prior": "uniform"},
     # controls
-    "clip_td_random": {"selector": "random"},
-    "clip_td_first": {"selector": "first"},
-    "clip_td_inverse": {"selector": "inverse"},
-    "shuffled_teacher": {"teacher_control": "shuffled_images"},
-    "random_teacher": {"teacher_control": "random_weights"},
-    "label_smoothing": {"distill_weight": 0.0, "choice_weight": 0.0, "label_smoothing": 0.1},
+    "clip_td_random": {**_IN_PAPER, "selector": "random"},
+    "clip_td_first": {**_IN_PAPER, "selector": "first"},
+    "clip_td_inverse": {**_IN_PAPER, "selector": "inverse"},
+    "shuffled_teacher": {**_IN_PAPER, "teacher_control": "shuffled_images"},
+    "random_teacher": {**_IN_PAPER, "teacher_control": "random_weights"},
+    "label_smoothing": {**_TASK_ALONE, "label_smoothing": 0.1},
     # beyond the paper: CLIP's judgement of texts with other pictures, and its controls
     "clip_td_repaired": {"repair_weight": 3.0},
-    "repair_only": {"distill_weight": 0.0, "choice_weight": 0.0, "repair_weight": 3.0},
-    "truth_only": {"distill_weight": 0.0, "choice_weight": 0.0, "truth_weight": 1.0},
+    "repair_only": {**_NO_DISTILLATION, "repair_weight": 3.0},
+    "truth_only": {**_NO_DISTILLATION, "truth_weight": 1.0},
     "repair_shuffled": {
-        "distill_weight": 0.0,
-        "choice_weight": 0.0,
+        **_NO_DISTILLATION,
         "repair_weight": 3.0,
         "teacher_control": "shuffled_images",
     },
     "repair_random": {
-        "distill_weight": 0.0,
-        "choice_weight": 0.0,
+        **_NO_DISTILLATION,
         "repair_weight": 3.0,
         "teacher_control": "random_weights",
     },
-    "repair_own": {
-        "distill_weight": 0.0,
-        "choice_weight": 0.0,
-        "repair_weight": 3.0,
-        "repair_pool": "own",
-    },
-    "finetune_double": {"distill_weight": 0.0, "choice_weight": 0.0, "repeat_epochs": 2},
+    "repair_own": {**_NO_DISTILLATION, "repair_weight": 3.0, "repair_pool": "own"},
+    "finetune_double": {**_TASK_ALONE, "repeat_epochs": 2},
     # works that finetune CLIP itself
-    "clip_input": {"distill_weight": 0.0, "choice_weight": 0.0, "regions": "clip"},
-    "clip_finetune": {"distill_weight": 0.0, "choice_weight": 0.0, "student": "teacher"},
+    "clip_input": {**_TASK_ALONE, "regions": "clip"},
+    "clip_finetune": {**_TASK_ALONE, "student": "teacher"},
 }

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from tdlib.arms import ARMS
+from tdlib.arms import ARMS, WEIGHTS
 from tdlib.core.paths import ConfigError, did_you_mean
 from tdlib.method import registry
 
@@ -142,7 +142,9 @@ class RunConfig(BaseModel):
     )
     shared_phi: bool = _method(False, "one map into CLIP's space for text and picture (beyond the paper)")
     repair_weight: float = _method(
-        0.0, "of CLIP's judgement of texts with other pictures (beyond the paper)", ge=0
+        0.0,
+        "of CLIP's judgement of texts with other pictures (beyond the paper); 0: the arm's own, if any",
+        ge=0,
     )
     repair_pool: Literal["batch", "subset", "train", "own"] = _method(
         "batch",
@@ -161,7 +163,9 @@ class RunConfig(BaseModel):
         "of each pair: a key of tdlib.method.weighting.INSTANCE_WEIGHTS; CLIP's best answer counts as right",
     )
     truth_weight: float = _method(
-        0.0, "of selected words that predict whether their statement is true (beyond the paper)", ge=0
+        0.0,
+        "of selected words that predict whether their statement is true (beyond the paper); 0: the arm's own",
+        ge=0,
     )
 
     teacher_control: Literal["", "shuffled_images", "random_weights"] = _method(
@@ -267,8 +271,39 @@ def _explain(error: Any) -> str:
     return f"{name}={error['input']!r}: {message}" if name else message
 
 
+def arm_settings(arm: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What an arm's settings change of a run's: all of them, but for weights that the run sets itself.
+
+    A weight (``arms.WEIGHTS``) is set where it is not ``RunConfig``'s default, so that notebooks and
+    batches need no word for "unset"; an arm that sets it to 0 lacks the term whatever a run says.
+
+    Args:
+        arm: a value of ``ARMS``.
+        settings: of the run; of those that it lacks the defaults count.
+    """
+    fields = RunConfig.model_fields
+    return {
+        name: value
+        for name, value in arm.items()
+        if not (
+            name in WEIGHTS and value and settings.get(name, fields[name].default) != fields[name].default
+        )
+    }
+
+
+def replaced_by_arm(settings: Mapping[str, Any], arm: Mapping[str, Any] | None = None) -> list[str]:
+    """What a run sets to no effect, because its arm (or ``arm``) is something else; in words."""
+    fields = RunConfig.model_fields
+    name = settings.get("arm", fields["arm"].default)
+    return [
+        f"{other}={settings[other]!r}: has no effect, because arm={name!r} sets {other}={value!r}"
+        for other, value in arm_settings(ARMS.get(name, {}) if arm is None else arm, settings).items()
+        if settings.get(other, fields[other].default) not in (value, fields[other].default)
+    ]
+
+
 def apply_arm(config: RunConfig) -> RunConfig:
-    """The configuration with its arm's settings in force.
+    """The configuration with its arm's settings in force; weights that it sets itself are its own.
 
     ``finetune`` uses no teacher; ``naive`` distils every token with equal weight and c = 1
     (our reading of "naive distillation"), ``naive_global`` CLIP's global embeddings to [CLS];
@@ -286,14 +321,14 @@ def apply_arm(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: the arm sets an unknown parameter or a bad value.
     """
-    return RunConfig.from_parameters(**{**config.model_dump(), **ARMS[config.arm]})
+    settings = config.model_dump()
+    return RunConfig.from_parameters(**{**settings, **arm_settings(ARMS[config.arm], settings)})
 
 
 def check_arm(config: RunConfig) -> None:
     """Raises ConfigError where settings are not those of the arm that they bear the name of."""
-    other = {
-        name: value for name, value in ARMS.get(config.arm, {}).items() if getattr(config, name) != value
-    }
+    own = arm_settings(ARMS.get(config.arm, {}), config.model_dump())
+    other = {name: value for name, value in own.items() if getattr(config, name) != value}
     if other:
         wanted = ", ".join(f"{name}={value!r}" for name, value in other.items())
         raise ConfigError(f"arm={config.arm!r} sets {wanted}, which is not so here: use apply_arm(config)")

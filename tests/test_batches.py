@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 from nbclient import NotebookClient
 
 from tdlib.arms import ARMS
+from tdlib.config import apply_arm
 from tdlib.core import provenance
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.core.provenance import code_version, executed_code
@@ -447,6 +449,60 @@ def test_settings_of_an_arm_are_as_planned(tmp_path):
     assert differences(template, planned, tmp_path / "run", since=time.time() + 60) == []
     (tmp_path / "run" / "config.json").write_text('{"arm": ')
     assert "is not whole JSON" in differences(template, planned, tmp_path / "run")[0]
+
+
+def test_a_batch_tunes_the_weight_that_an_arm_starts_at(tmp_path):
+    template = read_template(ROOT / "notebooks" / "04_distill.ipynb")
+    description = {
+        "template": "04_distill", "parameters": {"repair_share": 0.5},
+        "grid": {"arm": ["clip_td_repaired"], "repair_weight": [1.0, 3.0, 10.0]},
+    }  # fmt: skip
+    plan = plan_batch(description, "b", tmp_path)
+    assert not plan.problems and not plan.notes
+    assert len({run.id for run in plan.runs}) == 3 and plan.varied == ["repair_weight"]
+    file = tmp_path / "config.json"
+    for run in plan.runs:
+        settings = {n: v for n, v in run.parameters.items() if n in template.settings}
+        config = apply_arm(RunConfig.from_parameters(**settings))
+        assert (config.repair_weight, config.repair_share) == (run.overrides["repair_weight"], 0.5)
+        file.write_text(config.model_dump_json())
+        assert differences(template, run.parameters, tmp_path) == []
+        file.write_text(config.model_copy(update={"repair_weight": 7.0}).model_dump_json())
+        assert len(differences(template, run.parameters, tmp_path)) == 1
+
+
+def test_values_that_arms_replace_are_told_and_make_no_second_run(tmp_path):
+    description = {
+        "template": "04_distill",
+        "grid": {"arm": ["finetune", "clip_td_repaired"], "repair_weight": [1.0, 10.0]},
+    }
+    (problem,) = plan_batch(description, "b", tmp_path).problems
+    assert problem.startswith("repair_weight=1.0, 10.0: arm='finetune' sets") and "(2 of 4 runs)" in problem
+    description["exclude"] = [{"arm": "finetune", "repair_weight": 10.0}]
+    plan = plan_batch(description, "b", tmp_path)
+    assert not plan.problems and len(plan.runs) == 3
+    (note,) = plan.notes
+    assert note.startswith("repair_weight=1.0: has no effect, because arm='finetune' sets")
+    usual = {"template": "04_distill", "grid": {"arm": ["clip_td_repaired"], "repair_weight": [0.0, 3.0]}}
+    (problem,) = plan_batch(usual, "b", tmp_path).problems
+    assert problem.startswith("repair_weight=0.0, 3.0: arm='clip_td_repaired'"), "0 is the arm's own, 3"
+
+
+def test_every_arm_of_the_tuning_batches_has_as_many_settings():
+    for name in ("tune", "repair_tune"):
+        plan = plan_batch(read_batch(ROOT / f"notebooks/batches/{name}.yaml"), name)
+        assert not plan.problems
+        assert len(set(Counter(run.parameters["arm"] for run in plan.runs).values())) == 1
+
+
+def test_variants_are_parameters(tmp_path):
+    description = {
+        "template": "04_distill",
+        "parameters": {"arm": "repair_only"},
+        "variants": ["repair_shar"],
+    }
+    (problem,) = plan_batch(description, "b", tmp_path).problems
+    assert problem.startswith("variants: repair_shar: unknown") and "repair_share" in problem
 
 
 def test_a_variable_that_has_a_parameter_s_name_is_not_a_setting(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from tdlib.arms import ARMS
-from tdlib.config import RunConfig, apply_arm, parameters_with
+from tdlib.config import RunConfig, apply_arm, check_arm, parameters_with, replaced_by_arm
 from tdlib.core.paths import ROOT, ConfigError, resolve
 from tdlib.method import registry
 from tdlib.method.losses import DISTANCES
@@ -256,6 +256,38 @@ def test_arms_with_bad_settings_are_refused(monkeypatch, update):
     monkeypatch.setitem(ARMS, "mine", update)
     with pytest.raises(ConfigError, match=next(iter(update))):
         apply_arm(RunConfig.from_parameters(arm="mine"))
+
+
+def test_a_weight_that_a_run_sets_goes_before_the_arm_s():
+    def weight(name: str, **settings) -> float:
+        config = apply_arm(RunConfig.from_parameters(**settings))
+        check_arm(config)
+        assert apply_arm(config) == config, "an arm is applied once and for all"
+        return getattr(config, name)
+
+    assert weight("repair_weight", arm="clip_td_repaired") == 3
+    assert weight("repair_weight", arm="clip_td_repaired", repair_weight=10.0) == 10
+    assert weight("truth_weight", arm="truth_only", truth_weight=0.5) == 0.5
+    assert weight("truth_weight", arm="repair_only", truth_weight=0.5) == 0.5
+    assert weight("label_smoothing", arm="label_smoothing", label_smoothing=0.2) == 0.2
+
+
+@pytest.mark.parametrize("arm", ["finetune", "naive", "clip_td", "clip_td_features", "clip_input"])
+def test_a_term_that_an_arm_lacks_stays_out(arm):
+    wanted = RunConfig.from_parameters(arm=arm, repair_weight=10.0, truth_weight=1.0)
+    config = apply_arm(wanted)
+    assert config.repair_weight == config.truth_weight == 0
+    assert [line.split("=")[0] for line in replaced_by_arm(wanted.model_dump())] == [
+        "repair_weight", "truth_weight"
+    ]  # fmt: skip
+    assert not replaced_by_arm(config.model_dump())
+
+
+def test_what_an_arm_is_goes_before_what_a_run_sets():
+    wanted = RunConfig.from_parameters(arm="repair_own", repair_pool="train", repair_weight=1.0)
+    assert apply_arm(wanted).repair_pool == "own"
+    (line,) = replaced_by_arm(wanted.model_dump())
+    assert line.startswith("repair_pool='train'")
 
 
 # Paths

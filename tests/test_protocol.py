@@ -331,6 +331,20 @@ def test_settings_tuned_for_each_arm_are_part_of_it(tmp_path):
     assert row_of(compare(tmp_path / "b"), arm="clip_td")["pairs"] == 2
 
 
+def test_variants_of_an_arm_are_compared_like_arms(tmp_path):
+    """Several shares of the rows against one baseline, which has none."""
+    for seed in range(2):
+        write_run(tmp_path / "b", seed=seed, more={"repair_share": 1.0})
+        for share, right in ((1.0, 0.9), (0.3, 0.8)):
+            more = {"repair_share": share}
+            write_run(tmp_path / "b", arm="repair_only", seed=seed, share=right, more=more)
+    file = tmp_path / "b" / "batch.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"variants": ["repair_share"]}))
+    table = compare(tmp_path / "b")
+    assert list(table["arm"]) == ["finetune", "repair_only", "repair_only, repair_share=0.3"]
+    assert list(table["pairs"]) == [0, 2, 2] and set(table["setting"]) == {""}
+
+
 # Settings chosen for each arm.
 
 RIGHT = {  # how often the runs are right, by arm and what they tried

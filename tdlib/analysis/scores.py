@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT
 from tdlib.data.tasks import TASKS
 from tdlib.data.vcr_results import joint_scores
@@ -41,8 +42,9 @@ def read_runs(folder: Path) -> pd.DataFrame:
     Columns: batch, run, state, reason, task, shots, arm, seed, world, setting, train_examples, subset, tuned.
     ``world`` is the seed of the MiniWorld, "" for a user's own data; ``setting`` names the other
     parameters in which runs of one task differ; ``tuned`` those that were chosen for each arm, and so are
-    part of it; ``subset`` is a digest of the ids in manifest.json, empty for runs that are not done. Of a
-    run that never began, and that the batch's file no longer describes, only batch, run and state are known.
+    part of it; what a batch calls ``variants`` is part of the arm's name. ``subset`` is a digest of the ids
+    in manifest.json, empty for runs that are not done. Of a run that never began, and that the batch's file
+    no longer describes, only batch, run and state are known.
 
     Raises:
         FileNotFoundError: no batch was ever run in the folder.
@@ -50,7 +52,8 @@ def read_runs(folder: Path) -> pd.DataFrame:
     """
     folder = Path(folder)
     rows, described = [], {}
-    tuned = batch_record(folder).get("tuned", [])
+    record = batch_record(folder)
+    tuned, variants = record.get("tuned", []), record.get("variants", [])
     for entry in recorded_runs(folder).to_dict("records"):
         row: dict[str, Any] = {"batch": folder.name, "world": "", "subset": "", "tuned": ""}
         row |= {name: entry[name] for name in ("run", "state", "reason")}
@@ -62,11 +65,11 @@ def read_runs(folder: Path) -> pd.DataFrame:
                     f"{folder}: its template has no parameter {', '.join(lacking)}; "
                     "expected a batch of 04_distill or of a notebook with its parameters"
                 )
-            row |= {name: parameters[name] for name in DESCRIBED}
+            row |= {name: parameters[name] for name in DESCRIBED} | {"arm": _variant(parameters, variants)}
             if not parameters.get("data_dir"):
                 row["world"] = str(parameters.get("world_seed", ""))
             row["tuned"] = ", ".join(f"{name}={json.dumps(parameters.get(name))}" for name in tuned)
-            hidden = (*DESCRIBED, "world_seed", "interactive", entry["output"], *tuned)
+            hidden = (*DESCRIBED, "world_seed", "interactive", entry["output"], *tuned, *variants)
             described[entry["run"]] = {n: json.dumps(v) for n, v in parameters.items() if n not in hidden}
         if entry["state"] == "done":
             ids = _training_ids(folder / entry["run"])
@@ -77,6 +80,19 @@ def read_runs(folder: Path) -> pd.DataFrame:
     settings = _settings(table, described)
     table["setting"] = [settings.get(run, "") for run in table["run"]]
     return table
+
+
+def _variant(parameters: Mapping[str, Any], names: Sequence[str]) -> str:
+    """A run's arm, with those of these parameters that are not at their default."""
+    fields = RunConfig.model_fields
+    more = [
+        f"{name}={parameters[name]:g}"
+        if isinstance(parameters[name], float)
+        else f"{name}={parameters[name]}"
+        for name in names
+        if name in parameters and not (name in fields and parameters[name] == fields[name].default)
+    ]
+    return ", ".join([str(parameters["arm"]), *more])
 
 
 def _settings(runs: pd.DataFrame, described: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

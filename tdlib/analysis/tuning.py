@@ -15,7 +15,7 @@ import pandas as pd
 from tdlib.analysis.scores import ProtocolError, read_runs, read_scores
 from tdlib.analysis.statistics import pooled_mean
 from tdlib.arms import ARMS
-from tdlib.config import parameters_with
+from tdlib.config import arm_settings, parameters_with
 from tdlib.core.files import write_json
 from tdlib.data.tasks import HELD_OUT, TASKS
 from tdlib.runs.report import recorded_runs
@@ -130,7 +130,7 @@ def _is_missing(value: Any) -> bool:
 
 def _setting(parameters: Mapping[str, Any], tuned: Sequence[str]) -> str:
     """The tuned parameters of a run, without those that its arm sets itself."""
-    fixed = ARMS.get(parameters["arm"], {})
+    fixed = arm_settings(ARMS.get(parameters["arm"], {}), parameters)
     return json.dumps({name: parameters[name] for name in tuned if name not in fixed})
 
 

@@ -215,7 +215,7 @@ class Batch:
         return {
             "name": self.plan.name, "file": str(self.file or ""), "template": str(self.plan.template),
             "runs": [run.id for run in self.plan.runs], "resources": self.plan.resources.as_dict(),
-            "tuned": self.plan.tuned,
+            "tuned": self.plan.tuned, "variants": self.plan.variants,
         }  # fmt: skip
 
     def specification(self, run: PlannedRun, attempt: int) -> dict[str, Any]:

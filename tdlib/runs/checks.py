@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tdlib.arms import ARMS
-from tdlib.config import RunConfig, apply_arm
+from tdlib.config import RunConfig, apply_arm, arm_settings, replaced_by_arm
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
 from tdlib.method import registry
 from tdlib.runs.template import Template
@@ -41,14 +41,22 @@ def check_parameters(template: Template, given: Mapping[str, Any]) -> list[str]:
 
 
 def notes(template: Template, values: Mapping[str, Any]) -> list[str]:
-    """Parameters that name a function which may be registered when the notebook runs."""
-    return [
+    """Parameters that name a function which may be registered later, and those that the arm replaces."""
+    settings = {name: value for name, value in values.items() if name in template.settings}
+    arm = arm_of(template, values)
+    return (replaced_by_arm(settings, arm) if arm is not None else []) + [
         f"{name}={value!r}: nothing of that name is known yet; cells of {template.path.name} register some"
         for name, value in values.items()
         if name in template.settings
         and _unknown_function(name, value)
         and template.own_function(name, value) is None
     ]
+
+
+def arm_of(template: Template, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the arm of a run sets; None where the run has none, or one that only a kernel can tell."""
+    own = template.own_arm(values.get("arm", ""))
+    return ARMS.get(values.get("arm", "")) if own is None else own
 
 
 def run_problems(
@@ -183,7 +191,7 @@ def _setting_problems(template: Template, settings: dict[str, Any], values: Mapp
     for name in [name for name, value in settings.items() if _unknown_function(name, value)]:
         if template.own_function(name, settings[name]) is not False:
             own = settings.pop(name)
-            settings |= template.own_arm(own) or {} if name == "arm" else {}
+            settings |= arm_settings(template.own_arm(own) or {}, settings) if name == "arm" else {}
     try:
         config = apply_arm(RunConfig.from_parameters(**settings))
         train, evaluated = splits_of(config)
@@ -236,7 +244,7 @@ def differences(
 ) -> list[str]:
     """Compares every ``config.json`` that a run wrote with what was planned, and lists what differs.
 
-    The settings of the arm that a configuration names count as planned.
+    The settings of the arm that a configuration names count as planned, but for weights that the run sets.
 
     Args:
         template: the notebook.
@@ -258,11 +266,12 @@ def differences(
             continue
         if not isinstance(ran, dict) or ran.keys() != FIELDS.keys():
             continue  # a student's, say
-        arm = ARMS.get(ran["arm"], template.own_arm(ran["arm"]))
+        arm = arm_of(template, ran)
         expected = {name: value for name, value in planned.items() if name in template.settings}
-        expected = (
-            expected | (arm or {}) if arm is not None else {n: v for n, v in expected.items() if n == "arm"}
-        )
+        if arm is None:
+            expected = {name: value for name, value in expected.items() if name == "arm"}
+        else:
+            expected |= arm_settings(arm, expected)
         lines += [
             f"{name}: planned {value!r}, run with {ran[name]!r} ({file})"
             for name, value in expected.items()

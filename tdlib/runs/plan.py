@@ -10,6 +10,7 @@ Executes nothing. A batch file is YAML::
     include: [{arm: naive, shots: 12}]            # runs beside them
     seeds: 6                      # 0 to 5, or a list
     tuned: tune                   # settings of each arm that `tdlib batch best tune` has chosen
+    variants: [repair_share]      # parameters that make variants of an arm, compared like other arms
     resources: {cpus: 1, gpus: 0, memory: 4GB, time: 2h}          # of each run
     retries: 0                    # of runs that were killed or lost
     output: runs_dir              # the parameter that says where a run's results go
@@ -38,10 +39,11 @@ from pydantic import (
     ValidationError,
 )
 
+from tdlib.config import arm_settings
 from tdlib.core.files import parse_json
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
 from tdlib.core.provenance import code_version
-from tdlib.runs.checks import notes, run_problems
+from tdlib.runs.checks import arm_of, notes, run_problems
 from tdlib.runs.engines import Resources
 from tdlib.runs.states import identity
 from tdlib.runs.template import UNKNOWN, Template, find_notebook, read_template
@@ -180,6 +182,7 @@ class Description(BaseModel):
         None, description="a number of seeds, or a list of them"
     )
     tuned: StrictStr | None = Field(None, description="the name of a batch, or a path of its tuned.json")
+    variants: list[StrictStr] = Field([], description="a list of parameters")
     resources: _Wanted = Field(
         default_factory=lambda: _Wanted.model_validate({}), description="some of cpus, gpus, memory, time"
     )
@@ -261,6 +264,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)  # what only the runs can tell
     repeated: int = 0  # runs that were described twice
     tuned: list[str] = field(default_factory=list)  # parameters whose values were chosen for each arm
+    variants: list[str] = field(default_factory=list)  # parameters that make variants of an arm
 
     @property
     def varied(self) -> list[str]:
@@ -282,7 +286,7 @@ def plan_batch(
     """
     whole, problems = read_description(description)
     plan = Plan(whole.name or name, find_notebook(whole.template, folder), problems=problems)
-    plan.resources, plan.retries = whole.wanted(), whole.retries
+    plan.resources, plan.retries, plan.variants = whole.wanted(), whole.retries, whole.variants
     problems += _conflicts(whole)
     try:
         template = read_template(plan.template)
@@ -290,6 +294,8 @@ def plan_batch(
         problems.append(f"template: {error}")
         return plan
     plan.output = _output(whole, template, problems)
+    unknown = [name for name in whole.variants if name not in template.parameters]
+    problems += [f"variants: {template.problem(name, None)}" for name in unknown]
     wrong = [
         (place, parameter, value, text)
         for place, parameter, value in whole.values()
@@ -314,6 +320,7 @@ def plan_batch(
         file = _tuned_file(whole.tuned, folder, reports or ROOT / "reports" / "batches")
         rows, plan.tuned = _with_tuned(file, rows, template, problems)
     problems += _run_problems(rows, template, plan)
+    problems += _without_effect(rows, template) if not problems else []
     if not problems:
         defaults, code = template.defaults, code_version()
         plan.runs = [
@@ -454,6 +461,23 @@ def _run_problems(rows: list[dict[str, Any]], template: Template, plan: Plan) ->
             if known.default is UNKNOWN and name not in row and name != plan.output
         )
     return [f"{text} ({number} of {len(rows)} runs)" for text, number in counts.items()]
+
+
+def _without_effect(rows: list[dict[str, Any]], template: Template) -> list[str]:
+    """Runs that would be the same because their arm sets by itself in what they differ."""
+    same: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        values = template.defaults | row
+        own = arm_settings(arm_of(template, values) or {}, values)
+        same.setdefault(json.dumps(values | own, sort_keys=True), []).append(row)
+    problems: Counter[str] = Counter()
+    for alike in same.values():
+        names = [name for name in alike[0] if len({json.dumps(row.get(name)) for row in alike}) > 1]
+        for name in names:
+            tried = ", ".join(dict.fromkeys(repr(row.get(name)) for row in alike))
+            arm = alike[0].get("arm", template.defaults.get("arm"))
+            problems[f"{name}={tried}: arm={arm!r} sets it by itself; exclude all but one"] += len(alike)
+    return [f"{text} ({number} of {len(rows)} runs)" for text, number in problems.items()]
 
 
 # How long it will take.
