@@ -148,8 +148,8 @@ class RunConfig(BaseModel):
     )
     repair_pool: Literal["batch", "subset", "train", "own"] = _method(
         "batch",
-        "where other pictures come from: the batch, the training subset, all training pictures (without "
-        "labels), or 'own': the example's own (a control)",
+        "where other pictures come from: the batch (each of several processes takes its own share), the "
+        "training subset, all training pictures (without labels), or 'own': the example's own (a control)",
     )
     repair_choice: Literal["random", "changed", "disagreement"] = _method(
         "random",

@@ -212,6 +212,8 @@ def test_chance_is_that_of_the_choices_or_what_the_runs_recorded(compared, tmp_p
         pd.read_parquet(file).drop(columns="chance").to_parquet(file, index=False)
         state = json.loads((file.parents[2] / "state.json").read_text())
         run_states.write_state(file.parents[2], state | {"files": run_states.file_sizes(file.parents[2])})
+    (said,) = collect(tmp_path, ["old"])[2]
+    assert said.startswith("old: 1 runs of snli_ve are") and "chance" in said
     found = compare(tmp_path / "old").set_index("task")["chance"]
     assert found["vcr_qa"] == 0.25 and np.isnan(found["snli_ve"])
 

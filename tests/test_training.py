@@ -36,6 +36,7 @@ from tdlib.training import run as training
 from tdlib.training import trainer as trainer_module
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.evaluation import predict, prediction_table
+from tdlib.training.judging import StatementJudge
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TargetBuilder
 from tdlib.training.prepare import prepare, read_split
@@ -288,6 +289,42 @@ def test_a_distribution_over_texts_cut_short_is_not_distilled(base, materials, m
             with_it = module(batch)["choice"] * (len(mixed) + 1)
             without = module(collate(mixed, materials.encoder))["choice"] * len(mixed)
         assert_close(with_it, without, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("arm", ["clip_td", "naive_global", "clip_td_selection", "repair_only", "truth_only"])
+def test_what_a_cut_text_would_falsify_is_left_out_of_every_term(base, materials, mixed, arm):
+    """Marking one example as cut is the same as giving it no part in any term of the teacher."""
+    config = settings_of(base, arm=arm, repair_choice="disagreement", repair_weight=1.0, truth_weight=1.0)
+    config = apply_arm(config)
+    experiments.add_to_cache(materials.builder.cache, materials.train[:4])
+    judge = StatementJudge(materials.builder.cache, materials.train)
+    builder = TargetBuilder(materials.builder.cache, materials.builder.idf, config, judge=judge)
+    data = EncodedExamples([materials.train[i] for i in range(4)], materials.encoder, builder)
+    module, batch = (
+        module_of(materials, config).eval(),
+        collate([data[i] for i in range(4)], materials.encoder),
+    )
+    batch["teacher_knows"][0] = 0
+    names = [name for name in ("choice", "distill", "repair", "truth") if name in module(batch)]
+    assert names
+    if module.repairing is not None and module.repairing.psi is not None:
+        torch.nn.init.normal_(module.repairing.psi.weight)
+    before = {name: float(module(batch)[name]) for name in names}
+    for name in ("teacher_logits", "text_global", "scores", "vectors", "statements"):
+        batch[name] = batch[name].clone()
+        batch[name][0] = batch[name][0].flip(0)  # another text's
+    after = {name: float(module(batch)[name]) for name in names}
+    assert after == pytest.approx(before, rel=1e-4)
+    batch["teacher_knows"][0] = 1
+    assert all(float(module(batch)[name]) != pytest.approx(before[name], rel=1e-4) for name in names)
+
+
+def test_the_tokens_that_are_left_of_a_cut_text_are_right(base, materials, mixed):
+    module = module_of(materials, apply_arm(settings_of(base, arm="naive"))).eval()
+    batch = collate(mixed, materials.encoder)
+    before = float(module(batch)["distill"])
+    batch["teacher_knows"][0] = 0
+    assert float(module(batch)["distill"]) == before > 0
 
 
 def test_examples_that_the_teacher_cuts_are_counted(base, materials, folders):

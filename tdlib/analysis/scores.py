@@ -142,10 +142,23 @@ def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.Dat
         runs.append(own)
         if left < len(own):
             scores.append(read_scores(folder, own))
+            missing += _without_chance(name, own, scores[-1])
     if not runs:
         return pd.DataFrame(columns=RUN_COLUMNS), pd.DataFrame(columns=SCORE_COLUMNS), missing
     every = pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(columns=SCORE_COLUMNS)
     return pd.concat(runs, ignore_index=True), every, missing
+
+
+def _without_chance(batch: str, runs: pd.DataFrame, scores: pd.DataFrame) -> list[str]:
+    """A sentence if finished runs do not say what guessing scores."""
+    lacking = set(scores.loc[scores["chance"].isna(), "run"])
+    if not lacking:
+        return []
+    tasks = ", ".join(sorted(set(runs.loc[runs["run"].isin(lacking), "task"])))
+    return [
+        f"{batch}: {len(lacking)} runs of {tasks} are of a version that did not record what guessing scores, "
+        "so chance and gains over it are left out for them"
+    ]
 
 
 def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:

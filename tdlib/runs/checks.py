@@ -7,7 +7,8 @@ against what was planned, because a notebook's cells may change any variable.
 
 import difflib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from glob import has_magic
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +91,23 @@ def _ignored(template: Template, name: str, values: Mapping[str, Any]) -> str:
     if name not in template.settings and not template.reads(name):
         return f"{name}={values[name]!r}: nothing in {template.path.name} reads this parameter"
     return ""
+
+
+def without_effect(rows: Sequence[dict[str, Any]], template: Template) -> list[str]:
+    """Runs that would be the same because their arm sets by itself in what they differ."""
+    same: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        values = template.defaults | row
+        own = arm_settings(arm_of(template, values) or {}, values)
+        same.setdefault(json.dumps(values | own, sort_keys=True), []).append(row)
+    problems: Counter[str] = Counter()
+    for alike in same.values():
+        names = [name for name in alike[0] if len({json.dumps(row.get(name)) for row in alike}) > 1]
+        for name in names:
+            tried = ", ".join(dict.fromkeys(repr(row.get(name)) for row in alike))
+            arm = alike[0].get("arm", template.defaults.get("arm"))
+            problems[f"{name}={tried}: arm={arm!r} sets it by itself; exclude all but one"] += len(alike)
+    return [f"{text} ({number} of {len(rows)} runs)" for text, number in problems.items()]
 
 
 # Files.

@@ -39,11 +39,10 @@ from pydantic import (
     ValidationError,
 )
 
-from tdlib.config import arm_settings
 from tdlib.core.files import parse_json
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
 from tdlib.core.provenance import code_version
-from tdlib.runs.checks import arm_of, notes, run_problems
+from tdlib.runs.checks import notes, run_problems, without_effect
 from tdlib.runs.engines import Resources
 from tdlib.runs.states import identity
 from tdlib.runs.template import UNKNOWN, Template, find_notebook, read_template
@@ -320,7 +319,7 @@ def plan_batch(
         file = _tuned_file(whole.tuned, folder, reports or ROOT / "reports" / "batches")
         rows, plan.tuned = _with_tuned(file, rows, template, problems)
     problems += _run_problems(rows, template, plan)
-    problems += _without_effect(rows, template) if not problems else []
+    problems += without_effect(rows, template) if not problems else []
     if not problems:
         defaults, code = template.defaults, code_version()
         plan.runs = [
@@ -461,23 +460,6 @@ def _run_problems(rows: list[dict[str, Any]], template: Template, plan: Plan) ->
             if known.default is UNKNOWN and name not in row and name != plan.output
         )
     return [f"{text} ({number} of {len(rows)} runs)" for text, number in counts.items()]
-
-
-def _without_effect(rows: list[dict[str, Any]], template: Template) -> list[str]:
-    """Runs that would be the same because their arm sets by itself in what they differ."""
-    same: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        values = template.defaults | row
-        own = arm_settings(arm_of(template, values) or {}, values)
-        same.setdefault(json.dumps(values | own, sort_keys=True), []).append(row)
-    problems: Counter[str] = Counter()
-    for alike in same.values():
-        names = [name for name in alike[0] if len({json.dumps(row.get(name)) for row in alike}) > 1]
-        for name in names:
-            tried = ", ".join(dict.fromkeys(repr(row.get(name)) for row in alike))
-            arm = alike[0].get("arm", template.defaults.get("arm"))
-            problems[f"{name}={tried}: arm={arm!r} sets it by itself; exclude all but one"] += len(alike)
-    return [f"{text} ({number} of {len(rows)} runs)" for text, number in problems.items()]
 
 
 # How long it will take.

@@ -203,6 +203,10 @@ class TargetedDistillation(nn.Module):
         assert self.phi is not None and output.hidden_states is not None and output.logits is not None
         hidden = output.hidden_states[self.settings.distill_layer].float()
         instance = self.instance_weights(batch, output.logits)
+        if self.settings.distill_target != "tokens" or self.settings.selector != "all":
+            # A text cut short has another global embedding, by which patches are chosen. What is left of
+            # its tokens is right: the teacher reads from left to right.
+            instance = instance * batch["teacher_knows"]
         sequences = examples * hidden.shape[1]
         terms = {"distill": hidden.new_zeros(()), "instance_weight": instance.sum() / examples}
         if self.settings.distill_target != "tokens":
@@ -266,12 +270,12 @@ class TargetedDistillation(nn.Module):
     def instance_weights(self, batch: dict[str, Tensor], logits: Tensor, name: str = "") -> Tensor:
         """c (batch,), from the probabilities of teacher and student; carries no gradient.
 
-        0 for an example whose right answer is not in the label set: there is no p_T. ``name`` is that of
-        a function in ``INSTANCE_WEIGHTS``; "" takes the run's.
+        0 for an example whose right answer is not in the label set, or whose texts the teacher cuts short:
+        there is no p_T. ``name`` is that of a function in ``INSTANCE_WEIGHTS``; "" takes the run's.
         """
-        return weigh_examples(
-            batch["teacher_logits"], logits, batch["labels"], name or self.settings.instance_weight
-        )
+        name = name or self.settings.instance_weight
+        weights = weigh_examples(batch["teacher_logits"], logits, batch["labels"], name)
+        return weights if name == "uniform" else weights * batch["teacher_knows"]
 
     @torch.no_grad()
     def fit_phi(self, loader: DataLoader, ridge: float = 1e-2, batches: int = 8) -> None:

@@ -60,7 +60,8 @@ class Repairing(nn.Module):
     ``L_repair = mean_b c[b] * KL(CLIP(. | text b, picture j(b)) || student(. | text b, picture j(b)))``,
     c being ``repair_instance_weight``. A weight that asks for the right answer is given CLIP's best one: no
     label is read. The mean is over the rows that are shown, so that ``repair_share`` changes its cost and
-    not its size.
+    not its size. Where several processes train together, each pairs within its own share of the batch:
+    with n of them there are n times fewer pictures to choose from (a pool does not depend on it).
 
     ``L_truth = mean_b c[b] * sum_i w[b, i] * BCE(psi(h[b, i]), p_CLIP(statement))``: the selected text
     tokens, one layer below the top, predict whether their statement is true of the picture.
@@ -170,19 +171,25 @@ class Repairing(nn.Module):
         of_text = weights * (selected & text)
         judged, _, first = self.judge(batch)
         own = judged.gather(1, first[: len(of_text), None, None].expand(-1, -1, judged.shape[2]))[:, 0]
-        everyone = torch.ones(len(of_text), device=of_text.device)
-        loss = self._truth(output, of_text, own, everyone)
+        everyone, knows = torch.ones(len(of_text), device=of_text.device), batch["teacher_knows"]
+        loss = self._truth(output, of_text, own, everyone, knows)
         if repaired is not None:
             rows = repaired.pairs.rows
             loss = loss + self._truth(
-                repaired.output, of_text[rows], repaired.pairs.teacher, repaired.pairs.exists.float()
+                repaired.output,
+                of_text[rows],
+                repaired.pairs.teacher,
+                repaired.pairs.exists.float(),
+                knows[rows],
             )
         return loss
 
-    def _truth(self, output: StudentOutput, of_text: Tensor, teacher: Tensor, exists: Tensor) -> Tensor:
+    def _truth(
+        self, output: StudentOutput, of_text: Tensor, teacher: Tensor, exists: Tensor, knows: Tensor
+    ) -> Tensor:
         assert self.psi is not None and output.hidden_states is not None
         p = teacher.softmax(-1).detach()
-        certainty = INSTANCE_WEIGHTS["certainty"](p, p, p.argmax(-1)) * exists
+        certainty = INSTANCE_WEIGHTS["certainty"](p, p, p.argmax(-1)) * exists * knows
         # Text tokens come first in every student; visual ones may be fewer with another picture.
         length = min(of_text.shape[2], output.hidden_states[TRUTH_LAYER].shape[2])
         w = of_text[:, :, :length]
