@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tdlib.core.files import parse_value
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.data.examples import DataError
 
@@ -32,16 +33,6 @@ def pairs_of(pairs: list[tuple[str, str]], option: str) -> dict[str, str]:
         if earlier:
             raise ConfigError(f"{option} {name}: given twice, as {earlier[0]!r} and as {text!r}; keep one")
     return dict(pairs)
-
-
-def _value(name: str, text: str) -> Any:
-    """A value from the command line: JSON where it parses, else the string itself."""
-    from tdlib.core.files import parse_json
-
-    try:
-        return parse_json(text, name)
-    except json.JSONDecodeError:
-        return text
 
 
 # One notebook.
@@ -172,7 +163,7 @@ def _batch(options: argparse.Namespace) -> int:
     print(f"batch {options.action}: reading {find_batch(options.file)}", file=sys.stderr, flush=True)
     reports = Path(options.folder) if options.folder else None
     wanted = pairs_of(getattr(options, "resources", []), "-r")
-    resources = {name: _value(name, text) for name, text in wanted.items()}
+    resources = {name: parse_value(text, name) for name, text in wanted.items()}
     batch = Batch(options.file, reports=reports, resources=resources)
     if options.action == "plan":
         return _plan(batch)
@@ -215,7 +206,7 @@ def _execute(batch: "Batch", options: argparse.Namespace) -> None:
 
         template, where = read_template(batch.plan.template), {}
         for name, text in pairs_of(options.where, "-w").items():
-            value = _value(name, text)  # a list means any of them, also where the parameter holds text
+            value = parse_value(text, name)  # a list means any of them, also where the parameter holds text
             where[name] = value if isinstance(value, list) else template.from_text(name, text)
         (batch.run if options.action == "run" else batch.resume)(options.engine, where, **engine)
 

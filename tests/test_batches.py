@@ -593,6 +593,8 @@ def test_a_cell_of_parameters_that_is_no_python_names_its_line(tmp_path):
         ("mode", "1e3", "1e3"),
         ("mode", "[1]", "[1]"), ("a", "3", 3), ("seconds", "5e-1", 0.5), ("a", "010", "010"), ("a", "x", "x"),
         ("other", "3", 3),
+        ("other", "[finetune, clip_td]", ["finetune", "clip_td"]), ("other", "[a, 2]", ["a", 2]),
+        ("other", "[a, [b]]", "[a, [b]]"),
     ],
 )  # fmt: skip
 def test_values_of_the_command_line_have_the_parameter_s_type(tmp_path, name, text, value):

@@ -88,6 +88,20 @@ def parse_json(text: str, where: str) -> Any:
     return json.loads(text, object_pairs_hook=unique)
 
 
+def parse_value(text: str, where: str) -> Any:
+    """A value from the command line: JSON, a list of bare words such as ``[finetune, clip_td]``, or text.
+
+    Raises:
+        ConfigError: an object in it has a key twice; names ``where`` the text is from.
+    """
+    try:
+        return parse_json(text, where)
+    except json.JSONDecodeError:
+        if text[:1] == "[" and text[-1:] == "]" and not set(text[1:-1]) & set("\"'{}[]"):
+            return [parse_value(word.strip(), where) for word in text[1:-1].split(",")]
+        return text
+
+
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Writes one JSON object per line, straight under the final name: for use inside ``write_folder``."""
     with path.open("w", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tdlib.config import RunConfig
-from tdlib.core.files import parse_json
+from tdlib.core.files import parse_value
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
 from tdlib.method import registry
 
@@ -61,18 +61,16 @@ class Parameter:
         return f"{self.name}={value!r}: expected {self.annotation or self.kind}, like {self.source}"
 
     def from_text(self, text: str) -> Any:
-        """A value from the command line: JSON, except that a parameter that holds text takes it as it is.
+        """A value from the command line, except that a parameter that holds text takes it as it is.
+
+        See ``parse_value``.
 
         Raises:
             ConfigError: an object in it has a key twice.
         """
-        try:
-            value = parse_json(text, self.name)
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
-            spelt = {"True": True, "False": False} if self.kind == "bool" else {}
-            return spelt.get(text, text)
+        if self.kind == "bool" and text in ("True", "False"):
+            return text == "True"
+        value = parse_value(text, self.name)
         return text if self.kind == "str" and not isinstance(value, str) else value
 
 
