@@ -9,7 +9,6 @@ Boxes are xyxy normalised to the upright picture. Files state them in pixels of 
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from tdlib.data.examples import Box, DataError
 _ORIENTATION = 0x0112  # EXIF tag: which transposition turns the stored pixels upright
 _TURNED = (5, 6, 7, 8)  # the orientations that exchange width and height
 _ASPECT_TOLERANCE = 0.05  # resized copies of a picture round their sides to whole pixels
-_TAIL = 64  # last bytes of a file, in which the end marker of its format is looked for
 
 
 @dataclass(frozen=True)
@@ -161,25 +159,3 @@ def _turned(box: Box, orientation: int) -> Box:
         )  # fmt: skip
     (x1, y1), (x2, y2) = corners
     return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
-
-
-def check_picture(path: Path, decode: bool = False) -> None:
-    """Raises a DataError if the picture is missing, no picture, or cut short.
-
-    Without ``decode`` it reads the header and the file's end, and decodes the picture only where the
-    end marker of its format is not there.
-    """
-    read_header(path)
-    if decode or not _complete(path):
-        open_picture(path)
-
-
-def _complete(path: Path) -> bool:
-    """Returns True if the file ends as a JPEG or PNG file does; False also for other formats."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        file.seek(-min(_TAIL, os.path.getsize(path)), os.SEEK_END)
-        tail = file.read()
-    if start.startswith(b"\xff\xd8"):
-        return b"\xff\xd9" in tail
-    return start.startswith(b"\x89PNG") and b"IEND" in tail

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from tdlib.data.examples import Box, DataError, Example, Examples, TextPart
 from tdlib.data.json_files import Records
-from tdlib.data.pictures import check_picture, read_header
+from tdlib.data.pictures import open_picture, read_header
 
 
 def need(record: dict[str, Any], key: str, kind: type, where: str, what: str) -> Any:
@@ -227,7 +227,8 @@ class Reader(ABC):
                 pictures.add(example.image)
                 message = self._doubt(example)
                 if decode and not known:
-                    check_picture(example.image, decode=True)
+                    read_header(example.image)
+                    open_picture(example.image)
             except DataError as error:
                 message = str(error)
             # The parts of one question, which stand together, fail alike.
