@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from tdlib.core.store import CacheError, NotFiniteError
 from tdlib.data.examples import DataError, Example, TextPart
+from tdlib.method.tokens import grid_boxes
 from tdlib.regions.backbones import (
     DetectorBackbone,
     MiniDetector,
@@ -27,7 +28,7 @@ from tdlib.regions.backbones import (
     pool_regions,
     save_detector,
 )
-from tdlib.regions.computed import BackboneRegions, CachedRegions, ClipGridRegions, grid_boxes, open_regions
+from tdlib.regions.computed import BackboneRegions, CachedRegions, ClipGridRegions, open_regions
 from tdlib.regions.convert import convert
 from tdlib.regions.convert import main as convert_command
 from tdlib.regions.files import picture_keys

@@ -522,8 +522,8 @@ def test_boxes_tile_the_cropped_picture(name, pictures):
 
 def test_a_sigmoid_models_bias_cancels_over_choices(pictures):
     teacher = teacher_of("sigmoid")
-    assert teacher.logit_bias == pytest.approx(float(teacher.model.logit_bias)) != 0
-    assert teacher_of("vit").logit_bias == 0
+    bias = float(teacher.model.logit_bias)
+    assert bias != 0
     with torch.inference_mode():
         logits = teacher.model.get_logits(
             pixels_of(teacher, pictures[:1]), teacher.tokenize.tokenizer(TEXTS)
@@ -533,7 +533,7 @@ def test_a_sigmoid_models_bias_cancels_over_choices(pictures):
         torch.stack([record.pooled for record in teacher.encode_texts(TEXTS)]),
         teacher.logit_scale,
     )
-    assert_close(found + teacher.logit_bias, logits[0], rtol=0, atol=1e-4)
+    assert_close(found + bias, logits[0], rtol=0, atol=1e-4)
     assert_close(found.softmax(-1), logits[0].softmax(-1), rtol=0, atol=1e-5)
 
 

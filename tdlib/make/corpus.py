@@ -26,11 +26,11 @@ from tdlib.data.examples import DataError
 from tdlib.data.vcr import NEUTRAL_NAMES
 from tdlib.make.detector import ATTRIBUTES, render_boxes
 from tdlib.make.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer, vocabulary_texts
+from tdlib.method.tokens import grid_boxes
 from tdlib.miniworld.drawing import draw
 from tdlib.miniworld.language import curated_captions
 from tdlib.miniworld.writers import STREAMS, VERSION, captioned_scene, scene_at
 from tdlib.regions.backbones import load_detector
-from tdlib.regions.computed import grid_boxes
 
 SIZE = 96  # pixels of a side, as all mini models see pictures
 LONGEST = 40  # tokens of a statement, as runs read them by default

@@ -11,6 +11,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+def grid_cells(rows: int, columns: int) -> Int[Tensor, "cells 4"]:
+    """Corners of the cells of a grid, row by row: x, y, x + 1, y + 1, in cells."""
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([x, y, x + 1, y + 1], dim=-1).reshape(-1, 4)
+
+
+def grid_boxes(rows: int, columns: int) -> Float[Tensor, "cells 4"]:
+    """Boxes of the cells of a grid over the whole picture, row by row: normalised xyxy."""
+    return grid_cells(rows, columns) / torch.tensor([columns, rows, columns, rows])
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Positions of tokens: a text token has a character span, a visual token has a box.

@@ -18,6 +18,7 @@ from tdlib.core.paths import resolve
 from tdlib.core.store import EXACT, CacheError, Column, FileDigests, Store, record_key
 from tdlib.data.examples import DataError, Example
 from tdlib.data.pictures import open_picture
+from tdlib.method.tokens import grid_boxes
 from tdlib.regions.backbones import Backbone, open_backbone
 from tdlib.teacher.cache import TeacherCache
 
@@ -87,13 +88,6 @@ class BackboneRegions:
         places = torch.cat(boxes)
         picture = open_picture(example.image)
         return Regions(self.backbone(picture, places), places, torch.cat(objects), picture.size)
-
-
-def grid_boxes(rows: int, columns: int) -> Tensor:
-    """The cells of a grid over the picture, row by row: (rows * columns, 4) normalised xyxy."""
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    cells = torch.stack([x, y, x + 1, y + 1], dim=-1).reshape(-1, 4)
-    return cells / torch.tensor([columns, rows, columns, rows])
 
 
 class ClipGridRegions:

@@ -19,7 +19,7 @@ from transformers.models.vilt.modeling_vilt import ViltSelfAttention
 
 from tdlib.data.examples import DataError, Example
 from tdlib.data.pictures import open_picture
-from tdlib.regions.computed import grid_boxes
+from tdlib.method.tokens import grid_boxes, grid_cells
 from tdlib.students.base import (
     EncodedText,
     FusedAttention,
@@ -58,11 +58,9 @@ def embed_patches(vilt: ViltModel, pixel_values: Tensor, pixel_mask: Tensor) -> 
     position = torch.cat([positions[size] for size in sizes]) if len(positions) > 1 else positions[sizes[0]]
     patches = (grid + position).flatten(2).transpose(1, 2)
     cls = (embeddings.cls_token + embeddings.position_embeddings[:, :1]).expand(len(patches), -1, -1)
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    corner = torch.stack([x, y, x + 1, y + 1], dim=-1).to(grid).view(1, -1, 4)
     scale = torch.stack([widths, heights, widths, heights], dim=-1).to(grid)[:, None]
     mask = mask.flatten(1)
-    boxes = torch.where(mask[..., None].bool(), corner / scale, 0.0)
+    boxes = torch.where(mask[..., None].bool(), grid_cells(rows, columns).to(grid) / scale, 0.0)
     if len(positions) > 1:  # real patches first, padding last, as in the stock model
         order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
         patches, boxes = (x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])) for x in (patches, boxes))

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tdlib.core.devices import usual_device
 from tdlib.core.paths import resolve
 from tdlib.core.store import fingerprint
+from tdlib.method.tokens import grid_cells
 from tdlib.teacher.families import check_tower, image_tower, text_tower
 from tdlib.teacher.families import encode_text_tokens as encode_text_tokens
 from tdlib.teacher.text import TextTokenizer, open_tokenizer
@@ -78,9 +79,8 @@ def patch_boxes(
     width, height = _resized(size, (input_width, input_height), resize_mode)
     left, top = _crop_start(width, input_width), _crop_start(height, input_height)
     rows, columns = grid
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     step_y, step_x = patch or (input_height / rows, input_width / columns)
-    box = torch.stack([x * step_x, y * step_y, (x + 1) * step_x, (y + 1) * step_y], dim=-1).reshape(-1, 4)
+    box = grid_cells(rows, columns) * torch.tensor([step_x, step_y, step_x, step_y])
     offset = torch.tensor([left, top, left, top])
     return ((box + offset) / torch.tensor([width, height, width, height])).clamp(0, 1).float()
 
@@ -166,11 +166,6 @@ class Teacher:
     def logit_scale(self) -> float:
         """What the model multiplies cosines with before a softmax (or, SigLIP, a sigmoid)."""
         return float(self.model.logit_scale.exp())
-
-    @property
-    def logit_bias(self) -> float:
-        """What a sigmoid model (SigLIP) adds to scaled cosines; 0 for others."""
-        return 0.0 if self.model.logit_bias is None else float(self.model.logit_bias)
 
     def _fingerprint(self) -> str:
         """SHA-256 over weights, architecture, preprocessing, tokenizer, and library version."""
@@ -359,8 +354,8 @@ def _relevancies(text: Tower, seen_text: Seen, image: Tower, seen_image: Seen) -
 def choice_logits(image_pooled: Tensor, text_pooled: Tensor, logit_scale: float) -> Tensor:
     """Zero-shot logits of statements: scaled cosines of (..., dim) with (..., choices, dim).
 
-    They go through a softmax over the choices. A sigmoid model's bias (``Teacher.logit_bias``) is left
-    out: it is the same for every choice and cancels.
+    They go through a softmax over the choices. A sigmoid model's bias (``logit_bias``, as SigLIP has it) is
+    left out: it is the same for every choice and cancels.
     """
     return logit_scale * (text_pooled @ image_pooled.unsqueeze(-1)).squeeze(-1)
 
