@@ -446,7 +446,9 @@ def test_detail_is_by_stratum_and_answer_type():
     assert detail(table) == {
         "stratum: is": 0.5, "stratum: what": 0.3, "answer_type: other": 0.3, "answer_type: yes/no": 0.5,
     }  # fmt: skip
-    assert detail(table.assign(answer_type="")) == {"stratum: is": 0.5, "stratum: what": 0.3}
+    known = table.assign(answer_type="", concept=["known", "", "unknown"])
+    assert detail(known) == {"stratum: is": 0.5, "stratum: what": 0.3}
+    assert detail(known, ["concept"]) == detail(known) | {"concept: known": 0.3, "concept: unknown": 0.0}
 
 
 # submissions

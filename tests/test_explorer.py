@@ -19,6 +19,7 @@ from test_views_runs import make_record, problems
 from tdlib.config import RunConfig
 from tdlib.core.records import END, read_records, records_table, write_records
 from tdlib.data.examples import DataError
+from tdlib.miniworld.worlds import read_concepts
 from tdlib.training.data import EncodedExamples
 from tdlib.training.evaluation import predict
 from tdlib.training.run import compare
@@ -70,6 +71,15 @@ def look(runs) -> Look:
 
 
 # Runs
+
+
+def test_an_index_tells_what_the_data_say_of_its_examples(runs, world):
+    lines = read_concepts(world, "val")
+    names = {True: "known", False: "unknown"}
+    for row in runs[0].index.itertuples():
+        line = lines[row.example_id]
+        assert (row.concept, row.style) == (names[line["right"]["known"]], line["style"])
+    assert {"known", "unknown"} <= set(runs[0].index["concept"])
 
 
 def test_a_folder_may_look_like_a_pattern(runs, tmp_path):
@@ -182,6 +192,7 @@ def table() -> pd.DataFrame:
         "p_T": numbers, "p_S": numbers[::-1], "c": [0.1, 0.2, 0.3, np.nan, 0.5, 0.6, 0.7, np.nan],
     })  # fmt: skip
     frame["correct"] = frame["label"] == frame["prediction"]
+    frame["concept"], frame["style"] = ["known", "unknown", ""] * 2 + ["known"] * 2, ["flat", "noir"] * 4
     return frame.assign(disagreement=(frame["p_T"] - frame["p_S"]).abs())
 
 
@@ -196,6 +207,8 @@ def table() -> pd.DataFrame:
         (Filter(label="2"), [2, 6]),
         (Filter(label="No"), [1, 5]),
         (Filter(split="shifted"), [1, 3, 5, 7]),
+        (Filter(concept="known"), [0, 3, 6, 7]),
+        (Filter(concept="unknown", style="flat"), [4]),
         (Filter(correct=True), [0, 2, 4, 6]),
         (Filter(correct=False), [1, 5]),
         (Filter(weight=(0.2, 0.5)), [1, 2, 4]),

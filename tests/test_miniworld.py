@@ -212,13 +212,13 @@ def test_side_files_say_which_concepts_the_curated_corpus_has(vcr, records):
             assert len(line["wrong"]) == 3
             for said in (line["right"], *line["wrong"]):
                 table = tables.get(line["family"]) or (THINGS | WEATHER)
-                value = said["concept"]
+                (value,) = said["concepts"]
                 known = rules[value] if value in rules else table[value].curated
                 assert said["known"] == known
                 found[known] += 1
             if split != "test" and line["family"] in ("mood", "place", "role"):
                 right = record["answer_choices"][record["answer_label"]]
-                inference = tables[line["family"]][line["right"]["concept"]].inference
+                inference = tables[line["family"]][line["right"]["concepts"][0]].inference
                 assert inference in " ".join(word for word in right if isinstance(word, str))
     assert min(found.values()) > 100
     assert read_concepts(vcr, "train2014") == {}

@@ -37,6 +37,7 @@ from tdlib.analysis.study import lead_charts, readable, write_study
 from tdlib.analysis.tuning import rank_settings, write_tuned
 from tdlib.cli import main
 from tdlib.data.examples import Example, TextPart, save_manifest
+from tdlib.miniworld.worlds import STRATA
 from tdlib.runs import states as run_states
 from tdlib.training.evaluation import prediction_table
 from tdlib.views.figures.differences import plot_differences
@@ -573,15 +574,16 @@ def test_known_and_unknown_concepts_are_compared_apart(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     lines = [
-        {"annot_id": f"val-{i}", "style": "flat" if i < 6 else "noir",
-         "right": {"concept": "a thing", "known": i < 12}} for i in range(24)
+        {"id": f"val-{i}", "style": "flat" if i < 6 else "noir", "style_known": i < 6,
+         "right": {"concepts": ["a thing"], "known": i < 12 if i < 20 else None}} for i in range(24)
     ]  # fmt: skip
     (data / "val.concepts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for arm in ("finetune", "clip_td"):
         write_run(tmp_path / "b", run=arm, arm=arm, share=SHARES[arm], more={"data_dir": str(data)})
     runs = read_runs(tmp_path / "b")
     scores = with_strata(runs, read_scores(tmp_path / "b", runs), tmp_path)
-    assert scores.groupby("concept")["id"].nunique().to_dict() == {"known": 12, "unknown": 12}
+    assert scores.groupby("concept")["id"].nunique().to_dict() == {"known": 12, "unknown": 8, "": 4}
+    assert scores.groupby("style_known")["id"].nunique().to_dict() == {"known": 6, "unknown": 18}
     table = compare_within(runs, scores, "concept", resamples=50)
     assert list(table["stratum"].unique()) == ["concept: known", "concept: unknown"]
     row = row_of(table, stratum="concept: known", arm="clip_td")
@@ -591,7 +593,7 @@ def test_known_and_unknown_concepts_are_compared_apart(tmp_path):
         "style: flat",
         "style: noir",
     }
-    bare = with_strata(runs, scores.drop(columns=["concept", "style"]), tmp_path / "elsewhere")
+    bare = with_strata(runs, scores.drop(columns=STRATA), tmp_path / "elsewhere")
     assert compare_within(runs, bare, "concept").empty
 
 

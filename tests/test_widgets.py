@@ -272,6 +272,18 @@ def test_it_starts_where_it_is_told(runs, drawn):
     assert drawn[0] == (panel.look, "two runs") and panel.look.example_id == "val-30"
 
 
+def test_examples_are_chosen_by_what_the_data_say_of_them(runs, drawn, monkeypatch):
+    known = runs[0].index.assign(concept=["known", "unknown"] * (COUNT // 2), style="flat")
+    monkeypatch.setitem(runs[0].__dict__, "index", known)
+    panel = Explorer(runs, filter=Filter(concept="known", split="val"), links=False)
+    assert panel.concept.value == "known" and panel.style.value == "" and panel.list.total == 10
+    panel.concept.value = "unknown"
+    assert panel.list.total == 10 and shown(panel) == "val-1"
+    panel.style.value = "flat"
+    assert panel.list.total == 10
+    assert panel.filter == Filter(concept="unknown", style="flat", split="val")
+
+
 def test_a_row_is_one_line(panel):
     row = panel.matches.iloc[1].to_dict()
     assert row_text(row) == "✓ val val-1  c 0.03  Why is Casey angry? The heat is unbearable."

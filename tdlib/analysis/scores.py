@@ -16,7 +16,7 @@ from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT
 from tdlib.data.tasks import TASKS
 from tdlib.data.vcr_results import joint_scores
-from tdlib.miniworld.worlds import read_concepts
+from tdlib.miniworld.worlds import STRATA, strata_of
 from tdlib.runs.report import batch_record, open_results, recorded_runs
 
 RUN_COLUMNS = [
@@ -257,9 +257,8 @@ def _with_parts(predictions: pd.DataFrame) -> pd.DataFrame:
 def with_strata(runs: pd.DataFrame, scores: pd.DataFrame, reports: Path) -> pd.DataFrame:
     """Scores with what side files of the data say of each example, to compare within kinds of examples.
 
-    Adds columns ``concept`` ("known" or "unknown": whether the corpus that the mini students learned from
-    has what the right answer is about) and ``style`` (of the picture). Both are "" for examples
-    without such a file: the MiniWorld has it for some tasks, real data have none.
+    Adds the columns of ``miniworld.worlds.strata_of``, "" for examples without such a file: the
+    MiniWorld has it for every task, real data have none.
 
     Args:
         runs: as ``read_runs`` gives them.
@@ -272,23 +271,10 @@ def with_strata(runs: pd.DataFrame, scores: pd.DataFrame, reports: Path) -> pd.D
     for (batch, run, split), rows in scores.groupby(["batch", "run", "split"], sort=False):
         folder = folders[batch, run]
         if (folder, split) not in strata:
-            strata[folder, split] = _strata(folder, str(split))
+            strata[folder, split] = strata_of(folder, str(split))
         parts.append(strata[folder, split].reindex(rows["question"]).fillna("").set_index(rows.index))
-    known = pd.concat(parts) if parts else pd.DataFrame(columns=["concept", "style"])
+    known = pd.concat(parts) if parts else pd.DataFrame(columns=STRATA)
     return scores.join(known)
-
-
-def _strata(folder: str, split: str) -> pd.DataFrame:
-    """Concept and style of a split's questions, by question."""
-    lines = read_concepts(Path(folder), split) if folder else {}
-    return pd.DataFrame(
-        {
-            "concept": ["known" if line["right"]["known"] else "unknown" for line in lines.values()],
-            "style": [line["style"] for line in lines.values()],
-        },
-        index=pd.Index(list(lines), dtype=object),
-        dtype=object,
-    )
 
 
 def _data_folder(reports: Path, batch: str, run: str) -> str:

@@ -414,10 +414,10 @@ def write_submission(
     return task_of(config).write_submission(folder, examples, probabilities, labels)
 
 
-def detail(table: pd.DataFrame) -> dict[str, float]:
-    """Mean scores per stratum (question type or class) and, for VQA, per answer type."""
+def detail(table: pd.DataFrame, by: Sequence[str] = ()) -> dict[str, float]:
+    """Mean scores per stratum (question type or class), answer type (VQA), and column named ``by``."""
     means = {}
-    for column in ("stratum", "answer_type"):
+    for column in ("stratum", "answer_type", *by):
         for group, value in table.groupby(column, sort=True)["score"].mean().items():
             if group:
                 means[f"{column}: {group}"] = float(value)

@@ -7,10 +7,22 @@ decide whether the text is true of the picture (the ground truth of relevance).
 import re
 from collections.abc import Sized
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
-from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, SHIRTS, THINGS, WEATHER, Scene
+from tdlib.miniworld.scenes import (
+    HELD,
+    MOODS,
+    PLACES,
+    POSES,
+    ROLES,
+    SHIRTS,
+    THINGS,
+    WEATHER,
+    Person,
+    Scene,
+)
 
 Token = str | list[int]
 
@@ -228,6 +240,12 @@ def references(scene: Scene, index: int) -> dict[str, str]:
     return found
 
 
+def referred(person: Person, kind: str) -> tuple[str, ...]:
+    """The concept by which a phrase of ``references`` tells a person; none where it is the place."""
+    value = {"shirt": person.shirt, "held": person.held}.get(kind)
+    return (value,) if value else ()
+
+
 def char_spans(text: str) -> tuple[str, list[list[int]]]:
     """A marked sentence as people write it, and the characters [start, end) that decide it."""
     plain = ""
@@ -327,9 +345,13 @@ def _curated_values(family: str) -> list[str]:
     return [name for name, row in tables.get(family, HELD).items() if row.curated]
 
 
-def curated_knows(family: str, value: str) -> bool:
-    """Whether the curated corpus has the concept that a value of a family of answers is about."""
-    return value in _curated_values(family)
+@cache
+def curated_concepts() -> dict[str, bool]:
+    """Every concept that examples can be about, and whether the curated corpus has it."""
+    tables: list[dict] = [HELD, PLACES, WEATHER, MOODS, ROLES, THINGS]
+    has = {name: row.curated for table in tables for name, row in table.items()}
+    has |= SHIRTS | dict.fromkeys(POSES, True)
+    return has | {rule: rule in _curated_values("joy") for rule in _RULES}
 
 
 def _altered(scene: Scene, rng: np.random.Generator) -> Scene:

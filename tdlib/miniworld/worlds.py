@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import pandas as pd
 
 from tdlib.core.files import write_folder
 from tdlib.data.examples import DataError
 from tdlib.miniworld.drawing import SIZE, Picture, draw
-from tdlib.miniworld.language import curated_knows
+from tdlib.miniworld.language import curated_concepts
 from tdlib.miniworld.scenes import STYLES, Scene, reserved, sample_scene
 
 VERSION = 2  # raise it when the same seed would give other pictures or texts
-SIDE_FILES = 2  # raise it when other files would lie beside them: 2 has *.concepts.jsonl
+SIDE_FILES = 3  # raise it when other files would lie beside them: 3 has *.concepts.jsonl of every task
+STRATA = ["concept", "style", "style_known"]  # what side files tell of examples, see ``strata_of``
 TRAIN_STYLES = ("flat", "pastel", "sketch")  # "noir" is kept for the style shift
 _CAPTIONS = ("web", "curated", "held_out")
 STREAMS = {
@@ -103,38 +105,70 @@ def regions(scene: Scene, picture: Picture) -> dict[str, list[float]]:
     return {name: [round(float(value), 1) for value in box] for name, box in boxes.items()}
 
 
-def concepts(identifier: str, scene: Scene, family: str, values: Sequence[str]) -> dict[str, Any]:
-    """What answers are about, and whether the curated corpus, which students learn from, has it.
+def concepts(
+    identifier: str | int, scene: Scene, family: str, right: Sequence[str], wrong: Iterable[Sequence[str]]
+) -> dict[str, Any]:
+    """What an example is about, and whether the curated corpus, which students learn from, has it.
 
     Args:
         identifier: of the example.
         scene: what its picture shows.
-        family: of values that compete as answers.
-        values: the right answer's, then the wrong ones'.
+        family: of questions whose answers compete, or of statements.
+        right: concepts of the question and its right answer, or of the statement.
+        wrong: those of each wrong answer.
 
     Returns:
         A line of ``*.concepts.jsonl``.
     """
-    right, *wrong = ({"concept": value, "known": curated_knows(family, value)} for value in values)
+    has = curated_concepts()
+
+    def said(named: Sequence[str]) -> dict[str, Any]:
+        unique = list(dict.fromkeys(named))
+        return {"concepts": unique, "known": all(has[name] for name in unique) if unique else None}
+
     return {
-        "annot_id": identifier, "family": family, "right": right, "wrong": wrong, "style": scene.style,
-        "style_known": STYLES[scene.style],
+        "id": str(identifier), "family": family, "right": said(right), "wrong": [said(one) for one in wrong],
+        "style": scene.style, "style_known": STYLES[scene.style],
     }  # fmt: skip
 
 
 def read_concepts(folder: Path, split: str) -> dict[str, dict[str, Any]]:
-    """What the answers of a split are about, by the example's id; nothing where no such file lies.
+    """What the examples of a split are about, by id; nothing where no such file lies.
 
-    A line has ``right`` and ``wrong`` (each {"concept", "known"}, in no order of the choices) and the
-    picture's ``style`` with ``style_known``. "known" is what the curated corpus has, from which the mini
-    students learn. A reworded split ("val_shortcut") shares the lines of its source ("val").
+    A line has ``right`` (VCR: the right answer; SNLI-VE: the hypothesis; VQA: question and right answer)
+    and ``wrong`` (the wrong answers, in no order of the choices; of VQA all others that questions of this
+    kind have), each as {"concepts", "known"}, and the picture's ``style`` with ``style_known``. "known" is
+    what the curated corpus has, from which the mini students learn: true where it has all of the
+    concepts, null where there are none ("how many people are there?"). A reworded split
+    ("val_shortcut", "dev_balanced") shares the lines of its source.
     """
     for stem in (split, split.split("_")[0]):
-        path = Path(folder) / f"{stem}.concepts.jsonl"
-        if path.is_file():
-            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            return {line["annot_id"]: line for line in lines}
+        for start in ("", "snli_ve_", "v2_mscoco_", "vqacp_v2_"):
+            path = Path(folder) / f"{start}{stem}.concepts.jsonl"
+            if path.is_file():
+                lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+                return {line["id"]: line for line in lines}
     return {}
+
+
+def strata_of(folder: Path | str, split: str) -> pd.DataFrame:
+    """What is known of a split's questions, by question: no rows where the data do not say.
+
+    Columns ``concept`` ("known" or "unknown": whether the corpus that the mini students learned from has
+    everything that question and right answer, or hypothesis, name; "" where they name nothing that it
+    could lack), ``style`` (of the picture) and ``style_known`` ("known" or "unknown": whether that corpus
+    has it).
+
+    Args:
+        folder: of the data set; "" for none.
+        split: of it.
+    """
+    lines = read_concepts(Path(folder), split) if folder else {}
+    names = {True: "known", False: "unknown", None: ""}
+    rows = [
+        (names[line["right"]["known"]], line["style"], names[line["style_known"]]) for line in lines.values()
+    ]
+    return pd.DataFrame(rows, columns=STRATA, index=pd.Index(list(lines), dtype=object), dtype=object)
 
 
 class Deck(Generic[Item]):

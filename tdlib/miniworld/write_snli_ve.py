@@ -13,7 +13,7 @@ only person there, and to nobody in particular where there are several.
 import csv
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tdlib.miniworld.language import (
     definite,
     describe,
     references,
+    referred,
     true_values,
 )
 from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, SHIRTS, THINGS, WEATHER, Scene, reserved_people
@@ -37,6 +38,7 @@ from tdlib.miniworld.worlds import (
     USUAL_SIZE,
     Deck,
     Size,
+    concepts,
     describe_world,
     regions,
     save_picture,
@@ -58,13 +60,17 @@ _WORDINGS = {"": (_OWN, BIAS), "_balanced": (_OWN, 0.0), "_shortcut": (_SWAPPED,
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement about a scene with its label, and the regions that decide it (see ``regions``)."""
+    """A statement about a scene with its label, and the regions that decide it (see ``regions``).
+
+    ``concepts`` are those that its words name, whatever the picture shows.
+    """
 
     family: str
     subject: str  # of the sentence; "" where the predicate is a whole sentence
     predicate: str
     label: str
     regions: tuple[str, ...]
+    concepts: tuple[str, ...]
 
 
 def claims(scene: Scene, about: list[int] | None = None) -> Iterator[Claim]:
@@ -79,9 +85,15 @@ def claims(scene: Scene, about: list[int] | None = None) -> Iterator[Claim]:
     yield from _causes(scene, "somebody here", list(everyone))
     for index in about or everyone:
         for kind, subject in references(scene, index).items():
-            yield from _roles(scene, subject, index)
-            yield from _causes(scene, subject, [index])
-            yield from _facts(scene, kind, subject, index)
+            named = referred(scene.people[index], kind)
+            yield from _naming(named, _roles(scene, subject, index))
+            yield from _naming(named, _causes(scene, subject, [index]))
+            yield from _naming(named, _facts(scene, kind, subject, index))
+
+
+def _naming(named: tuple[str, ...], found: Iterator[Claim]) -> Iterator[Claim]:
+    """Claims whose subject names something, too."""
+    return (replace(claim, concepts=named + claim.concepts) for claim in found) if named else found
 
 
 def _hat(scene: Scene, index: int) -> str:
@@ -95,17 +107,18 @@ def _weather(scene: Scene) -> Iterator[Claim]:
             f"<{entry.clause}>", f"outside one would see <{entry.evidence}>",
             f"<{entry.joy}>", f"a person here needs <{entry.need}> to stay outside",
         ):  # fmt: skip
-            yield Claim("weather", "", words, label, ("weather",) if scene.weather else ("place",))
+            yield Claim("weather", "", words, label, ("weather",) if scene.weather else ("place",), (name,))
 
 
 def _roles(scene: Scene, subject: str, index: int) -> Iterator[Claim]:
     role, at = scene.people[index].role, (_hat(scene, index),)
     for name, entry in ROLES.items():
         label = N if role is None else E if role == name else C
-        yield Claim("role", subject, f"is <{entry.noun}>", label, at)
-        yield Claim("role", subject, f"<{entry.inference}> for a living", label, at)
-        yield Claim("role", subject, f"is <not {entry.noun}>", _OPPOSITE[label], at)
-        yield Claim("role", subject, f"is not the one who <{entry.inference}>", _OPPOSITE[label], at)
+        yield Claim("role", subject, f"is <{entry.noun}>", label, at, (name,))
+        yield Claim("role", subject, f"<{entry.inference}> for a living", label, at, (name,))
+        yield Claim("role", subject, f"is <not {entry.noun}>", _OPPOSITE[label], at, (name,))
+        words = f"is not the one who <{entry.inference}>"
+        yield Claim("role", subject, words, _OPPOSITE[label], at, (name,))
 
 
 def _somebody(scene: Scene) -> Iterator[Claim]:
@@ -114,8 +127,8 @@ def _somebody(scene: Scene) -> Iterator[Claim]:
         label = E if name in roles else N if None in roles else C
         at = tuple(_hat(scene, i) for i, role in enumerate(roles) if name not in roles or role == name)
         for words in (f"is <{entry.noun}>", f"<{entry.inference}> for a living"):
-            yield Claim("somebody", "somebody here", words, label, at)
-            yield Claim("somebody", "nobody here", words, _OPPOSITE[label], at)
+            yield Claim("somebody", "somebody here", words, label, at, (name,))
+            yield Claim("somebody", "nobody here", words, _OPPOSITE[label], at, (name,))
 
 
 _BECAUSE_OF = {
@@ -143,8 +156,9 @@ def _causes(scene: Scene, subject: str, people: list[int]) -> Iterator[Claim]:
                 continue
             of = _BECAUSE_OF.get(cue) or f"the {definite(THINGS[cue].noun)}"
             why = cause_clause(cue, entry.pleasant)
-            yield Claim("cause", subject, f"is <{entry.word}> because <{why}>", label, at)
-            yield Claim("cause", subject, f"feels <{entry.inference}> because of <{of}>", label, at)
+            named = mood, cue
+            yield Claim("cause", subject, f"is <{entry.word}> because <{why}>", label, at, named)
+            yield Claim("cause", subject, f"feels <{entry.inference}> because of <{of}>", label, at, named)
 
 
 _OWNED = {"dog": "puppy", "cat": "kitten", "car": "vehicle", "horse": "pony", "bicycle": "bike"}
@@ -166,8 +180,9 @@ def _ownership(scene: Scene) -> Iterator[Claim]:
                 label, at = C, ("all",)
             else:
                 continue
-            yield Claim("owner", "", f"<the {thing}> belongs to <the person {words}>", label, at)
-            yield Claim("owner", "", f"<the person {words}> takes care of <this {other}>", label, at)
+            named, who = (value, thing), f"<the person {words}>"
+            yield Claim("owner", "", f"<the {thing}> belongs to {who}", label, at, named)
+            yield Claim("owner", "", f"{who} takes care of <this {other}>", label, at, named)
 
 
 # What one cannot get ready for without the thing in one's hand.
@@ -178,28 +193,29 @@ _UNCLEAR = {("camp", "park"), ("camp", "farm"), ("park", "farm")}  # (true, clai
 def _facts(scene: Scene, kind: str, subject: str, index: int) -> Iterator[Claim]:
     person = scene.people[index]
 
-    def fact(words: str, true: bool, at: str) -> Claim:
-        return Claim("fact", subject, words, E if true else C, (at,))
+    def fact(words: str, name: str, true: bool, at: str) -> Claim:
+        return Claim("fact", subject, words, E if true else C, (at,), (name,))
 
     for name, mood in MOODS.items():
-        yield fact(f"is <{mood.word}>", name == person.mood, f"face{index}")
-        yield fact(f"feels <{mood.inference}>", name == person.mood, f"face{index}")
+        yield fact(f"is <{mood.word}>", name, name == person.mood, f"face{index}")
+        yield fact(f"feels <{mood.inference}>", name, name == person.mood, f"face{index}")
     for name, place in PLACES.items():
         if (scene.place, name) not in _UNCLEAR:
-            yield fact(f"is <{place.phrase}>", name == scene.place, "place")
-            yield fact(f"is <{place.inference}>", name == scene.place, "place")
+            yield fact(f"is <{place.phrase}>", name, name == scene.place, "place")
+            yield fact(f"is <{place.inference}>", name, name == scene.place, "place")
     if kind != "held":
         at = f"held{index}" if person.held else f"person{index}"
         for name, held in HELD.items():
-            yield fact(f"is <{held.doing}>", name == person.held, at)
+            yield fact(f"is <{held.doing}>", name, name == person.held, at)
             if name in _READY:
-                yield fact(f"is ready to <{held.next}>", name == person.held, at)
+                yield fact(f"is ready to <{held.next}>", name, name == person.held, at)
     if kind != "shirt" and scene.style != "noir":
         for name in SHIRTS:
-            yield fact(f"wears something <{name}>", name == person.shirt, f"person{index}")
+            yield fact(f"wears something <{name}>", name, name == person.shirt, f"person{index}")
 
 
 Verdicts = dict[str, dict[int, tuple[str, ...]]]  # label -> scenes -> regions
+Statement = tuple[str, tuple[str, ...], Verdicts]  # text, the concepts that it names, where it holds
 
 
 def _both(fact: Verdicts, other: Verdicts) -> Verdicts:
@@ -217,41 +233,41 @@ def _both(fact: Verdicts, other: Verdicts) -> Verdicts:
 
 def _statements(
     rng: np.random.Generator, scenes: list[Scene], wanted: int, composition: bool
-) -> dict[str, list[tuple[str, Verdicts]]]:
+) -> dict[str, list[Statement]]:
     """By family, the statements for which the scenes have every label, in random order."""
-    table: dict[str, dict[tuple[str, str], Verdicts]] = {}
+    table: dict[str, dict[tuple[str, str, tuple[str, ...]], Verdicts]] = {}
     for index, scene in enumerate(scenes):
         for claim in claims(scene, reserved_people(scene) if composition else None):
             verdicts = table.setdefault(claim.family, {}).setdefault(
-                (claim.subject, claim.predicate), {label: {} for label in LABELS}
+                (claim.subject, claim.predicate, claim.concepts), {label: {} for label in LABELS}
             )
             verdicts[claim.label][index] = claim.regions
     facts = table.pop("fact", {})
     pool = {
         family: [
-            (f"{subject} {predicate}".strip(), verdicts)
-            for (subject, predicate), verdicts in entries.items()
+            (f"{subject} {predicate}".strip(), named, verdicts)
+            for (subject, predicate, named), verdicts in entries.items()
             if all(verdicts.values())
         ]
         for family, entries in table.items()
         if not (composition and family in ("weather", "somebody"))  # they are about nobody special
     }
-    partners: dict[str, list[tuple[str, Verdicts]]] = {}
+    partners: dict[str, list[Statement]] = {}
     for family in ("role", "weather"):
-        for (subject, predicate), verdicts in table.get(family, {}).items():
-            partners.setdefault(subject, []).append((predicate, verdicts))
+        for (subject, predicate, named), verdicts in table.get(family, {}).items():
+            partners.setdefault(subject, []).append((predicate, named, verdicts))
     keys, joined = list(facts), {}
     for _ in range(60 * wanted if keys else 0):
-        subject, predicate = key = keys[int(rng.integers(len(keys)))]
+        subject, predicate, named = key = keys[int(rng.integers(len(keys)))]
         # a job and the weather equally often
         others = partners.get(subject if rng.random() < 0.5 else "", [])
-        words, verdicts = others[int(rng.integers(len(others)))] if others else ("", {})
+        words, others_named, verdicts = others[int(rng.integers(len(others)))] if others else ("", (), {})
         both = _both(facts[key], verdicts) if others else {E: {}}
         if all(both.values()):
-            joined[f"{subject} {predicate} and {words}"] = both
+            joined[f"{subject} {predicate} and {words}"] = named + others_named, both
             if len(joined) == wanted:
                 break
-    pool["both"] = list(joined.items())
+    pool["both"] = [(text, *each) for text, each in joined.items()]
     return {
         family: [each[int(i)] for i in rng.permutation(len(each))] for family, each in pool.items() if each
     }
@@ -259,8 +275,11 @@ def _statements(
 
 def _pairs(
     rng: np.random.Generator, scenes: list[Scene], count: int, composition: bool
-) -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
-    """Statement, label, scene and regions of about ``count`` pairs, each statement with every label."""
+) -> Iterator[tuple[str, str, int, tuple[str, ...], str, tuple[str, ...]]]:
+    """Statement, label, scene, regions, family and concepts of about ``count`` pairs.
+
+    Each statement comes with every label.
+    """
     pool = _statements(rng, scenes, min(max(count // 12, 4), 2000), composition)
     if not pool:
         raise DataError(
@@ -269,18 +288,18 @@ def _pairs(
     used: dict[int, int] = {}
     decks = (
         [
-            (text, {label: Deck(found.items(), used) for label, found in verdicts.items()})
-            for text, verdicts in each
+            (text, family, named, {label: Deck(found.items(), used) for label, found in verdicts.items()})
+            for text, named, verdicts in each
         ]
-        for each in pool.values()
+        for family, each in pool.items()
     )
     turns = cycle([cycle(each) for each in decks])
     for _ in range(max(round(count / 3), 1)):
-        text, deck = next(next(turns))
+        text, family, named, deck = next(next(turns))
         for which in rng.permutation(3):
             label = LABELS[int(which)]
             scene, at = deck[label].deal(rng)
-            yield text, label, scene, at
+            yield text, label, scene, at, family, named
 
 
 def explanation(scene: Scene, label: str, at: tuple[str, ...]) -> str:
@@ -346,7 +365,7 @@ def _split(folder: Path, split: str, number: int, seed: int, examples: int | Non
         rows = csv.writer(table)
         rows.writerow(["", "pairID", "Flikr30kID", "hypothesis", "gold_label", "explanation"])
         pairs = _pairs(rng, scenes, examples or 2 * number, split.endswith("composition"))
-        for position, (statement, label, index, at) in enumerate(pairs):
+        for position, (statement, label, index, at, family, named) in enumerate(pairs):
             turn, which = divmod(counts[index], 5)
             counts[index] += 1
             if (index, which) not in captions:
@@ -373,6 +392,8 @@ def _split(folder: Path, split: str, number: int, seed: int, examples: int | Non
                     marks | {"boxes": [boxes[index][r] for r in dict.fromkeys(at)]},
                 )
                 if not twin:
+                    line = concepts(common["pairID"], scenes[index], family, named, [])
+                    write(f"{stream}.concepts.jsonl", line)
                     why = explanation(scenes[index], label, at)
                     rows.writerow([position, common["pairID"], f"{image}.jpg", text, label, why])
 
@@ -380,8 +401,9 @@ def _split(folder: Path, split: str, number: int, seed: int, examples: int | Non
 def write_snli_ve(folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
     """Writes SNLI-VE: snli_ve_{train,dev,test}.jsonl, flickr30k_images/, and side files.
 
-    Side files: ``*.relevance.jsonl`` (characters of the hypothesis and boxes that decide) and
-    ``esnlive_*.csv`` (e-SNLI-VE's explanations, in e-ViL's columns). Shifts: ``dev_balanced`` and
+    Side files: ``*.relevance.jsonl`` (characters of the hypothesis and boxes that decide),
+    ``*.concepts.jsonl`` (what the hypothesis names, and whether students met it: see ``read_concepts``)
+    and ``esnlive_*.csv`` (e-SNLI-VE's explanations, in e-ViL's columns). Shifts: ``dev_balanced`` and
     ``dev_shortcut`` are dev with other introductions (that tell nothing, or mislead), ``dev_style``
     and ``dev_composition`` have other pictures.
 

@@ -198,10 +198,9 @@ def _split(
                 write(f"{split}{twin}.jsonl", record | ids)
                 write(f"{split}{twin}.relevance.jsonl", {"annot_id": ids["annot_id"], **decisive})
             write(f"{split}.types.jsonl", {"annot_id": ids["annot_id"], "type": question.type})
-            named = [value for value, _ in values]
-            write(
-                f"{split}.concepts.jsonl", concepts(str(ids["annot_id"]), scene.scene, question.family, named)
-            )
+            right, *others = [[value] for value, _ in values]
+            line = concepts(f"{split}-{position}", scene.scene, question.family, right, others)
+            write(f"{split}.concepts.jsonl", line)
 
 
 def _record(

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from tdlib.data.examples import DataError
-from tdlib.miniworld.language import causes, char_spans, definite, references, true_values
+from tdlib.miniworld.language import causes, char_spans, definite, references, referred, true_values
 from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, THINGS, Scene, reserved_people
 from tdlib.miniworld.worlds import (
     STREAMS,
     USUAL_SIZE,
     Deck,
     Size,
+    concepts,
     describe_world,
     regions,
     save_picture,
@@ -41,12 +42,17 @@ QUESTION_TYPES = (
 
 @dataclass(frozen=True)
 class Ask:
-    """A question about a scene. ``key`` is what it asks, whoever it is about: it has one prior."""
+    """A question about a scene. ``key`` is what it asks, whoever it is about: it has one prior.
+
+    ``named`` are the concepts that the question names or that it turns on, ``meant`` those of its answer.
+    """
 
     key: str
     text: str  # with the words that decide in <...>
     answer: str
     regions: tuple[str, ...]
+    named: tuple[str, ...] = ()
+    meant: tuple[str, ...] = ()
 
 
 _DOING = {
@@ -101,44 +107,49 @@ def asks(scene: Scene, about: list[int] | None = None) -> Iterator[Ask]:
 
 def _about_person(scene: Scene, index: int, kind: str, who: str) -> Iterator[Ask]:
     person = scene.people[index]
+    told = referred(person, kind)
 
-    def ask(text: str, answer: str, *at: str) -> Ask:
-        return Ask(_plain(text.replace("*", "the person")), text.replace("*", who), answer, at)
+    def ask(text: str, answer: str, at: str, named: tuple[str, ...] = (), meant: tuple[str, ...] = ()) -> Ask:
+        key = _plain(text.replace("*", "the person"))
+        return Ask(key, text.replace("*", who), answer, (at,), told + named, meant)
 
     if person.held and kind != "held":
-        noun, at = definite(HELD[person.held].noun), f"held{index}"
-        yield ask("what is * <doing>?", _DOING[person.held], at)
-        yield ask("what is * <holding>?", noun, at)
+        noun, at, meant = definite(HELD[person.held].noun), f"held{index}", (person.held,)
+        yield ask("what is * <doing>?", _DOING[person.held], at, meant=meant)
+        yield ask("what is * <holding>?", noun, at, meant=meant)
         if person.held in _NEXT:
-            yield ask("what will * do <next>?", _NEXT[person.held], at)
+            yield ask("what will * do <next>?", _NEXT[person.held], at, meant=meant)
     if kind != "shirt" and scene.style != "noir":
-        yield ask("what <color> is the <shirt> of *?", person.shirt, f"person{index}")
+        meant = (person.shirt,)
+        yield ask("what <color> is the <shirt> of *?", person.shirt, f"person{index}", meant=meant)
     if person.role:
-        yield ask("what is the <job> of *?", definite(ROLES[person.role].noun), f"hat{index}")
+        job, meant = definite(ROLES[person.role].noun), (person.role,)
+        yield ask("what is the <job> of *?", job, f"hat{index}", meant=meant)
         for name, entry in ROLES.items():
-            yield ask(f"is * <{entry.noun}>?", _yes(name == person.role), f"hat{index}")
+            yield ask(f"is * <{entry.noun}>?", _yes(name == person.role), f"hat{index}", (name,))
     if person.role != "king":  # is a crown a hat?
         head = f"hat{index}" if person.role else f"bare{index}"
         yield ask("is * wearing a <hat>?", _yes(person.role is not None), head)
-    yield ask("is * <waving>?", _yes(person.pose == "waving"), f"person{index}")
-    yield ask("how is * <feeling>?", _FEELING[person.mood], f"face{index}")
+    yield ask("is * <waving>?", _yes(person.pose == "waving"), f"person{index}", ("waving",))
+    yield ask("how is * <feeling>?", _FEELING[person.mood], f"face{index}", meant=(person.mood,))
     for name in MOODS:
-        yield ask(f"is * <{_FEELING[name]}>?", _yes(name == person.mood), f"face{index}")
-    yield ask("<where> is *?", _PLACE[scene.place], "place")
+        yield ask(f"is * <{_FEELING[name]}>?", _yes(name == person.mood), f"face{index}", (name,))
+    yield ask("<where> is *?", _PLACE[scene.place], "place", meant=(scene.place,))
     if scene.weather:
-        yield ask("what does * <need> outside?", _NEED[scene.weather], "weather")
+        meant = (scene.weather,)
+        yield ask("what does * <need> outside?", _NEED[scene.weather], "weather", meant=meant)
     pleasant = MOODS[person.mood].pleasant
     if len(true_values(scene, "joy" if pleasant else "trouble")) == 1:
         ((cue, region),) = causes(scene, pleasant).items()
         text = f"<why> is {who} <{_FEELING[person.mood]}>?"
-        yield Ask(
-            "why are they glad?" if pleasant else "why are they not?", text, _CAUSE.get(cue, cue), (region,)
-        )
+        key = "why are they glad?" if pleasant else "why are they not?"
+        yield Ask(key, text, _CAUSE.get(cue, cue), (region,), (*told, person.mood), (cue,))
 
 
 def _about_scene(scene: Scene) -> Iterator[Ask]:
-    def ask(text: str, answer: str, *at: str) -> Ask:
-        return Ask(_plain(text), text, answer, at)
+    def ask(text: str, answer: str, *at: str, about: str = "", meant: str = "") -> Ask:
+        named, means = ((name,) if name else () for name in (about, meant))
+        return Ask(_plain(text), text, answer, at, named, means)
 
     people = list(enumerate(scene.people))
     faces = [f"face{i}" for i, _ in people]
@@ -148,33 +159,37 @@ def _about_scene(scene: Scene) -> Iterator[Ask]:
     yield ask("how many <people> are there?", str(len(people)), *bodies)
     if "king" not in roles:  # is a crown a hat?
         yield ask("how many people are wearing <hats>?", str(len(people) - roles.count(None)), *heads)
-    yield ask("how many people are <waving>?", str(sum(p.pose == "waving" for _, p in people)), *bodies)
+    waving = str(sum(p.pose == "waving" for _, p in people))
+    yield ask("how many people are <waving>?", waving, *bodies, about="waving")
     yield ask("how many <animals> are there?", str(len(animals)), *(animals or ["all"]))
     for mood in ("happy", "sad", "angry"):
-        yield ask(f"how many people are <{mood}>?", str(sum(p.mood == mood for _, p in people)), *faces)
+        counted = str(sum(p.mood == mood for _, p in people))
+        yield ask(f"how many people are <{mood}>?", counted, *faces, about=mood)
     for name, entry in THINGS.items():
         if name != "tree" or scene.place not in ("park", "camp"):  # they grow in the background
             there = name in scene.things
-            yield ask(f"is there <{entry.noun}>?", _yes(there), name if there else "all")
+            yield ask(f"is there <{entry.noun}>?", _yes(there), name if there else "all", about=name)
     if len(animals) == 1:
-        yield ask("what <animal> is in the picture?", animals[0], animals[0])
+        yield ask("what <animal> is in the picture?", animals[0], animals[0], meant=animals[0])
     sports = [(i, p.held) for i, p in people if p.held in _SPORT]
     if len(sports) == 1:
-        yield ask("what <sport> is the equipment for?", _SPORT[str(sports[0][1])], f"held{sports[0][0]}")
+        index, held = sports[0][0], str(sports[0][1])
+        yield ask("what <sport> is the equipment for?", _SPORT[held], f"held{index}", meant=held)
     yield ask("is this <outdoors>?", _yes(PLACES[scene.place].outdoor), "place")
     if scene.weather:
-        yield ask("what <time> of day is it?", "night" if scene.weather == "night" else "day", "weather")
+        time = "night" if scene.weather == "night" else "day"
+        yield ask("what <time> of day is it?", time, "weather", about="night")
         if scene.weather in _WEATHER:
-            yield ask("what is the <weather> like?", _WEATHER[scene.weather], "weather")
+            yield ask("what is the <weather> like?", _WEATHER[scene.weather], "weather", meant=scene.weather)
         asked = {"rainy": "raining", "snowy": "snowing", "sunny": "sunny", "night": "night"}
         for name, words in asked.items():
-            yield ask(f"is it <{words}>?", _yes(scene.weather == name), "weather")
+            yield ask(f"is it <{words}>?", _yes(scene.weather == name), "weather", about=name)
     if len(people) == 1:
         for side, thing in zip(("right", "left"), scene.things, strict=False):
             noun = definite(THINGS[thing].noun)
             for name in ("left", "right"):
                 key, text = f"is it to the {name}?", f"is the {noun} to the <{name}> of the person?"
-                yield Ask(key, text, _yes(side == name), (thing, "person0"))
+                yield Ask(key, text, _yes(side == name), (thing, "person0"), (thing,))
     if len(people) == 2:
         yield from _comparisons(scene)
 
@@ -189,12 +204,14 @@ def _comparisons(scene: Scene) -> Iterator[Ask]:
     for name in MOODS:
         if (first.mood == name) != (second.mood == name):
             text = f"which person is <{_FEELING[name]}>, the left or the right one?"
-            yield Ask("which person feels so?", text, "left" if first.mood == name else "right", faces)
+            answer = "left" if first.mood == name else "right"
+            yield Ask("which person feels so?", text, answer, faces, (name,))
     for name, held in HELD.items():
         if (first.held == name) != (second.held == name):
             side = "left" if first.held == name else "right"
             text = f"which person has <{held.noun}>, the left or the right one?"
-            yield Ask("which person has it?", text, side, ("held0" if side == "left" else "held1",))
+            region = "held0" if side == "left" else "held1"
+            yield Ask("which person has it?", text, side, (region,), (name,))
 
 
 @cache
@@ -319,7 +336,7 @@ def _write_questions(
     shift: str = "",
     changing_priors: bool = False,
 ) -> None:
-    """Questions, annotations (not of test2015) and relevance of one split."""
+    """Questions, annotations (not of test2015), relevance and concepts of one split."""
     if not shown:
         return
     table = _table(shown, split.endswith("composition"))
@@ -363,6 +380,12 @@ def _write_questions(
             ask_({**ids, "question": text})
             marks = {"spans": spans, "boxes": [each.boxes[region] for region in ask.regions]}
             write(f"{stem}.relevance.jsonl", {"question_id": ids["question_id"], **marks})
+            others = [found[0][1].meant for answer, found in table[ask.key].items() if answer != ask.answer]
+            line = concepts(
+                ids["question_id"], each.scene, ask.key, ask.named + ask.meant,
+                [meant for meant in others if meant],
+            )  # fmt: skip
+            write(f"{stem}.concepts.jsonl", line)
             if annotate:
                 annotate(ids | _annotation(rng, text, ask.answer, list(table[ask.key])))
 
@@ -380,7 +403,9 @@ def _annotation(rng: np.random.Generator, text: str, answer: str, answers: list[
 def write_vqa(folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
     """Writes VQA v2: questions and annotations of train2014, val2014 and test2015 (questions only).
 
-    Side files: ``*.relevance.jsonl`` (characters of the question and boxes that decide). Shifts:
+    Side files: ``*.relevance.jsonl`` (characters of the question and boxes that decide) and
+    ``*.concepts.jsonl`` (what question and answers name, and whether students met it: see
+    ``read_concepts``). Shifts:
     ``val2014_balanced`` (all answers equally often) and ``val2014_prior`` (frequent ones rare) ask
     about val's pictures, ``val2014_style`` and ``val2014_composition`` about others in its folder.
 

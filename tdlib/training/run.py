@@ -32,8 +32,9 @@ from tdlib.core.provenance import code_version, digest, git_version
 from tdlib.core.records import END, write_records
 from tdlib.data.chance import constant_answer
 from tdlib.data.examples import Example, Examples, low_shot, save_manifest
-from tdlib.data.tasks import detail, measures, write_submission
+from tdlib.data.tasks import data_folder, detail, measures, write_submission
 from tdlib.method.registry import own_functions
+from tdlib.miniworld.worlds import STRATA, strata_of
 from tdlib.students import registry as students
 from tdlib.students.base import report_cut
 from tdlib.teacher.model import EXTRAS
@@ -361,7 +362,8 @@ def evaluate(
             of_split = measures(config, table)
             figures["accuracy"][split] = next(iter(of_split.values()))
             figures["measures"][split] = of_split
-            figures["detail"][split] = detail(table)
+            known = strata_of(data_folder(config), split).reindex(table["question"]).fillna("")
+            figures["detail"][split] = detail(table.assign(**known.reset_index(drop=True)), STRATA)
         if split == config.submission_split:
             path = write_submission(config, folder, examples, probabilities, materials.labels)
             figures["submission"] = path.name

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT
 from tdlib.core.records import END, TargetRecord, read_records
-from tdlib.data.tasks import task_of
+from tdlib.data.tasks import data_folder, task_of
+from tdlib.miniworld.worlds import STRATA, strata_of
 from tdlib.views.training import in_order
 
 SELECTIONS = "selections.parquet"
@@ -66,8 +67,15 @@ class Run:
 
     @cached_property
     def index(self) -> pd.DataFrame:
-        """See ``read_index``."""
-        return read_index(self.folder / SELECTIONS, self.labels)
+        """See ``read_index``; also ``STRATA`` of each example, "" where the data do not say (any more)."""
+        index = read_index(self.folder / SELECTIONS, self.labels)
+        questions = index["example_id"].str.removesuffix(":r")  # VCR's rationales
+        known = {split: strata_of(data_folder(self.config), split) for split in index["split"].unique()}
+        parts = [
+            known[split].reindex(questions[rows.index]).fillna("").set_index(rows.index)
+            for split, rows in index.groupby("split")
+        ]
+        return index.join(pd.concat(parts)) if parts else index.assign(**dict.fromkeys(STRATA, ""))
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
@@ -229,6 +237,7 @@ class Filter:
     Examples without a number are dropped only where the number is asked for. ``text``: words that all occur
     (in any case) in id, statements or answer. ``label``: an index, or a label's name. ``correct``: whether
     the student is right. ``weight``: lowest and highest c. ``disagreement``: the least ``|p_T - p_S|``.
+    ``concept``: "known" or "unknown" to the mini students' corpus; ``style``: of the picture.
     """
 
     text: str = ""
@@ -238,6 +247,8 @@ class Filter:
     weight: tuple[float, float] = (0.0, float("inf"))
     disagreement: float = 0.0
     order: str = ORDERS[0]
+    concept: str = ""
+    style: str = ""
 
     def choose(self, index: pd.DataFrame) -> pd.DataFrame:
         """The rows that pass, sorted, numbered anew from 0.
@@ -255,8 +266,9 @@ class Filter:
         if self.label:
             named = index["answer"].fillna("").to_numpy(dtype=object) == self.label
             keep &= named | (index["label"].astype("string").fillna("") == self.label).to_numpy(dtype=bool)
-        if self.split:
-            keep &= (index["split"] == self.split).to_numpy(dtype=bool)
+        for column in ("split", "concept", "style"):
+            if wanted := getattr(self, column):
+                keep &= (index[column] == wanted).to_numpy(dtype=bool)
         if self.correct is not None:
             keep &= (index["correct"] == self.correct).fillna(False).to_numpy(dtype=bool)
         low, high = self.weight

@@ -96,6 +96,7 @@ class Explorer(ipywidgets.VBox):
         self.label = named("label", ipywidgets.Combobox(placeholder=ANY), "220px")
         self.split = dropdown("split")
         self.correct = dropdown("student", list(VERDICTS), ANY)
+        self.concept, self.style = dropdown("concept"), dropdown("style")
         self.order = dropdown("order", ORDERS, ORDERS[0])
         self.weight = named("c", ipywidgets.FloatRangeSlider(min=0, max=1, step=0.01), "300px")
         self.disagreement = named("|p_T − p_S| ≥", ipywidgets.FloatSlider(min=0, max=1, step=0.01), "300px")
@@ -126,7 +127,8 @@ class Explorer(ipywidgets.VBox):
         left = ipywidgets.VBox(
             [
                 self.list, beside(self.order, self.reset), self.search,
-                beside(self.label, self.split, self.correct), self.weight, self.disagreement,
+                beside(self.label, self.split, self.correct), beside(self.concept, self.style),
+                self.weight, self.disagreement,
             ]
         )  # fmt: skip
         right = ipywidgets.VBox(
@@ -156,7 +158,7 @@ class Explorer(ipywidgets.VBox):
         return Filter(
             text=self.search.value, label=self.label.value, split=self.split.value,
             correct=VERDICTS[self.correct.value], disagreement=self.disagreement.value,
-            order=self.order.value, **condition,
+            order=self.order.value, concept=self.concept.value, style=self.style.value, **condition,
         )  # fmt: skip
 
     @property
@@ -199,7 +201,7 @@ class Explorer(ipywidgets.VBox):
         on(self._change_second, self.second)
         on(
             self._change_filter, self.search, self.label, self.split, self.correct, self.weight,
-            self.disagreement, self.order,
+            self.disagreement, self.order, self.concept, self.style,
         )  # fmt: skip
         on(self._change_view, self.view)
         on(
@@ -260,9 +262,11 @@ class Explorer(ipywidgets.VBox):
         self.search.value, self.label.value, self.order.value = filter.text, filter.label, filter.order
         self.correct.value = next(name for name, value in VERDICTS.items() if value == filter.correct)
         self.disagreement.value = filter.disagreement
-        splits = list(index["split"].unique())
-        self.split.options = [(ANY, ""), *((name, name) for name in splits)]
-        self.split.value = filter.split if filter.split in splits else ""
+        for control, column in ((self.split, "split"), (self.concept, "concept"), (self.style, "style")):
+            names, wanted = [name for name in index[column].unique() if name], getattr(filter, column)
+            control.options = [(ANY, ""), *((name, name) for name in names)]
+            control.value = wanted if wanted in names else ""
+            control.disabled = not names
         counts = index["answer" if run.labels else "label"].value_counts()
         self.label.options = [str(name) for name in counts.index[:MOST_NAMES]]
         highest = float(index["c"].max()) if index["c"].notna().any() else 1.0
