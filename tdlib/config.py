@@ -81,12 +81,14 @@ class RunConfig(BaseModel):
     max_text_tokens: int = _model(40, "longer statements are cut", "all", ge=8, le=512)
 
     arm: str = _method("clip_td", "a key of tdlib.arms.ARMS")
-    epochs: int = _training(6, "passes over the training subset", ge=1)
+    epochs: int = _training(16, "passes over the training subset", ge=1)
     repeat_epochs: int = _training(1, "times that the epochs are trained (a control of cost)", ge=1)
     batch_size: int = _training(16, "examples per batch", ge=1)
     accumulation: int = _training(1, "batches per update", ge=1)
-    learning_rate: float = _training(5e-4, "of pretrained layers", gt=0)
-    head_learning_rate: float = _training(1e-3, "of the new head and the dropped projections", gt=0)
+    learning_rate: float = _training(
+        2e-4, "of pretrained layers; a larger one destroys what a student knows", gt=0
+    )
+    head_learning_rate: float = _training(4e-4, "of the new head and the dropped projections", gt=0)
     weight_decay: float = _training(0.01, "of matrices", ge=0)
     warmup_fraction: float = _training(0.1, "of the updates", ge=0, lt=1)
     label_smoothing: float = _training(0.0, "of the task loss", ge=0, lt=1)

@@ -73,6 +73,7 @@ def settings(worlds, teacher_folder, folders, detector_folder, own_cache):
         common = {
             "task": task, "data_dir": str(worlds[TASKS[task].data_set]), "student": str(folders[student]),
             "regions": f"boxes+grid:{detector_folder}", "teacher": f"local-dir:{teacher_folder}",
+            "learning_rate": 5e-4, "head_learning_rate": 1e-3,  # so that a few updates show
             "shots": 0.3, "epochs": 1, "batch_size": 8, "probe_examples": 1, "vocabulary_minimum": 2,
             "shift": "",
         }  # fmt: skip

@@ -156,6 +156,7 @@ def base(world, student_folder, teacher_folder, own_cache, tmp_path_factory):
     (student / "config.json").write_text(json.dumps(settings))
     return RunConfig.from_parameters(
         data_dir=str(world), student=str(student), teacher=f"local-dir:{teacher_folder}", shots=0.4,
+        learning_rate=5e-4, head_learning_rate=1e-3,  # so that a few updates show
         epochs=3, batch_size=4, accumulation=2, eval_splits=["val"], probe_examples=2, probe_every=1,
         diagnostics_every=2, selector="sample", distill_schedule="learned",
     )  # fmt: skip

@@ -100,6 +100,7 @@ def test_the_number_of_processes_must_be_the_settings(monkeypatch):
 def base(world, student_folder, teacher_folder, own_cache):
     return RunConfig.from_parameters(
         data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
+        learning_rate=5e-4, head_learning_rate=1e-3,  # so that a few updates show
         shots=0.4, epochs=3, batch_size=4, accumulation=2, eval_splits=["val"], probe_examples=2,
         probe_every=2, diagnostics_every=2,
     )  # fmt: skip

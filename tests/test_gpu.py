@@ -39,6 +39,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def base(world, student_folder, teacher_folder, own_cache):
     return RunConfig.from_parameters(
         data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
+        learning_rate=5e-4, head_learning_rate=1e-3,  # so that a few updates show
         shots=0.4, epochs=3, batch_size=4, eval_splits=["val"], probe_examples=2, diagnostics_every=2,
     )  # fmt: skip
 

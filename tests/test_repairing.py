@@ -124,6 +124,7 @@ def test_centred_targets_lose_what_all_share():
 def base(world, student_folder, teacher_folder, own_cache):
     return RunConfig.from_parameters(
         data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
+        learning_rate=5e-4, head_learning_rate=1e-3,  # so that a few updates show
         shots=0.3, epochs=1, batch_size=4, eval_splits=["val"], probe_examples=3, arm="repair_only",
     )  # fmt: skip
 
@@ -344,6 +345,7 @@ def task_settings(worlds, teacher_folder, student_folder, task: str, **changes) 
             **{
                 "task": task, "data_dir": str(worlds[task]), "student": str(student_folder),
                 "teacher": f"local-dir:{teacher_folder}", "shots": 0.4, "epochs": 1, "batch_size": 4,
+                "learning_rate": 5e-4, "head_learning_rate": 1e-3,
                 "shift": "", "probe_examples": 2, "arm": "repair_only", "vocabulary_minimum": 1,
             } | changes
         )

@@ -35,6 +35,7 @@ def settings(worlds, teacher_folder, student_folder, own_cache):
     def of(task: str, **changes) -> RunConfig:
         common = {
             "task": task, "data_dir": str(worlds[TASKS[task].data_set]), "student": str(student_folder),
+            "learning_rate": 5e-4, "head_learning_rate": 1e-3,  # so that a few updates show
             "teacher": f"local-dir:{teacher_folder}", "shots": 0.3, "epochs": 1, "batch_size": 8,
             "probe_examples": 2, "vocabulary_minimum": 2, "submission_split": submission_split(task),
         }  # fmt: skip

@@ -56,6 +56,7 @@ def base(world, student_folder, teacher_folder, own_cache):
     """Settings of a run of a few seconds; the cache lies in a temporary folder."""
     return RunConfig.from_parameters(
         data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
+        learning_rate=5e-4, head_learning_rate=1e-3,  # so that a few updates show
         shots=0.2, epochs=1, batch_size=4, eval_splits=["val", "test"], probe_examples=2,
     )  # fmt: skip
 
