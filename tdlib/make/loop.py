@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -186,14 +186,8 @@ def train(
     module = job.module.train()
     optimizer = make_optimizer(module, weight_decay)
     settings = job.settings | {"peak": peak, "weight_decay": weight_decay}
-    position = Position()
-    if checkpoint.is_file():
-        position = load_checkpoint(checkpoint, module, optimizer, settings)
-        job.memory.update(position.memory)
-        log.info("continues at step %d, after %.0f s", position.step, position.seconds)
-    # On a CPU its own time counts, not the wall's: other work beside it slows a run down but does not
-    # shorten it. (With several threads their times add up. A GPU's work is not in the process's time.)
-    clock = time.monotonic if next(module.parameters()).is_cuda else time.process_time
+    position = _start(job, checkpoint, optimizer, settings)
+    clock = _clock(module)
     before, began = position.seconds, clock()
     logged = saved = time.monotonic()
 
@@ -221,6 +215,25 @@ def train(
         if stops:
             break
     return position
+
+
+def _start(
+    job: Job, checkpoint: Path, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+) -> Position:
+    """Where a run begins: where its checkpoint left it, if there is one."""
+    if not checkpoint.is_file():
+        return Position()
+    position = load_checkpoint(checkpoint, job.module, optimizer, settings)
+    job.memory.update(position.memory)
+    log.info("continues at step %d, after %.0f s", position.step, position.seconds)
+    return position
+
+
+def _clock(module: nn.Module) -> Callable[[], float]:
+    """What measures a run's time, in seconds."""
+    # On a CPU its own time counts, not the wall's: other work beside it slows a run down but does not
+    # shorten it. (With several threads their times add up. A GPU's work is not in the process's time.)
+    return time.monotonic if next(module.parameters()).is_cuda else time.process_time
 
 
 def _update(

@@ -200,30 +200,7 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
             f"student {name!r} has no config.json; expected a folder that save_pretrained wrote"
         )
     what = kind.__name__.partition("For")[0]
-    options: dict[str, Any] = {}
-    if labels:
-        options["id2label"] = dict(enumerate(labels))
-        options["label2id"] = {label: index for index, label in enumerate(labels)}
-    chatter = transformers.utils.logging.get_verbosity()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        transformers.utils.logging.set_verbosity_error()  # what is missing is checked below
-        try:
-            stored = kind.config_class.from_pretrained(name).id2label if labels else {}
-            model, report = kind.from_pretrained(
-                name,
-                output_loading_info=True,
-                dtype=torch.float32,  # whatever it is stored in: it will be trained
-                ignore_mismatched_sizes=bool(labels),
-                **options,
-            )
-        except Exception as error:  # transformers lets through what json, torch and safetensors raise
-            raise StudentError(
-                f"student {name!r} cannot be loaded: {why_unreadable(error)}. Expected a folder or hub id of "
-                f"a {what}"
-            ) from error
-        finally:
-            transformers.utils.logging.set_verbosity(chatter)
+    model, report, stored = _from_pretrained(kind, name, seed, labels, what)
     missing = [key for key in report["missing_keys"] if not key.startswith(kind.may_lack)]
     mismatched = [str(key) for key in report["mismatched_keys"]]
     if labels:  # a head for other labels may go
@@ -245,6 +222,37 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
         else:
             fit_classifier(model, stored, labels, seed, name)
     return model
+
+
+def _from_pretrained(
+    kind: Any, name: str, seed: int, labels: Sequence[str], what: str
+) -> tuple[Any, dict[str, Any], Mapping[int, str]]:
+    """The model, transformers' report on its parameters, and the names that its outputs were stored with."""
+    options: dict[str, Any] = {}
+    if labels:
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: index for index, label in enumerate(labels)}
+    chatter = transformers.utils.logging.get_verbosity()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformers.utils.logging.set_verbosity_error()  # the caller checks what is missing
+        try:
+            stored = kind.config_class.from_pretrained(name).id2label if labels else {}
+            model, report = kind.from_pretrained(
+                name,
+                output_loading_info=True,
+                dtype=torch.float32,  # whatever it is stored in: it will be trained
+                ignore_mismatched_sizes=bool(labels),
+                **options,
+            )
+        except Exception as error:  # transformers lets through what json, torch and safetensors raise
+            raise StudentError(
+                f"student {name!r} cannot be loaded: {why_unreadable(error)}. Expected a folder or hub id of "
+                f"a {what}"
+            ) from error
+        finally:
+            transformers.utils.logging.set_verbosity(chatter)
+    return model, report, stored
 
 
 def fit_classifier(

@@ -148,18 +148,14 @@ def train_run(
     run = _Run(config, materials, subset, checkpoints.checkpoints_of(folder))
     log.info("%s, seed %d: %d examples, %d epochs", config.arm, config.seed, len(subset), config.epochs)
     if place_among_processes() > 0:  # it helps to train; the first process evaluates and writes
-        with tempfile.TemporaryDirectory() as elsewhere:
-            run.train(Path(elsewhere), show_progress)
-        return run.metrics
+        return run.help_train(show_progress)
     failures: list[BaseException] = []
 
     def fill(partial: Path) -> None:
         run.train(partial, show_progress)
         run.write(partial)
         try:
-            run.metrics |= evaluate(config, materials, run.student, partial)
-            run.metrics["seconds"] = round(run.seconds_before + time.time() - run.started, 2)
-            finish(config, run.metrics, run.student, partial)
+            run.evaluate(partial)
             set_aside(folder, config)
         except BaseException as error:  # also an interruption: what training made is kept
             failures.append(error)
@@ -249,6 +245,12 @@ class _Run:
         for recorder in self.recorders:
             recorder.record(END)
 
+    def help_train(self, show_progress: bool) -> dict[str, Any]:
+        """Trains beside the process that writes; what has to be written on the way is thrown away."""
+        with tempfile.TemporaryDirectory() as elsewhere:
+            self.train(Path(elsewhere), show_progress)
+        return self.metrics
+
     def _recorders(self) -> list[ProbeRecorder]:
         """A recorder for each evaluated split's probes, where the run distils or re-pairs."""
         targets = self.module.phi is not None or self.module.repairing is not None
@@ -280,6 +282,12 @@ class _Run:
         shutil.rmtree(partial / "trainer", ignore_errors=True)  # the Trainer's own folder: nothing is in it
         self.student.save_pretrained(partial / "student")
         self.materials.encoder.save(partial / "student")
+
+    def evaluate(self, partial: Path) -> None:
+        """Evaluates the trained student and writes metrics, predictions and the model card."""
+        self.metrics |= evaluate(self.config, self.materials, self.student, partial)
+        self.metrics["seconds"] = round(self.seconds_before + time.time() - self.started, 2)
+        finish(self.config, self.metrics, self.student, partial)
 
 
 def _target_builder(config: RunConfig, materials: Materials, subset: Examples) -> TargetBuilder | None:
