@@ -64,6 +64,16 @@ def worlds(world, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def image(tmp_path_factory) -> Path:
+    """A picture of one colour, 60 x 40 pixels."""
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("pictures") / "scene.png"
+    Image.new("RGB", (60, 40), "#88aaff").save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def captions_texts() -> list[str]:
     from tdlib.miniworld.writers import captioned_scene
 

@@ -145,6 +145,7 @@ def test_two_processes_train_as_one_does(base, materials, tmp_path):
     assert records[0]["step"].tolist() == records[1]["step"].tolist()
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_and_together_they_continue(base, materials, tmp_path):
     """Without a teacher: the test above has one."""
     changes = {"checkpoint_every": 2, "epochs": 6, "diagnostics_every": 0, "probe_every": 0}

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from test_views_runs import make_record, problems
 
 from tdlib.config import RunConfig
@@ -29,13 +28,6 @@ from tdlib.views.index import ExplorerError, Filter, Run, companion, find_runs, 
 
 MANY = 20_000
 EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
-
-
-@pytest.fixture(scope="session")
-def image(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "scene.png"
-    Image.new("RGB", (60, 40), "#88aaff").save(path)
-    return path
 
 
 def fake_run(folder: Path, records, **config) -> Path:

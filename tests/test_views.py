@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_hex
-from PIL import Image
 
 from tdlib.core import facts
 from tdlib.core.records import TargetRecord
@@ -69,13 +68,6 @@ def make_record(image, **changes) -> TargetRecord:
         relevant_spans=((13, 18), (24, 42)), relevant_boxes=((0.35, 0.02, 0.45, 0.12),),
     )  # fmt: skip
     return replace(record, **changes)
-
-
-@pytest.fixture(scope="session")
-def image(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "scene.png"
-    Image.new("RGB", (60, 40), "#88aaff").save(path)
-    return path
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from functools import partial
 from html import unescape
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,8 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
-from PIL import Image
-from test_views import EVIL, Page
+from test_views import EVIL, PATCHES, SPANS, TEXT, Page
 from transformers import TrainerCallback, VisualBertConfig
 
 from tdlib.analysis.masking import Curves
@@ -42,30 +40,8 @@ from tdlib.views import alignment, compare, measures, training
 from tdlib.views import attention as attention_views
 from tdlib.views.view import View
 
-TEXT = "Why is Casey angry? The heat is unbearable."
-SPANS = [
-    (0, 3),
-    (4, 6),
-    (7, 12),
-    (13, 18),
-    (18, 19),
-    (20, 23),
-    (24, 28),
-    (29, 31),
-    (32, 34),
-    (34, 42),
-    (42, 43),
-]
-PATCHES = [(c / 3, r / 3, (c + 1) / 3, (r + 1) / 3) for r in range(3) for c in range(3)]
 SIZE = 1 + len(SPANS) + len(PATCHES)
 STEPS = (0, 10, 20, END)
-
-
-@pytest.fixture(scope="session")
-def image(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "scene.png"
-    Image.new("RGB", (60, 40), "#88aaff").save(path)
-    return path
 
 
 def make_record(image, seed: int = 0, **changes) -> TargetRecord:

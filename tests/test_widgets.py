@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from test_explorer import EVIL, fake_run
 from test_views_runs import make_record
 
@@ -18,13 +17,6 @@ from tdlib.views.index import Filter, find_runs
 from tdlib.views.widgets import Explorer, OwnExample
 
 COUNT = 34
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "scene.png"
-    Image.new("RGB", (60, 40), "#88aaff").save(path)
-    return path
 
 
 @pytest.fixture(scope="module")
