@@ -52,6 +52,7 @@ def _explicit(modules: Sequence[Any]) -> Iterator[list[Tensor]]:
 
         return forward
 
+    # On the instance, not its class: other students of the kind, and this one afterwards, stay as they are.
     try:
         for module in modules:
             module.forward = forward_of(module)
@@ -194,6 +195,6 @@ def gradient_relevance(
     mine = [attention[record.choice][None] for attention in maps]
     theirs = [None if gradient is None else gradient[record.choice][None] for gradient in gradients]
     row = relevancy(start, mine, theirs)[0].detach().float()
-    row[query] -= 1
+    row[query] -= 1  # the identity that R starts from, which says nothing of this statement
     values = row.clamp_min(0).cpu().numpy()
     return values / values.max() if values.max() > 0 else values

@@ -102,6 +102,7 @@ def teacher_attention(
     given, placed = _input(teacher, record, tower)
     chosen = chosen_layers(layers, count, f"teacher {reader.name} ({tower})")
     with torch.inference_mode():
+        # A pooling that attends has one query for the whole sequence; as a layer, every row of it is that.
         seen = reader.see(given, len(reader.blocks))
         pooled = reader.pooling.weights(seen.hidden, seen.given)  # (1, heads, positions)
         every = pooled[0].unsqueeze(1).expand(-1, pooled.shape[-1], -1)

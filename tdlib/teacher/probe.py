@@ -24,6 +24,7 @@ def probe_features(
     image: Float[Tensor, "examples dim"], text: Float[Tensor, "examples dim"]
 ) -> Float[Tensor, "examples features"]:
     """Both global embeddings (unit length) and their product: (examples, 3 * dim)."""
+    # The product of two unit vectors has entries of 1 / dim; the factor gives it the size of the others.
     return torch.cat([image, text, image * text * image.shape[-1] ** 0.5], dim=-1)
 
 
@@ -38,6 +39,7 @@ def fit_logistic(
     ``penalty`` is the squared weights' share beside the mean cross-entropy.
     """
     weight = torch.zeros(features.shape[1], targets.shape[1], requires_grad=True)
+    # Starting at the classes' frequencies, so that the few steps are spent on what the features tell.
     bias = targets.mean(0).clamp_min(1e-4).log().requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
 
@@ -75,14 +77,17 @@ class ClassProbe:
     ):  # fmt: skip
         self.cache = cache
         found = [example for example in examples if example.label is not None]
+        # An order that depends on the seed and the id alone, not on the subset's own.
         found.sort(key=lambda e: hashlib.sha256(f"{seed} {e.id}".encode()).digest())
         found = found[:most]
+        # Whole pictures: with two questions about one picture in two folds, the probe would know the picture.
         pictures = {picture: place for place, picture in enumerate(dict.fromkeys(e.image for e in found))}
         if len(pictures) < folds:
             raise ValueError(
                 f"labelled examples of {len(pictures)} pictures cannot be split into {folds} folds; "
                 "raise shots, or set class_probabilities='statements'"
             )
+        # Divided by sqrt(features), a row has about length 1, so that one range of penalties suits every teacher.
         raw = self._raw(found)
         self._mean, self._scale = raw.mean(0), raw.std(0).clamp_min(1e-3) * raw.shape[1] ** 0.5
         features = self._standard(raw)
@@ -99,6 +104,8 @@ class ClassProbe:
         losses = {penalty: float(F.cross_entropy(logits, targets)) for penalty, logits in held_out.items()}
         self.penalty = min(losses, key=lambda penalty: losses[penalty])
         self.weight, self.bias = fit_logistic(features, targets, self.penalty)
+        # Training examples get the logits of a probe that did not see them: on its own examples a probe is
+        # always right, and instance weights would take the teacher to be surer than it is on any other.
         logits = held_out[self.penalty]
         self._held_out = {example.id: logits[i] for i, example in enumerate(found)}
         self.held_out_accuracy = float((logits.argmax(1) == targets.argmax(1)).float().mean())

@@ -154,7 +154,7 @@ def each_alone(block: nn.Module, hidden: Tensor) -> Tensor:
     """
     if isinstance(block, ResidualAttentionBlock):
         return value_path(block, hidden)
-    if isinstance(block, RelPosBlock | ResPostRelPosBlock):  # its biases fit a whole picture only
+    if isinstance(block, RelPosBlock | ResPostRelPosBlock):  # its position biases fit a whole picture only
         with _passing_values(block.attn):
             return block(hidden)
     options = {"attention_mask": None} if _is_hugging_face(block) else {}
@@ -301,6 +301,7 @@ class Tower:
         depth = {"vv": self.surgery_blocks, "rollout": len(self.blocks)}
         seen = self.see(given, max([1, *(depth.get(extra, 1) for extra in extras)]))
         signals = {"projected": self.pooling.project(seen.hidden[:, self.prefix :])}
+        # A ResNet has no block to pass values through: its tokens are local already.
         signals["value"] = self._value(seen) if self.blocks else signals["projected"]
         for extra in extras:
             signals[extra] = getattr(self, f"_{extra}")(seen)[:, self.prefix :]
@@ -324,7 +325,7 @@ class Tower:
         for block, (hidden, mask) in zip(self.blocks[-depth:], seen.entered[-depth:], strict=True):
             parts = self._parts(block)
             normed = parts.norm(hidden)
-            v = parts.qkv(normed)[2]
+            v = parts.qkv(normed)[2]  # of the original path, so that both paths stay in step
             path = path + parts.out(attention_weights(v, v, mask) @ v, normed)
         return self.pooling.project(path)
 
@@ -376,8 +377,11 @@ class Tower:
 
         A pooling that attends is the last layer, with the same product of gradient and weights.
         """
+        # The graph is kept: text and picture are asked for the same cosine, one after the other.
         *gradients, last = torch.autograd.grad(goal, [*attended.maps, attended.weights], retain_graph=True)
         row = attended.weights
+        # A fixed pooling (class token, mean) is where the reading starts; one that attends is a layer that
+        # the scalar may use or not, so it counts by its gradient as the others do.
         if self.pooling.attends:
             row = (last * row).clamp(min=0)
         row = row.mean(dim=1)

@@ -83,7 +83,7 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         module = self.module
-        module.progress = self.state.global_step / max(1, self.state.max_steps)
+        module.progress = self.state.global_step / max(1, self.state.max_steps)  # schedules read it
         window = None if num_items_in_batch is None else int(num_items_in_batch)  # of all processes
         every = self.settings.diagnostics_every
         if every and self.state.global_step % every == 0 and not self._window:
@@ -138,6 +138,8 @@ class DistillationTrainer(Trainer):
     def create_optimizer(self, model=None):
         config = self.settings
         assert self.model is not None
+        # What is new starts from noise and learns at a higher rate than what was pretrained; biases and norms
+        # do not decay, as everywhere since BERT.
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.model.named_parameters():
             is_new = name.startswith(("phi.", "log_variance.", "repairing.", "student.classifier."))
@@ -171,6 +173,8 @@ class DistillationTrainer(Trainer):
 
     def save_own(self, folder: Path) -> None:
         """Writes this process's part of what the Trainer does not save."""
+        # Selectors and re-pairing draw from generators of their own, which the Trainer does not know; the
+        # sums are of updates since the last line of the log.
         own = {name: generator.get_state() for name, generator in self.module.generators().items()}
         own |= {f"sum.{name}": value.cpu() for name, value in self._sums.items()}
         save_file(own, folder / f"process-{self.args.process_index}.safetensors")
@@ -227,7 +231,7 @@ class CheckpointKeeper(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         self.trainer.save_own(folder)
-        self.trainer.accelerator.wait_for_everyone()
+        self.trainer.accelerator.wait_for_everyone()  # all parts must lie there before they are sealed
         if self.trainer.is_world_process_zero():
             (folder / "training_args.bin").unlink()  # a pickle that nobody reads
             seconds = self.seconds + time.time() - self._began
@@ -253,6 +257,7 @@ def diagnose(
     devices = [p.device for p in parameters[:1] if p.device.type == "cuda"]
     size = torch.tensor(len(batch["labels"]), device=batch["labels"].device)
     with torch.random.fork_rng(devices):
+        # A second pass in place of the training's own: its graph must stay whole for the update.
         output = module(batch, int(accelerator.reduce(size, "sum")))
     for name, generator in module.generators().items():
         generator.set_state(states[name])
