@@ -37,9 +37,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    task: Literal["vcr_qa", "vcr_qar", "vcr", "snli_ve", "e_snli_ve", "vqa_v2", "vqa_cp_v2"] = _data(
-        "vcr_qa", prepares="all"
-    )
+    task: str = _data("vcr_qa", "a key of tdlib.data.tasks.TASKS", "all")
     data_dir: str = _data("", "folder of the data set; '' for the MiniWorld, made on demand", "all")
     world_seed: int = _data(0, "seed of the MiniWorld (only where data_dir is '')", "all", ge=0)
     shift: str = _data("auto", "evaluated beside the usual split; 'auto': the task's own, '': none", "all")
@@ -222,14 +220,15 @@ class RunConfig(BaseModel):
                 raise ConfigError(f"bad parameters:\n- {name}: unknown parameter; did you mean {close[0]!r}?")
         return cls.from_parameters(**taken)
 
-    @field_validator("arm", *registry.TABLES)
+    @field_validator("task", "arm", *registry.TABLES)
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
         name = str(info.field_name)
-        known = list(ARMS) if name == "arm" else registry.names(name)
+        others = {"task": lambda: registry.table_keys("tdlib.data.tasks", "TASKS"), "arm": lambda: list(ARMS)}
+        known = others[name]() if name in others else registry.names(name)
         if value not in known:
             raise ValueError(f"expected one of {', '.join(known)}{did_you_mean(value, known)}")
-        if name != "arm" and (problem := registry.call_problem(name, value)):
+        if name not in others and (problem := registry.call_problem(name, value)):
             raise ValueError(problem)
         return value
 

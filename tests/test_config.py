@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from tdlib.arms import ARMS
 from tdlib.config import RunConfig, apply_arm, check_arm, parameters_with, replaced_by_arm
 from tdlib.core.paths import ROOT, ConfigError, resolve
+from tdlib.data.tasks import TASKS
 from tdlib.method import registry
 from tdlib.method.losses import DISTANCES
 from tdlib.method.priors import PRIORS
@@ -34,6 +35,13 @@ def problems(**parameters) -> list[str]:
     heading, *lines = str(caught.value).splitlines()
     assert heading == "bad parameters:"
     return [line.removeprefix("- ") for line in lines]
+
+
+def test_a_task_that_a_notebook_adds_can_be_named(monkeypatch):
+    assert problems(task="mine") == [f"task='mine': expected one of {', '.join(TASKS)}"]
+    assert "did you mean 'snli_ve'?" in problems(task="snli_v")[0]
+    monkeypatch.setitem(TASKS, "mine", TASKS["snli_ve"])
+    assert RunConfig.from_parameters(task="mine").task == "mine"
 
 
 def test_defaults_hold():

@@ -54,10 +54,7 @@ def bootstrap_interval(
 
 
 def pooled_mean(
-    worlds: Sequence[tuple[np.ndarray, np.ndarray]],
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    worlds: Sequence[tuple[np.ndarray, np.ndarray]], level: float = 0.95, resamples: int = 2000
 ) -> tuple[float, float, float]:
     """Mean over several worlds, each counting alike, and its interval; each world is resampled by itself.
 
@@ -65,9 +62,8 @@ def pooled_mean(
         worlds: scores (seeds, examples) and clusters (examples,) of each.
         level: of the interval.
         resamples: of each world.
-        seed: of the draws.
     """
-    draws = _pooled([_Draws.of([values], clusters, resamples, seed + place)
+    draws = _pooled([_Draws.of([values], clusters, resamples, seed=place)
                      for place, (values, clusters) in enumerate(worlds)])  # fmt: skip
     return float(draws.observed[0]), *draws.interval(lambda means: means[0], level)
 
@@ -177,7 +173,7 @@ def _bca_shares(
 # Tests.
 
 
-def sign_flip_test(differences: Sequence[float] | np.ndarray, samples: int = 20_000, seed: int = 0) -> float:
+def sign_flip_test(differences: Sequence[float] | np.ndarray, samples: int = 20_000) -> float:
     """Two-sided p-value of paired differences: how often random signs give as large a mean.
 
     Under the hypothesis that arm and baseline are alike, each pair's difference is as likely to have
@@ -198,7 +194,7 @@ def sign_flip_test(differences: Sequence[float] | np.ndarray, samples: int = 20_
     if number <= EXACT_PAIRS:
         patterns = np.arange(2**number)[:, None] >> np.arange(number) & 1
         return float(np.mean(np.abs((2 * patterns - 1) @ values) >= least))
-    signs = np.random.default_rng(seed).choice([-1, 1], size=(samples, number))
+    signs = np.random.default_rng(0).choice([-1, 1], size=(samples, number))
     return float((1 + np.sum(np.abs(signs @ values) >= least)) / (1 + samples))
 
 

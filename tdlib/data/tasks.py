@@ -1,7 +1,8 @@
 """The tasks. All that differs between them stands here, so that nothing else needs to know.
 
 A task is an object: where the files of its splits lie and how they are read, its label set, its
-scores, the shifts that apply and its submission. To add one, write a reader and an entry of ``TASKS``.
+scores, the shifts that apply and its submission. To add one, write a reader and an entry of ``TASKS``, in
+a notebook too: whoever names a task looks there.
 A shift is evaluated as one more split, named after its source: "val" under "shortcut" is
 "val_shortcut".
 """

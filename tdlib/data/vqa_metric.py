@@ -255,8 +255,8 @@ def _differences(found: Iterable[int], expected: Iterable[int], where: str) -> l
     return missing + _summary(f"extra question ids in {where}", [i for i in found if i not in expected])
 
 
-def _summary(what: str, places: Sequence[int], shown: int = 5) -> list[str]:
+def _summary(what: str, places: Sequence[int]) -> list[str]:
     if not places:
         return []
-    more = ", ..." if len(places) > shown else ""
-    return [f"{len(places)} {what}: {', '.join(map(str, places[:shown]))}{more}"]
+    more = ", ..." if len(places) > 5 else ""
+    return [f"{len(places)} {what}: {', '.join(map(str, places[:5]))}{more}"]

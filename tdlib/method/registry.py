@@ -40,9 +40,7 @@ class Table:
 
     def names(self) -> list[str]:
         """What the table holds now, without importing its module if nobody has."""
-        module = sys.modules.get(f"tdlib.method.{self.module}")
-        # Only who imports the module can add to the table, so until then its source says it all.
-        return list(getattr(module, self.name)) if module else list(_keys_in_source(self.module, self.name))
+        return table_keys(f"tdlib.method.{self.module}", self.name)
 
     def functions(self) -> dict[str, Function]:
         """The table itself; imports torch."""
@@ -100,15 +98,23 @@ TABLES: dict[str, tuple[Table, ...]] = {
 }  # fmt: skip
 
 
+def table_keys(module: str, name: str) -> list[str]:
+    """What a table of any module of ``tdlib`` holds now, without importing the module if nobody has."""
+    # Only who imports the module can add to the table, so until then its source says it all.
+    loaded = sys.modules.get(module)
+    return list(getattr(loaded, name)) if loaded else list(_keys_in_source(module, name))
+
+
 @lru_cache
 def _keys_in_source(module: str, name: str) -> tuple[str, ...]:
-    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    path = Path(__file__).parents[2].joinpath(*module.split("."))
+    source = path.with_suffix(".py").read_text(encoding="utf-8")
     for node in ast.parse(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             assert isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict)
             return tuple(ast.literal_eval(key) for key in node.value.keys if key is not None)
-    raise LookupError(f"tdlib/method/{module}.py holds no table {name}")
+    raise LookupError(f"{module} holds no table {name}")
 
 
 def names(parameter: str) -> list[str]:

@@ -162,26 +162,20 @@ def student_attention(
     return Attention(found, chosen, named, readout_position(student, batch, record.choice), name)
 
 
-def gradient_relevance(
-    student: Any, batch: Mapping[str, Tensor], record: TargetRecord, target: int | None = None
-) -> np.ndarray:
+def gradient_relevance(student: Any, batch: Mapping[str, Tensor], record: TargetRecord) -> np.ndarray:
     """How much each token brings about a logit (Chefer et al. 2021, eq. 5 and 6), (tokens,), largest 1.
+
+    The logit of the record's choice, or of its label (else prediction) where the task has a label set.
 
     ``R = I; R += mean_heads((gradient * A)+) R`` over all layers; the row of the token that the head
     reads, without the token itself. All 0 where no attention speaks for the logit.
 
-    Args:
-        student: as in ``student_attention``; likewise ``batch`` and ``record``.
-        target: the logit; None: of the record's choice, or of its label (else prediction).
-
-    Raises:
-        AttentionError: see ``student_attention``.
+    Arguments and errors as in ``student_attention``.
     """
     modules = attention_modules(student)
     inputs = _inputs(student, batch, record)
-    if target is None:
-        answer = record.prediction if record.label is None else record.label
-        target = record.choice if batch["input_ids"].shape[1] > 1 else answer
+    answer = record.prediction if record.label is None else record.label
+    target = record.choice if batch["input_ids"].shape[1] > 1 else answer
     student.eval()
     with _explicit(modules) as maps, torch.enable_grad():
         logits = student(**inputs).logits

@@ -18,6 +18,7 @@ from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import choice_logits
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+FOLDS = 5  # parts of the subset, whole pictures; each is scored by a probe fitted on the others
 
 
 def probe_features(
@@ -61,7 +62,6 @@ class ClassProbe:
         examples: the training subset; those without a label are left out of the fit.
         num_labels: size of the label set.
         seed: of the folds.
-        folds: parts of the subset, whole pictures; each is scored by a probe fitted on the others.
         most: at most this many examples are fitted on (the first in a seeded order).
 
     The penalty is the one of ``PENALTIES`` with the least cross-entropy on the held-out folds: one
@@ -73,7 +73,7 @@ class ClassProbe:
 
     def __init__(
         self, cache: TeacherCache, examples: Sequence[Example], num_labels: int, seed: int,
-        folds: int = 5, most: int = 20_000,
+        most: int = 20_000,
     ):  # fmt: skip
         self.cache = cache
         found = [example for example in examples if example.label is not None]
@@ -82,22 +82,22 @@ class ClassProbe:
         found = found[:most]
         # Whole pictures: with two questions about one picture in two folds, the probe would know the picture.
         pictures = {picture: place for place, picture in enumerate(dict.fromkeys(e.image for e in found))}
-        if len(pictures) < folds:
+        if len(pictures) < FOLDS:
             raise ValueError(
-                f"labelled examples of {len(pictures)} pictures cannot be split into {folds} folds; "
+                f"labelled examples of {len(pictures)} pictures cannot be split into {FOLDS} folds; "
                 "raise shots, or set class_probabilities='statements'"
             )
-        # Divided by sqrt(features), a row has about length 1, so that one range of penalties suits every teacher.
+        # Divided by sqrt(features), rows have about length 1: one range of penalties suits every teacher.
         raw = self._raw(found)
         self._mean, self._scale = raw.mean(0), raw.std(0).clamp_min(1e-3) * raw.shape[1] ** 0.5
         features = self._standard(raw)
         targets = torch.stack([soft_target(example, num_labels) for example in found])
         targets = targets / targets.sum(1, keepdim=True)
-        fold = torch.tensor([pictures[example.image] % folds for example in found])
+        fold = torch.tensor([pictures[example.image] % FOLDS for example in found])
         held_out: dict[float, Tensor] = {}
         for penalty in PENALTIES:
             logits = torch.empty_like(targets)
-            for part in range(folds):
+            for part in range(FOLDS):
                 weight, bias = fit_logistic(features[fold != part], targets[fold != part], penalty)
                 logits[fold == part] = features[fold == part] @ weight + bias
             held_out[penalty] = logits

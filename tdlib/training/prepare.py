@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 
 CACHE_ROOT = ROOT / "data" / "cache"
+COUNTED = 20_000  # examples whose words are counted: more change no idf that matters
+AT_ONCE = 5_000  # examples whose texts are held in memory while the cache is filled
 
 SHARED = parameters_with(prepares="all")
 PREPARED = parameters_with(prepares="arm")  # each combination is prepared by itself
@@ -170,26 +172,20 @@ def encoder_of(config: RunConfig, cache: TeacherCache | None = None, student: st
     return students.open_encoder(name, config.max_text_tokens, regions)
 
 
-def fit_idf(train: Examples, most: int = 20_000) -> Idf:
-    """Word statistics of a training split; of ``most`` examples at even distances where it is larger."""
-    every = range(0, len(train), max(1, len(train) // most))
+def fit_idf(train: Examples) -> Idf:
+    """Word statistics of a training split; of examples at even distances where it is large."""
+    every = range(0, len(train), max(1, len(train) // COUNTED))
     return Idf.fit(statement.text for index in every for statement in train[index].statements())
 
 
-def add_to_cache(
-    cache: TeacherCache, examples: Sequence[Example], labels: Sequence[str] = (), part: int = 5_000
-) -> None:
-    """Stores the teacher's features of all statements and pictures of the examples, ``part`` at a time.
+def add_to_cache(cache: TeacherCache, examples: Sequence[Example], labels: Sequence[str] = ()) -> None:
+    """Stores the teacher's features of all statements and pictures of the examples.
 
-    Args:
-        cache: where they are stored.
-        examples: statements and pictures of these.
-        labels: also the answer statements with these labels.
-        part: examples that are held in memory at once.
+    With ``labels`` also those of the answer statements.
     """
-    for start in range(0, len(examples), part):
+    for start in range(0, len(examples), AT_ONCE):
         texts, pictures = [], []
-        for example in examples[start : start + part]:
+        for example in examples[start : start + AT_ONCE]:
             texts += [statement.text for statement in example.statements()]
             texts += answer_statements(example, labels) if labels else []
             pictures.append(example.image)
