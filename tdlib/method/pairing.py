@@ -18,6 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 Judgements = Float[Tensor, "batch pictures judged"]
+Logits = Float[Tensor, "batch judged"]
+Pairs = Bool[Tensor, "batch pictures"]
+Places = Int[Tensor, " batch"]
 
 NEVER = -1e4  # a logit that a softmax in single precision makes exactly 0, and whose product with 0 is 0
 
@@ -68,12 +71,8 @@ def other_pictures(
 
 
 def any_other(
-    judged: Judgements,
-    own: Float[Tensor, "batch judged"],
-    student: Float[Tensor, "batch judged"],
-    allowed: Bool[Tensor, "batch pictures"],
-    generator: Generator | None = None,
-) -> Int[Tensor, " batch"]:
+    judged: Judgements, own: Logits, student: Logits, allowed: Pairs, generator: Generator | None = None
+) -> Places:
     """Draw one of the allowed pictures for each example, all alike likely; -1 where there is none.
 
     Args:
@@ -87,12 +86,8 @@ def any_other(
 
 
 def changed_answer(
-    judged: Judgements,
-    own: Float[Tensor, "batch judged"],
-    student: Float[Tensor, "batch judged"],
-    allowed: Bool[Tensor, "batch pictures"],
-    generator: Generator | None = None,
-) -> Int[Tensor, " batch"]:
+    judged: Judgements, own: Logits, student: Logits, allowed: Pairs, generator: Generator | None = None
+) -> Places:
     """Draw among the pictures with which CLIP's best statement is another; of all, where none is so.
 
     Such a pair cannot be answered from the text alone. Arguments as in ``any_other``.
@@ -103,12 +98,8 @@ def changed_answer(
 
 
 def most_disagreement(
-    judged: Judgements,
-    own: Float[Tensor, "batch judged"],
-    student: Float[Tensor, "batch judged"],
-    allowed: Bool[Tensor, "batch pictures"],
-    generator: Generator | None = None,
-) -> Int[Tensor, " batch"]:
+    judged: Judgements, own: Logits, student: Logits, allowed: Pairs, generator: Generator | None = None
+) -> Places:
     """Take the picture with which CLIP departs most from what the student says of the text so far.
 
     ``argmax_j KL(CLIP(. | text, picture j) || student(. | text, its own picture))`` (our reading): the

@@ -49,7 +49,7 @@ class Table:
 
 _INSTANCE = Table(
     "weighting", "INSTANCE_WEIGHTS",
-    ("teacher_probabilities (batch choices)", "student_probabilities (batch choices)", "labels (batch)"),
+    ("teacher probabilities (batch choices)", "student probabilities (batch choices)", "labels (batch)"),
     "(batch), at least 0",
 )  # fmt: skip
 _SCHEDULE = Table("weighting", "SCHEDULES", ("progress: float in [0, 1)",), "float in [0, 1]")

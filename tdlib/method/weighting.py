@@ -4,7 +4,7 @@ Owns the token weights (fixed per example), the instance weights (which change a
 learns) and the schedules of the whole term. Does not own the selection, nor where the teacher's
 probabilities come from. No weight carries a gradient.
 
-An instance weight is a function ``(teacher_probabilities, student_probabilities, labels)`` to
+An instance weight is a function ``(teacher, student, labels)`` of probabilities over the choices to
 [0, 1]; ``p_T`` and ``p_S`` stand for the probability of the true label. Add one with
 ``INSTANCE_WEIGHTS["mine"] = my_weight``.
 """
@@ -43,96 +43,75 @@ def uniform_token_weights(
 TOKEN_WEIGHTS = {"score": score_token_weights, "uniform": uniform_token_weights}
 
 
-def ratio_weight(
-    teacher_probabilities: Probabilities, student_probabilities: Probabilities, labels: Labels
-) -> Weights:
+def ratio_weight(teacher: Probabilities, student: Probabilities, labels: Labels) -> Weights:
     """Follow the teacher as far as it beats the student: ``p_T / (p_T + p_S)`` (our reading of CLIP-TD).
 
     0 where both are 0: a teacher that rules out the truth is not followed.
     """
-    teacher, student = _of_label(teacher_probabilities, labels), _of_label(student_probabilities, labels)
-    total = teacher + student
-    return torch.where(total > 0, teacher / total, 0.0)
+    p_teacher, p_student = _of_label(teacher, labels), _of_label(student, labels)
+    total = p_teacher + p_student
+    return torch.where(total > 0, p_teacher / total, 0.0)
 
 
-def teacher_weight(
-    teacher_probabilities: Probabilities, student_probabilities: Probabilities, labels: Labels
-) -> Weights:
+def teacher_weight(teacher: Probabilities, student: Probabilities, labels: Labels) -> Weights:
     """Follow the teacher as far as it is right: ``p_T`` (our reading of CLIP-TD)."""
-    return _of_label(teacher_probabilities, labels)
+    return _of_label(teacher, labels)
 
 
-def gap_weight(
-    teacher_probabilities: Probabilities, student_probabilities: Probabilities, labels: Labels
-) -> Weights:
+def gap_weight(teacher: Probabilities, student: Probabilities, labels: Labels) -> Weights:
     """Follow the teacher only where it is ahead: ``max(0, p_T - p_S)`` (our reading of CLIP-TD)."""
-    teacher, student = _of_label(teacher_probabilities, labels), _of_label(student_probabilities, labels)
-    return (teacher - student).clamp_min(0)
+    return (_of_label(teacher, labels) - _of_label(student, labels)).clamp_min(0)
 
 
-def correct_weight(
-    teacher_probabilities: Probabilities, student_probabilities: Probabilities, labels: Labels
-) -> Weights:
+def correct_weight(teacher: Probabilities, student: Probabilities, labels: Labels) -> Weights:
     """Follow the teacher where its best choice is the label: ``1[argmax_T = y]`` (our reading of CLIP-TD)."""
-    return (teacher_probabilities.argmax(dim=-1) == labels).to(teacher_probabilities.dtype)
+    return (teacher.argmax(dim=-1) == labels).to(teacher.dtype)
 
 
 def focal_weight(
-    teacher_probabilities: Probabilities,
-    student_probabilities: Probabilities,
-    labels: Labels,
-    gamma: float = 2.0,
+    teacher: Probabilities, student: Probabilities, labels: Labels, gamma: float = 2.0
 ) -> Weights:
     """Dwell on what the student finds hard: ``(1 - p_S) ** gamma`` (Lin et al. 2017, Eq. 4)."""
     # A softmax in low precision may exceed 1 by rounding, and a negative base has no power.
-    return (1 - _of_label(student_probabilities, labels)).clamp_min(0) ** gamma
+    return (1 - _of_label(student, labels)).clamp_min(0) ** gamma
 
 
-def wsld_weight(
-    teacher_probabilities: Probabilities, student_probabilities: Probabilities, labels: Labels
-) -> Weights:
+def wsld_weight(teacher: Probabilities, student: Probabilities, labels: Labels) -> Weights:
     """Trust the teacher where its cross-entropy is small beside the student's.
 
     ``1 - exp(-CE_S / CE_T)``, ``CE = -log p`` in nats: the weight of weighted soft labels (Zhou et
     al. 2021, arXiv 2102.00650). Finite at probabilities of 0 and 1.
     """
-    teacher = _cross_entropy(_of_label(teacher_probabilities, labels)).clamp_min(1e-8)
-    student = _cross_entropy(_of_label(student_probabilities, labels))
-    return 1 - torch.exp(-student / teacher)
+    of_teacher = _cross_entropy(_of_label(teacher, labels)).clamp_min(1e-8)
+    return 1 - torch.exp(-_cross_entropy(_of_label(student, labels)) / of_teacher)
 
 
-def certainty_weight(
-    teacher_probabilities: Probabilities, student_probabilities: Probabilities, labels: Labels
-) -> Weights:
+def certainty_weight(teacher: Probabilities, student: Probabilities, labels: Labels) -> Weights:
     """Follow the teacher as far as it is sure: ``1 - H(teacher) / ln(choices)``; reads no label.
 
     1 where it gives all to one choice, 0 where all are alike to it (our reading; ``H`` in nats). 1 where
     there is one choice only.
     """
-    teacher = teacher_probabilities.detach()
+    teacher = teacher.detach()
     if teacher.shape[-1] < 2:
         return torch.ones_like(teacher[..., 0])
     entropy = -torch.xlogy(teacher, teacher).sum(dim=-1)
     return (1 - entropy / math.log(teacher.shape[-1])).clamp(0, 1)
 
 
-def disagreement_weight(
-    teacher_probabilities: Probabilities, student_probabilities: Probabilities, labels: Labels
-) -> Weights:
+def disagreement_weight(teacher: Probabilities, student: Probabilities, labels: Labels) -> Weights:
     """Follow the teacher where it is sure and the student says otherwise; reads no label.
 
     ``certainty * sum_k |p_T[k] - p_S[k]| / 2``, the second factor being the total variation, 0 where both
     agree and 1 where they exclude each other (our reading).
     """
-    apart = (teacher_probabilities.detach() - student_probabilities.detach()).abs().sum(dim=-1) / 2
-    return certainty_weight(teacher_probabilities, student_probabilities, labels) * apart.clamp(0, 1)
+    apart = (teacher.detach() - student.detach()).abs().sum(dim=-1) / 2
+    return certainty_weight(teacher, student, labels) * apart.clamp(0, 1)
 
 
-def uniform_weight(
-    teacher_probabilities: Probabilities, student_probabilities: Probabilities, labels: Labels
-) -> Weights:
+def uniform_weight(teacher: Probabilities, student: Probabilities, labels: Labels) -> Weights:
     """Weigh every example alike: 1 (naive distillation)."""
-    return torch.ones_like(teacher_probabilities[..., 0])
+    return torch.ones_like(teacher[..., 0])
 
 
 def constant_schedule(progress: float) -> float:
