@@ -1087,13 +1087,8 @@ def output_of(batch: Batch) -> Path:
     return batch.folder_of(run) / "output" / "clip_td-seed0"
 
 
-@pytest.mark.parametrize(
-    "victim",
-    [
-        "runner and worker and kernel",
-        *(pytest.param(victim, marks=pytest.mark.slow) for victim in ("runner", "kernel")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["runner", "kernel", "runner and worker and kernel"])
 def test_a_training_that_is_killed_in_a_batch_goes_on_from_its_checkpoint(
     tmp_path, training, trained, victim
 ):

@@ -35,6 +35,7 @@ CHROMIUM = os.environ.get("TDLIB_CHROMIUM") or next(
 )
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.slow,
     pytest.mark.skipif(
         not CHROMIUM, reason="no browser tests: no chromium in PATH (or name one in TDLIB_CHROMIUM)"
     ),

@@ -111,13 +111,12 @@ def test_template_runs_every_task_by_one_parameter(tdlib, tiny, worlds, task, ow
     assert (folder / metrics["submission"]).stat().st_size > 0
 
 
-def test_data_notebook_shows_every_task(tdlib, tiny, worlds, tmp_path):
+def test_data_notebook_shows_every_task(tiny, worlds, own_cache, tmp_path):
     parameters = {
         "tasks": ["snli_ve"], "data_dir": str(worlds["snli_ve"]), "student": tiny["student"],
         "control_epochs": 1, "runs_dir": str(tmp_path / "runs"),
     }  # fmt: skip
-    done = tdlib("run", "01_data", "--folder", str(tmp_path / "page"), *arguments_of(parameters))
-    assert done.returncode == 0, done.stderr
+    execute("01_data", **parameters)
     assert len(list((tmp_path / "runs").iterdir())) == 3  # what both, text and picture tell
 
 

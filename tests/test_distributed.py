@@ -119,6 +119,7 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(base, materials, tmp_path):
     found = {}
     for processes in (1, 2):
