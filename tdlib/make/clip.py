@@ -60,7 +60,8 @@ class BatchFirstAttention(nn.MultiheadAttention):
         batch, tokens, width = query.shape
         projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
         heads = projected.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        read = F.scaled_dot_product_attention(*heads.unbind(0), is_causal=attn_mask is not None)
+        q, k, v = heads.unbind(0)
+        read = F.scaled_dot_product_attention(q, k, v, is_causal=attn_mask is not None)
         return self.out_proj(read.transpose(1, 2).reshape(batch, tokens, width)), None
 
 
