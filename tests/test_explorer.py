@@ -290,13 +290,18 @@ def test_instance_weights_of_many_are_read_without_their_tokens(large):
 # Views
 
 
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("name", [name for name in VIEWS if name != "re-paired lesson"])
 def test_every_view_of_a_trained_run(look, name):
     view = show(look, name)
     assert problems(view.to_html()) == []
     assert look.example_id in repr(view) and look.example_id in view.to_html()
     assert len(view.table())
     assert view.figure().get_size_inches().min() > 1
+
+
+def test_a_run_that_re_pairs_nothing_has_no_lesson(look):
+    with pytest.raises(ExplorerError, match="no record has a re-paired lesson"):
+        show(look, "re-paired lesson")
 
 
 @pytest.mark.parametrize("view", ["student: attention", "student: gradient"])

@@ -19,6 +19,7 @@ from tdlib.data.examples import Example, low_shot
 from tdlib.method.relevance import STUDENT_RELEVANCE
 from tdlib.students.base import student_inputs
 from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.judging import StatementJudge
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TargetBuilder
 from tdlib.training.prepare import Materials, class_logits, load_student
@@ -193,13 +194,18 @@ def preview_targets(
 ) -> list[TargetRecord]:
     """What the method would target in examples before any training: one record per statement.
 
+    Where the settings re-pair, with a lesson for each example that another one has a picture for.
     ``student`` is ``load_student``'s for these settings, which is loaded if none is given; what the cache
     lacks is added to it. Any example will do, also one of your own (``Example`` with a picture and a text).
     """
     assert materials.builder is not None
     shared = materials.builder
-    logits = class_logits(config, materials, low_shot(materials.train, config.shots, config.seed))
-    builder = TargetBuilder(shared.cache, shared.idf, config, logits)
+    subset = low_shot(materials.train, config.shots, config.seed)
+    repairs = config.repair_weight > 0 or config.truth_weight > 0
+    builder = TargetBuilder(
+        shared.cache, shared.idf, config, class_logits(config, materials, subset),
+        judge=StatementJudge(shared.cache, subset, materials.labels) if repairs else None,
+    )  # fmt: skip
     builder.prepare(examples)
     materials.encoder.prepare(examples)
     probes = EncodedExamples(examples, materials.encoder, builder, num_labels=len(materials.labels))

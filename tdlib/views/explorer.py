@@ -21,6 +21,7 @@ from tdlib.views.alignment import alignment_view, teacher_positions
 from tdlib.views.compare import comparison, difference_view, picture_view, text_view
 from tdlib.views.figures.style import Figure
 from tdlib.views.index import SELECTIONS, ExplorerError, Run, read_instances
+from tdlib.views.lesson import lesson_view
 from tdlib.views.training import evolution_view, instance_view, of_statement
 from tdlib.views.view import View
 
@@ -183,6 +184,14 @@ def instance_weights(look: Look) -> View:
         raise ExplorerError(str(error)) from None
 
 
+def lesson(look: Look) -> View:
+    """What CLIP and the student make of the texts with another picture, before and after training."""
+    try:
+        return lesson_view(look.run.records(look.split, look.example_id))
+    except ValueError as error:
+        raise ExplorerError(f"{look.run.name}: {error}") from None
+
+
 def alignment(look: Look) -> View:
     """Tokens of student and teacher and how they overlap."""
     record = look.record()
@@ -249,6 +258,7 @@ VIEWS: dict[str, Callable[[Look], View]] = {
     "two runs": two_runs,
     "evolution": evolution,
     "instance weights": instance_weights,
+    "re-paired lesson": lesson,
     "alignment": alignment,
     "student: attention": student_attention,
     "student: heads": student_heads,
@@ -264,6 +274,7 @@ USES: dict[str, set[str]] = {
     "two runs": {"second", "second_step", "step", "choice", "mass", "temperature"},
     "evolution": {"choice"},
     "instance weights": set(),
+    "re-paired lesson": set(),
     "alignment": {"choice"},
     "student: attention": {"choice", "layers", "head"},
     "student: heads": {"choice", "layers"},

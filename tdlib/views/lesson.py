@@ -1,0 +1,120 @@
+"""A re-paired lesson: a text with another example's picture, and what CLIP and the student make of it.
+
+Shown beside what both make of the text with its own picture, before and after the training where the run
+has recorded it. Beyond the paper, see ``method.pairing``.
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from tdlib.core.records import TargetRecord
+from tdlib.views.figures.lesson import plot_lesson
+from tdlib.views.figures.style import step_name
+from tdlib.views.training import in_order
+from tdlib.views.view import View
+
+OWN, OTHER = "its own picture", "the other picture"
+
+
+def lesson_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
+    """A row per record and picture: what CLIP and the student say of the statement with it.
+
+    Columns ``split``, ``example_id``, ``step``, ``choice``, ``text``, ``picture`` ("its own picture" or "the
+    other picture"), ``file``, ``teacher`` and ``student`` (probabilities among the statements that CLIP
+    judges), ``weight`` (of the pair in the loss; missing for the own picture, which is no lesson). Records
+    without a lesson are left out.
+    """
+    rows = []
+    for record in in_order(records):
+        if record.other_image is None:
+            continue
+        shared = {
+            "split": record.split, "example_id": record.example_id, "step": record.step,
+            "choice": record.choice, "text": record.text,
+        }  # fmt: skip
+        rows.append(
+            shared | {"picture": OWN, "file": record.image.name, "teacher": record.teacher_choice,
+                      "student": record.student_choice, "weight": None}
+        )  # fmt: skip
+        rows.append(
+            shared | {"picture": OTHER, "file": record.other_image.name, "teacher": record.teacher_other,
+                      "student": record.student_other, "weight": record.lesson_weight}
+        )  # fmt: skip
+    columns = [
+        "split",
+        "example_id",
+        "step",
+        "choice",
+        "text",
+        "picture",
+        "file",
+        "teacher",
+        "student",
+        "weight",
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def lesson_view(records: Sequence[TargetRecord]) -> View:
+    """Both pictures of a lesson and everyone's distribution over the choices, before and after training.
+
+    "Before" is the first recorded step, where there are several; a student that chooses its own lessons
+    (``repair_choice="disagreement"``) may then have been shown another picture, of which nothing is drawn.
+
+    Args:
+        records: of one example of one run, all its choices, at any steps.
+
+    Raises:
+        ValueError: the records are of several examples, or none has a lesson.
+    """
+    if len({(record.split, record.example_id) for record in records}) > 1:
+        raise ValueError("records of several examples; expected those of one, see read_records(examples=...)")
+    kept = [record for record in in_order(records) if record.other_image is not None]
+    if not kept:
+        raise ValueError(
+            "no record has a re-paired lesson: the run re-pairs nothing, CLIP judges other texts than the "
+            "student reads (VQA), or there was no other picture"
+        )
+    first, last = kept[0].step, kept[-1].step
+    now = [record for record in kept if record.step == last]
+    other = now[0].other_image
+    assert other is not None
+    data = lesson_table(kept)
+    shown = data[data["file"].isin([now[0].image.name, other.name])]
+    parts = [("CLIP", last, "teacher"), ("student", last, "student")]
+    parts += [("student before", first, "student")] if first != last else []
+    drawn = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "picture": rows["picture"],
+                    "statement": rows["choice"],
+                    "who": who,
+                    "probability": rows[name],
+                }
+            )
+            for who, step, name in parts
+            for rows in [shown[shown["step"] == step]]
+        ]
+    )
+    texts = [f"{record.text}{' (true)' if record.choice == record.label else ''}" for record in now]
+    arguments = {
+        "pictures": {OWN: now[0].image, OTHER: other}, "texts": texts, "table": drawn,
+        "heading": f"{now[0].example_id}: its texts with another picture",
+    }  # fmt: skip
+    steps = f", student after step {step_name(last)}" if first == last else f", student before: step {first}"
+    note = f"the pair weighs {now[0].lesson_weight:.2f} in the loss{steps}"
+    return View(arguments["heading"], plot_lesson, arguments, data, _rows(shown, first, last), note,
+                records=tuple(kept))  # fmt: skip
+
+
+def _rows(shown: pd.DataFrame, first: int, last: int) -> pd.DataFrame:
+    """One row per statement and picture, as they are read, in %."""
+    keys = ["choice", "text", "picture"]
+    now = shown[shown["step"] == last].set_index(keys)
+    rows = pd.DataFrame({"CLIP": now["teacher"], "student": now["student"]})
+    if first != last:
+        rows.insert(1, "student before", shown[shown["step"] == first].set_index(keys)["student"])
+    rows = (100 * rows).round(1).add_suffix(" (%)").reset_index()
+    return rows.sort_values(["picture", "choice"], kind="stable").reset_index(drop=True)
