@@ -12,6 +12,7 @@ import pytest
 
 from notebooks import execute
 from tdlib.analysis.compare import COLUMNS, compare_arms, compare_within, summarise
+from tdlib.analysis.costs import cost_table
 from tdlib.analysis.protocol import (
     CLAIMS,
     claim_sentences,
@@ -662,6 +663,33 @@ def test_claims_are_read_in_cells_fixed_before_looking(compared):
     assert row_of(claims, task="vqa_v2", condition="domain shift")["where"].endswith("val2014_prior")
     every = row_of(claims, task="vcr_qa", condition="fully supervised")
     assert every["verdict"] == "not run" and pd.isna(every["relative"])
+
+
+def test_what_kinds_of_examples_gain_is_said_of_each_claim(compared):
+    kinds = pd.concat([compared.assign(stratum=f"concept: {kind}") for kind in ("known", "unknown")])
+    claims = claims_table(compared, ["clip_td"])
+    row = row_of(claims, task="vcr_qa", condition="domain shift")
+    said = next(s for s in claim_sentences(claims, kinds=kinds) if s.startswith("**VCR, domain shift"))
+    points = f"{100 * row['difference']:+.1f} points"
+    assert f"known concepts {points}" in said and f"unknown concepts {points}" in said
+    full = next(s for s in claim_sentences(claims, kinds=kinds) if s.startswith("**VCR, fully"))
+    assert "not run" in full and "concepts" not in full
+
+
+def test_costs_stand_beside_every_arm(tmp_path):
+    for arm, seconds, passes in (("finetune", 8.0, 1), ("repair_only", 16.0, 2)):
+        for seed in range(3):
+            run = write_run(tmp_path / "b", arm=arm, seed=seed)
+            output = tmp_path / "b" / run / "output" / f"{arm}-seed{seed}"
+            metrics = {"updates": 10, "train_seconds": seconds + seed, "passes_per_update": passes}
+            (output / "metrics.json").write_text(json.dumps(metrics))
+    write_run(tmp_path / "b", arm="naive")  # of a version that recorded none
+    table = cost_table(read_runs(tmp_path / "b"), tmp_path).set_index("arm")
+    assert list(table.index) == ["finetune", "repair_only"] and list(table["runs"]) == [3, 3]
+    assert list(table["passes_per_update"]) == [1, 2]
+    assert list(table["seconds_per_update"]) == [0.9, 1.7]
+    assert table.loc["repair_only", "times_baseline"] == pytest.approx(1.7 / 0.9)
+    assert cost_table(read_runs(tmp_path / "b")[:0], tmp_path).empty
 
 
 def test_a_size_that_has_hardly_begun_does_not_stand_for_one_that_is_done(compared):

@@ -99,7 +99,7 @@ def _richest(table: pd.DataFrame, group: Sequence[str], counted: str) -> pd.Data
 CLAIM_COLUMNS = [
     "benchmark", "task", "setting", "condition", "arm", "paper", "relative", "relative_low", "relative_high",
     "difference", "difference_low", "difference_high", "verdict", "finding", "worlds", "pairs", "where",
-    "largest", "cells",
+    "largest", "cells", "batch", "shots", "split",
 ]  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def _claim(chosen: pd.Series, cells: pd.DataFrame, compared: pd.DataFrame) -> di
     same = [*CELL, "arm", "measure", "split", "verdict"]
     alone = compared[(compared[same] == chosen[same]).all(axis=1) & (compared["world"] != ALL_WORLDS)]
     limits = [f"{name}{end}" for name in ("relative", "difference") for end in ("", "_low", "_high")]
-    return {name: chosen[name] for name in (*limits, "verdict", "pairs")} | {
+    return {name: chosen[name] for name in (*limits, "verdict", "pairs", "batch", "shots", "split")} | {
         "finding": FINDINGS[chosen["verdict"]],
         "worlds": ", ".join(alone["world"]),
         "where": f"{chosen['batch']}: {chosen['train_examples']:.0f} examples, {chosen['split']}",
@@ -167,12 +167,16 @@ def _claim(chosen: pd.Series, cells: pd.DataFrame, compared: pd.DataFrame) -> di
     }
 
 
-def claim_sentences(claims: pd.DataFrame, added: pd.DataFrame | None = None) -> list[str]:
+def claim_sentences(
+    claims: pd.DataFrame, added: pd.DataFrame | None = None, kinds: pd.DataFrame | None = None
+) -> list[str]:
     """One paragraph (Markdown) per claim of the abstract, seven in all, with what the runs say to it.
 
     Args:
         claims: as ``claims_table`` gives it, methods against finetuning.
         added: the same table with the paper's reading as the baseline: what re-pairing adds to it.
+        kinds: comparisons within kinds of examples, as ``compare.compare_within`` gives them; what known and
+            unknown concepts gain is said of each claim.
     """
     found = []
     for benchmark, conditions in CLAIMS.items():
@@ -180,7 +184,7 @@ def claim_sentences(claims: pd.DataFrame, added: pd.DataFrame | None = None) -> 
             if paper is None:
                 continue
             own = claims[(claims["benchmark"] == benchmark) & (claims["condition"] == condition)]
-            said = [_claim_words(row) for row in own.itertuples()]
+            said = [_claim_words(row) + _kinds_words(row, kinds) for row in own.itertuples()]
             if added is not None:
                 more = added[
                     (added["benchmark"] == benchmark)
@@ -204,6 +208,20 @@ def _claim_words(row: Any) -> str:
     worlds = f", alone in world {row.worlds}" if row.worlds and row.finding in ("shown", "contrary") else ""
     gain = f"{relative}, {_points(row)}, {row.pairs} pairs"
     return f"{row.arm} on {_placed(row)}: **{row.finding}**{worlds}: {gain}"
+
+
+def _kinds_words(row: Any, kinds: pd.DataFrame | None) -> str:
+    """What examples of known and of unknown concepts gain in a claim's cell, worlds together."""
+    if kinds is None or kinds.empty or not row.pairs:
+        return ""
+    whole = main_measure(together(kinds[kinds["stratum"].str.startswith("concept: ")]))
+    same = ["batch", "task", "setting", "shots", "split", "arm"]
+    here = whole[np.logical_and.reduce([whole[name] == getattr(row, name) for name in same])]
+    said = [
+        f"{one.stratum.removeprefix('concept: ')} concepts {_points(one)}"
+        for one in here[here["pairs"] > 0].itertuples()
+    ]
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _placed(row: Any) -> str:

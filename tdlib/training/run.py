@@ -241,6 +241,9 @@ class _Run:
         self.trainer.train(**({"resume_from_checkpoint": str(whole)} if whole else {}))
         self.metrics["train_seconds"] = round(self.seconds_before + time.time() - began, 2)
         self.metrics["updates"] = self.trainer.state.global_step
+        if self.metrics["updates"]:
+            share = self.metrics["train_seconds"] / self.metrics["updates"]
+            self.metrics["seconds_per_update"] = round(share, 4)
         self.metrics["passes_per_update"] = passes_per_update(config)
         for recorder in self.recorders:
             recorder.record(END)

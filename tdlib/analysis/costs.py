@@ -1,0 +1,56 @@
+"""What an arm's training costs: passes through the student and seconds, beside finetuning's."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+CELL = ["batch", "task", "setting", "shots"]
+COLUMNS = [*CELL, "arm", "runs", "updates", "passes_per_update", "seconds_per_update", "times_baseline"]
+
+
+def cost_table(runs: pd.DataFrame, reports: Path, baseline: str = "finetune") -> pd.DataFrame:
+    """Cost of training per arm within each cell (see ``compare``): what stands beside its score.
+
+    Columns: those of a cell, arm, runs (finished ones that recorded it), updates, passes_per_update (how
+    often an example goes through the student at each, whatever the machine), seconds_per_update (the
+    median over runs: they share their machine with whatever else there was) and times_baseline, that
+    median over the baseline's.
+
+    Args:
+        runs: as ``scores.read_runs`` gives them.
+        reports: folder under which the batches' own lie.
+        baseline: the arm that others are held against.
+    """
+    done = runs[runs["state"] == "done"]
+    rows = [
+        {name: getattr(run, name) for name in [*CELL, "arm"]} | metrics
+        for run in done.itertuples()
+        if (metrics := _recorded(Path(reports) / str(run.batch) / str(run.run)))
+    ]
+    if not rows:
+        return pd.DataFrame(columns=COLUMNS)
+    table = (
+        pd.DataFrame(rows)
+        .groupby([*CELL, "arm"], sort=False, dropna=False)
+        .agg(runs=("updates", "size"), updates=("updates", "median"),
+             passes_per_update=("passes_per_update", "median"),
+             seconds_per_update=("seconds_per_update", "median"))
+        .reset_index()
+    )  # fmt: skip
+    usual = table[table["arm"] == baseline].set_index(CELL)["seconds_per_update"]
+    of_cell = table[CELL].merge(usual.rename("usual").reset_index(), on=CELL, how="left")["usual"]
+    return table.assign(times_baseline=table["seconds_per_update"] / of_cell.to_numpy())[COLUMNS]
+
+
+def _recorded(folder: Path) -> dict[str, float]:
+    """A run's updates, passes and seconds; empty where it did not record them."""
+    for file in sorted((folder / "output").rglob("metrics.json")):
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        if metrics.get("updates"):
+            return {
+                "updates": metrics["updates"],
+                "passes_per_update": metrics.get("passes_per_update", float("nan")),
+                "seconds_per_update": metrics["train_seconds"] / metrics["updates"],
+            }
+    return {}
