@@ -140,6 +140,9 @@ class RunConfig(BaseModel):
     centred_targets: bool = _method(
         False, "whether targets lose the mean token of their modality (beyond the paper)"
     )
+    conditioned_targets: bool = _method(
+        False, "whether words are drawn to the patches that agree with them (beyond the paper)"
+    )
     shared_phi: bool = _method(False, "one map into CLIP's space for text and picture (beyond the paper)")
     repair_weight: float = _method(
         0.0,

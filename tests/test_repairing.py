@@ -8,15 +8,17 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_views_runs import problems
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tdlib.config import RunConfig, apply_arm
 from tdlib.core.paths import ConfigError
-from tdlib.core.records import read_records
+from tdlib.core.records import END, read_records
 from tdlib.data.examples import low_shot
-from tdlib.method.alignment import aligned_targets
+from tdlib.method.alignment import aligned_targets, image_conditioned_targets
 from tdlib.method.pairing import PICTURE_CHOICES, judge_choices, judge_truth, other_pictures
+from tdlib.method.tokens import Tokens
 from tdlib.method.weighting import certainty_weight, disagreement_weight
 from tdlib.students.base import student_inputs
 from tdlib.training.data import EncodedExamples, collate
@@ -24,9 +26,13 @@ from tdlib.training.judging import PicturePool, StatementJudge, picture_number
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TargetBuilder, token_centres
 from tdlib.training.prepare import class_logits, load_student, prepare
+from tdlib.training.recording import preview_targets
 from tdlib.training.repairing import repaired_inputs
 from tdlib.training.run import passes_per_update, train_run
 from tdlib.training.trainer import make_trainer
+from tdlib.views.explorer import Look, show
+from tdlib.views.index import find_runs
+from tdlib.views.lesson import lesson_view
 
 # What CLIP makes of pairs
 
@@ -115,6 +121,26 @@ def test_centred_targets_lose_what_all_share():
     assert not found[5].any()
     raw = aligned_targets(alignment, tokens)
     assert (raw[:5] @ raw[:5].T).min() > 0.9 > (found[:5] @ found[:5].T).min()
+
+
+def test_words_are_drawn_to_the_patches_that_agree_with_them():
+    spans = torch.tensor([[0, 0], [0, 3], [4, 9], [0, 0], [0, 0], [0, 0]])
+    boxes = torch.zeros(6, 4)
+    boxes[3:] = torch.tensor([[0, 0, 0.5, 1], [0.5, 0, 1, 1], [0.2, 0.2, 0.4, 0.4]])
+    tokens, vectors = Tokens(spans, boxes), unit(6, 8)
+    vectors[0] = vectors[5] = 0  # a special token, and a patch without a target
+    found = image_conditioned_targets(vectors, tokens, 0.1)
+    assert torch.equal(found[[0, 3, 4, 5]], vectors[[0, 3, 4, 5]])
+    share = (vectors[1] @ vectors[3:5].T / 0.1).softmax(-1)
+    assert_close(found[1], F.normalize(share @ vectors[3:5], dim=-1))
+    order = torch.tensor([2, 4, 1, 0, 5, 3])
+    assert_close(
+        image_conditioned_targets(vectors[order], Tokens(spans[order], boxes[order]), 0.1), found[order]
+    )
+    vectors[3] = 0
+    assert_close(image_conditioned_targets(vectors, tokens)[1], vectors[4])  # one patch is all there is
+    vectors[4] = 0
+    assert torch.equal(image_conditioned_targets(vectors, tokens), vectors)
 
 
 # In training
@@ -274,6 +300,34 @@ def test_truth_reads_selected_words_one_layer_below_the_top(base, materials):
     assert float(both(batch)["truth"]) == pytest.approx(2 * float(terms["truth"]), rel=1e-4)
 
 
+def test_truth_is_asked_of_re_paired_pictures_too(base, materials):
+    """The words that were selected with the own picture say whether their statement is true of the other."""
+    config = settings_of(base, arm="truth_only", repair_weight=1.0, repair_choice="disagreement")
+    module, batch = parts(materials, config)
+    module.eval()
+    torch.nn.init.normal_(module.repairing.psi.weight)
+    found = float(module(batch)["truth"])
+    output = module.student(**module.inputs(batch))
+    pairs = module.repairing.pair(batch, output.logits)
+    assert (batch["picture"][pairs.columns] != batch["picture"][pairs.rows]).all()
+    other = module.student(
+        **repaired_inputs(module.student, batch, pairs.rows, pairs.columns), output_hidden_states=True
+    )
+    selected, weights = module.choose_tokens(batch)
+    is_text = batch["target_spans"][..., 1] > batch["target_spans"][..., 0]
+    w = weights * (selected & is_text)
+    w = w / w.sum(-1, keepdim=True)
+    expected = 0.0
+    for told, logits in ((output, pairs.own), (other, pairs.teacher)):
+        p = logits.softmax(-1)
+        said = module.repairing.psi(told.hidden_states[-2])[..., 0]
+        error = F.binary_cross_entropy_with_logits(said, p[..., None].expand_as(said), reduction="none")
+        sure = certainty_weight(p, p, p.argmax(-1))
+        expected += float((sure[:, None] * (w * error).sum(-1)).mean())
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert not torch.allclose(pairs.own.softmax(-1), pairs.teacher.softmax(-1))
+
+
 def test_one_map_serves_both_modalities(base, materials):
     module, batch = parts(materials, settings_of(base, arm="naive", shared_phi=True))
     assert list(module.phi) == ["text"] and module.token_maps["visual"] is module.token_maps["text"]
@@ -286,6 +340,7 @@ def test_runs_leave_the_baselines_student_and_record_lessons(base, materials, tm
     config = settings_of(
         base, arm="clip_td_repaired", truth_weight=1.0, centred_targets=True, shared_phi=True,
         repair_pool="subset", repair_instance_weight="disagreement", repair_schedule="linear",
+        probe_every=100,
     )  # fmt: skip
     metrics = train_run(config, materials, tmp_path / "run")
     start = load_student(config, materials).state_dict()
@@ -295,8 +350,9 @@ def test_runs_leave_the_baselines_student_and_record_lessons(base, materials, tm
     history = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     assert {"repair", "truth", "repair_certainty", "repair_agreement"} <= history[-1].keys()
     assert all(math.isfinite(value) for entry in history for value in entry.values())
-    records = read_records(tmp_path / "run" / "selections.parquet")
-    assert len(records) == 3 * 4
+    whole = read_records(tmp_path / "run" / "selections.parquet")
+    records = [record for record in whole if record.step == END]
+    assert len(records) == 3 * 4 and len(whole) == 2 * len(records)
     for record in records:
         assert record.other_image is not None and record.other_image != record.image
         assert 0 <= record.lesson_weight <= 1
@@ -305,6 +361,30 @@ def test_runs_leave_the_baselines_student_and_record_lessons(base, materials, tm
     right = next(record for record in records[:4] if record.choice == record.label)
     assert right.teacher_choice == pytest.approx(right.teacher_probability, abs=1e-4)
     assert right.student_choice == pytest.approx(right.student_probability, abs=1e-4)
+    (run,) = find_runs([tmp_path / "run"])
+    view = show(Look(run, "val", right.example_id), "re-paired lesson")
+    shown = view.table().set_index(["step", "picture", "choice"])
+    assert len(shown) == 2 * 2 * 4 and problems(view.to_html()) == []
+    assert shown.loc[(END, "the other picture", right.choice), "teacher"] == right.teacher_other
+    drawn = view.arguments["table"].set_index(["who", "picture", "statement"])["probability"]
+    before = next(r for r in whole if (r.example_id, r.choice, r.step) == (right.example_id, right.choice, 0))
+    assert drawn["student before", "its own picture", right.choice] == before.student_choice
+    assert drawn["student", "the other picture", right.choice] == right.student_other
+    assert view.arguments["pictures"]["the other picture"] == right.other_image
+    assert len(view.figure().axes) == 4
+
+
+def test_a_lesson_can_be_seen_before_any_training(base, materials):
+    examples = [materials.train[i] for i in range(4)]
+    records = preview_targets(settings_of(base), materials, examples)
+    own = [record for record in records if record.example_id == examples[0].id]
+    assert all(record.other_image not in (None, record.image) for record in own)
+    view = lesson_view(own)
+    assert set(view.arguments["table"]["who"]) == {"CLIP", "student"}
+    with pytest.raises(ValueError, match="several examples"):
+        lesson_view(records)
+    (alone,) = {record.other_image for record in preview_targets(settings_of(base), materials, examples[:1])}
+    assert alone is None, "no other picture"
 
 
 def test_weights_of_zero_are_plain_finetuning_bit_for_bit(base, materials, tmp_path):

@@ -84,6 +84,23 @@ def aligned_targets(
     return F.normalize(mixed, dim=-1)
 
 
+def image_conditioned_targets(
+    vectors: Float[Tensor, "*batch tokens teacher_dim"], tokens: Tokens, temperature: float = 0.03
+) -> Float[Tensor, "*batch tokens teacher_dim"]:
+    """Give each word the patches that agree with it as its target, instead of its own vector.
+
+    ``u'[i] = normalise(sum_j softmax_j(u[i] . u[j] / temperature) u[j])`` over the visual tokens j that have
+    a target (beyond the paper): what the word's own vector lacks, the picture, is in it. Visual tokens keep
+    theirs, and so does a word of a picture without any target; zero vectors stay zero.
+    """
+    has_target = vectors.abs().sum(-1) > 0
+    seen = (has_target & ~tokens.is_text).unsqueeze(-2)
+    agreement = (vectors @ vectors.transpose(-1, -2)).masked_fill(~seen, -1e4)
+    mixed = F.normalize((agreement / temperature).softmax(dim=-1) @ vectors, dim=-1)
+    is_word = has_target & tokens.is_text & seen.any(-1)
+    return torch.where(is_word.unsqueeze(-1), mixed, vectors)
+
+
 def _extent(tokens: Tokens) -> Float[Tensor, "*batch tokens"]:
     """Size of each token in the unit of its overlaps: characters of a text token, area of a visual one."""
     characters = tokens.spans[..., 1] - tokens.spans[..., 0]

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from tdlib.method.alignment import align, aligned_targets
+from tdlib.method.alignment import align, aligned_targets, image_conditioned_targets
 from tdlib.method.losses import Distance, targeted_distillation_loss
 from tdlib.method.priors import PRIORS, Idf, referred_prior
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
@@ -87,11 +87,13 @@ def score_tokens(
     temperature: float = 0.03,
     prior_weight: float = 1.0,
     centres: tuple[Float[Tensor, " teacher_dim"], Float[Tensor, " teacher_dim"]] | None = None,
+    conditioned: bool = False,
 ) -> ScoredTokens:
     """Steps 1, 2, 3 and 5 for the student's tokens; ``prior`` is step 4.
 
     ``relevance`` names one of ``RELEVANCE`` or ``STUDENT_RELEVANCE``. ``centres`` are the mean teacher
-    tokens of texts and of pictures, where targets are centred.
+    tokens of texts and of pictures, where targets are centred; ``conditioned``: words are drawn to the
+    patches that agree with them.
     """
     alignment = align(student, teacher.tokens)  # 1
     vectors = aligned_targets(alignment, teacher.projected)  # 2
@@ -99,6 +101,8 @@ def score_tokens(
     if centres is not None:  # only the direction of a target changes, not which tokens have one
         of_modality = torch.where(student.is_text.unsqueeze(-1), centres[0], centres[1])
         vectors = aligned_targets(alignment, teacher.projected, of_modality)
+    if conditioned:
+        vectors = image_conditioned_targets(vectors, student, temperature)
     if relevance in STUDENT_RELEVANCE:  # 3
         relevances = torch.zeros_like(prior)
     else:

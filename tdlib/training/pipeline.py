@@ -167,8 +167,9 @@ class TargetBuilder:
         referred = self._referred(example) if config.visual_prior == "referred" else None
         prior = token_prior(statements, spans, boxes, self.idf, config.prior, referred)
         scored = score_tokens(
-            student, teacher, prior, config.relevance, config.temperature, config.prior_weight, self.centres
-        )
+            student, teacher, prior, config.relevance, config.temperature, config.prior_weight, self.centres,
+            config.conditioned_targets,
+        )  # fmt: skip
         if self.class_logits is not None:
             logits = self.class_logits(example)
         else:
