@@ -22,6 +22,7 @@ import numpy as np
 
 from tdlib.data.examples import DataError
 from tdlib.data.vcr import NEUTRAL_NAMES
+from tdlib.miniworld import worlds
 from tdlib.miniworld.language import (
     cause_clause,
     causes,
@@ -33,19 +34,7 @@ from tdlib.miniworld.language import (
     true_values,
 )
 from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, SHIRTS, THINGS, WEATHER, Scene, reserved_people
-from tdlib.miniworld.worlds import (
-    STREAMS,
-    USUAL_SIZE,
-    Deck,
-    Size,
-    concepts,
-    describe_world,
-    regions,
-    save_picture,
-    scene_at,
-    write_world,
-    writing_lines,
-)
+from tdlib.miniworld.worlds import USUAL_SIZE, Deck, Size
 
 LABELS = E, N, C = ("entailment", "neutral", "contradiction")
 _OPPOSITE = {E: C, N: N, C: E}
@@ -346,21 +335,21 @@ def _parses(name: str, sentence: str) -> dict[str, str]:
 def _split(folder: Path, split: str, number: int, seed: int, examples: int | None = None) -> None:
     """Pictures and pairs of one split; for dev also its twins with other introductions."""
     stream = f"snli_ve_{split}"
-    rng = np.random.default_rng([seed, STREAMS[stream], 2**31])
+    rng = np.random.default_rng([seed, worlds.STREAMS[stream], 2**31])
     scenes, boxes, names = [], [], []
     for index in range(number):
-        scene = scene_at(seed, stream, index)
-        names.append(str((100 + STREAMS[stream]) * 10**7 + index))
-        picture = save_picture(scene, folder / "flickr30k_images" / f"{names[-1]}.jpg")
+        scene = worlds.scene_at(seed, stream, index)
+        names.append(str((100 + worlds.STREAMS[stream]) * 10**7 + index))
+        picture = worlds.save_picture(scene, folder / "flickr30k_images" / f"{names[-1]}.jpg")
         scenes.append(scene)
-        boxes.append(regions(scene, picture))
+        boxes.append(worlds.regions(scene, picture))
     if not number:
         return
     twins = _WORDINGS if split == "dev" else {"": _WORDINGS[""]}
     captions: dict[tuple[int, int], str] = {}
     counts = [0] * number
     with ExitStack() as stack:
-        write = stack.enter_context(writing_lines(folder))
+        write = stack.enter_context(worlds.writing_lines(folder))
         table = stack.enter_context((folder / f"esnlive_{split}.csv").open("w", encoding="utf-8", newline=""))
         rows = csv.writer(table)
         rows.writerow(["", "pairID", "Flikr30kID", "hypothesis", "gold_label", "explanation"])
@@ -369,7 +358,7 @@ def _split(folder: Path, split: str, number: int, seed: int, examples: int | Non
             turn, which = divmod(counts[index], 5)
             counts[index] += 1
             if (index, which) not in captions:
-                words = np.random.default_rng([seed, STREAMS[stream], index, 1 + which])
+                words = np.random.default_rng([seed, worlds.STREAMS[stream], index, 1 + which])
                 captions[index, which] = describe(scenes[index], words, NEUTRAL_NAMES, share=0.8)
             caption, image = f"{names[index]}.jpg#{which}", names[index]
             dissent = int(rng.choice(3, p=[0.7, 0.2, 0.1]))
@@ -392,7 +381,7 @@ def _split(folder: Path, split: str, number: int, seed: int, examples: int | Non
                     marks | {"boxes": [boxes[index][r] for r in dict.fromkeys(at)]},
                 )
                 if not twin:
-                    line = concepts(common["pairID"], scenes[index], family, named, [])
+                    line = worlds.concepts(common["pairID"], scenes[index], family, named, [])
                     write(f"{stream}.concepts.jsonl", line)
                     why = explanation(scenes[index], label, at)
                     rows.writerow([position, common["pairID"], f"{image}.jpg", text, label, why])
@@ -419,4 +408,4 @@ def write_snli_ve(folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
         for split in ("dev_style", "dev_composition"):
             _split(partial, split, size.shifted, seed)
 
-    return write_world(folder, describe_world("snli_ve", seed, size), fill)
+    return worlds.write_world(folder, worlds.describe_world("snli_ve", seed, size), fill)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tdlib.data.examples import DataError
+from tdlib.miniworld import worlds
 from tdlib.miniworld.drawing import SIZE, Drawn
 from tdlib.miniworld.language import (
     Marked,
@@ -19,18 +20,7 @@ from tdlib.miniworld.language import (
     true_values,
 )
 from tdlib.miniworld.scenes import HELD, THINGS, Scene, reserved_people
-from tdlib.miniworld.worlds import (
-    STREAMS,
-    USUAL_SIZE,
-    Size,
-    concepts,
-    describe_world,
-    regions,
-    save_picture,
-    scene_at,
-    write_world,
-    writing_lines,
-)
+from tdlib.miniworld.worlds import USUAL_SIZE, Size
 
 ECHO = (0.55, 0.45)  # how often a right and a wrong answer repeats words and tags of the question
 _BALANCED = (0.5, 0.5)
@@ -51,7 +41,7 @@ class _Scene:
     def write(cls, scene: Scene, images: Path, image_file: str) -> "_Scene":
         """Draws a scene; writes its picture and metadata."""
         path = images / image_file
-        picture = save_picture(scene, path)
+        picture = worlds.save_picture(scene, path)
         names = ["person"] * len(scene.people)
         drawn = list(picture.people)
         for person, held in zip(scene.people, picture.held, strict=True):
@@ -63,7 +53,7 @@ class _Scene:
                 names.append(THINGS[thing].coco or "")
                 drawn.append(shape)
         path.with_suffix(".json").write_text(json.dumps(_metadata(names, drawn)))
-        return cls(scene, names, image_file, regions(scene, picture))
+        return cls(scene, names, image_file, worlds.regions(scene, picture))
 
     def box(self, question: Question) -> list[float]:
         """The box (pixels, xyxy) that decides a question."""
@@ -153,12 +143,12 @@ def _split(
     folder: Path, split: str, number: int, seed: int, echo: tuple[float, float], examples: int | None = None
 ) -> None:
     """Pictures, metadata and questions of one split; for val also its reworded twins."""
-    rng = np.random.default_rng([seed, STREAMS[split], 2**31])
+    rng = np.random.default_rng([seed, worlds.STREAMS[split], 2**31])
     scenes: list[_Scene] = []
     askable: list[dict[str, list[Question]]] = []
     for index in range(number):
         name = f"miniworld_{split}_{index // 500:03d}/{split}_{seed}_{index:06d}.jpg"
-        drawn = scene_at(seed, split, index)
+        drawn = worlds.scene_at(seed, split, index)
         scenes.append(_Scene.write(drawn, folder / "vcr1images", name))
         askable.append(_askable(drawn, reserved_people(drawn) or None))
     asked: list[tuple[int, Question]] = []
@@ -174,7 +164,7 @@ def _split(
     twins = {"": echo}
     if split == "val":
         twins |= {"_shortcut": _REVERSED, "_balanced": _BALANCED}
-    with writing_lines(folder) as write:
+    with worlds.writing_lines(folder) as write:
         for position, (index, question) in enumerate(asked):
             scene = scenes[index]
             wrong = _wrong_values(rng, question, scene.scene, pools[question.family])
@@ -199,7 +189,7 @@ def _split(
                 write(f"{split}{twin}.relevance.jsonl", {"annot_id": ids["annot_id"], **decisive})
             write(f"{split}.types.jsonl", {"annot_id": ids["annot_id"], "type": question.type})
             right, *others = [[value] for value, _ in values]
-            line = concepts(f"{split}-{position}", scene.scene, question.family, right, others)
+            line = worlds.concepts(f"{split}-{position}", scene.scene, question.family, right, others)
             write(f"{split}.concepts.jsonl", line)
 
 
@@ -281,4 +271,4 @@ def write_vcr(folder: Path, seed: int = 0, size: Size = USUAL_SIZE, echo: tuple[
             _split(partial, split, size.shifted, seed, echo)
 
     unusual = {} if echo == ECHO else {"echo": echo}
-    return write_world(folder, describe_world("vcr", seed, size, **unusual), fill)
+    return worlds.write_world(folder, worlds.describe_world("vcr", seed, size, **unusual), fill)

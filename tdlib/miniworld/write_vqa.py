@@ -16,21 +16,10 @@ from typing import Any
 import numpy as np
 
 from tdlib.data.examples import DataError
+from tdlib.miniworld import worlds
 from tdlib.miniworld.language import causes, char_spans, definite, references, referred, true_values
 from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, THINGS, Scene, reserved_people
-from tdlib.miniworld.worlds import (
-    STREAMS,
-    USUAL_SIZE,
-    Deck,
-    Size,
-    concepts,
-    describe_world,
-    regions,
-    save_picture,
-    scene_at,
-    write_world,
-    writing_lines,
-)
+from tdlib.miniworld.worlds import USUAL_SIZE, Deck, Size
 
 # VQA v2's types that our questions have; a question's type is the longest one that it starts with.
 QUESTION_TYPES = (
@@ -289,9 +278,9 @@ def _pictures(folder: Path, split: str, number: int, seed: int) -> list[_Shown]:
     coco_split = split.partition("_")[0]
     shown = []
     for index in range(number):
-        scene, image_id = scene_at(seed, split, index), STREAMS[split] * 100_000 + index
-        picture = save_picture(scene, folder / coco_split / f"COCO_{coco_split}_{image_id:012d}.jpg")
-        shown.append(_Shown(scene, regions(scene, picture), image_id, coco_split))
+        scene, image_id = worlds.scene_at(seed, split, index), worlds.STREAMS[split] * 100_000 + index
+        picture = worlds.save_picture(scene, folder / coco_split / f"COCO_{coco_split}_{image_id:012d}.jpg")
+        shown.append(_Shown(scene, worlds.regions(scene, picture), image_id, coco_split))
     return shown
 
 
@@ -362,7 +351,7 @@ def _write_questions(
         if split != "test2015":
             path = folder / f"{stem}_annotations.json"
             annotate = stack.enter_context(_array(path, head, None if changing_priors else "annotations"))
-        write = stack.enter_context(writing_lines(folder))
+        write = stack.enter_context(worlds.writing_lines(folder))
         for index, ask in _sample(rng, table, count, shift):
             each = shown[index]
             if each.asked == room:
@@ -381,7 +370,7 @@ def _write_questions(
             marks = {"spans": spans, "boxes": [each.boxes[region] for region in ask.regions]}
             write(f"{stem}.relevance.jsonl", {"question_id": ids["question_id"], **marks})
             others = [found[0][1].meant for answer, found in table[ask.key].items() if answer != ask.answer]
-            line = concepts(
+            line = worlds.concepts(
                 ids["question_id"], each.scene, ask.key, ask.named + ask.meant,
                 [meant for meant in others if meant],
             )  # fmt: skip
@@ -426,7 +415,7 @@ def write_vqa(folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
         ):  # fmt: skip
             _write_questions(partial, split, seed, _pictures(partial, split, number, seed), 2 * number)
 
-    return write_world(folder, describe_world("vqa_v2", seed, size), fill)
+    return worlds.write_world(folder, worlds.describe_world("vqa_v2", seed, size), fill)
 
 
 def write_vqa_cp(folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
@@ -450,4 +439,4 @@ def write_vqa_cp(folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
         _write_questions(partial, "train", seed, train, count, changing_priors=True)
         _write_questions(partial, "test", seed, test, 2 * len(test), "prior", changing_priors=True)
 
-    return write_world(folder, describe_world("vqa_cp_v2", seed, size), fill)
+    return worlds.write_world(folder, worlds.describe_world("vqa_cp_v2", seed, size), fill)
