@@ -518,7 +518,7 @@ def test_a_variable_that_has_a_parameter_s_name_is_not_a_setting(tmp_path):
     [
         ("00_start_here", {"arms": ["finetune", "clip_dt"]}, "arm='clip_dt': expected one of"),
         ("00_start_here", {"seeds": [0, -1]}, "seed=-1"),
-        ("01_data", {"tasks": ["vcr", "snli"]}, "did you mean 'snli_ve'?"),
+        ("02_data", {"tasks": ["vcr", "snli"]}, "did you mean 'snli_ve'?"),
         ("03_students", {"students": ["data/models/mini-vlt"]}, "did you mean 'data/models/mini-vilt'?"),
         ("04_distill", {"arm": "clip_dt"}, "did you mean 'clip_td'?"),
         ("04_distill", {"task": "vcr_q"}, "did you mean 'vcr_qa'?"),

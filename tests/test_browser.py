@@ -25,7 +25,8 @@ from tdlib.config import RunConfig
 from tdlib.core.facts import percent
 from tdlib.core.paths import ROOT
 from tdlib.core.records import END, read_records, write_records
-from tdlib.runs.notebook import export_html, run_notebook
+from tdlib.runs.notebook import run_notebook
+from tdlib.runs.page import export_html
 from tdlib.training.run import compare
 from tdlib.views import index
 

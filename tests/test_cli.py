@@ -74,7 +74,8 @@ class _Resources(HTMLParser):
 
 def test_start_here_tells_the_whole_story(tdlib, tiny, tmp_path):
     parameters = tiny | {"seeds": [0, 1], "runs_dir": str(tmp_path / "runs")}
-    done = tdlib("run", "00_start_here", "--folder", str(tmp_path / "page"), *arguments_of(parameters))
+    asked = ("run", "00_start_here", "--folder", str(tmp_path / "page"), *arguments_of(parameters))
+    done = tdlib(*asked)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "page") in done.stdout and str(tmp_path / "runs") in done.stdout
     runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
@@ -83,11 +84,29 @@ def test_start_here_tells_the_whole_story(tdlib, tiny, tmp_path):
     )
     executed = nbformat.read(tmp_path / "page" / "00_start_here.ipynb", as_version=4)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    kinds = {kind for output in outputs for kind in output.get("data", {})}
-    assert "image/png" in kinds and "text/html" in kinds
+    assert {output.output_type for output in outputs} == {"display_data", "execute_result"}, "no stray words"
+    said = [output["data"].get("text/markdown") or output["data"]["text/plain"] for output in outputs]
+    assert "6 of 6 runs are there, 6 of them trained now" in said[0]
+    assert "**Not significant at this size**" in said[1] and said[2].startswith("Figure 1. ")
+    captions = [re.match(r"(Figure|Table) (\d+)\. ", text) for text in said]
+    for kind in ("Figure", "Table"):
+        numbers = [int(found[2]) for found in captions if found and found[1] == kind]
+        assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 3
+    shown = " ".join(output["data"].get("text/html", "") for output in outputs)
+    assert not re.search(r"[ >\[]nan\b", re.sub(r'"data:[^"]*"', "", shown))
+    text = (tmp_path / "page" / "00_start_here.html").read_text(encoding="utf-8")
     page = _Resources()
-    page.feed((tmp_path / "page" / "00_start_here.html").read_text(encoding="utf-8"))
+    page.feed(text)
     assert not page.found, "the page must not load anything"
+    assert text.count('<details class="code">') == sum(cell.cell_type == "code" for cell in executed.cells)
+    anchors = re.findall(r'href="#([^"]+)"', re.search(r"<nav.*?</nav>", text, re.DOTALL)[0])
+    assert len(anchors) > 5 and all(f'<h2 id="{anchor}"' in text for anchor in anchors)
+
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    assert tdlib(*asked).returncode == 0
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    again = nbformat.read(tmp_path / "page" / "00_start_here.ipynb", as_version=4)
+    assert any("0 of them trained now" in str(cell.get("outputs")) for cell in again.cells)
 
 
 @pytest.mark.parametrize("task", ["vcr", "snli_ve", "vqa_v2"])
@@ -116,7 +135,7 @@ def test_data_notebook_shows_every_task(tiny, worlds, own_cache, tmp_path):
         "tasks": ["snli_ve"], "data_dir": str(worlds["snli_ve"]), "student": tiny["student"],
         "control_epochs": 1, "runs_dir": str(tmp_path / "runs"),
     }  # fmt: skip
-    execute("01_data", **parameters)
+    execute("02_data", **parameters)
     assert len(list((tmp_path / "runs").iterdir())) == 3  # what both, text and picture tell
 
 

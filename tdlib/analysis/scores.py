@@ -277,6 +277,21 @@ def with_strata(runs: pd.DataFrame, scores: pd.DataFrame, reports: Path) -> pd.D
     return scores.join(known)
 
 
+def add_strata(predictions: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """Predictions of runs (``read_predictions``) with the columns that ``with_strata`` adds.
+
+    Args:
+        predictions: of runs on one data set.
+        folder: of the data set.
+    """
+    predictions = _with_parts(predictions)
+    parts = [
+        strata_of(folder, str(split)).reindex(rows["question"]).fillna("").set_index(rows.index)
+        for split, rows in predictions.groupby("split", sort=False)
+    ]
+    return predictions.join(pd.concat(parts))
+
+
 def _data_folder(reports: Path, batch: str, run: str) -> str:
     """The folder of a run's data, "" if it is gone. A MiniWorld is not written anew for this."""
     try:

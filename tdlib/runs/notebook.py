@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tdlib.core.files import whole_file, write_folder
+from tdlib.core.files import write_folder
 from tdlib.core.paths import ROOT
 from tdlib.runs.checks import check_parameters, difference_reason, differences
+from tdlib.runs.page import export_html
 from tdlib.runs.template import read_template
 
-WIDGET = "application/vnd.jupyter.widget-view+json"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -112,27 +112,3 @@ def write_prepared(path: Path, target: Path, parameters: dict[str, Any]) -> None
     papermill.execute_notebook(
         str(path), str(target), parameters=parameters, prepare_only=True, progress_bar=False
     )
-
-
-def export_html(notebook: Path, page: Path) -> None:
-    """The executed notebook as one page that loads nothing from the network.
-
-    Controls and progress bars are left out: they do nothing on a page, and drawing them would need the
-    network.
-    """
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    content = nbformat.read(notebook, as_version=4)
-    content.metadata.pop("widgets", None)
-    for cell in content.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
-    exporter = HTMLExporter(
-        template_name="lab", mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url=""
-    )
-    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    exporter.embed_images = True
-    body, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.stem}})
-    with whole_file(page) as file:
-        file.write(body)

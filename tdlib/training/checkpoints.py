@@ -1,4 +1,4 @@
-"""Checkpoints of a training as folders that are either whole or not there.
+"""Checkpoints of a training as folders that are either whole or not there, and finished runs known again.
 
 Owns where they lie, how they become final, how they are verified and which are kept. Does not own
 what is in them: the trainer fills a folder (``staging``) and hands it over (``seal``).
@@ -23,6 +23,7 @@ from tdlib.core.paths import ConfigError
 log = logging.getLogger(__name__)
 
 HOME = ".checkpoints"  # hidden: no run, and kept where a run's other output is cleared
+IDENTITY = "identity.json"  # in a run folder: all that its results depend on
 KEPT = 2  # so that one is left when the newest turns out damaged
 STAGING = ".partial"  # below a run's checkpoints: what is not whole yet
 _MANIFEST, _RUN = "manifest.json", "run.json"
@@ -160,3 +161,13 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics of a run folder that holds the finished run of this ``run_identity``; else None."""
+    try:
+        stored = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return metrics if stored == json.loads(json.dumps(identity)) else None

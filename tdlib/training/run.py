@@ -61,6 +61,7 @@ from tdlib.training.prepare import (
 from tdlib.training.provenance import data_manifest
 from tdlib.training.recording import ProbeRecorder, RecordTargets
 from tdlib.training.trainer import CheckpointKeeper, make_trainer
+from tdlib.training.workers import side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +73,23 @@ def compare(
     folder: Path,
     on_run: Callable[[dict], None] | None = None,
     show_progress: bool = False,
+    reuse: bool = False,
+    workers: int = 1,
 ) -> list[Path]:
     """Runs every arm with every seed; returns the run folders.
 
-    All arms of a seed train on the same examples for the same number of updates. ``on_run`` is
-    called with each run's metrics.
+    All arms of a seed train on the same examples for the same number of updates.
+
+    Args:
+        config: the arms' common settings.
+        arms: keys of ``ARMS``.
+        seeds: one run of each arm for each.
+        folder: that the run folders are written to.
+        on_run: called with each run's metrics when it is there; ``reused`` in them says that it was before.
+        show_progress: draw a bar for each run.
+        reuse: take over what an earlier call has left in ``folder``, where all that a run's result depends
+            on (``run_identity``) is still the same.
+        workers: runs that train side by side, see ``workers.side_by_side``.
 
     Raises:
         ConfigError: an unknown arm, a bad value in one, or one that changes what all arms share.
@@ -97,13 +110,20 @@ def compare(
     for run in runs:  # all before the first training: what is missing is found now
         if _prepared(run) not in materials:
             materials[_prepared(run)] = prepare(run, seeds)
-    folders = []
-    for run in runs:
-        folders.append(Path(folder) / f"{run.arm}-seed{run.seed}")
-        metrics = train_run(run, materials[_prepared(run)], folders[-1], show_progress)
+    folders = {f"{run.arm}-seed{run.seed}": run for run in runs}
+    jobs = []
+    for name, run in folders.items():
+        place, own = Path(folder) / name, materials[_prepared(run)]
+        identity = run_identity(run, low_shot(own.train, run.shots, run.seed))
+        if reuse and (metrics := checkpoints.finished(place, identity)) is not None:
+            if on_run:
+                on_run(metrics | {"reused": True})
+        else:
+            jobs.append(partial(train_run, run, own, place, show_progress))
+    for _, metrics in side_by_side(jobs, workers):
         if on_run:
             on_run(metrics)
-    return folders
+    return [Path(folder) / name for name in folders]
 
 
 def _prepared(config: RunConfig) -> tuple:
@@ -115,12 +135,12 @@ def train_run(
 ) -> dict[str, Any]:
     """Trains one arm with one seed, evaluates it and writes the run folder.
 
-    The folder holds config.json, manifest.json (ids of the training subset), history.jsonl,
-    diagnostics.jsonl (if asked for), functions.json (source of the functions that the user added),
-    metrics.json, predictions.parquet, selections.parquet, environment.json, the submission file if
-    one is asked for, and student/ (loadable with ``from_pretrained``; exactly the baseline's
-    parameters; with a model card). It replaces an older one of the same settings; one of others is kept
-    beside it (``set_aside``). Returns the metrics.
+    The folder holds config.json, identity.json (by which it is known again), manifest.json
+    (ids of the training subset), history.jsonl, diagnostics.jsonl (if asked for), functions.json (source of
+    the functions that the user added), metrics.json, predictions.parquet, selections.parquet,
+    environment.json, the submission file if one is asked for, and student/ (loadable with
+    ``from_pretrained``; exactly the baseline's parameters; with a model card). It replaces an older one of
+    the same settings; one of others is kept beside it (``set_aside``). Returns the metrics.
 
     With ``checkpoint_every``, a run that was interrupted in training and is called again with the same
     settings and folder continues from its last whole checkpoint, and ends as if it had not been
@@ -274,6 +294,7 @@ class _Run:
         if records := [record for recorder in self.recorders for record in recorder.records]:
             write_records(records, partial / "selections.parquet")
         write_json(partial / "config.json", config.model_dump())
+        write_json(partial / checkpoints.IDENTITY, run_identity(config, self.subset))
         resumed = {"resumed_after_updates": self.resumed} if self.resumed else {}
         write_json(partial / "environment.json", environment() | resumed)
         write_jsonl(partial / "history.jsonl", self.trainer.history)
