@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -448,12 +449,14 @@ def _cache() -> list[tuple[str, str]]:
     return [(f"cache read, {name}", f"{value * 1e6:.0f} us") for name, value in read.items()]
 
 
-def _recording() -> list[tuple[str, str]]:
-    return recording_cost(RunConfig.from_parameters(shots=16))
-
-
-def _checkpoints() -> list[tuple[str, str]]:
-    return checkpoint_cost(RunConfig.from_parameters(shots=16))
+def _explorer() -> list[tuple[str, str]]:
+    """A step of the explorer, from the key to the drawn page, as its test in Chromium measures it."""
+    test = Path(__file__).with_name("test_browser.py")
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-qs", "-k", "explorer_follows", str(test)]
+    found = re.search(
+        r"(a step of the explorer): (.*)", subprocess.run(command, capture_output=True, text=True).stdout
+    )
+    return [(found[1], found[2]) if found else ("a step of the explorer", "not measured: see its test")]
 
 
 def _opening() -> list[tuple[str, str]]:
@@ -468,8 +471,9 @@ SECTIONS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "students": _students,
     "full": _full,
     "cache": _cache,
-    "recording": _recording,
-    "checkpoints": _checkpoints,
+    "recording": lambda: recording_cost(RunConfig.from_parameters(shots=16)),
+    "checkpoints": lambda: checkpoint_cost(RunConfig.from_parameters(shots=16)),
+    "explorer": _explorer,
     "batches": batch_cost,
 }
 

@@ -45,6 +45,20 @@ pytestmark = [
 PATIENCE = 240_000  # milliseconds; a busy machine is no failure
 EVIL = '<img src=x onerror="window.broken = 1"> <script>window.broken = 2</script>'
 TOKEN = secrets.token_hex(16)
+OTHER_CACHE = """from pathlib import Path
+
+from tdlib.training import prepare as experiments
+
+experiments.CACHE_ROOT = Path({cache!r})
+"""
+# The last cell of 05_tokens without the pages of views before it.
+LIVE = """from tdlib.views.index import find_runs
+from tdlib.views.widgets import Explorer, OwnExample
+
+panel = Explorer(find_runs([{runs!r}]))
+display(panel)
+display(OwnExample(panel, panel.look.record().image))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -83,41 +97,31 @@ def runs(world, student_folder, teacher_folder, own_cache, tmp_path_factory) -> 
     return folders[0].parent
 
 
-def copied(runs: Path, cache: Path, target: Path, **parameters) -> Path:
-    """The notebook with these parameters as its defaults, and a cell that keeps the cache out of data/."""
+@pytest.fixture(scope="module")
+def executed(runs, own_cache, tmp_path_factory) -> Path:
+    """The notebook as papermill leaves it, with its page beside it; its cache is not data/'s."""
+    home = tmp_path_factory.mktemp("executed")
     notebook = nbformat.read(ROOT / "notebooks" / "05_tokens.ipynb", as_version=4)
     (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    for name, value in ({"runs": [str(runs)], "examples": 1} | parameters).items():
+    for name, value in {"runs": [str(runs)], "examples": 1}.items():
         cell.source, count = re.subn(
             rf"^({name}: \w+ = ).*?(  #)", lambda m, v=value: f"{m[1]}{v!r}{m[2]}", cell.source, flags=re.M
         )
         assert count == 1, name
-    source = "from pathlib import Path\n\nfrom tdlib.training import prepare as experiments\n\n"
-    source += f"experiments.CACHE_ROOT = Path({str(cache)!r})"
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(source))
-    nbformat.write(notebook, target)
-    return target
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(OTHER_CACHE.format(cache=str(own_cache))))
+    nbformat.write(notebook, home / "05_tokens.ipynb")
+    return run_notebook(home / "05_tokens.ipynb", home / "report", {}).with_suffix(".ipynb")
 
 
 @pytest.fixture(scope="module")
-def executed(runs, own_cache, tmp_path_factory) -> Path:
-    """The notebook as papermill leaves it, with its page beside it."""
-    home = tmp_path_factory.mktemp("executed")
-    source = copied(runs, own_cache, home / "05_tokens.ipynb")
-    return run_notebook(source, home / "report", {}).with_suffix(".ipynb")
+def lab(tmp_path_factory):
+    """A JupyterLab with nothing of the user's: its address, and the folder that it shows.
 
-
-@pytest.fixture(scope="module")
-def lab(executed, runs, own_cache, tmp_path_factory):
-    """A JupyterLab with nothing of the user's: its address. It is dark, and shows whole notebooks at once."""
+    It is dark, and shows whole notebooks at once.
+    """
     home = tmp_path_factory.mktemp("lab")
     work, settings = home / "work", home / "settings" / "@jupyterlab"
     work.mkdir()
-    notebook = nbformat.read(executed, as_version=4)  # with an output that only a trusted notebook runs
-    script = {"text/html": "<script>window.trusted = true</script><b>probe</b>"}
-    notebook.cells[0].outputs = [nbformat.v4.new_output("display_data", script)]
-    nbformat.write(notebook, work / "executed.ipynb")
-    copied(runs, own_cache, work / "live.ipynb", interactive=True)
     for name, content in {
         "notebook-extension/tracker": {"windowingMode": "none"},
         "apputils-extension/themes": {"theme": "JupyterLab Dark"},
@@ -151,7 +155,7 @@ def lab(executed, runs, own_cache, tmp_path_factory):
             except OSError:
                 assert time.monotonic() < until, "JupyterLab does not answer"
                 time.sleep(0.3)
-        yield address
+        yield address, work
     finally:
         server.terminate()
         try:
@@ -295,16 +299,21 @@ def test_the_page_of_a_notebook_with_controls_is_offline_too(context, executed, 
     page.close()
 
 
-def open_in_lab(context, lab: str, name: str):
+def open_in_lab(context, lab: tuple[str, Path], notebook: nbformat.NotebookNode, name: str):
+    address, work = lab
+    nbformat.write(notebook, work / name)
     page = context.new_page()
-    watch = Watch(page, (lab, lab.replace("http", "ws"), "data:", "blob:"))
-    page.goto(f"{lab}/lab/tree/{name}?token={TOKEN}&reset")
+    watch = Watch(page, (address, address.replace("http", "ws"), "data:", "blob:"))
+    page.goto(f"{address}/lab/tree/{name}?token={TOKEN}&reset")
     page.wait_for_selector(".jp-NotebookPanel-notebook .jp-Cell")
     return page, watch
 
 
 def test_an_untrusted_notebook_shows_the_same_in_the_dark(context, lab, executed, runs):
-    page, watch = open_in_lab(context, lab, "executed.ipynb")
+    notebook = nbformat.read(executed, as_version=4)  # with an output that only a trusted notebook runs
+    script = {"text/html": "<script>window.trusted = true</script><b>probe</b>"}
+    notebook.cells[0].outputs = [nbformat.v4.new_output("display_data", script)]
+    page, watch = open_in_lab(context, lab, notebook, "executed.ipynb")
     page.wait_for_selector(f".jp-OutputArea-output {VIEW}")
     page.wait_for_function("document.querySelectorAll('.jp-OutputArea-output img').length >= 14")
     assert page.evaluate("document.body.dataset.jpThemeLight") == "false"
@@ -328,19 +337,15 @@ def check_hover_and_links(page, record) -> None:
         node.hover(force=True)
         numbers = f"relevance {record.relevance[token]:.3f}, prior {record.prior[token]:.3f}, score"
         playwright.expect(line).to_contain_text(numbers, timeout=PATIENCE)
-    deadline = time.monotonic() + PATIENCE / 1000
-    while True:  # the teacher is opened meanwhile
-        page.mouse.move(5, 5)
-        page.locator(f'.tdlib-words [data-token="{word}"]').first.hover(force=True)
-        page.wait_for_timeout(300)
-        if "agrees with it, cosines" in line.inner_text():
-            break
-        assert time.monotonic() < deadline
+    page.mouse.move(5, 5)
+    page.locator(f'.tdlib-words [data-token="{word}"]').first.hover(force=True)
+    playwright.expect(line).to_contain_text("agrees with it, cosines", timeout=PATIENCE)  # with the teacher
     lit = page.evaluate(
         """() => [...document.querySelectorAll(".tdlib-picture rect[data-token]")]
             .filter((box) => box.style.fill.startsWith("rgba(0, 114, 178")).length"""
     )
     assert 0 < lit < int(record.is_region.sum())
+    keep_picture(page, "hover")
     page.mouse.move(5, 5)
     playwright.expect(line).to_contain_text("text tokens selected", timeout=PATIENCE)
 
@@ -358,6 +363,7 @@ def check_sliders_sort_and_reset(page, run, shows) -> None:
         page.keyboard.press("ArrowRight")
     playwright.expect(stage).to_contain_text("instead", timeout=PATIENCE)
     page.wait_for_function(f"({marked})() > {before}")
+    keep_picture(page, "slider")
     page.get_by_label("order", exact=True).select_option("highest c")
     best = run.index.sort_values("c", ascending=False, kind="stable")["example_id"].iloc[0]
     playwright.expect(page.locator(".tdlib-row").first).to_contain_text(f" {best} ", timeout=PATIENCE)
@@ -376,6 +382,12 @@ def check_export(page, example_id: str) -> None:
         assert Path(download.path()).read_bytes().startswith(start)
 
 
+def keep_picture(page, name: str) -> None:
+    """A picture of the window, for a person to look at, where TDLIB_SCREENSHOTS names a folder."""
+    if folder := os.environ.get("TDLIB_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
 def print_latency(page, ids) -> None:
     """How long a step takes from the key to the drawn page; printed, as it depends on the machine."""
     page.locator(".tdlib-list").focus()
@@ -391,12 +403,11 @@ def print_latency(page, ids) -> None:
     print(f"a step of the explorer: median {sorted(times)[len(times) // 2]:.0f} ms of {len(times)}")
 
 
-@pytest.mark.skipif(
-    "TDLIB_TEST_EXPLORER" not in os.environ,
-    reason="drives the live explorer for minutes: run it alone with TDLIB_TEST_EXPLORER=1",
-)
-def test_the_explorer_follows_keyboard_and_mouse(context, lab, runs):
-    page, watch = open_in_lab(context, lab, "live.ipynb")
+def test_the_explorer_follows_keyboard_and_mouse(context, lab, runs, own_cache):
+    cells = (OTHER_CACHE.format(cache=str(own_cache)), LIVE.format(runs=str(runs)))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    page, watch = open_in_lab(context, lab, notebook, "live.ipynb")
     page.wait_for_selector("text=/ipykernel. . Idle/")  # before, cells would be run without a kernel
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
@@ -464,6 +475,7 @@ def test_the_explorer_follows_keyboard_and_mouse(context, lab, runs):
     playwright.expect(page.locator(".tdlib-stage")).to_contain_text(
         "attention of layers 0 to 1", timeout=PATIENCE
     )
+    keep_picture(page, "attention")
     views.select_option("statement and picture")
     page.get_by_label("run", exact=True).select_option("naive-seed0")
     page.get_by_label("student", exact=True).select_option("any")
@@ -475,6 +487,7 @@ def test_the_explorer_follows_keyboard_and_mouse(context, lab, runs):
         wide = "(box) => box.scrollWidth > box.clientWidth + 1"
         cut = page.evaluate(f"() => [...document.querySelectorAll('{boxes}')].filter({wide}).length")
         assert cut == 0, width
+        keep_picture(page, f"{width}-pixels")
 
     # one's own picture and text
     page.get_by_label("text", exact=True).fill("A person holds a red umbrella.")
@@ -483,5 +496,6 @@ def test_the_explorer_follows_keyboard_and_mouse(context, lab, runs):
     playwright.expect(own).to_contain_text("naive-seed0, trained student", timeout=PATIENCE)
     letters = re.sub("[^a-z]", "", spaced(page, ".tdlib-own").lower())  # weights stand between word pieces
     assert "apersonholdsaredumbrella" in letters
+    keep_picture(page, "own")
     assert unbroken(page) and watch.foreign == []
     page.close()

@@ -14,8 +14,8 @@ from tdlib.analysis.summary import answer, score_table, summarise_within
 from tdlib.config import RunConfig
 from tdlib.data.examples import low_shot
 from tdlib.runs.page import export_html
-from tdlib.training.prepare import prepare
 from tdlib.training.checkpoints import finished
+from tdlib.training.prepare import prepare
 from tdlib.training.run import compare, run_identity
 from tdlib.training.workers import side_by_side
 from tdlib.views.captions import Captioned

@@ -122,7 +122,9 @@ function legend(scale) {
 // What lies under the mouse: every number of it, and what agrees with it in the other modality.
 function linked(sheet, at, line, agreement) {
   const before = new Map();
+  let current = null;
   const clear = () => {
+    current = null;
     for (const [node, style] of before) node.setAttribute("style", style);
     before.clear();
     line.textContent = line.dataset.rest;
@@ -138,6 +140,7 @@ function linked(sheet, at, line, agreement) {
   };
   const enter = (token) => {
     clear();
+    current = token;
     const own = sheet.tokens[token];
     line.textContent = `${own.name}: ${own.note}`;
     for (const node of at[token]) {
@@ -167,6 +170,7 @@ function linked(sheet, at, line, agreement) {
       node.addEventListener("blur", clear);
     }
   }
+  return () => { if (current !== null) enter(current); };  // when more is known than as the mouse came
 }
 
 // A matrix (tokens, tokens) of float32, as the kernel sends it: a function of two tokens.
@@ -189,7 +193,7 @@ function render({ model, el }) {
   const root = document.createElement("div");
   root.className = "tdlib-stage";
   el.append(root);
-  let address = {};
+  let address = {}, again = [];
   const source = (name) => {
     if (!name) return "";
     const bytes = model.get("pictures")[name];
@@ -199,6 +203,7 @@ function render({ model, el }) {
   const draw = () => {
     const scene = model.get("scene");
     root.replaceChildren();
+    again = [];
     if (!scene.sheets) return;
     const head = make("div", { marginBottom: "6px" });
     head.append(make("b", {}, scene.heading), make("span", { color: GREY }, ` ${scene.note}`));
@@ -228,13 +233,14 @@ function render({ model, el }) {
       words.append(line);
       row.append(words);
       root.append(row);
-      linked(sheet, at, line, (count) => cosines(model.get("agreement")[sheet.key], count));
+      again.push(linked(sheet, at, line, (count) => cosines(model.get("agreement")[sheet.key], count)));
     }
     for (const scale of scene.scales) root.append(legend(scale));
     root.append(make("div", { fontSize: "12px", color: GREY }, scene.marks));
     performance.mark("tdlib-drawn");
   };
   model.on("change:scene", draw);
+  model.on("change:agreement", () => again.forEach((enter) => enter()));
   model.on("msg:custom", (message, buffers) => save(message.name, message.kind, buffers[0]));
   model.on("change:pictures", () => {
     for (const [name, url] of Object.entries(address)) {
