@@ -160,10 +160,8 @@ def train(
 ) -> Position:  # fmt: skip
     """Trains a job to its end, from its checkpoint where there is one.
 
-    Phases and learning rate follow the share of the run that is done: of a number of ``steps`` (then
-    the result is a function of the settings), or of ``minutes`` of training, those before a
-    continuation counted in. A continuation may name others than the start did: phases and learning
-    rate then go on from the share that is done of the new ones.
+    Phases and learning rate follow the share that is done of a number of ``steps`` (then the result is a
+    function of the settings), or of ``minutes``. A continuation may name others than the start did.
 
     Args:
         job: what is trained.

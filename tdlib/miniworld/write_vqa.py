@@ -317,14 +317,9 @@ def _array(path: Path, head: dict[str, Any], key: str | None) -> Iterator[Callab
 
 
 def _write_questions(
-    folder: Path,
-    split: str,
-    seed: int,
-    shown: list[_Shown],
-    count: int,
-    shift: str = "",
+    folder: Path, split: str, seed: int, shown: list[_Shown], count: int, shift: str = "",
     changing_priors: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Questions, annotations (not of test2015), relevance and concepts of one split."""
     if not shown:
         return
@@ -358,20 +353,18 @@ def _write_questions(
                 raise DataError(
                     f"{split}: more than {room} questions about one picture; ask for more pictures"
                 )
-            ids: dict[str, Any] = {
-                "image_id": each.image_id,
-                "question_id": each.image_id * room + each.asked,
-            }
+            question_id = each.image_id * room + each.asked
+            ids: dict[str, Any] = {"image_id": each.image_id, "question_id": question_id}
             each.asked += 1
             if changing_priors:
                 ids["coco_split"] = each.coco_split
             text, spans = char_spans(ask.text)
             ask_({**ids, "question": text})
             marks = {"spans": spans, "boxes": [each.boxes[region] for region in ask.regions]}
-            write(f"{stem}.relevance.jsonl", {"question_id": ids["question_id"], **marks})
+            write(f"{stem}.relevance.jsonl", {"question_id": question_id, **marks})
             others = [found[0][1].meant for answer, found in table[ask.key].items() if answer != ask.answer]
             line = worlds.concepts(
-                ids["question_id"], each.scene, ask.key, ask.named + ask.meant,
+                question_id, each.scene, ask.key, ask.named + ask.meant,
                 [meant for meant in others if meant],
             )  # fmt: skip
             write(f"{stem}.concepts.jsonl", line)
