@@ -56,6 +56,7 @@ def perturbation_curves(
     """
     order = np.asarray(order, dtype=int)
     counts = np.unique(np.linspace(0, len(order), points).round().astype(int))
+    # Both curves in one call, so that the student's passes are full batches.
     keep = np.ones((2, len(counts), tokens), dtype=bool)
     for row, count in enumerate(counts):
         keep[0, row, order[:count]] = False
@@ -212,10 +213,12 @@ def masked_scorer(
     def variants(keep: np.ndarray) -> dict[str, Tensor]:
         gone = torch.as_tensor(~keep, device=device)
         own = {name: value.expand(len(keep), *value.shape[1:]).clone() for name, value in inputs.items()}
+        # The other choices stay whole: what is measured is this statement's probability among them.
         own["input_ids"][:, record.choice][gone[:, :texts]] = mask_token_id
         if "region_features" in own:
             own["region_features"][gone[:, texts:]] = 0
         else:
+            # Boxes are shares of the picture, which may be smaller than the padded pixels that it lies in.
             shown = batch["pixel_mask"][0] if "pixel_mask" in batch else batch["pixel_values"][0, 0] * 0 + 1
             height, width = int(shown.amax(1).sum()), int(shown.amax(0).sum())
             places = (record.boxes * [width, height, width, height]).round().astype(int)
