@@ -3,15 +3,20 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 import torch
 
 from tdlib.analysis.scores import add_strata, read_predictions
 from tdlib.analysis.summary import answer, score_table, summarise_within
 from tdlib.config import RunConfig
+from tdlib.core.paths import ROOT
 from tdlib.data.examples import low_shot
 from tdlib.runs.page import export_html
 from tdlib.training.checkpoints import finished
@@ -40,6 +45,38 @@ def test_an_error_of_a_job_is_raised():
 
     with pytest.raises(FloatingPointError, match="not finite"):
         list(side_by_side([fail, lambda: 1, fail], 2))
+
+
+def runs_still(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    source = f"""
+import os, signal, time
+from pathlib import Path
+from tdlib.training.workers import side_by_side
+
+def job(number):
+    Path({str(tmp_path)!r}, str(os.getpid())).touch()
+    while len(os.listdir({str(tmp_path)!r})) < 2:
+        time.sleep(0.01)
+    if number:
+        os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+
+list(side_by_side([lambda n=n: job(n) for n in range(2)], 2))
+"""
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, timeout=300)
+    assert done.returncode == -9
+    until = time.monotonic() + 20
+    while alive := [pid for pid in os.listdir(tmp_path) if runs_still(int(pid))]:
+        assert time.monotonic() < until, alive
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,10 @@ Processes are forked, so that they have the materials, and the functions that a 
 without preparing or importing anything again.
 """
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 
+_END_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 _jobs: Sequence[Callable[[], Any]] = ()  # what the forked processes find; closures cannot be sent to them
 
 
@@ -44,6 +47,9 @@ def side_by_side(jobs: Sequence[Callable[[], Any]], workers: int) -> Iterator[tu
 
 def _begin() -> None:
     torch.set_num_threads(1)  # its pool of threads did not come along; and each process has one core
+    ctypes.CDLL(None).prctl(
+        _END_WITH_PARENT, signal.SIGKILL
+    )  # else a kernel that is killed leaves it waiting
 
 
 def _do(number: int) -> Any:
