@@ -1,6 +1,7 @@
 """The makers of the mini models: what they read is what readers read, and they continue where they ended."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from tdlib.analysis import knowledge
 from tdlib.data.examples import DataError, Reference
 from tdlib.make import corpus, kinds, loop, measure
 from tdlib.make.clip import MINI_CLIP, contrastive_loss, fast_clip, make_clip
@@ -21,6 +23,7 @@ from tdlib.make.students import check_reader, make_student
 from tdlib.make.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer
 from tdlib.miniworld.worlds import Size, scene_at
 from tdlib.regions.computed import open_regions
+from tdlib.students.base import StudentError, check_tokenizer, tokenizer_digest
 from tdlib.students.registry import load_student
 
 SCENES = 24
@@ -64,7 +67,7 @@ def job_of(kind: str, made: dict[str, Path], work: Path, detector: Path) -> Stud
 
 @pytest.mark.parametrize("train", [train_clip_tokenizer, train_wordpiece_tokenizer])
 def test_a_tokenizer_is_a_function_of_its_texts(train, captions_texts):
-    digests = {corpus.tokenizer_digest(train(captions_texts, 300)) for _ in range(3)}
+    digests = {tokenizer_digest(train(captions_texts, 300)) for _ in range(3)}
     assert len(digests) == 1
 
 
@@ -121,7 +124,7 @@ def test_regions_are_those_of_the_source(work, detector, tmp_path):
     """As a set: only the order of things may differ."""
     seen = corpus.regions(work / "corpus", 0, SCENES, detector)
     source = open_regions(f"boxes+grid:{detector}")
-    examples = measure.curated_pictures(tmp_path, 0, 6)
+    examples = knowledge.curated_pictures(tmp_path, 0, 6)
     for index, example in enumerate(examples):
         real = np.concatenate([[True], seen["real"][index], np.ones(36, bool)])
         expected = source(example)
@@ -309,14 +312,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 
 
 @each_kind
-def test_the_folder_loads_and_is_measured_through_its_reader(kind, made, detector):
+def test_the_folder_loads_and_is_measured_through_its_reader(kind, made, detector, tmp_path):
     folder = made[kind]
     provenance = json.loads((folder / "provenance.json").read_text())
     assert sum(provenance["steps"].values()) == 6 and provenance["corpus"].startswith("curated")
     assert {"seed", "scenes", "tokenizer", "machine", "minutes", "final", "world"} <= set(provenance)
     weights = load_file(folder / "model.safetensors")
     assert all(value.dtype == torch.half for value in weights.values() if value.is_floating_point())
-    figures = measure.matching(folder, detector, scenes=6)
+    student, encoder = measure.open_student(folder, detector, tmp_path / "regions")
+    figures = knowledge.matching(student, encoder, scenes=6, bare=kind != "vilt")
     views = ("",) if kind == "vilt" else ("", "_bare")
     assert set(figures) == {f"matching{hard}{view}" for hard in ("", "_hard") for view in views}
     assert all(0 <= value <= 1 for value in figures.values())
@@ -330,14 +334,14 @@ def test_a_score_is_that_of_the_batch_in_training(kind, made, work, detector, tm
     job = job_of(kind, made, work, detector)
     seen, view = job.sight, job.sight.view(np.arange(3), "all", np.random.default_rng(0))
     student = load_student(str(made[kind])).eval()
-    pictures = measure.curated_pictures(tmp_path, 0, 3)
+    pictures = knowledge.curated_pictures(tmp_path, 0, 3)
     _, encoder = measure.open_student(made[kind], detector, tmp_path / "regions")
     examples = [
-        measure.statement(picture, corpus.curated_texts(0, index)[0])
+        knowledge.statement(picture, corpus.curated_texts(0, index)[0])
         for index, picture in enumerate(pictures)
     ]
     encoder.prepare(examples)
-    found = measure.scores(student, encoder, examples)
+    found = knowledge.scores(student, encoder, examples)
     job.sight = lambda rows, rng, progress: view  # as evaluation shows pictures
     job.sight.people = seen.people
     visual, people = job.look(np.arange(3), np.random.default_rng(0), 0.5)
@@ -364,17 +368,18 @@ def test_a_classifier_of_vlbert_starts_from_the_word_predictor(made):
 
 
 def test_names_refer_to_people_that_the_picture_shows():
-    assert measure._named("A man and Riley, near Casey.", 2).references == (
+    assert knowledge._named("A man and Riley, near Casey.", 2).references == (
         Reference(10, 15, (1,)),
         Reference(22, 27, (0,)),
     )
-    assert measure._named("Riley waves.", 1).references == ()
+    assert knowledge._named("Riley waves.", 1).references == ()
 
 
-def test_zero_shot_is_split_by_what_the_curated_corpus_knows(made, detector):
+def test_figures_are_split_by_what_the_curated_corpus_knows(made, detector):
     size = Size(train=0, val=30, test=0, shifted=0)
-    figures = measure.student_zero_shot(made["vilt"], detector, 3, size, ["val_balanced"])
-    assert {"vcr_val_balanced", "vcr_val_balanced_known", "vcr_val_balanced_unknown"} <= set(figures)
+    figures = measure.measure_student(made["vilt"], detector, 6, 3, size)
+    for name in ("vcr_val_balanced", "vcr_val_shortcut", "snli_ve_dev_balanced"):
+        assert {name, f"{name}_known", f"{name}_unknown"} <= set(figures)
     assert all(0 <= value <= 1 for value in figures.values())
 
 
@@ -394,6 +399,27 @@ def test_the_fast_attention_is_open_clips():
             results.append([features, *(p.grad for p in model.parameters() if p.grad is not None)])
         assert len(results[0]) > 20
         assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_with_another_tokenizer_is_neither_read_nor_measured(
+    made, detector, captions_texts, tmp_path
+):
+    """Its training would look perfect, and it would be at chance."""
+    folder = shutil.copytree(made["vilt"], tmp_path / "made")
+    digest = check_tokenizer(folder, required=True)
+    assert digest == json.loads((folder / "provenance.json").read_text())["tokenizer"]
+    train_wordpiece_tokenizer(captions_texts, 280).save_pretrained(folder)
+    for use in (
+        lambda: measure.open_student(folder, detector, tmp_path / "regions"),
+        lambda: measure.measure_student(folder, detector, 6, 3),
+        lambda: measure.measure_clip(folder, 6, 3),
+    ):
+        with pytest.raises(StudentError, match="is not the one that its weights were trained with"):
+            use()
+    (folder / "provenance.json").write_text('{"made_by": "somebody"}')
+    assert check_tokenizer(folder) == ""
+    with pytest.raises(StudentError, match=r"does not say .*somebody"):
+        measure.measure_student(folder, detector, 6, 3)
 
 
 def test_the_teacher_continues_loads_and_is_measured(work, tmp_path):
@@ -431,9 +457,12 @@ def test_the_command_line_makes_measures_and_notes(monkeypatch, tmp_path):
     assert called == [("vilt", 2.0, 50)]
     made = json.loads((folder / "provenance.json").read_text())
     assert made["held_out"] == {"matching": 1} and made["steps"] == 3 and len(made["sha256"]) == 64
+    command_line = f"python -m tdlib.make vilt --minutes 2 --scenes 50 --out {folder}"
+    assert made["command"] == command_line
     called.append("again")
     command.main(["vilt", "--measure", "--out", str(folder)])
-    assert json.loads((folder / "provenance.json").read_text())["held_out"] == {"matching": 2}
+    again = json.loads((folder / "provenance.json").read_text())
+    assert again["held_out"] == {"matching": 2} and again["command"] == command_line
     for wrong in (["vilt", "--minutes", "2", "--steps", "3"], ["detector", "--minutes", "2"], ["bert"]):
         with pytest.raises(SystemExit):
             command.main(wrong)

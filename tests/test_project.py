@@ -129,7 +129,7 @@ FLOORS = [
     "runs", "analysis", "views", "make", "cli",
 ]  # fmt: skip
 
-WITH_TORCH = {"tdlib.analysis.masking"}  # asks a student
+WITH_TORCH = {"tdlib.analysis.masking", "tdlib.analysis.knowledge"}  # ask a student
 
 
 @pytest.mark.parametrize("package", ["runs", "analysis", "cli"])
@@ -426,7 +426,7 @@ def test_no_file_names_a_package_index():
 
 # Pages: what a README points to is there.
 
-PAGES = [ROOT / place / "README.md" for place in (".", "data", "reports", "notebooks/batches")]
+PAGES = [ROOT / place / "README.md" for place in (".", "data", "data/models", "reports", "notebooks/batches")]
 COMMITTED = ("notebooks/", "tdlib/", "tests/", "data/models/", "reports/figures/", "reports/studies/")
 
 

@@ -6,7 +6,8 @@
 - ``students`` is the one maker of the mini students (``kinds`` says what each is, ``pretraining`` what
   it learns); ``clip`` that of the teacher; ``detector`` that of the network behind region features. The
   first two share ``loop``: phases, learning rate, checkpoints.
-- ``measure`` says what a written folder knows, through the readers that runs use.
+- ``measure`` says what a written folder knows, through the readers that runs use (``analysis.knowledge``);
+  ``page`` makes the tables of data/models/README.md from what is noted beside the weights.
 - ``vocabulary`` makes the tokenizers.
 
 The web corpus has all concepts and styles, the curated one some concepts and one style: CLIP learns from

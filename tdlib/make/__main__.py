@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -12,8 +14,10 @@ from tdlib.make.detector import evaluate_detector, train_mini_detector
 from tdlib.make.kinds import KINDS
 from tdlib.make.loop import note_figures
 from tdlib.make.measure import measure_clip, measure_student
+from tdlib.make.page import write_page
 from tdlib.make.students import make_student
 
+MODELS = ROOT / "data/models"
 FOLDERS = {name: kind.folder for name, kind in KINDS.items()} | {
     "clip": "mini-clip",
     "detector": "mini-detector",
@@ -22,7 +26,9 @@ FOLDERS = {name: kind.folder for name, kind in KINDS.items()} | {
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tdlib.make", description=__doc__)
-    parser.add_argument("model", choices=list(FOLDERS))
+    parser.add_argument(
+        "model", choices=[*FOLDERS, "page"], help="'page': bring the page of models up to date"
+    )
     parser.add_argument(
         "--minutes", type=float, help="processor time that training takes (default: 80; not of the detector)"
     )
@@ -41,11 +47,16 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("give --steps or --minutes, not both")
     if options.model == "detector" and options.minutes:
         parser.error("the detector is made in a number of steps: give --steps")
+    if options.model == "page":
+        write_page(options.out or MODELS)
+        return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    folder = options.out or ROOT / "data/models" / FOLDERS[options.model]
+    folder = options.out or MODELS / FOLDERS[options.model]
     given = {name: value for name in ("scenes", "steps") if (value := getattr(options, name))}
+    command = ""
     if not options.measure:
+        command = shlex.join(["python", "-m", "tdlib.make", *(arguments or sys.argv[1:])])
         if options.model == "detector":
             train_mini_detector(folder, seed=options.seed, **given)
         else:
@@ -61,7 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
         figures = measure_clip(folder)
     else:
         figures = measure_student(folder, options.detector)
-    note_figures(folder, figures)
+    note_figures(folder, figures, command)
+    write_page(folder.parent)
     logging.getLogger("tdlib.make").info("held out: %s", figures)
 
 

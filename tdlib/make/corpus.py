@@ -4,7 +4,6 @@ Every folder names what it was made from, and is made anew where that differs. A
 the digest of their tokenizer, which lies beside them: a maker writes that one into the model's folder.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -28,15 +27,15 @@ from tdlib.make.detector import ATTRIBUTES, render_boxes
 from tdlib.make.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer, vocabulary_texts
 from tdlib.method.tokens import grid_boxes
 from tdlib.miniworld.drawing import draw
-from tdlib.miniworld.language import curated_captions
-from tdlib.miniworld.writers import STREAMS, VERSION, captioned_scene, scene_at
+from tdlib.miniworld.language import two_parts
+from tdlib.miniworld.writers import CURATED_READINGS, VERSION, captioned_scene, curated_texts, scene_at
 from tdlib.regions.backbones import load_detector
+from tdlib.students.base import LONGEST, tokenizer_digest
 
 SIZE = 96  # pixels of a side, as all mini models see pictures
-LONGEST = 40  # tokens of a statement, as runs read them by default
 CLIP_LONGEST = 48
 WEB_FIRST = 1_000_000  # web scenes start here: no other use of the stream comes so far
-READINGS = {"curated": 3, "web": 5}  # captions of a scene
+READINGS = {"curated": CURATED_READINGS, "web": 5}  # captions of a scene
 GRID = (6, 6)
 MOST_OBJECTS = 6  # people, held things and things of a curated scene; people and things are at most three
 _CHUNK = 250  # scenes that a process makes at a time
@@ -128,14 +127,6 @@ def pictures(kind: str, home: Path, seed: int, number: int, workers: int = 2) ->
 # Texts
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """What tells tokenizers apart: SHA-256 over pieces, their ids and how texts are cut into them."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for key in ("truncation", "padding"):  # set by every call
-        state.pop(key, None)
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
 def check_tokens(tokenizer: PreTrainedTokenizerFast, digest: str, where: str) -> None:
     """Refuses arrays of token ids that another tokenizer made.
 
@@ -149,12 +140,6 @@ def check_tokens(tokenizer: PreTrainedTokenizerFast, digest: str, where: str) ->
             f"({digest[:12]}); a model trained on these ids would read other words. Take the tokenizer that "
             "lies beside the arrays, or tokenize the corpus with this one"
         )
-
-
-def two_parts(text: str) -> tuple[str, str]:
-    """A question and what follows it, or a text and nothing."""
-    asked, mark, told = text.partition("? ")
-    return (asked + "?", told) if mark else (text, "")
 
 
 def tokenize(
@@ -201,18 +186,6 @@ def replaced_words(true: Sequence[int], false: Sequence[int]) -> np.ndarray:
         if kind in ("replace", "insert"):
             replaced[start:stop] = True
     return replaced
-
-
-def curated_texts(seed: int, index: int) -> list[str]:
-    """Three true captions of a curated scene, then each with one thing in it changed."""
-    scene = scene_at(seed, "curated", index)
-    pairs = [
-        curated_captions(
-            scene, np.random.default_rng([seed, STREAMS["curated"], index, 1 + reading]), NEUTRAL_NAMES
-        )
-        for reading in range(READINGS["curated"])
-    ]
-    return [true for true, _ in pairs] + [false for _, false in pairs]
 
 
 def web_texts(seed: int, index: int) -> list[str]:

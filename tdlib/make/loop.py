@@ -268,9 +268,10 @@ def machine() -> dict[str, Any]:
     return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
-def note_figures(folder: Path, figures: dict[str, Any]) -> None:
-    """Adds held-out figures and the weights' checksum to a model folder's provenance."""
+def note_figures(folder: Path, figures: dict[str, Any], command: str = "") -> None:
+    """Adds held-out figures, the weights' checksum and the command to a model folder's provenance."""
     path = folder / "provenance.json"
     made = json.loads(path.read_text(encoding="utf-8"))
     weights = next(folder.glob("*.safetensors"))
-    write_json(path, made | {"held_out": figures, "weights": weights.name, "sha256": file_digest(weights)})
+    made |= {"held_out": figures, "weights": weights.name, "sha256": file_digest(weights)}
+    write_json(path, made | ({"command": command} if command else {}))

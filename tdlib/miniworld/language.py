@@ -246,6 +246,12 @@ def referred(person: Person, kind: str) -> tuple[str, ...]:
     return (value,) if value else ()
 
 
+def two_parts(text: str) -> tuple[str, str]:
+    """A question and what follows it, or a text and nothing."""
+    asked, mark, told = text.partition("? ")
+    return (asked + "?", told) if mark else (text, "")
+
+
 def char_spans(text: str) -> tuple[str, list[list[int]]]:
     """A marked sentence as people write it, and the characters [start, end) that decide it."""
     plain = ""

@@ -29,11 +29,12 @@ from tdlib.miniworld.write_vcr import ECHO, write_vcr
 from tdlib.miniworld.write_vqa import write_vqa, write_vqa_cp
 
 __all__ = [
-    "ECHO", "TRAIN_STYLES", "VERSION", "WORLDS", "Size", "captioned_scene", "captions", "ensure_data",
-    "ensure_world", "false_caption", "scene_at", "write_captions", "write_snli_ve", "write_vcr", "write_vqa",
-    "write_vqa_cp",
+    "CURATED_READINGS", "ECHO", "TRAIN_STYLES", "VERSION", "WORLDS", "Size", "captioned_scene", "captions",
+    "curated_texts", "ensure_data", "ensure_world", "false_caption", "scene_at", "write_captions",
+    "write_snli_ve", "write_vcr", "write_vqa", "write_vqa_cp",
 ]  # fmt: skip
 
+CURATED_READINGS = 3  # captions of a curated scene that students learn from
 WORLDS: dict[str, Callable[[Path, int, Size], Path]] = {
     "vcr": write_vcr, "snli_ve": write_snli_ve, "vqa_v2": write_vqa, "vqa_cp_v2": write_vqa_cp,
 }  # fmt: skip
@@ -71,6 +72,18 @@ def false_caption(seed: int, index: int, reading: int = 0) -> str:
     """The caption of a curated scene with one thing in it changed: see ``curated_captions``."""
     rng = np.random.default_rng([seed, STREAMS["curated"], index, 1 + reading])
     return curated_captions(scene_at(seed, "curated", index), rng, NEUTRAL_NAMES)[1]
+
+
+def curated_texts(seed: int, index: int) -> list[str]:
+    """Three true captions of a curated scene, then each with one thing in it changed."""
+    scene = scene_at(seed, "curated", index)
+    pairs = [
+        curated_captions(
+            scene, np.random.default_rng([seed, STREAMS["curated"], index, 1 + reading]), NEUTRAL_NAMES
+        )
+        for reading in range(CURATED_READINGS)
+    ]
+    return [true for true, _ in pairs] + [false for _, false in pairs]
 
 
 def captions(kind: str, seed: int, stop: int, start: int = 0) -> Iterator[tuple[Picture, str]]:

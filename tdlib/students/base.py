@@ -4,6 +4,8 @@ A student is a ``PreTrainedModel``; which tokens it sees where (characters, boxe
 output, so that the method never needs to know the architecture.
 """
 
+import hashlib
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
 
 from tdlib.core.files import why_unreadable
@@ -26,8 +28,54 @@ from tdlib.method.tokens import Tokens
 log = logging.getLogger(__name__)
 
 
+LONGEST = 40  # tokens of a statement, as runs read them by default
+
+
 class StudentError(ValueError):
     """The student cannot be loaded or used: says which, why, and the remedy."""
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What tells tokenizers apart: SHA-256 over pieces, their ids and how texts are cut into them."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for key in ("truncation", "padding"):  # set by every call
+        state.pop(key, None)
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def check_tokenizer(folder: Path | str, required: bool = False) -> str:
+    """Refuses a model folder whose tokenizer is not the one that its weights were trained with.
+
+    Such a model looks perfect in training and is at chance in a run. The makers of mini models note the
+    digest of their tokenizer in ``provenance.json``; models from elsewhere have no such file.
+
+    Args:
+        folder: of a model; may be a hub id.
+        required: whether a folder that names no digest is refused, too.
+
+    Returns:
+        The digest that is named, "" if none is.
+
+    Raises:
+        StudentError: the digests differ, or there is none.
+    """
+    path = Path(folder) / "provenance.json"
+    made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    expected = made.get("tokenizer", "")
+    if not expected:
+        if required:
+            raise StudentError(
+                f"{folder}: does not say with which tokenizer it was trained (made by "
+                f"{made.get('made_by', 'nobody who says so')}); make it anew with python -m tdlib.make"
+            )
+        return ""
+    found = tokenizer_digest(PreTrainedTokenizerFast.from_pretrained(str(folder)))
+    if found != expected:
+        raise StudentError(
+            f"{folder}: its tokenizer ({found[:12]}) is not the one that its weights were trained with "
+            f"({expected[:12]}): it would read other words; put that one back, or make the model anew"
+        )
+    return expected
 
 
 @dataclass
@@ -106,6 +154,7 @@ class StudentEncoder(ABC):
                 f"student {name!r}: tokenizer or image processor cannot be loaded ({error}); expected a "
                 f"folder or hub id of a {self.kind}"
             ) from error
+        check_tokenizer(self.name)
         if max_text_tokens > self.config.max_position_embeddings:
             raise StudentError(
                 f"student {name!r} reads at most {self.config.max_position_embeddings} text tokens, but "
