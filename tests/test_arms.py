@@ -90,7 +90,8 @@ def batch_of(config, number: int = 5):
     )
     subset = low_shot(materials.train, config.shots, config.seed)[:number]
     dataset = EncodedExamples(subset, materials.encoder, materials.builder, num_labels=len(materials.labels))
-    return materials, module, dataset, collate([dataset[i] for i in range(number)], materials.encoder)
+    batch = collate([dataset[i] for i in range(number)], materials.encoder)
+    return materials, module, dataset, module.with_targets(batch)
 
 
 @pytest.mark.parametrize("task", ["vcr_qa", "snli_ve", "vqa_v2"])

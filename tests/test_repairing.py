@@ -29,6 +29,7 @@ from tdlib.training.prepare import class_logits, load_student, prepare
 from tdlib.training.recording import preview_targets
 from tdlib.training.repairing import repaired_inputs
 from tdlib.training.run import passes_per_update, train_run
+from tdlib.training.targets import make_targets
 from tdlib.training.trainer import make_trainer
 from tdlib.views.explorer import Look, show
 from tdlib.views.index import find_runs
@@ -173,7 +174,8 @@ def parts(materials, config, size: int = 6):
     builder.prepare(subset)
     data = EncodedExamples(subset, materials.encoder, builder, num_labels=len(materials.labels))
     batch = collate([data[i] for i in range(size)], materials.encoder)
-    return TargetedDistillation(load_student(config, materials), config, cache.teacher.dim), batch
+    module = TargetedDistillation(load_student(config, materials), config, cache.teacher.dim)
+    return module, module.with_targets(batch)
 
 
 def test_the_loss_is_the_formula_and_reads_no_label(base, materials):
@@ -488,7 +490,7 @@ def test_shuffled_and_random_teachers_judge_pairs_wrongly(base, materials):
     )  # fmt: skip
     builder.prepare(subset)
     data = EncodedExamples(subset, materials.encoder, builder)
-    batch = collate([data[i] for i in range(6)], materials.encoder)
+    batch = make_targets(collate([data[i] for i in range(6)], materials.encoder), config)
     for row, example in enumerate(subset):
         assert batch["picture"][row] == picture_number(example.image)  # what the student sees
         assert_close(

@@ -43,6 +43,7 @@ from tdlib.training.prepare import prepare, read_split
 from tdlib.training.recording import ProbeRecorder
 from tdlib.training.reference import zero_shot
 from tdlib.training.run import compare, train_run
+from tdlib.training.targets import make_targets
 from tdlib.training.trainer import DistillationTrainer, make_trainer
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -281,7 +282,7 @@ def test_a_distribution_over_texts_cut_short_is_not_distilled(base, materials, m
     experiments.add_to_cache(materials.builder.cache, [long])
     config = settings_of(base, choice_temperature=1.0)
     (item,) = [dataset_of(materials, config, [long])[0]]
-    assert item["targets"].teacher_logits.unique().numel() == 1 and item["targets"].teacher_knows == 0
+    assert item["teacher"].logits.unique().numel() == 1 and item["teacher"].knows == 0
     batch = collate([*mixed, item], materials.encoder)
     assert batch["teacher_knows"].tolist() == [1.0] * len(mixed) + [0.0]
     for weighing in ("uniform", "ratio"):
@@ -343,7 +344,7 @@ def test_examples_that_the_teacher_cuts_are_counted(base, materials, folders):
 def test_distillation_follows_the_formula(base, materials, mixed):
     """mean over examples and choices of c * sum of w * (1 - cos(phi(h), u)), token by token."""
     module = module_of(materials, base).eval()
-    batch = collate(mixed, materials.encoder)
+    batch = make_targets(collate(mixed, materials.encoder), base)
     with torch.no_grad():
         terms = module(batch)
         output = module.student(**student_inputs(module.student, batch), output_hidden_states=True)
@@ -367,7 +368,8 @@ def test_distillation_follows_the_formula(base, materials, mixed):
 
 
 def test_targets_lie_where_the_student_has_its_tokens(base, materials, mixed):
-    batch, student = collate(mixed, materials.encoder), module_of(materials, base).eval().student
+    batch = make_targets(collate(mixed, materials.encoder), base)
+    student = module_of(materials, base).eval().student
     with torch.no_grad():
         output = student(**student_inputs(student, batch), output_hidden_states=True)
     assert torch.equal(output.spans, batch["target_spans"])
@@ -377,7 +379,8 @@ def test_targets_lie_where_the_student_has_its_tokens(base, materials, mixed):
 
 
 def test_no_gradient_reaches_the_teacher(base, materials, mixed):
-    module, batch = module_of(materials, base), collate(mixed, materials.encoder)
+    module = module_of(materials, base)
+    batch = module.with_targets(collate(mixed, materials.encoder))
     teachers = [batch[name].requires_grad_() for name in ("vectors", "scores", "teacher_logits")]
     module(batch)["loss"].backward()
     assert all(tensor.grad is None for tensor in teachers)
@@ -395,8 +398,13 @@ def test_what_is_encoded_once_stays_the_same(base, materials):
         for name in ("input_ids", "spans"):
             assert torch.equal(first[name], again[name])
         assert torch.equal(first["visual"]["pixels"], again["visual"]["pixels"])
-        for field in ("vectors", "relevance", "prior", "scores", "valid", "teacher_logits"):
-            assert torch.equal(getattr(first["targets"], field), getattr(again["targets"], field)), field
+        one, two = first["teacher"], again["teacher"]
+        assert (one.text_keys, one.picture_key) == (two.text_keys, two.picture_key)
+        for name in ("boxes", "text_prior", "logits", "knows"):
+            assert torch.equal(getattr(one, name), getattr(two, name)), name
+        for a, b in zip((*one.texts, one.picture), (*two.texts, two.picture), strict=True):
+            assert a.value.dtype == torch.float16
+            assert torch.equal(a.projected, b.projected) and torch.equal(a.value, b.value)
 
 
 def test_accumulated_batches_equal_one_large_batch(base, materials, tmp_path):
@@ -429,7 +437,7 @@ def test_fitted_maps_start_nearer_to_the_targets(base, materials):
 def test_fitted_maps_are_the_ridge_regression(base, materials):
     """The same as least squares with the penalty as further rows, one modality at a time."""
     module, dataset = module_of(materials, base), dataset_of(materials, base)
-    batch = collate([dataset[index] for index in range(4)], dataset.encoder)
+    batch = module.with_targets(collate([dataset[index] for index in range(4)], dataset.encoder))
     module.fit_phi(
         DataLoader(dataset, 4, collate_fn=partial(collate, encoder=dataset.encoder)), ridge=0.1, batches=1
     )

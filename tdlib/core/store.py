@@ -268,8 +268,12 @@ class Store:
         places = self._index[kind].find([key[:16] for key in keys]).tolist()
         return [key for key, place in zip(keys, places, strict=True) if place < 0]
 
-    def read(self, kind: str, key: bytes, columns: Sequence[str] = ()) -> dict[str, Tensor]:
+    def read(
+        self, kind: str, key: bytes, columns: Sequence[str] = (), as_stored: bool = False
+    ) -> dict[str, Tensor]:
         """One record, or some columns of it; what is stored in half precision comes in single.
+
+        ``as_stored``: in the precision that it is stored in.
 
         Raises:
             KeyError: there is none under this key.
@@ -283,7 +287,7 @@ class Store:
         for name in columns or self.layout[kind]:
             column = self.layout[kind][name]
             values = shard.rows(name, start, stop) if column.ragged else shard.rows(name, row, row + 1)[0]
-            record[name] = values.float() if column.half else values
+            record[name] = values.float() if column.half and not as_stored else values
         return record
 
     def sample(self, kind: str, most: int) -> Iterator[tuple[bytes, Any]]:

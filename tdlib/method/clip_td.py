@@ -13,16 +13,19 @@ For every student token i of an example b, text or visual:
     8  instance weight  c[b]: how far the teacher is to be followed                    ``weighting``
     9  loss             mean_b c[b] * sum_i w[i] * D(phi(h[i]), u[i])                  ``losses``
 
-Steps 1 to 5 depend on the example and the frozen teacher alone and are done once (``score_tokens``; the
-relevance variants that look at the student are redone as it learns, ``score_by_student``); 6 to 9 are done
-at every update. Beyond the paper, ``pairing`` teaches from pairs that the data do not hold.
+Steps 1 to 5 depend on the example and the frozen teacher alone (``score_tokens``; the relevance variants
+that look at the student are redone as it learns, ``score_by_student``), 6 to 9 on the student too. Beyond
+the paper, ``pairing`` teaches from pairs that the data do not hold.
 
 Every function takes one example (choices, tokens, ...) or a batch of them (batch, choices, tokens, ...).
-Who calls them: ``training.pipeline`` the first half, ``training.objective`` the second.
+Text and pictures never mix before step 7, so a batch does steps 1 to 5 for each by itself
+(``score_apart``), and those of a picture that no text changes once for all its texts. Who calls them:
+``training.targets`` the first half, ``training.objective`` the second.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,14 +34,15 @@ from torch import Generator, Tensor
 from tdlib.method.alignment import align, aligned_targets, image_conditioned_targets
 from tdlib.method.losses import Distance, targeted_distillation_loss
 from tdlib.method.priors import PRIORS, Idf, referred_prior
+from tdlib.method.registry import is_own
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.method.selection import DEFAULTS, SelectionOptions, Selector, select, token_scores
-from tdlib.method.tokens import TeacherTokens, Tokens
+from tdlib.method.tokens import TeacherTokens, Tokens, join
 from tdlib.method.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS
 
-PerToken = Float[Tensor, "*batch tokens"]
-Mask = Bool[Tensor, "*batch tokens"]
-Vectors = Float[Tensor, "*batch tokens teacher_dim"]
+PerToken = Float[Tensor, "*#batch tokens"]
+Mask = Bool[Tensor, "*#batch tokens"]
+Vectors = Float[Tensor, "*#batch tokens teacher_dim"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,39 @@ def score_tokens(
         relevances = RELEVANCE[relevance](alignment, student, teacher)
     scores = token_scores(relevances, prior, student, valid, temperature, prior_weight)  # 5
     return ScoredTokens(vectors, valid, relevances, prior, scores)
+
+
+def score_apart(
+    text: tuple[Tokens, TeacherTokens, Float[Tensor, "batch choices text_tokens"]],
+    visual: tuple[Tokens, TeacherTokens, Float[Tensor, "*#shown visual_tokens"]],
+    relevance: str = "value",
+    temperature: float = 0.03,
+    prior_weight: float = 1.0,
+    centres: tuple[Float[Tensor, " teacher_dim"], Float[Tensor, " teacher_dim"]] | None = None,
+    conditioned: bool = False,
+) -> ScoredTokens:
+    """``score_tokens`` of a batch whose text and pictures come apart: student, teacher and prior of each.
+
+    Text is (batch, choices, tokens, ...), pictures (batch, 1, tokens, ...): their alignment and targets
+    are the same for every text about them. The result runs over text, then picture, (batch, choices, ...).
+
+    A user's own relevance was written for whole sequences of one example, (choices, tokens, ...), and is
+    called so, example by example, which is slower.
+    """
+    score = partial(
+        score_tokens, relevance=relevance, temperature=temperature, prior_weight=prior_weight, centres=centres
+    )
+    student = Tokens(join(text[0].spans, visual[0].spans, 2), join(text[0].boxes, visual[0].boxes, 2))
+    if relevance in RELEVANCE and is_own(RELEVANCE[relevance]):
+        teacher, prior = TeacherTokens.cat(text[1], visual[1]), join(text[2], visual[2], 2)
+        rows = [score(student[row], teacher[row], prior[row]) for row in range(len(prior))]
+        scored = {f.name: torch.stack([getattr(row, f.name) for row in rows]) for f in fields(ScoredTokens)}
+    else:
+        words, places = score(*text), score(*visual)
+        scored = {f.name: join(getattr(words, f.name), getattr(places, f.name), 2) for f in fields(words)}
+    if conditioned:  # the one step in which words read patches
+        scored["vectors"] = image_conditioned_targets(scored["vectors"], student, temperature)
+    return ScoredTokens(**scored)
 
 
 def score_by_student(

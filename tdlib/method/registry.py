@@ -172,6 +172,11 @@ def signatures() -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
+def is_own(function: Function) -> bool:
+    """Whether a function is a user's, not the project's."""
+    return not getattr(inspect.unwrap(function), "__module__", "").startswith("tdlib.")
+
+
 def own_functions(config: Any) -> dict[str, dict[str, str]]:
     """The functions of a run that are not the project's: name and source text by parameter.
 
@@ -180,10 +185,9 @@ def own_functions(config: Any) -> dict[str, dict[str, str]]:
     own = {}
     for parameter, table in tables().items():
         name = getattr(config, parameter)
-        function = inspect.unwrap(table[name])
-        if not getattr(function, "__module__", "").startswith("tdlib."):
+        if is_own(table[name]):
             try:
-                source = textwrap.dedent(inspect.getsource(function))
+                source = textwrap.dedent(inspect.getsource(inspect.unwrap(table[name])))
             except (OSError, TypeError):
                 source = ""
             own[parameter] = {"name": name, "source": source}

@@ -14,10 +14,12 @@ from torch.nn import functional as F
 
 from tdlib.method.tokens import TeacherTokens, Tokens
 
+SMALLEST = 1e-8  # length of a vector, below which it has no direction
+
 
 def relevance_projected(
-    alignment: Float[Tensor, "*batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
-) -> Float[Tensor, "*batch student_tokens"]:
+    alignment: Float[Tensor, "*#batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
+) -> Float[Tensor, "*#batch student_tokens"]:
     """Compare the aligned teacher token with CLIP's global embedding of the other modality.
 
     ``r[i] = cos(A t, g_image)`` for a text token, ``cos(A t, g_text)`` for a visual one (our
@@ -29,8 +31,8 @@ def relevance_projected(
 
 
 def relevance_value(
-    alignment: Float[Tensor, "*batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
-) -> Float[Tensor, "*batch student_tokens"]:
+    alignment: Float[Tensor, "*#batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
+) -> Float[Tensor, "*#batch student_tokens"]:
     """Compare as ``relevance_projected`` does, with the tokens of the value path of the last attention.
 
     Same formula, range and zeros; ``t`` are the tokens with the last attention block replaced by
@@ -40,8 +42,8 @@ def relevance_value(
 
 
 def relevance_vv(
-    alignment: Float[Tensor, "*batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
-) -> Float[Tensor, "*batch student_tokens"]:
+    alignment: Float[Tensor, "*#batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
+) -> Float[Tensor, "*#batch student_tokens"]:
     """Compare as ``relevance_projected`` does, with the tokens of value-value attention.
 
     Same formula, range and zeros; ``t`` are the tokens of CLIP Surgery's second path (Li et al. 2023),
@@ -56,8 +58,8 @@ def relevance_vv(
 
 
 def relevance_saliency(
-    alignment: Float[Tensor, "*batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
-) -> Float[Tensor, "*batch student_tokens"]:
+    alignment: Float[Tensor, "*#batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
+) -> Float[Tensor, "*#batch student_tokens"]:
     """The teacher's scalars of the tokens that a student token is aligned with, mixed as its target is.
 
     ``r[i] = sum_j A[i, j] a[j]``, in [0, 1]; 0 where the row of ``alignment`` is zero. What ``a`` is,
@@ -122,15 +124,19 @@ def relevance_disagreement(
 
 
 def _cosine_with_other_modality(
-    alignment: Float[Tensor, "*batch student_tokens teacher_tokens"],
-    teacher_vectors: Float[Tensor, "*batch teacher_tokens teacher_dim"],
+    alignment: Float[Tensor, "*#batch student_tokens teacher_tokens"],
+    teacher_vectors: Float[Tensor, "*#batch teacher_tokens teacher_dim"],
     student: Tokens,
     teacher: TeacherTokens,
-) -> Float[Tensor, "*batch student_tokens"]:
-    # cosine_similarity needs no normalised input and gives 0 for a zero vector, so for a zero row.
+) -> Float[Tensor, "*#batch student_tokens"]:
     mixed = alignment.detach() @ teacher_vectors.detach().to(alignment.dtype)
-    to_image = F.cosine_similarity(mixed, teacher.image_global.detach().unsqueeze(-2), dim=-1)
-    to_text = F.cosine_similarity(mixed, teacher.text_global.detach().unsqueeze(-2), dim=-1)
+    # A length of 0 counts as SMALLEST, so a zero row has the cosine 0. Not F.cosine_similarity, which would
+    # repeat a picture's tokens for each of its texts.
+    length = mixed.norm(dim=-1).clamp_min(SMALLEST)
+    to_image, to_text = (
+        torch.einsum("...nd,...d->...n", mixed, F.normalize(pooled.detach().to(mixed.dtype), dim=-1)) / length
+        for pooled in (teacher.image_global, teacher.text_global)
+    )
     return torch.where(student.is_text, to_image, to_text)
 
 

@@ -59,13 +59,13 @@ def modalities(student: Tokens, valid: Mask) -> tuple[Mask, Mask]:
 
 
 def token_scores(
-    relevance: Float[Tensor, "*batch tokens"],
-    prior: Float[Tensor, "*batch tokens"],
+    relevance: Float[Tensor, "*#batch tokens"],
+    prior: Float[Tensor, "*#batch tokens"],
     student: Tokens,
-    valid: Mask,
+    valid: Bool[Tensor, "*#batch tokens"],
     temperature: float,
     prior_weight: float,
-) -> Scores:
+) -> Float[Tensor, "*#batch tokens"]:
     """Score how much each token deserves to be distilled, within its own modality.
 
     ``s = softmax(relevance / temperature) * prior ** prior_weight``, renormalised so that the
@@ -207,7 +207,7 @@ def _highest(keys: Tensor, valid: Tensor, size: Int[Tensor, "*batch"]) -> Mask:
     return valid & (rank < size.unsqueeze(-1))
 
 
-def _masked_softmax(logits: Tensor, mask: Tensor) -> Scores:
+def _masked_softmax(logits: Tensor, mask: Tensor) -> Float[Tensor, "*#batch tokens"]:
     """Softmax over the tokens of ``mask`` whose logit is not -inf; a row that has none is all zero."""
     usable = mask & (logits != -math.inf)
     return logits.masked_fill(~usable, -math.inf).softmax(dim=-1).masked_fill(~usable, 0)

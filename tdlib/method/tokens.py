@@ -4,7 +4,8 @@ Owns the geometry that lets tokens of two models be compared (characters for tex
 pictures) and the bundle of teacher tensors that the method reads. Knows no model and no file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,15 +46,19 @@ class Tokens:
     def to(self, device: torch.device | str) -> "Tokens":
         return Tokens(self.spans.to(device), self.boxes.to(device))
 
+    def __getitem__(self, row: int) -> "Tokens":
+        """Those of one entry of the first axis."""
+        return Tokens(self.spans[row], self.boxes[row])
+
     @staticmethod
     def text(spans: Int[Tensor, "*batch tokens 2"]) -> "Tokens":
         """Tokens of a text alone."""
-        return Tokens(spans, torch.zeros(*spans.shape[:-1], 4))
+        return Tokens(spans, spans.new_zeros(*spans.shape[:-1], 4, dtype=torch.float32))
 
     @staticmethod
     def visual(boxes: Float[Tensor, "*batch tokens 4"]) -> "Tokens":
         """Tokens of a picture alone."""
-        return Tokens(torch.zeros(*boxes.shape[:-1], 2, dtype=torch.long), boxes)
+        return Tokens(boxes.new_zeros(*boxes.shape[:-1], 2, dtype=torch.long), boxes)
 
     @staticmethod
     def cat(parts: list["Tokens"]) -> "Tokens":
@@ -62,6 +67,14 @@ class Tokens:
             torch.cat([part.spans for part in parts], dim=-2),
             torch.cat([part.boxes for part in parts], dim=-2),
         )
+
+
+def join(text: Tensor, visual: Tensor, axis: int) -> Tensor:
+    """Text and picture one after the other along the axis of tokens.
+
+    A picture that is there once for all its texts is repeated for each of them.
+    """
+    return torch.cat([text, visual.expand(*text.shape[:axis], *visual.shape[axis:])], dim=axis)
 
 
 @dataclass(frozen=True)
@@ -73,12 +86,36 @@ class TeacherTokens:
     are zero vectors. ``image_global`` and ``text_global`` are CLIP's pooled embeddings. The last two
     are there only where a relevance variant reads them: ``vv`` the tokens of value-value attention,
     ``saliency`` a scalar per token in [0, 1] that the teacher gave it (attention, rollout, gradient).
+    An axis of ``batch`` may have length 1: a picture's tokens are the same for all texts about it.
     """
 
     tokens: Tokens
-    projected: Float[Tensor, "*batch teacher_tokens teacher_dim"]
-    value: Float[Tensor, "*batch teacher_tokens teacher_dim"]
-    image_global: Float[Tensor, "*batch teacher_dim"]
-    text_global: Float[Tensor, "*batch teacher_dim"]
-    vv: Float[Tensor, "*batch teacher_tokens teacher_dim"] | None = None
-    saliency: Float[Tensor, "*batch teacher_tokens"] | None = None
+    projected: Float[Tensor, "*#batch teacher_tokens teacher_dim"]
+    value: Float[Tensor, "*#batch teacher_tokens teacher_dim"]
+    image_global: Float[Tensor, "*#batch teacher_dim"]
+    text_global: Float[Tensor, "*#batch teacher_dim"]
+    vv: Float[Tensor, "*#batch teacher_tokens teacher_dim"] | None = None
+    saliency: Float[Tensor, "*#batch teacher_tokens"] | None = None
+
+    def __getitem__(self, row: int) -> "TeacherTokens":
+        """Those of one entry of the first axis."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        ours: Any = {name: None if part is None else part[row] for name, part in parts.items()}
+        return TeacherTokens(**ours)
+
+    @staticmethod
+    def cat(text: "TeacherTokens", visual: "TeacherTokens") -> "TeacherTokens":
+        """Tokens of statements, then of their pictures, as one sequence each; see ``join``."""
+        axis = text.projected.dim() - 2
+        parts = {
+            name: join(getattr(text, name), getattr(visual, name), axis)
+            for name in ("projected", "value", "vv", "saliency")
+            if getattr(text, name) is not None
+        }
+        return TeacherTokens(
+            Tokens(
+                join(text.tokens.spans, visual.tokens.spans, axis),
+                join(text.tokens.boxes, visual.tokens.boxes, axis),
+            ),
+            image_global=text.image_global, text_global=text.text_global, **parts,
+        )  # fmt: skip

@@ -244,21 +244,23 @@ class TeacherCache:
             f"is not finite; {reason}. Nothing of it was stored"
         )
 
-    def text(self, text: str, extras: Sequence[str] = ()) -> TeacherRecord:
+    def text(self, text: str, extras: Sequence[str] = (), as_stored: bool = False) -> TeacherRecord:
         """The stored features of a text, with further signals if asked for.
+
+        ``as_stored``: in half precision, as they lie on the disk; else in single.
 
         Raises:
             CacheError: it, or one of ``extras``, was never added.
         """
-        return self._record("texts", text_key(text), text, extras)
+        return self._record("texts", text_key(text), text, extras, as_stored)
 
-    def picture(self, path: Path, extras: Sequence[str] = ()) -> TeacherRecord:
-        """The stored features of a picture file, with further signals if asked for.
+    def picture(self, path: Path, extras: Sequence[str] = (), as_stored: bool = False) -> TeacherRecord:
+        """The stored features of a picture file, with further signals if asked for; as for ``text``.
 
         Raises:
             CacheError: it, or one of ``extras``, was never added (or the file has changed since).
         """
-        return self._record("pictures", self.picture_key(path), str(path), extras)
+        return self._record("pictures", self.picture_key(path), str(path), extras, as_stored)
 
     def pair(self, text: str, path: Path) -> Tensor:
         """The stored gradient relevance of a text's tokens and then the picture's, in [0, 1].
@@ -282,12 +284,14 @@ class TeacherCache:
         """
         return int(self._read("texts", text_key(text), text, ["cut"])["cut"])
 
-    def _record(self, kind: str, key: bytes, source: str, extras: Sequence[str]) -> TeacherRecord:
-        columns: dict[str, Any] = self._read(kind, key, source)
+    def _record(
+        self, kind: str, key: bytes, source: str, extras: Sequence[str], as_stored: bool
+    ) -> TeacherRecord:
+        columns: dict[str, Any] = self._read(kind, key, source, as_stored=as_stored)
         columns["cut"] = int(columns.get("cut", 0))
         for extra in extras:
             try:
-                columns |= self.store.read(f"{kind}:{extra}", key)
+                columns |= self.store.read(f"{kind}:{extra}", key, as_stored=as_stored)
             except KeyError:
                 raise CacheError(
                     f"{self.folder}: no {extra!r} of {source!r}; call add({kind}=..., extras=({extra!r},)) "
@@ -295,9 +299,11 @@ class TeacherCache:
                 ) from None
         return TeacherRecord(**columns)
 
-    def _read(self, kind: str, key: bytes, source: str, columns: Sequence[str] = ()) -> dict[str, Tensor]:
+    def _read(
+        self, kind: str, key: bytes, source: str, columns: Sequence[str] = (), as_stored: bool = False
+    ) -> dict[str, Tensor]:
         try:
-            return self.store.read(kind, key, columns)
+            return self.store.read(kind, key, columns, as_stored)
         except KeyError:
             raise CacheError(
                 f"{self.folder}: no features of {source!r}; call add({kind}=...) with it first"

@@ -1,7 +1,7 @@
 """Examples as batches: encoded once, padded together, and divided among processes.
 
 Owns what turns examples into the tensors that the student and the loss read. Does not own how one example
-is encoded (``students``) nor what its targets are (``pipeline``).
+is encoded (``students``) nor what its targets are made of (``pipeline``, ``targets``).
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,12 @@ from tdlib.data.examples import Example, TextPart
 from tdlib.students.base import EncodedText, StudentEncoder, pad_last
 from tdlib.teacher.probe import soft_target
 from tdlib.training.judging import PicturePool, picture_number
-from tdlib.training.pipeline import TargetBuilder, Targets
+from tdlib.training.pipeline import TargetBuilder
+from tdlib.training.targets import TeacherFeatures, pack
 
 
 class EncodedExamples(Dataset):
-    """Examples as the student's inputs, with targets if a builder is given.
+    """Examples as the student's inputs, with what targets are made of if a builder is given.
 
     What was encoded once is kept while it fits into ``memory`` bytes (of each process that makes
     batches). ``num_labels`` is the size of the label set where examples have no choices. ``modality``
@@ -48,9 +49,8 @@ class EncodedExamples(Dataset):
         if index in self._kept:
             return self._kept[index]
         item = {**self._encode(self.examples[index]), "row": index}
-        targets = item["targets"]
-        tensors = [*item.values(), *item["visual"].values(), *(vars(targets).values() if targets else ())]
-        size = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+        parts = [*item.values(), *item["visual"].values()]
+        size = sum(part.nbytes for part in parts if isinstance(part, Tensor | TeacherFeatures))
         if size <= self._room:
             self._room -= size
             self._kept[index] = item
@@ -76,47 +76,25 @@ class EncodedExamples(Dataset):
         visual = self.encoder.visual(example)
         if self.modality == "text":
             visual = self.encoder.blank(visual)
-        targets = (
-            self.builder(example, text.spans, self.encoder.visual_boxes(visual)) if self.builder else None
-        )
+        teacher = None
+        if self.builder is not None:
+            teacher = self.builder.features(example, text.spans, self.encoder.visual_boxes(visual))
         label = -1 if example.label is None else example.label
-        item = {**vars(text), "visual": visual, "label": label, "targets": targets}
-        if targets is not None and targets.statements is not None:
+        item = {**vars(text), "visual": visual, "label": label, "teacher": teacher}
+        if teacher is not None and teacher.statements is not None:
             item["picture"] = picture_number(example.image)
         if example.annotators:
             item["soft"] = soft_target(example, self.num_labels)
         return item
 
 
-def _targets_batch(items: Sequence[dict[str, Any]], length: int, visual: int) -> dict[str, Tensor]:
-    """Targets of a batch; each example's text and visual tokens move to where the student has them."""
-    batch: dict[str, Tensor] = {}
-    for row, item in enumerate(items):
-        targets: Targets = item["targets"]
-        texts = item["input_ids"].shape[1]
-        parts = {
-            "vectors": targets.vectors, "scores": targets.scores, "valid": targets.valid,
-            "target_spans": targets.tokens.spans, "target_boxes": targets.tokens.boxes,
-            "relevance": targets.relevance, "prior": targets.prior,
-        }  # fmt: skip
-        for name, value in parts.items():
-            if name not in batch:
-                batch[name] = value.new_zeros(len(items), len(value), length + visual, *value.shape[2:])
-            batch[name][row, :, :texts] = value[:, :texts]
-            batch[name][row, :, length : length + value.shape[1] - texts] = value[:, texts:]
-    names = ["teacher_logits", "teacher_knows", "text_global", "image_global"]
-    if items[0]["targets"].statements is not None:  # what re-pairing reads
-        names += ["statements", "judged"]
-        batch["picture"] = torch.tensor([item["picture"] for item in items])
-    for name in names:
-        batch[name] = torch.stack([getattr(item["targets"], name) for item in items])
-    return batch
-
-
 def collate(
     items: Sequence[dict[str, Any]], encoder: StudentEncoder, pool: PicturePool | None = None
 ) -> dict[str, Tensor]:
-    """One batch: texts padded to the longest, pictures to the largest; with as many pictures of ``pool``."""
+    """One batch: texts padded to the longest, pictures to the largest; with as many pictures of ``pool``.
+
+    Targets are made of it where the student is: ``targets.make_targets``.
+    """
     length = max(item["input_ids"].shape[1] for item in items)
     padding = {"input_ids": encoder.tokenizer.pad_token_id, "objects": -1}
     batch = {
@@ -128,9 +106,10 @@ def collate(
     batch["rows"] = torch.tensor([item["row"] for item in items])
     if "soft" in items[0]:
         batch["soft"] = torch.stack([item["soft"] for item in items])
-    if items[0]["targets"] is not None:
-        visual = max(i["targets"].valid.shape[1] - i["input_ids"].shape[1] for i in items)
-        batch |= _targets_batch(items, length, visual)
+    if items[0]["teacher"] is not None:
+        batch |= pack([item["teacher"] for item in items], length)
+    if "picture" in items[0]:  # what re-pairing reads
+        batch["picture"] = torch.tensor([item["picture"] for item in items])
     if pool is not None:
         batch |= pool.draw([item["row"] for item in items], len(items))
     return batch

@@ -24,7 +24,7 @@ def predict(student: PreTrainedModel, dataset: EncodedExamples, batch_size: int 
     rows: list[Tensor | None] = [None] * len(dataset)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = collate([{**dataset[i], "targets": None} for i in chosen], dataset.encoder)
+        batch = collate([{**dataset[i], "teacher": None} for i in chosen], dataset.encoder)
         output = student(**{name: value.to(device) for name, value in student_inputs(student, batch).items()})
         for i, row in zip(chosen, output.logits.float().softmax(-1).cpu(), strict=True):
             rows[i] = row

@@ -24,6 +24,7 @@ from tdlib.method.weighting import SCHEDULES
 from tdlib.students.base import StudentOutput, student_inputs
 from tdlib.training.adversarial import adversarial_loss
 from tdlib.training.repairing import Repaired, Repairing
+from tdlib.training.targets import make_targets
 
 TERMS = ("task", "choice", "distill", "repair", "truth")
 
@@ -99,7 +100,7 @@ class TargetedDistillation(nn.Module):
 
         ``window`` is the number of examples in the whole accumulation window; sums are divided by it.
         """
-        config = self.settings
+        config, batch = self.settings, self.with_targets(batch)
         examples = window or len(batch["labels"])
         if config.adversarial_steps and self.training:
             output, extra = adversarial_loss(
@@ -122,6 +123,10 @@ class TargetedDistillation(nn.Module):
             if self.repairing is not None:
                 terms |= self._repair(output, repaired, batch, chosen, examples)
             return {"loss": self._total(terms, examples, len(batch["labels"])), "logits": logits, **terms}
+
+    def with_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with its targets in place of what they are made of, see ``targets.make_targets``."""
+        return make_targets(batch, self.settings)
 
     @property
     def needs_hidden_states(self) -> bool:
@@ -291,7 +296,7 @@ class TargetedDistillation(nn.Module):
         for number, batch in enumerate(loader):
             if number == batches:
                 break
-            batch = {name: value.to(device) for name, value in batch.items()}
+            batch = self.with_targets({name: value.to(device) for name, value in batch.items()})
             hidden = self.student(**self.inputs(batch)).hidden_states[self.settings.distill_layer]
             text = Tokens(batch["target_spans"], batch["target_boxes"]).is_text
             of_text = batch["valid"] & text

@@ -1,11 +1,11 @@
-"""Builds the targets of one example from cached teacher features: steps 1 to 5 of ``method.clip_td``.
+"""Gathers what an example's targets are made of: cached teacher features, priors, CLIP's logits.
 
-All that is here depends on the example and the frozen teacher alone, so it is made once per example; what
-changes while the student learns happens in ``objective``.
+All that is here depends on the example and the frozen teacher alone. What follows from it by tensor
+functions is made for whole batches (``targets``), and what changes while the student learns in ``objective``.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -13,23 +13,22 @@ from torch import Tensor
 
 from tdlib.config import RunConfig
 from tdlib.data.examples import Example
-from tdlib.method.clip_td import ScoredTokens, score_tokens, token_prior
+from tdlib.method.clip_td import ScoredTokens, token_prior
 from tdlib.method.priors import Idf
 from tdlib.method.tokens import TeacherTokens, Tokens
-from tdlib.teacher.cache import TeacherCache
+from tdlib.teacher.cache import TeacherCache, text_key
 from tdlib.teacher.model import EXTRAS, TeacherRecord, choice_logits
 from tdlib.teacher.probe import compared_texts
 from tdlib.training.judging import StatementJudge
+from tdlib.training.targets import TeacherFeatures, make_targets, pack
 
 
 @dataclass(frozen=True)
 class Targets(ScoredTokens):
     """What one example's tokens are drawn to; tokens run over text, then picture, as in the student.
 
-    Beside the scored tokens (choices, tokens, ...): ``teacher_logits`` are CLIP's zero-shot scaled cosines
-    (choices,), or class logits (labels,); ``teacher_knows`` is 0 where a text was too long for it, so that
-    they tell nothing, else 1. ``statements`` and ``judged`` say what CLIP judges of the example
-    with any picture, see ``judging.StatementJudge``; None where nothing is re-paired.
+    Beside the scored tokens (choices, tokens, ...): CLIP's ``teacher_logits`` and ``teacher_knows``, the
+    ``logits`` and ``knows`` of ``TeacherFeatures``.
     """
 
     tokens: Tokens
@@ -37,8 +36,6 @@ class Targets(ScoredTokens):
     teacher_knows: Tensor
     text_global: Tensor  # (choices, teacher_dim)
     image_global: Tensor  # (choices, teacher_dim), the same picture for each
-    statements: Tensor | None = None  # (judged, teacher_dim)
-    judged: Tensor | None = None  # (judged,)
 
 
 def teacher_tokens(
@@ -132,27 +129,29 @@ class TargetBuilder:
         if self.config.relevance == "gradient":
             self.cache.add_pairs(pairs)
 
-    def _teacher_tokens(self, statements: Sequence[str], picture: Path) -> TeacherTokens:
+    def _records(
+        self, statements: Sequence[str], picture: Path
+    ) -> tuple[list[TeacherRecord], TeacherRecord, list[tuple[Tensor, Tensor]] | None]:
+        """Features of statements and a picture as they are stored, and a relevance variant's scalars."""
         variant = self.config.relevance
-        if variant not in (*EXTRAS, "gradient"):
-            return teacher_tokens([self.cache.text(text) for text in statements], self.cache.picture(picture))
-        self._add([(text, picture) for text in statements])
         extras = [variant] if variant in EXTRAS else []
-        texts = [self.cache.text(text, extras) for text in statements]
-        patches = self.cache.picture(picture, extras)
-        saliencies = None
+        if variant in (*EXTRAS, "gradient"):
+            self._add([(text, picture) for text in statements])
+        texts = [self.cache.text(text, extras, as_stored=True) for text in statements]
+        patches = self.cache.picture(picture, extras, as_stored=True)
         if variant == "gradient":
             lengths = [[len(text.positions), len(patches.positions)] for text in texts]
-            saliencies = [
+            pairs = [
                 self.cache.pair(text, picture).split(length)
                 for text, length in zip(statements, lengths, strict=True)
             ]
-        elif variant != "vv":
-            saliencies = [(getattr(text, variant), getattr(patches, variant)) for text in texts]
-        return teacher_tokens(texts, patches, saliencies)
+            return texts, patches, [(words, cells) for words, cells in pairs]
+        if variant in EXTRAS and variant != "vv":
+            return texts, patches, [(getattr(text, variant), getattr(patches, variant)) for text in texts]
+        return texts, patches, None
 
-    def __call__(self, example: Example, spans: Tensor, boxes: Tensor) -> Targets:
-        """Targets for a student whose tokens have these positions.
+    def features(self, example: Example, spans: Tensor, boxes: Tensor) -> TeacherFeatures:
+        """What the targets are made of, for a student whose tokens have these positions.
 
         Args:
             example: the example.
@@ -161,29 +160,34 @@ class TargetBuilder:
         """
         example = self.seen_as(example)
         statements = [statement.text for statement in example.statements()]
-        teacher = self._teacher_tokens(statements, example.image)
-        student = Tokens.cat([Tokens.text(spans), Tokens.visual(boxes.expand(len(statements), -1, -1))])
+        texts, picture, saliencies = self._records(statements, example.image)
         config = self.config
-        referred = self._referred(example) if config.visual_prior == "referred" else None
-        prior = token_prior(statements, spans, boxes, self.idf, config.prior, referred)
-        scored = score_tokens(
-            student, teacher, prior, config.relevance, config.temperature, config.prior_weight, self.centres,
-            config.conditioned_targets,
-        )  # fmt: skip
+        refers = config.visual_prior == "referred"
+        prior = token_prior(
+            statements, spans, boxes, self.idf, config.prior, self._referred(example) if refers else None
+        )
         if self.class_logits is not None:
             logits = self.class_logits(example)
         else:
-            logits = choice_logits(
-                teacher.image_global[0], teacher.text_global, self.cache.teacher.logit_scale
-            )
-        statements_judged = self.judge(example) if self.judge else (None, None)
-        is_cut = any(map(self.cache.cut, compared_texts(example, self.labels)))
-        return Targets(
-            **vars(scored), tokens=student, teacher_logits=logits, text_global=teacher.text_global,
-            image_global=teacher.image_global,
-            teacher_knows=torch.tensor(float(not is_cut)),
-            statements=statements_judged[0], judged=statements_judged[1],
+            pooled = torch.stack([text.pooled for text in texts]).float()
+            logits = choice_logits(picture.pooled.float(), pooled, self.cache.teacher.logit_scale)
+        if self.labels:
+            is_cut = any(map(self.cache.cut, compared_texts(example, self.labels)))
+        else:
+            is_cut = any(text.cut for text in texts)
+        judged = self.judge(example) if self.judge else (None, None)
+        return TeacherFeatures(
+            tuple(texts), tuple(map(text_key, statements)), picture, self.cache.picture_key(example.image),
+            boxes, prior[:, : spans.shape[1]], logits, torch.tensor(float(not is_cut)),
+            prior[:, spans.shape[1] :] if refers else None, saliencies, self.centres, *judged,
         )  # fmt: skip
+
+    def __call__(self, example: Example, spans: Tensor, boxes: Tensor) -> Targets:
+        """The targets of one example: a batch of one. Arguments as for ``features``."""
+        found = pack([self.features(example, spans, boxes)], spans.shape[1]) | {"spans": spans[None]}
+        made = {name: value[0] for name, value in make_targets(found, self.config).items()}
+        named = {field.name: made[field.name] for field in fields(Targets) if field.name != "tokens"}
+        return Targets(**named, tokens=Tokens(made["target_spans"], made["target_boxes"]))
 
     @staticmethod
     def _referred(example: Example) -> list[Tensor]:

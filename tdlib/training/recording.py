@@ -88,13 +88,17 @@ class ProbeRecorder:
     ) -> list[TargetRecord]:
         module = self.module
         device = next(module.student.parameters()).device
-        batch = {name: value.to(device) for name, value in self.collate(items).items()}
+        batch = module.with_targets({k: value.to(device) for k, value in self.collate(items).items()})
         reads_student = module.settings.relevance in STUDENT_RELEVANCE
         output = module.student(**student_inputs(module.student, batch), output_hidden_states=reads_student)
         hidden = output.hidden_states[module.settings.distill_layer] if reads_student else None
         relevance, scores = module.scores(batch, hidden)
         selected, weight = module.choose_tokens(batch, hidden)
-        columns = {"relevance": relevance, "score": scores, "selected": selected, "weight": weight}
+        columns = {
+            "relevance": relevance, "score": scores, "selected": selected, "weight": weight,
+            "spans": batch["target_spans"], "boxes": batch["target_boxes"], "distilled": batch["valid"],
+            "prior": batch["prior"],
+        }  # fmt: skip
         arrays = {name: value.cpu().numpy() for name, value in columns.items()}
         teacher, student = (
             logits.float().softmax(-1).cpu().numpy() for logits in (batch["teacher_logits"], output.logits)
@@ -104,29 +108,27 @@ class ProbeRecorder:
         length = batch["input_ids"].shape[2]
         records = []
         for row, (example, item) in enumerate(zip(examples, items, strict=True)):
-            targets, texts = item["targets"], item["input_ids"].shape[1]
             # the example's own tokens in the padded batch
-            own = np.r_[:texts, length : length + targets.valid.shape[1] - texts]
+            own = np.r_[: item["input_ids"].shape[1], length : length + len(item["teacher"].boxes)]
             label, p = example.label, student[row]
             teacher_p = student_p = weight_of_example = None
             if label is not None:
                 teacher_p, student_p = float(teacher[row, label]), float(p[label])
                 weight_of_example = float(instance[row])
             for choice, statement in enumerate(example.statements()):
-                spans = targets.tokens.spans[choice].numpy()
+                of_tokens = {name: array[row, choice, own] for name, array in arrays.items()}
                 records.append(
                     TargetRecord(
                         example_id=example.id, choice=choice, label=label, prediction=int(p.argmax()),
                         text=statement.text, references=statement.references, image=example.image,
                         object_boxes=example.boxes, object_names=example.names,
-                        tokens=tuple(statement.text[start:end] for start, end in spans), spans=spans,
-                        boxes=targets.tokens.boxes[choice].numpy(), distilled=targets.valid[choice].numpy(),
-                        prior=targets.prior[choice].numpy(), relevant_spans=statement.relevant,
+                        tokens=tuple(statement.text[start:end] for start, end in of_tokens["spans"]),
+                        relevant_spans=statement.relevant,
                         relevant_boxes=example.relevant_boxes, truth=example.truth,
                         split=self.split, step=step,
                         teacher_probability=teacher_p, student_probability=student_p,
                         instance_weight=weight_of_example,
-                        **{name: array[row, choice, own] for name, array in arrays.items()},
+                        **of_tokens,
                         **lessons.get((row, choice), {}),
                     )
                 )  # fmt: skip
