@@ -2,7 +2,7 @@
 
 core        whole files, paths, identities, records of targets
 method      CLIP-TD itself: tokens to loss, tensor functions only. **Read ``method.clip_td`` first**,
-            then ``training.pipeline`` and ``training.objective``, which call it
+            then ``training.targets`` and ``training.objective``, which call it
 data        examples, the tasks' official files, metrics, shifts
 miniworld   the generator of small data in those same files
 teacher     CLIP: tokens, relevance, cache, class probabilities

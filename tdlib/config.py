@@ -100,8 +100,12 @@ class RunConfig(BaseModel):
         "fp32", "of the student's passes in training; losses are fp32, evaluation too"
     )
     loader_workers: int = _machine(
-        0, "processes that make the training's batches; 0: none but this one", ge=0
+        -1,
+        "processes that make the training's batches; 0: none but this one; -1: some where there are a GPU, "
+        "four cores or more, and more data than memory keeps encoded",
+        ge=-1,
     )
+    compile: bool = _training(False, "whether torch compiles the student for its training")
     adversarial_steps: int = _training(0, "VILLA's steps of ascent (3 in the paper); 0: none", ge=0)
     adversarial_rate: float = _training(0.01, "length of such a step", gt=0)
     adversarial_weight: float = _training(1.5, "of the divergence from the unmoved output", ge=0)

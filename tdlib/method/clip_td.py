@@ -101,7 +101,7 @@ def score_tokens(
     """
     alignment = align(student, teacher.tokens)  # 1
     vectors = aligned_targets(alignment, teacher.projected)  # 2
-    valid = vectors.abs().sum(-1) > 0
+    valid = vectors.ne(0).any(-1)
     if centres is not None:  # only the direction of a target changes, not which tokens have one
         of_modality = torch.where(student.is_text.unsqueeze(-1), centres[0], centres[1])
         vectors = aligned_targets(alignment, teacher.projected, of_modality)
@@ -177,6 +177,15 @@ def choose_tokens(
     return selected, TOKEN_WEIGHTS[token_weight](scores, selected)
 
 
+def places_of(selected: Mask, student: Tokens) -> dict[str, tuple[Tensor, ...]]:
+    """Where the selected tokens of "text" and "visual" are: an index into anything of their shape.
+
+    Waits for the device to count them. Do it before the student's pass, when there is little to wait for.
+    """
+    chosen = {"text": selected & student.is_text, "visual": selected & ~student.is_text}
+    return {name: mask.nonzero(as_tuple=True) for name, mask in chosen.items()}
+
+
 def weigh_examples(
     teacher_logits: Float[Tensor, "batch choices"],
     student_logits: Float[Tensor, "batch choices"],
@@ -202,11 +211,13 @@ def distillation_loss(
     instance: Float[Tensor, " batch"],
     distance: str | Distance = "cosine",
     num_sequences: int | None = None,
+    places: Mapping[str, tuple[Tensor, ...]] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Step 9, the text's part and the picture's; the loss is their sum.
 
     ``phi`` holds the maps "text" and "visual" into CLIP's space. ``num_sequences``: divide by this number,
-    that of a whole accumulation window, instead of batch times choices.
+    that of a whole accumulation window, instead of batch times choices. ``places`` are those of
+    ``places_of``, where they are known already.
     """
     sequences = num_sequences or hidden.shape[0] * hidden.shape[1]
     share = weights * instance[:, None, None]
@@ -215,6 +226,6 @@ def distillation_loss(
             phi[name](hidden[chosen])[None],  # only the selected tokens are projected
             vectors[chosen][None], share[chosen][None], hidden.new_ones(1), distance, sequences,
         )
-        for name, chosen in (("text", selected & student.is_text), ("visual", selected & ~student.is_text))
+        for name, chosen in (places or places_of(selected, student)).items()
     )  # fmt: skip
     return text, visual

@@ -114,7 +114,7 @@ def most_disagreement(
 
 def _noise(allowed: Tensor, generator: Generator | None) -> Float[Tensor, "batch pictures"]:
     device = generator.device if generator is not None else allowed.device
-    return torch.rand(allowed.shape, generator=generator, device=device).to(allowed.device)
+    return torch.rand(allowed.shape, generator=generator, device=device).to(allowed.device, non_blocking=True)
 
 
 def _highest(keys: Tensor, allowed: Tensor) -> Int[Tensor, " batch"]:

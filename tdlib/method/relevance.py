@@ -3,6 +3,9 @@
 Owns the relevance variants: those that read the teacher's cached tokens, and those that compare the
 student with its targets while it trains. Does not own the alignment that carries the teacher's
 tokens to the student's, nor the prior and the score made of relevance (``selection``).
+
+Those of here take whole batches, of which an axis may have length 1. One of yours is called
+with one example at a time: ``alignment`` (choices, student_tokens, teacher_tokens), text then picture.
 """
 
 import math

@@ -171,7 +171,8 @@ def random(
 ) -> Mask:
     """Select valid tokens uniformly at random, as many as ``nucleus`` selects: the control of selection."""
     device = generator.device if generator is not None else scores.device
-    noise = torch.rand(scores.shape, generator=generator, device=device).to(scores.device)
+    noise = torch.rand(scores.shape, generator=generator, device=device)
+    noise = noise.to(scores.device, non_blocking=True)
     return _highest(noise, valid, _nucleus_size(scores, valid, options))
 
 
@@ -191,7 +192,8 @@ def sample(
     Exp(1), ``-log e`` is Gumbel noise, so the highest ``s / e`` are the same tokens.
     """
     device = generator.device if generator is not None else scores.device
-    noise = torch.empty(scores.shape, device=device).exponential_(generator=generator).to(scores.device)
+    noise = torch.empty(scores.shape, device=device).exponential_(generator=generator)
+    noise = noise.to(scores.device, non_blocking=True)
     keys = scores / noise.clamp_min(torch.finfo(noise.dtype).tiny)
     return _highest(keys, valid, _nucleus_size(scores, valid, options))
 

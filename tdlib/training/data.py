@@ -40,7 +40,7 @@ class EncodedExamples(Dataset):
         self.examples, self.encoder, self.builder = examples, encoder, builder
         self.num_labels, self.modality = num_labels, modality
         self._kept: dict[int, dict[str, Any]] = {}
-        self._room = memory
+        self._memory = self._room = memory
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -49,12 +49,15 @@ class EncodedExamples(Dataset):
         if index in self._kept:
             return self._kept[index]
         item = {**self._encode(self.examples[index]), "row": index}
-        parts = [*item.values(), *item["visual"].values()]
-        size = sum(part.nbytes for part in parts if isinstance(part, Tensor | TeacherFeatures))
+        size = _nbytes(item)
         if size <= self._room:
             self._room -= size
             self._kept[index] = item
         return item
+
+    def keeps_all(self) -> bool:
+        """Whether all examples are likely to fit into memory together, judged by the first one."""
+        return not len(self) or len(self) * _nbytes(self[0]) <= self._memory
 
     def check_pictures(self) -> None:
         """Encodes one example of each distinct picture, so that one that is missing or damaged is found now.
@@ -86,6 +89,12 @@ class EncodedExamples(Dataset):
         if example.annotators:
             item["soft"] = soft_target(example, self.num_labels)
         return item
+
+
+def _nbytes(item: dict[str, Any]) -> int:
+    """Bytes of an encoded example's tensors."""
+    parts = [*item.values(), *item["visual"].values()]
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor | TeacherFeatures))
 
 
 def collate(

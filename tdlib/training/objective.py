@@ -6,6 +6,7 @@ method's steps are in ``method.clip_td``, re-pairing in ``Repairing`` below.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from tdlib.config import RunConfig
 from tdlib.core.paths import ConfigError
-from tdlib.method.clip_td import choose_tokens, distillation_loss, score_by_student, weigh_examples
+from tdlib.method.clip_td import choose_tokens, distillation_loss, places_of, score_by_student, weigh_examples
 from tdlib.method.losses import choice_distribution_loss, targeted_distillation_loss
 from tdlib.method.relevance import STUDENT_RELEVANCE
 from tdlib.method.selection import SelectionOptions
@@ -27,6 +28,15 @@ from tdlib.training.repairing import Repaired, Repairing
 from tdlib.training.targets import make_targets
 
 TERMS = ("task", "choice", "distill", "repair", "truth")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The tokens of a batch that are distilled: a mask and weights (batch, choices, tokens), and where."""
+
+    selected: Tensor
+    weights: Tensor
+    places: dict[str, tuple[Tensor, ...]] | None  # of ``places_of``, where the loss will ask
 
 
 class TargetedDistillation(nn.Module):
@@ -102,6 +112,8 @@ class TargetedDistillation(nn.Module):
         """
         config, batch = self.settings, self.with_targets(batch)
         examples = window or len(batch["labels"])
+        early = config.relevance not in STUDENT_RELEVANCE  # the device is idle: see ``places_of``
+        chosen = self._chosen(batch) if early else None
         if config.adversarial_steps and self.training:
             output, extra = adversarial_loss(
                 self.student, batch, self.task_loss, config, examples, self.needs_hidden_states
@@ -117,7 +129,8 @@ class TargetedDistillation(nn.Module):
             terms = {"task": self.task_loss(logits, batch, examples), **extra}
             if config.choice_weight > 0:
                 terms["choice"] = self._choice_loss(logits, batch, examples)
-            chosen = self._chosen(output, batch)
+            if not early:
+                chosen = self._chosen(batch, output)
             if self.phi is not None:
                 terms |= self._distill(output, batch, chosen, examples)
             if self.repairing is not None:
@@ -159,18 +172,22 @@ class TargetedDistillation(nn.Module):
             logits, batch["teacher_logits"], config.choice_temperature, examples, weights
         )
 
-    def _chosen(self, output: StudentOutput, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def _chosen(self, batch: dict[str, Tensor], output: StudentOutput | None = None) -> Chosen | None:
         """Selected tokens and their weights, once for all terms that read them; None where none does."""
         config = self.settings
         of_tokens = self.phi is not None and config.distill_target != "global"
         if not of_tokens and config.truth_weight == 0:
             return None
-        assert output.hidden_states is not None
-        return self.choose_tokens(batch, output.hidden_states[config.distill_layer].float())
+        hidden = None
+        if output is not None and output.hidden_states is not None:
+            hidden = output.hidden_states[config.distill_layer].float()
+        selected, weights = self.choose_tokens(batch, hidden)
+        student = Tokens(batch["target_spans"], batch["target_boxes"])
+        return Chosen(selected, weights, places_of(selected, student) if of_tokens else None)
 
     def _repair(
         self, output: StudentOutput, repaired: Repaired | None, batch: dict[str, Tensor],
-        chosen: tuple[Tensor, Tensor] | None, examples: int,
+        chosen: Chosen | None, examples: int,
     ) -> dict[str, Tensor]:  # fmt: skip
         """The terms beyond the paper: CLIP's judgement of re-paired examples, and of statements' truth."""
         assert self.repairing is not None
@@ -178,7 +195,8 @@ class TargetedDistillation(nn.Module):
         terms = self.repairing.repair_loss(repaired, share) if repaired else {}
         if self.settings.truth_weight > 0:
             assert chosen is not None
-            terms["truth"] = self.repairing.truth_loss(output, repaired, batch, *chosen) * share
+            truth = self.repairing.truth_loss(output, repaired, batch, chosen.selected, chosen.weights)
+            terms["truth"] = truth * share
         return terms
 
     def _total(self, terms: dict[str, Tensor], examples: int, here: int) -> Tensor:
@@ -202,8 +220,7 @@ class TargetedDistillation(nn.Module):
         return self.settings.distill_weight * SCHEDULES[self.settings.distill_schedule](self.progress)
 
     def _distill(
-        self, output: StudentOutput, batch: dict[str, Tensor], chosen: tuple[Tensor, Tensor] | None,
-        examples: int,
+        self, output: StudentOutput, batch: dict[str, Tensor], chosen: Chosen | None, examples: int
     ) -> dict[str, Tensor]:  # fmt: skip
         assert self.phi is not None and output.hidden_states is not None and output.logits is not None
         hidden = output.hidden_states[self.settings.distill_layer].float()
@@ -222,18 +239,19 @@ class TargetedDistillation(nn.Module):
                     self.settings.distance, sequences,
                 )  # fmt: skip
         if chosen is not None and self.settings.distill_target != "global":
-            terms |= self._distill_tokens(terms, hidden, instance, batch, *chosen, sequences)
+            terms |= self._distill_tokens(terms, hidden, instance, batch, chosen, sequences)
         return terms
 
     def _distill_tokens(
         self, terms: dict[str, Tensor], hidden: Tensor, instance: Tensor, batch: dict[str, Tensor],
-        selected: Tensor, weights: Tensor, sequences: int,
+        chosen: Chosen, sequences: int,
     ) -> dict[str, Tensor]:  # fmt: skip
+        selected = chosen.selected
         student = Tokens(batch["target_spans"], batch["target_boxes"])
         loss, text = terms["distill"], student.is_text
         for part in distillation_loss(
-            hidden, self.token_maps, batch["vectors"], student, selected, weights, instance,
-            self.settings.distance, sequences,
+            hidden, self.token_maps, batch["vectors"], student, selected, chosen.weights, instance,
+            self.settings.distance, sequences, chosen.places,
         ):  # fmt: skip
             loss = loss + part
         return {

@@ -124,7 +124,8 @@ class Repairing(nn.Module):
             columns = columns.clamp_min(0)
             index = columns[:, None, None].expand(-1, -1, judged.shape[2])
             judged_there = judged.gather(1, index)[:, 0]
-        order = torch.rand(examples, generator=self.generator).to(numbers.device) + 2.0 * ~exists
+        noise = torch.rand(examples, generator=self.generator).to(numbers.device, non_blocking=True)
+        order = noise + 2.0 * ~exists
         rows = order.argsort()[: math.ceil(share * examples)].sort().values
         return Pairs(rows, columns[rows], exists[rows], judged_there[rows], own)
 

@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tdlib.config import RunConfig
+from tdlib.core.devices import usual_workers
 from tdlib.core.files import write_json
 from tdlib.core.paths import ConfigError
 from tdlib.core.records import read_records, write_records
@@ -77,9 +78,17 @@ class DistillationTrainer(Trainer):
         batches = EpochBatches(order, config.batch_size, drop_last=False)
         own = SharedBatches(batches, config.accumulation, self.args.process_index, self.args.world_size)
         return DataLoader(
-            data, batch_sampler=own, collate_fn=self.data_collator, num_workers=config.loader_workers,
+            data, batch_sampler=own, collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )  # fmt: skip
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The number of examples in an update, of all processes; the Trainer would ask the device for it."""
+        here = sum(len(batch["labels"]) for batch in batch_samples)
+        if self.args.world_size == 1 or not batch_samples:
+            return here or None
+        return self.accelerator.gather(torch.tensor(here, device=device)).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         module = self.module
@@ -152,7 +161,8 @@ class DistillationTrainer(Trainer):
                     "weight_decay": config.weight_decay if decays else 0.0,
                 }
                 for (is_new, decays), parameters in groups.items()
-            ]
+            ],
+            fused=True if self.args.device.type == "cuda" else None,  # one kernel for all parameters
         )
         return self.optimizer
 
@@ -311,6 +321,11 @@ def make_trainer(
             "precision='fp16': small gradients vanish in it but for the optimizer's, which are scaled; set "
             "adversarial_steps=0 and diagnostics_every=0, or precision='bf16'"
         )
+    workers = config.loader_workers
+    if workers < 0:
+        workers = 0 if usual_workers() == 0 or dataset.keeps_all() else usual_workers(config.processes)
+    if config.compile:
+        module.student.compile(dynamic=True)
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=config.epochs * config.repeat_epochs,
         per_device_train_batch_size=config.batch_size // config.processes,
@@ -318,11 +333,12 @@ def make_trainer(
         lr_scheduler_type="cosine", warmup_steps=config.warmup_fraction, max_grad_norm=1.0,
         logging_steps=log_every, save_strategy="steps" if config.checkpoint_every else "no",
         save_steps=config.checkpoint_every or 500, report_to=[], seed=config.seed,
-        data_seed=config.seed, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
+        data_seed=config.seed, remove_unused_columns=False, dataloader_pin_memory=gpu,
         disable_tqdm=not show_progress, logging_nan_inf_filter=False, label_names=["labels"],
-        use_cpu=not torch.cuda.is_available(),  # several processes would not find each other there else
+        use_cpu=not gpu,  # several processes would not find each other there else
         bf16=config.precision == "bf16", fp16=config.precision == "fp16",
-        dataloader_num_workers=config.loader_workers,  # not persistent: those draw fewer random numbers
+        dataloader_num_workers=workers,  # not persistent: those draw fewer random numbers
+        accelerator_config={"non_blocking": gpu},  # batches are in pinned memory there
     )  # fmt: skip
     arguments._n_gpu = min(1, arguments.n_gpu)  # a process has one; else the Trainer spreads it over all
     trainer = DistillationTrainer(
