@@ -10,12 +10,14 @@ later adds it to what is there. Relevance that belongs to a text and a picture t
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tdlib.core.devices import in_threads
 from tdlib.core.store import EXACT, CacheError, Column, FileDigests, NotFiniteError, Store, record_key
 from tdlib.data.pictures import open_picture
 from tdlib.teacher.model import EXTRAS, Teacher, TeacherError, TeacherRecord
@@ -121,7 +123,7 @@ class TeacherCache:
         extras = [*extras, extra] if extra else extras
         if kind == "texts":
             return [_tensors(record) for record in self.teacher.encode_texts(sources, extras=extras)]
-        pictures = [open_picture(Path(source)) for source in sources]
+        pictures = in_threads(open_picture, [Path(source) for source in sources])
         return [_tensors(record) for record in self.teacher.encode_pictures(pictures, extras=extras)]
 
     def _compute_pairs(self, sources: Sequence[tuple[str, str]]) -> list[dict[str, Tensor]]:
@@ -189,23 +191,33 @@ class TeacherCache:
         self._fill(["pairs"], keys, [sources[key] for key in keys])
 
     def _fill(self, kinds: Sequence[str], keys: Sequence[bytes], sources: Sequence[Any]) -> None:
-        """Computes records once and writes a shard of each kind whenever enough of them are in memory."""
+        """Computes records once; a shard of each kind is written whenever enough of them are in memory.
+
+        A thread writes it while the next one's records are computed, so two may be in memory together.
+        """
         extras = [kind.partition(":")[2] for kind in kinds if ":" in kind]
         base = kinds[0].partition(":")[0]
         held: list[dict[str, Tensor]] = []
         first = size = 0
-        try:
-            for start in range(0, len(keys), STEP[base]):
-                records = self._compute(base, sources[start : start + STEP[base]], extras)
-                held += records
-                size += sum(value.nbytes for record in records for value in record.values())
-                if size >= SHARD_BYTES:
-                    done, held, size = held, [], 0
-                    self._write(kinds, keys[first:], done, sources[first:])
-                    first += len(done)
-        finally:  # what was computed is kept, whatever stopped it
-            if held:
-                self._write(kinds, keys[first:], held, sources[first:])
+        with ThreadPoolExecutor(1) as writer:
+            writing: Future[None] | None = None
+            try:
+                for start in range(0, len(keys), STEP[base]):
+                    records = self._compute(base, sources[start : start + STEP[base]], extras)
+                    held += records
+                    size += sum(value.nbytes for record in records for value in record.values())
+                    if size >= SHARD_BYTES:
+                        if writing is not None:
+                            writing.result()
+                        writing = writer.submit(self._write, kinds, keys[first:], held, sources[first:])
+                        first, held, size = first + len(held), [], 0
+            finally:  # what was computed is kept, whatever stopped it
+                if writing is not None:
+                    wait([writing])
+                if held:
+                    self._write(kinds, keys[first:], held, sources[first:])
+            if writing is not None:
+                writing.result()
 
     def _write(
         self, kinds: Sequence[str], keys: Sequence[bytes], records: Sequence[Mapping[str, Tensor]],

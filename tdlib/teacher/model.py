@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdlib.core.devices import usual_device
+from tdlib.core.devices import in_threads, usual_device
 from tdlib.core.paths import resolve
 from tdlib.core.store import fingerprint
 from tdlib.method.tokens import grid_cells
@@ -222,11 +222,13 @@ class Teacher:
         records: dict[int, TeacherRecord] = {}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            pooled, signals = self.text.encode(self.text_ids([encoded[i].ids for i in chosen]), extras)
+            pooled, signals = _fetched(
+                *self.text.encode(self.text_ids([encoded[i].ids for i in chosen]), extras)
+            )
             for row, i in enumerate(chosen):
                 spans = torch.tensor(encoded[i].spans)
                 real = spans[:, 1] > spans[:, 0]
-                own = {name: signal[row, : len(spans)].cpu()[real] for name, signal in signals.items()}
+                own = {name: signal[row, : len(spans)][real] for name, signal in signals.items()}
                 records[i] = _record(own, spans[real], pooled[row], encoded[i].cut)
         return [records[i] for i in range(len(texts))]
 
@@ -240,14 +242,16 @@ class Teacher:
             TeacherError: the image tower cannot give one of ``extras``.
         """
         records = []
+        boxes_of: dict[tuple[int, int], Tensor] = {}  # by the size of the picture
         for start in range(0, len(pictures), batch_size):
             chosen = pictures[start : start + batch_size]
-            pixels = torch.stack([self.preprocess(picture) for picture in chosen]).to(self.device)
-            pooled, signals = self.image.encode(pixels, extras)
+            pixels = torch.stack(in_threads(self.preprocess, chosen)).to(self.device)
+            pooled, signals = _fetched(*self.image.encode(pixels, extras))
             for row, picture in enumerate(chosen):
-                own = {name: signal[row].cpu() for name, signal in signals.items()}
-                boxes = self._boxes(picture.size, pixels.shape, len(own["projected"]))
-                records.append(_record(own, boxes, pooled[row]))
+                own = {name: signal[row] for name, signal in signals.items()}
+                if picture.size not in boxes_of:
+                    boxes_of[picture.size] = self._boxes(picture.size, pixels.shape, len(own["projected"]))
+                records.append(_record(own, boxes_of[picture.size], pooled[row]))
         return records
 
     def _boxes(self, size: tuple[int, int], shape: torch.Size, tokens: int) -> Tensor:
@@ -334,13 +338,20 @@ def _largest_is_one(scalars: Tensor) -> Tensor:
     return scalars / scalars.max() if scalars.numel() and scalars.max() > 0 else scalars
 
 
-def _record(signals: dict[str, Tensor], positions: Tensor, pooled: Tensor, cut: int = 0) -> TeacherRecord:
-    """A record of one text's or picture's signals."""
+def _fetched(pooled: Tensor, signals: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A batch's embeddings and vectors, of unit length, and scalars, each fetched from the device at once."""
     scaled = {
-        name: F.normalize(signal, dim=-1) if signal.dim() == 2 else _largest_is_one(signal)
-        for name, signal in signals.items()
+        name: F.normalize(signal, dim=-1) if signal.dim() == 3 else signal for name, signal in signals.items()
     }
-    return TeacherRecord(positions=positions, pooled=F.normalize(pooled.cpu(), dim=-1), cut=cut, **scaled)
+    return F.normalize(pooled, dim=-1).cpu(), {name: signal.cpu() for name, signal in scaled.items()}
+
+
+def _record(signals: dict[str, Tensor], positions: Tensor, pooled: Tensor, cut: int = 0) -> TeacherRecord:
+    """A record of one text's or picture's signals, see ``_fetched``."""
+    scaled = {
+        name: signal if signal.dim() == 2 else _largest_is_one(signal) for name, signal in signals.items()
+    }
+    return TeacherRecord(positions=positions, pooled=pooled, cut=cut, **scaled)
 
 
 def _relevancies(text: Tower, seen_text: Seen, image: Tower, seen_image: Seen) -> tuple[Tensor, Tensor]:
