@@ -1,74 +1,97 @@
-"""Speed and memory as ratios measured in one run: ``make bench``, or ``python tests/bench.py SECTION...``."""
+"""What distilling costs, as ratios measured in one run: `make bench`, on a GPU `make bench ARGS=full`.
+
+One table: training steps over plain finetuning's, the trainer over a bare loop, inference, bytes of a step,
+the teacher's cache. Other costs by name, see ``bench_more``: `make bench ARGS='opening recording'`.
+"""
 
 import argparse
-import json
-import re
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import numpy as np
 import torch
-from jupyter_client.manager import start_new_kernel
+import transformers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, ViltConfig, ViltImageProcessor
 
 from tdlib.config import RunConfig, apply_arm
-from tdlib.core.devices import usual_device
+from tdlib.core.devices import in_threads, usable_cores, usual_device, usual_workers
 from tdlib.core.paths import ROOT
-from tdlib.core.records import write_records
-from tdlib.data.examples import low_shot
+from tdlib.data.examples import Example, low_shot
 from tdlib.data.pictures import open_picture
-from tdlib.runs.batch import Batch
 from tdlib.students.base import student_inputs
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
 from tdlib.students.vilt import ViltForMultipleChoice
 from tdlib.teacher.cache import TeacherCache
-from tdlib.training import checkpoints
+from tdlib.teacher.model import Teacher, TeacherRecord
 from tdlib.training.data import EncodedExamples, collate
-from tdlib.training.evaluation import predict
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TargetBuilder
 from tdlib.training.prepare import Materials, class_logits, load_student, prepare, read_split
-from tdlib.training.recording import ProbeRecorder
-from tdlib.training.trainer import CheckpointKeeper, make_trainer
+from tdlib.training.targets import PACKED, TeacherFeatures, make_targets, pack
+from tdlib.training.trainer import make_trainer
+
+GPU = torch.cuda.is_available()
+# On the processor its own seconds count, so that other work on the machine does not.
+clock = time.perf_counter if GPU else time.process_time
 
 
-def medians(actions: Mapping[str, Callable[[], object]], repeats: int = 15) -> dict[str, float]:
-    """Median seconds of each action; the actions take turns, so that drifts of the machine hit all alike."""
+def paired(actions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of each action, and median of its ratios to the first one in the same round.
+
+    The actions take turns, so that drifts of the machine hit all alike.
+    """
     for action in actions.values():
         action()
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
         for name, action in actions.items():
-            start = time.perf_counter()
+            if GPU:
+                torch.cuda.synchronize()
+            start = clock()
             action()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            if GPU:
+                torch.cuda.synchronize()
+            seconds[name].append(clock() - start)
+    first = next(iter(seconds.values()))
+    return {
+        name: (
+            statistics.median(values),
+            statistics.median(value / base for value, base in zip(values, first, strict=True)),
+        )
+        for name, values in seconds.items()
+    }
 
 
-def _step(config: RunConfig, materials: Materials, live_teacher: bool = False) -> Callable[[], None]:
-    """One training step: batch from encoded examples, forward, backward, update."""
+def encoded_subset(config: RunConfig, materials: Materials, memory: int = 2**30) -> EncodedExamples:
+    """A run's examples with what their targets are made of, if its arm has any; encoded already."""
     subset = low_shot(materials.train, config.shots, config.seed)
+    builder = None
+    if materials.builder is not None and (config.distill_weight or config.choice_weight):
+        logits = class_logits(config, materials, subset)
+        builder = TargetBuilder(materials.builder.cache, materials.builder.idf, config, logits)
+    encoded = EncodedExamples(subset, materials.encoder, builder, memory, len(materials.labels))
+    for index in range(len(encoded) if memory else 0):
+        encoded[index]
+    return encoded
+
+
+def training_step(config: RunConfig, materials: Materials, live_teacher: bool = False) -> Callable[[], None]:
+    """One training step: batch from encoded examples, forward, backward, update."""
+    encoded = encoded_subset(config, materials, 0 if live_teacher else 2**30)
     assert materials.builder is not None
-    logits = class_logits(config, materials, subset)
-    builder = TargetBuilder(materials.builder.cache, materials.builder.idf, config, logits)
-    encoded = EncodedExamples(
-        subset, materials.encoder, builder if config.distill_weight or config.choice_weight else None,
-        memory=0 if live_teacher else 2**30, num_labels=len(materials.labels),
-    )  # fmt: skip
-    teacher = materials.builder.cache.teacher
-    device = torch.device(usual_device())
+    teacher, device = materials.builder.cache.teacher, torch.device(usual_device())
     module = TargetedDistillation(load_student(config, materials), config, teacher.dim).to(device)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=GPU or None)
     number = 0
 
     def step() -> None:
@@ -76,7 +99,7 @@ def _step(config: RunConfig, materials: Materials, live_teacher: bool = False) -
         chosen = [(number + i) % len(encoded) for i in range(config.batch_size)]
         number += config.batch_size
         if live_teacher:
-            examples = [subset[i] for i in chosen]
+            examples = [encoded.examples[i] for i in chosen]
             teacher.encode_pictures([open_picture(example.image) for example in examples])
             teacher.encode_texts([s.text for example in examples for s in example.statements()])
         batch = {k: v.to(device) for k, v in collate([encoded[i] for i in chosen], encoded.encoder).items()}
@@ -86,58 +109,35 @@ def _step(config: RunConfig, materials: Materials, live_teacher: bool = False) -
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
-    for i in range(len(encoded)):
-        encoded[i]
     return step
 
 
-def arm_steps(student: str, task: str, arms: Sequence[str]) -> list[tuple[str, float]]:
-    """Step time of each arm over plain finetuning's, from the cache and with a live teacher."""
-    base = RunConfig.from_parameters(task=task, student=student, shots=12)
-    steps: dict[str, Callable[[], None]] = {}
-    for arm in arms:
-        config = apply_arm(base.model_copy(update={"arm": arm}))
-        materials = prepare(config, whole_splits=False)
-        steps[arm] = _step(config, materials)
-        if config.distill_weight or config.choice_weight:
-            steps[f"{arm}, live teacher"] = _step(config, materials, live_teacher=True)
-    villa = base.model_copy(update={"arm": "finetune", "adversarial_steps": 3})
-    steps["finetune with 3 adversarial steps"] = _step(apply_arm(villa), prepare(villa, whole_splits=False))
-    seconds = medians(steps, 9)
-    kind = Path(student).name
-    return [
-        (f"{task}, {kind}, step of {name} / finetune", s / seconds["finetune"]) for name, s in seconds.items()
-    ]
+def trained(config: RunConfig, materials: Materials, encoded: EncodedExamples) -> Callable[[], None]:
+    """A whole training by our trainer."""
+    assert materials.builder is not None
+    dim = materials.builder.cache.teacher.dim if encoded.builder else None
 
-
-def trainer_share(base: RunConfig, epochs: int = 3, repeats: int = 5) -> float:
-    """Examples per second of our trainer over those of a bare loop with the same student and batches."""
-    config = apply_arm(base.model_copy(update={"arm": "finetune", "epochs": epochs}))
-    materials = prepare(config, whole_splits=False)
-    subset = low_shot(materials.train, config.shots, config.seed)
-    encoded = EncodedExamples(subset, materials.encoder, num_labels=len(materials.labels))
-    for i in range(len(encoded)):
-        encoded[i]
-
-    def ours() -> None:
-        module = TargetedDistillation(load_student(config, materials), config, None)
+    def train() -> None:
+        module = TargetedDistillation(load_student(config, materials), config, dim)
         with tempfile.TemporaryDirectory() as folder:
             make_trainer(module, config, encoded, Path(folder)).train()
 
+    return train
+
+
+def bare_loop(config: RunConfig, materials: Materials, encoded: EncodedExamples) -> Callable[[], None]:
+    """The same training of plain finetuning by torch alone."""
     device = torch.device(usual_device())
 
-    def bare() -> None:
+    def train() -> None:
         student = load_student(config, materials).train().to(device)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
-        loader = DataLoader(
-            encoded, config.batch_size, True, collate_fn=partial(collate, encoder=encoded.encoder)
-        )
-        for _ in range(epochs):
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=GPU or None)
+        gather = partial(collate, encoder=encoded.encoder)
+        loader = DataLoader(encoded, config.batch_size, True, collate_fn=gather, pin_memory=GPU)
+        for _ in range(config.epochs):
             for batch in loader:
-                batch = {name: value.to(device) for name, value in batch.items()}
+                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     logits = student(**student_inputs(student, batch)).logits
                 loss = torch.nn.functional.cross_entropy(logits.float(), batch["labels"])
@@ -146,229 +146,155 @@ def trainer_share(base: RunConfig, epochs: int = 3, repeats: int = 5) -> float:
                 torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
                 optimizer.step()
 
-    seconds = medians({"ours": ours, "bare": bare}, repeats)
-    return seconds["bare"] / seconds["ours"]
+    return train
 
 
-_OPEN = """
-import sys, time
-from tdlib.config import RunConfig
-from tdlib.data.tasks import reader
+class Operators(TorchDispatchMode):
+    """Counts the operators that run while it is open."""
 
-def anonymous():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+    count = 0
 
-config = RunConfig.from_parameters(task=sys.argv[1], data_dir=sys.argv[2])
-before, start = anonymous(), time.perf_counter()
-examples = reader(config, sys.argv[3]).open()
-opened, after, start = time.perf_counter() - start, anonymous(), time.perf_counter()
-for index in range(0, len(examples), len(examples) // 1000):
-    examples[index]
-made = (time.perf_counter() - start) / 1000
-print(f"{len(examples):,} examples: opened in {opened:.2f} s, {after - before:.0f} MiB for the index "
-      f"({(after - before) * 2**20 / len(examples):.0f} bytes an example), one made in {made * 1e6:.0f} us; "
-      f"after 1,000 of them {anonymous() - before:.0f} MiB")
-"""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
-def open_large(sizes: tuple[int, ...] = (10_000, 250_000)) -> None:
-    """Writes training splits with few pictures; prints what opening them costs, each in its own process."""
-    from tdlib.miniworld import writers
-
-    small = {"val": 30, "test": 30, "shifted": 30}
-    for size in sizes:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            many = {"train": 60, "train_examples": size}
-            writers.write_vcr(folder / "vcr", 0, writers.Size(**many, **small))
-            entailment = writers.Size(**many, val=30, test=30, shifted=30)
-            writers.write_snli_ve(folder / "snli_ve", 0, entailment)
-            writers.write_vqa(folder / "vqa_v2", 0, writers.Size(**many, **small))
-            for task, split in (("vcr_qa", "train"), ("snli_ve", "train"), ("vqa_v2", "train2014")):
-                place = folder / task.removesuffix("_qa")
-                command = [sys.executable, "-c", _OPEN, task, str(place), split]
-                print(
-                    f"{task:<8}",
-                    subprocess.run(command, capture_output=True, text=True, check=True).stdout,
-                    end="",
-                )
-
-
-def recording_cost(base: RunConfig, probes: int = 16, every: int = 50) -> list[tuple[str, str]]:
-    """What it costs to record the selections of ``probes`` examples every ``every`` updates."""
-    config = apply_arm(base.model_copy(update={"arm": "clip_td", "probe_examples": probes}))
-    materials = prepare(config, whole_splits=False)
-    step = _step(config, materials)
+def inference(materials: Materials, config: RunConfig, repeats: int) -> tuple[float, str]:
+    """Seconds of a distilled student's pass over a finetuned one's, and their numbers of operators."""
     assert materials.builder is not None
-    cache = materials.builder.cache
-    subset = low_shot(materials.train, config.shots, config.seed)
-    logits = class_logits(config, materials, subset)
-    builder = TargetBuilder(cache, materials.builder.idf, config, logits)
-    examples = next(iter(materials.evaluated.values()))[:probes]
-    encoded = EncodedExamples(examples, materials.encoder, builder, num_labels=len(materials.labels))
-    module = TargetedDistillation(load_student(config, materials), config, cache.teacher.dim)
-    module.to(usual_device())
-    recorder = ProbeRecorder(encoded, partial(collate, encoder=materials.encoder), module)
-    seconds = medians({"step": step, "record": lambda: recorder.record(0)}, 9)
-    recorder.records = []
-    sizes = []
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(21):
-            recorder.record(number * every)
-            if number in (0, 20):
-                write_records(recorder.records, Path(folder) / "selections.parquet")
-                sizes.append((Path(folder) / "selections.parquet").stat().st_size / probes)
-    share = seconds["record"] / (every * seconds["step"])
-    kind, name = Path(config.student).name, f"{probes} probes every {every} updates"
-    return [
-        (f"{config.task}, {kind}, recording {name}, of training time", f"{share:.2%}"),
-        (f"{config.task}, {kind}, bytes per probe: first record", f"{sizes[0]:,.0f}"),
-        (f"{config.task}, {kind}, bytes per probe: each further", f"{(sizes[1] - sizes[0]) / 20:,.0f}"),
-    ]
+    encoded = encoded_subset(apply_arm(config.model_copy(update={"arm": "finetune"})), materials)
+    device = torch.device(usual_device())
+    items = [encoded[index] for index in range(config.batch_size)]
+    batch = {name: value.to(device) for name, value in collate(items, materials.encoder).items()}
+    students, counts = {}, {}
+    for arm in ("finetune", "clip_td"):
+        settings = apply_arm(config.model_copy(update={"arm": arm}))
+        dim = materials.builder.cache.teacher.dim if arm == "clip_td" else None
+        student = TargetedDistillation(load_student(settings, materials), settings, dim).student
+        students[arm] = student.to(device).eval()
+
+    @torch.inference_mode()
+    def answer(arm: str) -> None:
+        students[arm](**student_inputs(students[arm], batch))
+
+    for arm in students:
+        with Operators() as operators:
+            answer(arm)
+        counts[arm] = operators.count
+    found = paired({arm: partial(answer, arm) for arm in students}, repeats)
+    assert counts["finetune"] == counts["clip_td"], counts
+    return found["clip_td"][1], f"{counts['clip_td']} operators in both"
 
 
-def checkpoint_cost(base: RunConfig, every: int = 100) -> list[tuple[str, str]]:
-    """What a checkpoint costs, and its share of training time at one every ``every`` updates."""
-    config = apply_arm(base.model_copy(update={"arm": "finetune", "epochs": 1}))
-    materials = prepare(config, whole_splits=False)
-    subset = low_shot(materials.train, config.shots, config.seed)
-    encoded = EncodedExamples(subset, materials.encoder, num_labels=len(materials.labels))
-    size = updates = 0
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
-    def train(checkpoint_every: int) -> None:
-        nonlocal size, updates
-        own = config.model_copy(update={"checkpoint_every": checkpoint_every})
-        module = TargetedDistillation(load_student(own, materials), own, None)
+
+def step_bytes(batch: dict[str, Tensor], config: RunConfig) -> str:
+    """What a batch carries for its targets, and the targets themselves as a batch could carry them."""
+    packed = nbytes(value for name, value in batch.items() if name.startswith(PACKED))
+    made = make_targets(batch, config)
+    dense = nbytes(value.contiguous() for name, value in made.items() if name not in batch)
+    return f"{packed / 1e6:.2f} of {dense / 1e6:.2f} MB = {packed / dense:.2f}"
+
+
+def bytes_at_full_size(examples: int = 16, choices: int = 4, dim: int = 512) -> str:
+    """The same at the paper's sizes, of random numbers: 40 words and 240 places, 196 patches, 20 words."""
+
+    def record(positions: Tensor) -> TeacherRecord:
+        vectors = torch.randn(2, len(positions), dim).half()
+        return TeacherRecord(vectors[0], vectors[1], positions, torch.randn(dim).half())
+
+    words, spans = torch.stack([torch.arange(20), torch.arange(1, 21)], dim=1), torch.ones(choices, 40, 2)
+    features = [
+        TeacherFeatures(
+            tuple(record(words) for _ in range(choices)),
+            tuple(bytes([row, choice]) for choice in range(choices)),
+            record(torch.rand(196, 4)), bytes([row]), torch.rand(240, 4), torch.rand(choices, 40),
+            torch.randn(choices), torch.tensor(1.0),
+        )
+        for row in range(examples)
+    ]  # fmt: skip
+    return step_bytes(pack(features, 40) | {"spans": spans.long().expand(examples, -1, -1, -1)}, RunConfig())
+
+
+def filling(teacher: Teacher, examples: Sequence[Example], repeats: int) -> dict[str, str]:
+    """Filling the teacher's cache over a bare loop of stock encoding, with the same decoding; its size."""
+    pictures = [*dict.fromkeys(example.image for example in examples)]
+    texts = [*dict.fromkeys(s.text for example in examples for s in example.statements())]
+    context = teacher.tokenize.tokenizer.context_length
+
+    @torch.inference_mode()
+    def bare_pictures() -> None:
+        for start in range(0, len(pictures), 128):
+            opened = in_threads(open_picture, pictures[start : start + 128])
+            pixels = torch.stack(in_threads(teacher.preprocess, opened)).to(teacher.device)
+            teacher.model.encode_image(pixels).cpu()
+
+    @torch.inference_mode()
+    def bare_texts() -> None:
+        for start in range(0, len(texts), 256):
+            encoded = [teacher.tokenize.read(text).ids for text in texts[start : start + 256]]
+            ids = torch.zeros(len(encoded), context, dtype=torch.long)
+            for row, tokens in enumerate(encoded):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+            teacher.model.encode_text(ids.to(teacher.device)).cpu()
+
+    def fill(**sources: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            home = checkpoints.checkpoints_of(Path(folder) / "run")
-            trainer = make_trainer(module, own, encoded, checkpoints.staging(home))
-            if checkpoint_every:
-                trainer.add_callback(CheckpointKeeper(trainer, home, {}, []))
-            trainer.train()
-            updates = trainer.state.global_step
-            for place in home.glob("step-*"):
-                size = sum(path.stat().st_size for path in place.iterdir())
+            TeacherCache(folder, teacher).add(**sources)
 
-    seconds = medians({"with": lambda: train(1), "without": lambda: train(0)}, 3)
-    each = (seconds["with"] - seconds["without"]) / updates
-    step = seconds["without"] / updates
-    kind = Path(config.student).name
-    return [
-        (
-            f"{kind}, a checkpoint of {size / 2**20:.1f} MiB",
-            f"{each * 1e3:.0f} ms, {each / step:.2f} updates",
-        ),
-        (f"{kind}, one every {every} updates, of training time", f"{each / (every * step):.2%}"),
-    ]
+    rows = {}
+    for name, bare, sources in (
+        ("pictures", bare_pictures, {"pictures": pictures}),
+        ("texts", bare_texts, {"texts": texts}),
+    ):
+        seconds = paired({"filling": partial(fill, **sources), "bare": bare}, repeats)
+        with tempfile.TemporaryDirectory() as folder:
+            cache = TeacherCache(folder, teacher)
+            cache.add(**sources)
+            size = cache.store.nbytes(name) / cache.store.count(name)
+        rows[f"cache of {name}: speed of filling / bare encoding"] = (
+            f"{seconds['bare'][1]:.2f} ({cache.store.count(name) / seconds['filling'][0]:.0f} a second, "
+            f"{size / 1000:.1f} kB each)"
+        )
+    return rows
 
 
-_WORK = """\
-import json, time
-from pathlib import Path
-
-began, total = time.process_time(), 0
-for number in range(rounds):
-    total += number * number % 7
-folder = Path(runs_dir) / "run"
-folder.mkdir(parents=True)
-(folder / "metrics.json").write_text(json.dumps({"work": time.process_time() - began, "total": total}))
-"""
-
-
-def batch_cost(rounds: int = 40_000_000) -> list[tuple[str, str]]:
-    """What a batch adds to a notebook that computes for some seconds, and what two at once gain."""
-    parameters = (
-        f"rounds: int = {rounds}  # of the loop\n"
-        "seed: int = 0  # tells runs apart\n"
-        'runs_dir: str = ""  # results'
-    )
-    cells = [
-        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(_WORK),
-    ]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    began = time.perf_counter()
-    manager, client = start_new_kernel()
-    kernel = time.perf_counter() - began
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
-    walls, work = {}, 0.0
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        nbformat.write(notebook, folder / "template.ipynb")
-        for count in (1, 2):
-            described = {
-                "template": str(folder / "template.ipynb"), "resources": {"cpus": 1},
-                "seeds": [10 * count + i for i in range(count)],  # the same run would be taken over
-            }  # fmt: skip
-            batch = Batch(described, f"of-{count}", folder)
-            began = time.perf_counter()
-            batch.run("local", cpus=2)
-            walls[count] = time.perf_counter() - began
-            states = batch.states().values()
-            assert all(state["state"] == "done" for state in states), [
-                state.get("reason") for state in states
-            ]
-            if count == 1:
-                [file] = batch.folder.glob("*/output/run/metrics.json")
-                work = json.loads(file.read_text())["work"]
-    return [
-        (
-            "batch of one notebook: beyond its work and its kernel's start",
-            f"{walls[1] - work - kernel:.2f} s",
-        ),
-        ("(its work; a kernel's start)", f"{work:.2f} s; {kernel:.2f} s"),
-        ("two notebooks at once, of ideal", f"{walls[1] / walls[2]:.2f}"),
-    ]
-
-
-# Sections.
-
-
-def _arms() -> list[tuple[str, str]]:
-    base = RunConfig.from_parameters(shots=16)
-    materials = prepare(base, whole_splits=False)
-    assert materials.builder is not None
-    teacher = materials.builder.cache.teacher
+def column(base: RunConfig, repeats: int, epochs: int) -> dict[str, str]:
+    """One student's column of the table."""
     arms = {arm: apply_arm(base.model_copy(update={"arm": arm})) for arm in ("finetune", "naive", "clip_td")}
-    steps = {arm: _step(config, materials) for arm, config in arms.items()}
-    steps["clip_td, live teacher"] = _step(arms["clip_td"], materials, live_teacher=True)
-    seconds = medians(steps)
-    rows = [
-        (f"training step, {name} / finetune", f"{value / seconds['finetune']:.2f}")
-        for name, value in seconds.items()
-    ]
-    rows.append((f"finetune step of {base.batch_size} questions", f"{seconds['finetune'] * 1e3:.0f} ms"))
-
-    baseline, distilled = load_student(base, materials), load_student(base, materials)
-    module = TargetedDistillation(distilled, arms["clip_td"], teacher.dim)
-    same = sum(p.numel() for p in module.student.parameters()) == sum(
-        p.numel() for p in baseline.parameters()
+    arms = {arm: config.model_copy(update={"epochs": epochs}) for arm, config in arms.items()}
+    materials = prepare(base, whole_splits=False)
+    steps = {arm: training_step(config, materials) for arm, config in arms.items()}
+    steps["clip_td, live teacher"] = training_step(arms["clip_td"], materials, live_teacher=True)
+    found = paired(steps, repeats)
+    seconds = found["finetune"][0]
+    rows = {
+        f"step of finetune ({base.batch_size} questions)": f"{seconds * 1e3:.0f} ms",
+        **{f"step of {arm} / finetune": f"{found[arm][1]:.2f}" for arm in steps if arm != "finetune"},
+    }
+    steps.clear()
+    encoded = {arm: encoded_subset(arms[arm], materials) for arm in ("finetune", "clip_td")}
+    loops = {
+        "bare": bare_loop(arms["finetune"], materials, encoded["finetune"]),
+        "ours": trained(arms["finetune"], materials, encoded["finetune"]),
+    }
+    rows["training by our trainer / bare loop"] = f"{paired(loops, 3)['ours'][1]:.2f}"
+    if GPU:
+        workers = {"loader_workers": max(1, usual_workers())}
+        runs = {
+            arm: trained(arms[arm].model_copy(update=workers), materials, encoded[arm]) for arm in encoded
+        }
+        shared = paired(runs, 3)["clip_td"][1]
+        rows[f"training of clip_td / finetune, {workers['loader_workers']} workers"] = f"{shared:.2f}"
+    ratio, operators = inference(materials, base, repeats)
+    rows["inference, distilled / finetuned"] = f"{ratio:.2f} ({operators})"
+    items = [encoded["clip_td"][index] for index in range(base.batch_size)]
+    rows["bytes a step for targets, of the targets'"] = step_bytes(
+        collate(items, materials.encoder), arms["clip_td"]
     )
-    assert same, "the distilled student must have the baseline's parameters"
-    split = EncodedExamples(next(iter(materials.evaluated.values()))[:64], materials.encoder)
-    inference = medians(
-        {"baseline": lambda: predict(baseline, split), "distilled": lambda: predict(distilled, split)}, 7
-    )
-    share = inference["distilled"] / inference["baseline"]
-    return [*rows, ("inference, distilled / baseline (equal parameters)", f"{share:.2f}")]
-
-
-def _trainer() -> list[tuple[str, str]]:
-    students = ("data/models/mini-vilt", "data/models/mini-uniter")
-    configs = [RunConfig.from_parameters(shots=16, student=student) for student in students]
-    return [
-        (f"examples/s, our trainer / bare loop, {Path(c.student).name}", f"{trainer_share(c):.2f}")
-        for c in configs
-    ]
-
-
-def _students() -> list[tuple[str, str]]:
-    arms = ["finetune", "naive", "naive_global", "clip_td", "clip_input", "clip_finetune"]
-    found = [arm_steps("data/models/mini-uniter", task, arms) for task in ("vcr_qa", "vqa_v2")]
-    return [(name, f"{ratio:.2f}") for rows in found for name, ratio in rows]
+    return rows
 
 
 def full_size(folder: Path, shots: int = 16) -> dict[str, dict[str, Any]]:
@@ -377,10 +303,10 @@ def full_size(folder: Path, shots: int = 16) -> dict[str, dict[str, Any]]:
     UNITER reads 36 regions of 2048 numbers, as a detector gives them; ViLT pictures of 384 pixels.
     """
     base = RunConfig.from_parameters(shots=shots)
+    (folder / "regions").mkdir(exist_ok=True)
     for example in low_shot(read_split(base, "train"), shots, 0):
         numbers = np.random.default_rng(0)
         corners = np.sort(numbers.uniform(0, 256, (36, 2, 2)), axis=1).reshape(36, 4)
-        (folder / "regions").mkdir(exist_ok=True)
         np.savez(
             folder / "regions" / f"{example.image.name}.npz", x=numbers.random((36, 2048), np.float32),
             bbox=corners, num_bbox=36, image_w=256, image_h=256,
@@ -389,111 +315,84 @@ def full_size(folder: Path, shots: int = 16) -> dict[str, dict[str, Any]]:
     torch.manual_seed(0)
     UniterForMultipleChoice(UniterConfig(type_vocab_size=4)).save_pretrained(folder / "uniter-base")
     ViltForMultipleChoice(ViltConfig(type_vocab_size=2)).save_pretrained(folder / "vilt-base")
-    size = {"shortest_edge": 384}
-    ViltImageProcessor(size=size).save_pretrained(folder / "vilt-base")
+    ViltImageProcessor(size={"shortest_edge": 384}).save_pretrained(folder / "vilt-base")
     for name in ("uniter-base", "vilt-base"):
         AutoTokenizer.from_pretrained(mini).save_pretrained(folder / name)
     common = {"teacher": "ViT-B-16", "teacher_control": "random_weights", "shots": shots}
     common |= {"shift": "", "probe_examples": 0}
+    regions = f"npz:{folder / 'regions'}"
     return {
-        "UNITER-base": common
-        | {"student": str(folder / "uniter-base"), "regions": f"npz:{folder / 'regions'}"},
+        "UNITER-base": common | {"student": str(folder / "uniter-base"), "regions": regions},
         "ViLT-base": common | {"student": str(folder / "vilt-base")},
     }
 
 
-def _full() -> list[tuple[str, str]]:
-    """Steps at the paper's sizes on a GPU: over plain finetuning's, examples per second, memory."""
-    if not torch.cuda.is_available():
-        return [("steps at the paper's sizes", "not measured: no GPU")]
-    rows = [("GPU", torch.cuda.get_device_name())]
+def table(full: bool) -> None:
+    """Measures and prints the table: of the mini models, or at the paper's sizes."""
     with tempfile.TemporaryDirectory() as temporary:
-        for kind, parameters in full_size(Path(temporary)).items():
-            for precision in ("fp32", "bf16"):
-                base = RunConfig.from_parameters(**parameters, precision=precision)
-                materials = prepare(base, whole_splits=False)
-                steps, memory = {}, {}
-                for arm in ("finetune", "naive", "clip_td"):
-                    config = apply_arm(base.model_copy(update={"arm": arm}))
-                    steps[arm] = _step(config, materials)
-                    torch.cuda.reset_peak_memory_stats()
-                    held = torch.cuda.memory_allocated()
-                    steps[arm]()
-                    memory[arm] = (torch.cuda.max_memory_allocated() - held) / 2**30
-                steps["clip_td, live teacher"] = _step(config, materials, live_teacher=True)
-                seconds = medians(steps, 9)
-                for name, value in seconds.items():
-                    used = f", {memory[name]:.1f} GiB beyond weights" if name in memory else ""
-                    rows.append((
-                        f"{kind}, {precision}, step of {name} / finetune",
-                        f"{value / seconds['finetune']:.2f} ({value * 1e3:.0f} ms, "
-                        f"{base.batch_size / value:.0f} questions/s{used})",
-                    ))  # fmt: skip
-                share = trainer_share(base, 5, 3)
-                rows.append((f"{kind}, {precision}, examples/s, our trainer / bare loop", f"{share:.2f}"))
-                steps.clear()
+        if full:
+            kinds = {
+                f"{name}, {precision}": parameters | {"precision": precision}
+                for name, parameters in full_size(Path(temporary)).items()
+                for precision in ("fp32", "bf16")
+            }
+        else:
+            common = {"shots": 16, "shift": "", "probe_examples": 0}
+            kinds = {
+                f"mini {name}": common | {"student": f"data/models/mini-{name.lower()}"}
+                for name in ("ViLT", "UNITER")
+            }
+        columns = {}
+        for name, parameters in kinds.items():
+            base = RunConfig.from_parameters(**parameters)
+            columns[name] = column(base, 9, 5 if full else 1)
+            print(f"measured: {name}", file=sys.stderr, flush=True)
+            if GPU:
                 torch.cuda.empty_cache()
-    return rows
+        materials = prepare(base, whole_splits=False)
+        assert materials.builder is not None
+        subset = low_shot(materials.train, base.shots, 0)
+        shared = filling(materials.builder.cache.teacher, subset, 3)
+    shared["bytes a step for targets, of the targets', at the paper's sizes"] = bytes_at_full_size()
+    labels = [*dict.fromkeys(label for rows in columns.values() for label in rows)]
+    print("\n| |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))
+    for label in labels:
+        print(f"| {label} |", " | ".join(rows.get(label, "") for rows in columns.values()), "|")
+    for label, value in shared.items():
+        print(f"| {label} | {value} |" + " |" * (len(columns) - 1))
 
 
-def _cache() -> list[tuple[str, str]]:
-    materials = prepare(RunConfig.from_parameters(shots=16), whole_splits=False)
-    assert materials.builder is not None
-    with tempfile.TemporaryDirectory() as folder:
-        cache = TeacherCache(Path(folder), materials.builder.cache.teacher)
-        example = materials.train[0]
-        cache.add([s.text for s in example.statements()], [example.image])
-        text = example.statements()[0].text
-        reads = {"picture": lambda: cache.picture(example.image), "text": lambda: cache.text(text)}
-        read = medians(reads, 200)
-    return [(f"cache read, {name}", f"{value * 1e6:.0f} us") for name, value in read.items()]
-
-
-def _explorer() -> list[tuple[str, str]]:
-    """A step of the explorer, from the key to the drawn page, as its test in Chromium measures it."""
-    test = Path(__file__).with_name("test_browser.py")
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-qs", "-k", "explorer_follows", str(test)]
-    found = re.search(
-        r"(a step of the explorer): (.*)", subprocess.run(command, capture_output=True, text=True).stdout
+def machine() -> str:
+    """What the numbers were measured with, and how."""
+    name = torch.cuda.get_device_name() if GPU else "processor, whose own seconds count"
+    return (
+        f"{name}; {usable_cores()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, "
+        f"transformers {transformers.__version__}; MiniWorld seed 0; ratios are medians over rounds in which "
+        f"all take turns; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
     )
-    return [(found[1], found[2]) if found else ("a step of the explorer", "not measured: see its test")]
-
-
-def _opening() -> list[tuple[str, str]]:
-    open_large()
-    return []
-
-
-SECTIONS: dict[str, Callable[[], list[tuple[str, str]]]] = {
-    "opening": _opening,
-    "arms": _arms,
-    "trainer": _trainer,
-    "students": _students,
-    "full": _full,
-    "cache": _cache,
-    "recording": lambda: recording_cost(RunConfig.from_parameters(shots=16)),
-    "checkpoints": lambda: checkpoint_cost(RunConfig.from_parameters(shots=16)),
-    "explorer": _explorer,
-    "batches": batch_cost,
-}
 
 
 def main(arguments: Sequence[str]) -> None:
+    from bench_more import SECTIONS
+
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all"
-    )
-    names = parser.parse_args(arguments).sections or list(SECTIONS)
-    if unknown := [name for name in names if name not in SECTIONS]:
-        parser.error(f"unknown {', '.join(unknown)}; expected some of {', '.join(SECTIONS)}")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"mini, full, {', '.join(SECTIONS)}")
+    names = parser.parse_args(arguments).sections or ["mini"]
+    if unknown := [name for name in names if name not in (*SECTIONS, "mini", "full")]:
+        parser.error(f"unknown {', '.join(unknown)}; expected mini, full, {', '.join(SECTIONS)}")
+    if "full" in names and not GPU:
+        parser.error("full: there is no GPU to be seen")
     for name in names:
-        print(f"[{name}]", flush=True)
-        rows = SECTIONS[name]()
-        width = max((len(label) for label, _ in rows), default=0)
-        for label, value in rows:
-            print(f"{label:<{width}}  {value}", flush=True)
-    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; MiniWorld seed 0")
+        began = time.perf_counter()
+        if name in ("mini", "full"):
+            table(name == "full")
+        else:
+            print(f"[{name}]", flush=True)
+            rows = SECTIONS[name]()
+            width = max((len(label) for label, _ in rows), default=0)
+            for label, value in rows:
+                print(f"{label:<{width}}  {value}", flush=True)
+        print(f"\n{machine()}; took {time.perf_counter() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
