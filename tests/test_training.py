@@ -302,10 +302,8 @@ def test_what_a_cut_text_would_falsify_is_left_out_of_every_term(base, materials
     judge = StatementJudge(materials.builder.cache, materials.train)
     builder = TargetBuilder(materials.builder.cache, materials.builder.idf, config, judge=judge)
     data = EncodedExamples([materials.train[i] for i in range(4)], materials.encoder, builder)
-    module, batch = (
-        module_of(materials, config).eval(),
-        collate([data[i] for i in range(4)], materials.encoder),
-    )
+    module = module_of(materials, config).eval()
+    batch = module.with_targets(collate([data[i] for i in range(4)], materials.encoder))
     batch["teacher_knows"][0] = 0
     names = [name for name in ("choice", "distill", "repair", "truth") if name in module(batch)]
     assert names
