@@ -337,7 +337,7 @@ def table(full: bool) -> None:
                 for precision in ("fp32", "bf16")
             }
         else:
-            common = {"shots": 16, "shift": "", "probe_examples": 0}
+            common = {"shots": 8, "shift": "", "probe_examples": 0}
             kinds = {
                 f"mini {name}": common | {"student": f"data/models/mini-{name.lower()}"}
                 for name in ("ViLT", "UNITER")
@@ -345,7 +345,7 @@ def table(full: bool) -> None:
         columns = {}
         for name, parameters in kinds.items():
             base = RunConfig.from_parameters(**parameters)
-            columns[name] = column(base, 9, 5 if full else 1)
+            columns[name] = column(base, 9 if full else 5, 5 if full else 1)
             print(f"measured: {name}", file=sys.stderr, flush=True)
             if GPU:
                 torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from transformers import Trainer
 
 from tdlib.config import RunConfig, apply_arm
 from tdlib.core import devices
@@ -62,8 +63,11 @@ def test_a_training_uses_them_where_memory_does_not_keep_its_data(base, tmp_path
     assert trainer_of(2**10).args.dataloader_num_workers == 3
     assert trainer_of(2**10, loader_workers=0).args.dataloader_num_workers == 0
     assert trainer_of(2**30, loader_workers=2).args.dataloader_num_workers == 2
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    trainer_of(2**30).train()
     assert not compiled
     trainer = trainer_of(2**30, compile=True)
+    trainer.train()
     assert [part for part, _ in compiled] == [trainer.module.student]
     batches = [{"labels": torch.zeros(4)}, {"labels": torch.zeros(3)}]
     assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) == 7

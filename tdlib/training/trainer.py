@@ -63,11 +63,15 @@ class DistillationTrainer(Trainer):
         return self.model
 
     def train(self, *args: Any, **options: Any) -> Any:
+        student = self.module.student
+        if self.settings.compile:
+            student.compile(dynamic=True)  # texts and pictures of batches differ in size
         gc.freeze()  # the Trainer begins with a full collection: 0.4 s over all that was there before
         try:
             return super().train(*args, **options)
         finally:
             gc.unfreeze()
+            student._compiled_call_impl = None  # who evaluates it runs it as it is
 
     def get_train_dataloader(self) -> DataLoader:
         if self.args.world_size == 1:
@@ -324,8 +328,6 @@ def make_trainer(
     workers = config.loader_workers
     if workers < 0:
         workers = 0 if usual_workers() == 0 or dataset.keeps_all() else usual_workers(config.processes)
-    if config.compile:
-        module.student.compile(dynamic=True)
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=config.epochs * config.repeat_epochs,
         per_device_train_batch_size=config.batch_size // config.processes,
