@@ -96,17 +96,19 @@ def alone(features: TeacherFeatures, spans: torch.Tensor, config: RunConfig) -> 
     return score_tokens(
         Tokens.cat([Tokens.text(spans), Tokens.visual(boxes)]), teacher,
         torch.cat([features.text_prior, visual], dim=1), config.relevance, config.temperature,
-        config.prior_weight, features.centres,
+        config.prior_weight, features.centres, config.conditioned_targets,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("relevance", [*RELEVANCE, *STUDENT_RELEVANCE, "own"])
 @few
-@given(seed=st.integers(0, 2**31 - 1), refers=st.booleans(), centred=st.booleans())
-def test_each_example_of_a_batch_has_its_own_targets(relevance, seed, refers, centred):
+@given(seed=st.integers(0, 2**31 - 1), refers=st.booleans(), centred=st.booleans(), conditioned=st.booleans())
+def test_each_example_of_a_batch_has_its_own_targets(relevance, seed, refers, centred, conditioned):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RELEVANCE, "own", whole_sequences)
-        config = RunConfig(relevance=relevance, temperature=0.3, prior_weight=0.7)
+        config = RunConfig(
+            relevance=relevance, temperature=0.3, prior_weight=0.7, conditioned_targets=conditioned
+        )
         drawn = Drawn(seed)
         found = [drawn.example(relevance, refers, centred) for _ in range(3)]
         features, spans = [one for one, _ in found], [of for _, of in found]

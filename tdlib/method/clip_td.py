@@ -18,8 +18,8 @@ that look at the student are redone as it learns, ``score_by_student``), 6 to 9 
 the paper, ``pairing`` teaches from pairs that the data do not hold.
 
 Every function takes one example (choices, tokens, ...) or a batch of them (batch, choices, tokens, ...).
-Text and pictures never mix before step 7, so a batch does steps 1 to 5 for each by itself
-(``score_apart``), and those of a picture that no text changes once for all its texts. Who calls them:
+Text and pictures do not mix before step 7 (but in conditioned targets): a batch does steps 1 to 5 for each
+by itself (``score_apart``), and what no text changes of a picture once for all its texts. Who calls them:
 ``training.targets`` the first half, ``training.objective`` the second.
 """
 
