@@ -110,12 +110,10 @@ def compare(
     for run in runs:  # all before the first training: what is missing is found now
         if _prepared(run) not in materials:
             materials[_prepared(run)] = prepare(run, seeds)
-    names = [f"{run.arm}-seed{run.seed}" for run in runs]
+    folders = {f"{run.arm}-seed{run.seed}": run for run in runs}
     jobs = []
-    if workers > 1:  # the longest first, so that no core waits for the other at the end
-        runs.sort(key=passes_per_update, reverse=True)
-    for run in runs:
-        name = f"{run.arm}-seed{run.seed}"
+    # The longest first, so that no core waits for the other at the end.
+    for name, run in sorted(folders.items(), key=lambda item: -passes_per_update(item[1]) * (workers > 1)):
         place, own = Path(folder) / name, materials[_prepared(run)]
         identity = run_identity(run, low_shot(own.train, run.shots, run.seed))
         if reuse and (metrics := checkpoints.finished(place, identity)) is not None:
@@ -126,7 +124,7 @@ def compare(
     for _, metrics in side_by_side(jobs, workers):
         if on_run:
             on_run(metrics)
-    return [Path(folder) / name for name in names]
+    return [Path(folder) / name for name in folders]
 
 
 def _prepared(config: RunConfig) -> tuple:
