@@ -481,7 +481,7 @@ def test_new_layers_learn_at_their_own_rate(base, materials, tmp_path):
 def test_a_run_folder_is_complete(folders, base, materials):
     expected = {
         "config.json", "manifest.json", "history.jsonl", "metrics.json", "predictions.parquet",
-        "environment.json", "student",
+        "environment.json", "identity.json", "student",
     }  # fmt: skip
     for folder, own in zip(folders, (set(), {"selections.parquet"}), strict=True):
         assert {path.name for path in folder.iterdir()} - {"trainer"} == expected | own
