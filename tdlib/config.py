@@ -188,6 +188,11 @@ class RunConfig(BaseModel):
     )
     probe_every: int = _recording(0, "updates between records of these selections; 0: only at the end", ge=0)
 
+    @property
+    def asks_judge(self) -> bool:
+        """Whether CLIP judges statements by themselves, for re-paired pictures or their truth."""
+        return self.repair_weight > 0 or self.truth_weight > 0
+
     @classmethod
     def from_parameters(cls, **parameters: Any) -> "RunConfig":
         """Validates parameters.

@@ -70,7 +70,7 @@ class TargetedDistillation(nn.Module):
                 self.phi = nn.ModuleDict(
                     {name: nn.Linear(width, teacher_dim) for name in self._mapped(config)}
                 )
-        if config.repair_weight > 0 or config.truth_weight > 0:
+        if config.asks_judge:
             if config.truth_weight > 0 and self.phi is None and config.relevance in STUDENT_RELEVANCE:
                 raise ConfigError(
                     f"relevance={config.relevance!r} compares the student with its targets, which "

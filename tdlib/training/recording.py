@@ -203,10 +203,9 @@ def preview_targets(
     assert materials.builder is not None
     shared = materials.builder
     subset = low_shot(materials.train, config.shots, config.seed)
-    repairs = config.repair_weight > 0 or config.truth_weight > 0
     builder = TargetBuilder(
         shared.cache, shared.idf, config, class_logits(config, materials, subset),
-        judge=StatementJudge(shared.cache, subset, materials.labels) if repairs else None,
+        judge=StatementJudge(shared.cache, subset, materials.labels) if config.asks_judge else None,
     )  # fmt: skip
     builder.prepare(examples)
     materials.encoder.prepare(examples)

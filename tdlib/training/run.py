@@ -115,8 +115,8 @@ def compare(
     # The longest first, so that no core waits for the other at the end.
     for name, run in sorted(folders.items(), key=lambda item: -passes_per_update(item[1]) * (workers > 1)):
         place, own = Path(folder) / name, materials[_prepared(run)]
-        identity = run_identity(run, low_shot(own.train, run.shots, run.seed))
-        if reuse and (metrics := checkpoints.finished(place, identity)) is not None:
+        subset = low_shot(own.train, run.shots, run.seed)
+        if reuse and (metrics := checkpoints.finished(place, run_identity(run, subset))) is not None:
             if on_run:
                 on_run(metrics | {"reused": True})
         else:
@@ -318,7 +318,7 @@ class _Run:
 def _target_builder(config: RunConfig, materials: Materials, subset: Examples) -> TargetBuilder | None:
     """What makes the targets of a run's examples; None for an arm without a teacher."""
     shared = materials.builder
-    repairs = config.repair_weight > 0 or config.truth_weight > 0
+    repairs = config.asks_judge
     if not (config.distill_weight > 0 or config.choice_weight > 0 or repairs):
         return None
     if shared is None:
