@@ -37,7 +37,7 @@ from tdlib.runs import states as run_states
 from tdlib.runs.batch import Batch
 from tdlib.runs.checks import RunConfig, check_parameters, differences
 from tdlib.runs.engines import GpuLeases, LocalEngine, Resources
-from tdlib.runs.plan import expand, plan_batch, read_batch
+from tdlib.runs.plan import PlannedRun, expand, plan_batch, read_batch
 from tdlib.runs.report import open_results
 from tdlib.runs.template import UNKNOWN, declared_in, read_template
 from tdlib.training.provenance import data_manifest
@@ -145,6 +145,13 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < until, "waited in vain"
         time.sleep(0.03)
+
+
+def wait_until_left(batch: Batch, run: PlannedRun) -> None:
+    """Waits until nobody has the run: a dying process loses its environment, by which it is known, first."""
+    folder = batch.folder_of(run)
+    wait_for(lambda: not run_states.processes(folder), 15)
+    wait_for(lambda: run_states.current_state(folder)["state"] != "running", 15)
 
 
 def states_of(batch: Batch) -> list[str]:
@@ -1056,7 +1063,7 @@ def test_whoever_is_killed_the_run_is_made_once_and_is_the_same(tmp_path, undist
     for process in [p for name in victim.split(" and ") for p in victims[name]]:
         process.kill()
     runner.communicate()
-    wait_for(lambda: not run_states.processes(batch.folder_of(run)), 15)
+    wait_until_left(batch, run)
     assert states_of(batch)[0] in (["lost"] if victim == "runner and worker" else ["killed"])
     text = command(batch, "run").communicate()[0]
     assert "left alone: 1 " in text and "`tdlib batch resume` executes them again" in text, text
@@ -1101,7 +1108,7 @@ def test_a_training_that_is_killed_in_a_batch_goes_on_from_its_checkpoint(
     for process in [p for name in victim.split(" and ") for p in victims[name]]:
         process.kill()
     runner.communicate()
-    wait_for(lambda: not run_states.processes(batch.folder_of(run)), 15)
+    wait_until_left(batch, run)
     assert not output_of(batch).exists()
     assert list(batch.resume()["state"]) == ["done"]
     around = json.loads((output_of(batch) / "environment.json").read_text())
