@@ -67,8 +67,8 @@ clean: ## Remove generated data, all reports and caches
 	find tdlib tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 lock: $(INSTALLED) ## Write requirements.lock anew after a change of pyproject.toml
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev,regions,keywords]"
-	@{ echo "# Made by 'make lock' with $$($(BIN)/python -V) on $$(uname -s) $$(uname -m): pip freeze of .venv after installing .[dev,regions,keywords]"; \
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev,regions]"
+	@{ echo "# Made by 'make lock' with $$($(BIN)/python -V) on $$(uname -s) $$(uname -m): pip freeze of .venv after installing .[dev,regions]"; \
 	$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude wheel \
 	| sed -E -e 's/\+[A-Za-z0-9.]+$$//' \
 	-e 's/^((nvidia|cuda)-.*|triton==.*)$$/\1 ; platform_system == "Linux" and platform_machine == "x86_64"/'; \

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tdlib.method.priors import PRIORS, Idf, referred_prior, yake_prior
+from tdlib.method.priors import PRIORS, Idf, referred_prior
 
 few = settings(deadline=None, max_examples=50)
 DOCUMENTS = ["The cat sat.", "the cat, the dog", "A dog!"]
@@ -91,17 +91,6 @@ def test_named_priors():
     idf, text, spans = Idf.fit(DOCUMENTS), "the sat", torch.tensor([[0, 3], [4, 7], [0, 0]])
     assert_close(PRIORS["idf"](text, spans, idf), torch.tensor([COMMON / RARE, 1.0, 0.0]))
     assert PRIORS["uniform"](text, spans, None).tolist() == [1.0, 1.0, 1.0]
-
-
-def test_yake_prefers_the_words_that_a_split_is_about():
-    idf = Idf.fit(
-        ["Why is the umbrella open?", "The umbrella is open because it rains.", "An umbrella against rain."]
-    )
-    text = "why is the umbrella there"
-    spans = torch.tensor([[0, 3], [4, 6], [7, 10], [11, 15], [15, 19], [20, 25]])
-    prior = yake_prior(text, spans, idf)
-    assert prior.tolist() == [0, 0, 0, 1, 1, 0]  # both pieces of the word; stop words are no keywords
-    assert 0 < idf.keywords["umbrella"] <= 1
 
 
 def test_referred_prior_is_the_share_of_a_token_that_the_text_points_at():

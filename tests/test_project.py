@@ -31,7 +31,7 @@ from papermill import inspect_notebook
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-LOCKED = [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["regions"], *EXTRAS["keywords"]]
+LOCKED = [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["regions"]]
 SOURCES = sorted((ROOT / "tdlib").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -65,7 +65,7 @@ def test_environment_yml_installs_the_project_with_all_extras():
     assert pip == ["-e .[all]"], "dependencies belong in pyproject.toml only"
     (everything,) = map(Requirement, EXTRAS["all"])
     assert everything.name == PROJECT["name"] and everything.extras == set(EXTRAS) - {"all"}
-    assert set(EXTRAS) == {"dev", "ray", "regions", "keywords", "all"}
+    assert set(EXTRAS) == {"dev", "ray", "regions", "all"}
 
 
 @pytest.mark.parametrize("line", LOCKED)
@@ -159,7 +159,7 @@ FENCES = {
     "anywidget": ["views/controls.py"],
     "matplotlib": ["views/figures/*.py"],
 }
-METHOD_MAY_IMPORT = {"torch", "jaxtyping", "yake", "tdlib.method", *sys.stdlib_module_names}
+METHOD_MAY_IMPORT = {"torch", "jaxtyping", "tdlib.method", *sys.stdlib_module_names}
 
 
 def imported(source: str, file: str) -> Iterator[tuple[int, str]]:

@@ -1,8 +1,8 @@
 """What is known of a token before the picture is seen: how much a word tells in this data set.
 
-Owns the values of words (IDF, keywords), their transfer to text tokens, and the prior of places that
-a text points at. Does not own how the prior enters the score
-(``selection``). Words are ``\\w+`` in lower case, the same for fitting and for looking up.
+Owns the values of words (IDF), their transfer to text tokens, and the prior of places that a text points
+at. Does not own how the prior enters the score (``selection``). Words are ``\\w+`` in lower case, the same
+for fitting and for looking up.
 """
 
 import math
@@ -10,15 +10,13 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 WORD = re.compile(r"\w+")
-SAMPLE = 5_000  # documents kept for keywords
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,6 @@ class Idf:
 
     num_documents: int
     document_frequency: dict[str, int]
-    sample: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def fit(cls, documents: Iterable[str]) -> "Idf":
@@ -38,13 +35,10 @@ class Idf:
         if isinstance(documents, str):
             raise ValueError(f"documents is one string ({documents[:40]!r}); expected an iterable of strings")
         num_documents, counts = 0, Counter[str]()
-        sample: list[str] = []
         for document in documents:
             num_documents += 1
-            if len(sample) < SAMPLE:
-                sample.append(document)
             counts.update({word.lower() for word in WORD.findall(document)})
-        return cls(num_documents, dict(counts), tuple(sample))
+        return cls(num_documents, dict(counts))
 
     def word(self, word: str) -> float:
         """Smoothed idf of a word: ``log((1 + N) / (1 + df)) + 1`` (scikit-learn's smooth_idf), at least 1.
@@ -59,48 +53,20 @@ class Idf:
         In [0, 1] (our reading of CLIP-TD); 0 for a token without a word: punctuation, special
         tokens, padding. ``spans`` are [start, end) offsets into ``text``. Ties go to the earlier word.
         """
-        return word_prior(text, spans, self.word)
-
-    @cached_property
-    def keywords(self) -> dict[str, float]:
-        """YAKE's words of the sample (Campos et al. 2020), each with ``1 / (1 + score)``, in (0, 1].
-
-        Fitted on the documents as one text (our reading): YAKE's statistics say nothing about a single
-        sentence. Words that it does not score, such as stop words, are missing.
-
-        Raises:
-            ImportError: yake is not installed.
-        """
-        try:
-            from yake import KeywordExtractor
-        except ImportError:
-            raise ImportError("prior='yake' needs the extra: pip install -e '.[keywords]'") from None
-        text = "\n".join(self.sample)
-        found = KeywordExtractor(lan="en", n=1, dedupLim=1.0, top=len(self.document_frequency) or 1)
-        return {word.lower(): 1 / (1 + float(score)) for word, score in found.extract_keywords(text)}
-
-
-def word_prior(
-    text: str, spans: Int[Tensor, "tokens 2"], value: Callable[[str], float]
-) -> Float[Tensor, " tokens"]:
-    """Give each token the value of the word it shares most characters with, over the example's highest.
-
-    Arguments and zeros as in ``Idf.prior``.
-    """
-    words = [match.span() for match in WORD.finditer(text)]
-    values = [value(text[start:end]) for start, end in words]
-    ends = [end for _, end in words]
-    priors = [0.0] * len(spans)
-    for token, (start, end) in enumerate(spans.tolist()):
-        most = 0
-        index = bisect_right(ends, start)  # the first word that ends after the token starts
-        while index < len(words) and words[index][0] < end:
-            shared = min(end, words[index][1]) - max(start, words[index][0])
-            if shared > most:
-                most, priors[token] = shared, values[index]
-            index += 1
-    highest = max(priors, default=0.0) or 1.0
-    return torch.tensor([prior / highest for prior in priors])
+        words = [match.span() for match in WORD.finditer(text)]
+        values = [self.word(text[start:end]) for start, end in words]
+        ends = [end for _, end in words]
+        priors = [0.0] * len(spans)
+        for token, (start, end) in enumerate(spans.tolist()):
+            most = 0
+            index = bisect_right(ends, start)  # the first word that ends after the token starts
+            while index < len(words) and words[index][0] < end:
+                shared = min(end, words[index][1]) - max(start, words[index][0])
+                if shared > most:
+                    most, priors[token] = shared, values[index]
+                index += 1
+        highest = max(priors, default=0.0) or 1.0
+        return torch.tensor([prior / highest for prior in priors])
 
 
 def idf_prior(text: str, spans: Int[Tensor, "tokens 2"], idf: Idf) -> Float[Tensor, " tokens"]:
@@ -111,11 +77,6 @@ def idf_prior(text: str, spans: Int[Tensor, "tokens 2"], idf: Idf) -> Float[Tens
 def uniform_prior(text: str, spans: Int[Tensor, "tokens 2"], idf: Idf | None) -> Float[Tensor, " tokens"]:
     """Prefer nothing: 1 for every token."""
     return torch.ones(len(spans))
-
-
-def yake_prior(text: str, spans: Int[Tensor, "tokens 2"], idf: Idf) -> Float[Tensor, " tokens"]:
-    """Prefer the training split's keywords: see ``Idf.keywords``. 0 for words that are none."""
-    return word_prior(text, spans, lambda word: idf.keywords.get(word.lower(), 0.0))
 
 
 def referred_prior(
@@ -136,4 +97,4 @@ def referred_prior(
     return share.clamp(floor, 1)
 
 
-PRIORS: dict[str, Callable[..., Tensor]] = {"idf": idf_prior, "yake": yake_prior, "uniform": uniform_prior}
+PRIORS: dict[str, Callable[..., Tensor]] = {"idf": idf_prior, "uniform": uniform_prior}
