@@ -23,11 +23,7 @@ FIRST = "00_start_here"
 
 
 def pairs_of(pairs: list[tuple[str, str]], option: str) -> dict[str, str]:
-    """Names and texts of a repeatable option.
-
-    Raises:
-        ConfigError: a name is given twice; one of the two would be lost.
-    """
+    """Names and texts of a repeatable option; of a name that is given twice, one would be lost."""
     for number, (name, text) in enumerate(pairs):
         earlier = [other for known, other in pairs[:number] if known == name]
         if earlier:

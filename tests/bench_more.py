@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -20,7 +19,7 @@ from tdlib.core.records import write_records
 from tdlib.data.examples import low_shot
 from tdlib.runs.batch import Batch
 from tdlib.training import checkpoints
-from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.data import EncodedExamples
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TargetBuilder
 from tdlib.training.prepare import class_logits, load_student, prepare
@@ -105,7 +104,7 @@ def recording_cost(base: RunConfig, probes: int = 16, every: int = 50) -> list[t
     encoded = EncodedExamples(examples, materials.encoder, builder, num_labels=len(materials.labels))
     module = TargetedDistillation(load_student(config, materials), config, cache.teacher.dim)
     module.to(usual_device())
-    recorder = ProbeRecorder(encoded, partial(collate, encoder=materials.encoder), module)
+    recorder = ProbeRecorder(encoded, module)
     seconds = paired({"step": step, "record": lambda: recorder.record(0)}, 9)
     recorder.records = []
     sizes = []

@@ -18,8 +18,10 @@ os.environ.update(
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -157,3 +159,35 @@ def own_cache(tmp_path_factory) -> Iterator[Path]:
         experiments.open_cache.cache_clear()
         yield folder
         experiments.open_cache.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def base(world, student_folder, teacher_folder, own_cache):
+    """Settings of a run of a few seconds; a file of tests may have a ``base`` that changes some of them."""
+    from tdlib.config import RunConfig
+
+    return RunConfig.from_parameters(
+        data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
+        learning_rate=5e-4, head_learning_rate=1e-3,  # so that a few updates show
+        shots=0.2, epochs=1, batch_size=4, eval_splits=["val", "test"], probe_examples=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def materials(base):
+    """What the runs with ``base`` share."""
+    from tdlib.training.prepare import prepare
+
+    return prepare(base, whole_splits=False)
+
+
+@pytest.fixture
+def no_orphans(tmp_path) -> Iterator[None]:
+    """No process of a batch's run in this test's folder outlives the test."""
+    yield
+    own, left = str(tmp_path.resolve()), []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get("TDLIB_RUN", "").startswith(own):
+                left.append(process)
+    assert not left, "processes of a run outlived the test"

@@ -379,7 +379,7 @@ def test_an_undecodable_picture_is_named_and_stores_nothing(filled, teacher, tmp
 # Interruptions
 
 
-@pytest.mark.parametrize("moment", ["save_file", "file_digest", "_sync", "os.replace", "json.dumps"])
+@pytest.mark.parametrize("moment", ["save_file", "file_digest", "sync", "os.replace", "json.dumps"])
 def test_an_exception_while_writing_leaves_the_cache_as_it_was(
     filled, teacher, tmp_path, pictures, monkeypatch, moment
 ):
@@ -447,7 +447,7 @@ def kill_writer(cache: TeacherCache, texts: list[str], moment: str, call: int, a
         ("replace", 2, False, 0),
         ("replace", 2, True, 2),
         ("replace", 4, True, 4),
-        ("_sync", 4, False, 2),
+        ("sync", 4, False, 2),
     ],
 )
 def test_a_killed_writer_leaves_a_cache_that_can_be_completed(

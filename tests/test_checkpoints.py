@@ -13,15 +13,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from training_helpers import settings_of
 from transformers.trainer_pt_utils import safe_globals
 
-from tdlib.config import RunConfig
 from tdlib.core.paths import ConfigError
 from tdlib.runs import states as run_states
 from tdlib.training import run as training
 from tdlib.training.checkpoints import checkpoints_of, damaged, newest, remove, seal, staging
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.prepare import prepare
 from tdlib.training.run import train_run
 
 # As folders
@@ -147,24 +146,17 @@ def test_an_attempt_of_a_batch_keeps_only_them(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def base(world, student_folder, teacher_folder, own_cache, tmp_path_factory):
+def base(base, student_folder, tmp_path_factory):
     """Settings in which everything that has a state takes part: dropout, a selector that draws, windows."""
     student = tmp_path_factory.mktemp("students") / "vilt"
     shutil.copytree(student_folder, student)
     settings = json.loads((student / "config.json").read_text())
     settings["hidden_dropout_prob"] = 0.2
     (student / "config.json").write_text(json.dumps(settings))
-    return RunConfig.from_parameters(
-        data_dir=str(world), student=str(student), teacher=f"local-dir:{teacher_folder}", shots=0.4,
-        learning_rate=5e-4, head_learning_rate=1e-3,  # so that a few updates show
-        epochs=3, batch_size=4, accumulation=2, eval_splits=["val"], probe_examples=2, probe_every=1,
+    return settings_of(
+        base, student=str(student), shots=0.4, epochs=3, accumulation=2, eval_splits=["val"], probe_every=1,
         diagnostics_every=2, selector="sample", distill_schedule="learned",
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def materials(base):
-    return prepare(base, whole_splits=False)
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +165,6 @@ def undisturbed(base, materials, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     train_run(base, materials, folder)
     return folder
-
-
-def settings_of(base: RunConfig, **changes) -> RunConfig:
-    return RunConfig.from_parameters(**{**base.model_dump(), **changes})
 
 
 def assert_same_run(folder: Path, other: Path) -> None:

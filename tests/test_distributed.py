@@ -17,6 +17,7 @@ import pytest
 from accelerate.data_loader import SeedableRandomSampler
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from training_helpers import settings_of
 
 from tdlib.config import RunConfig, apply_arm
 from tdlib.core.paths import ROOT, ConfigError
@@ -26,7 +27,6 @@ from tdlib.training import prepare as experiments
 from tdlib.training.checkpoints import checkpoints_of
 from tdlib.training.data import EpochBatches, SharedBatches
 from tdlib.training.distributed import must_launch
-from tdlib.training.prepare import prepare
 from tdlib.training.run import train_run
 
 # The loader
@@ -97,22 +97,9 @@ def test_the_number_of_processes_must_be_the_settings(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def base(world, student_folder, teacher_folder, own_cache):
-    return RunConfig.from_parameters(
-        data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
-        learning_rate=5e-4, head_learning_rate=1e-3,  # so that a few updates show
-        shots=0.4, epochs=3, batch_size=4, accumulation=2, eval_splits=["val"], probe_examples=2,
-        probe_every=2, diagnostics_every=2,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def materials(base):
-    return prepare(base, whole_splits=False)
-
-
-def settings_of(base: RunConfig, **changes) -> RunConfig:
-    return RunConfig.from_parameters(**{**base.model_dump(), **changes})
+def base(base):
+    windows = {"shots": 0.4, "epochs": 3, "accumulation": 2}
+    return settings_of(base, **windows, eval_splits=["val"], probe_every=2, diagnostics_every=2)
 
 
 def rows_of(path: Path) -> list[dict]:

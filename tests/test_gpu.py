@@ -36,17 +36,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.fixture(scope="module")
-def base(world, student_folder, teacher_folder, own_cache):
-    return RunConfig.from_parameters(
-        data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
-        learning_rate=5e-4, head_learning_rate=1e-3,  # so that a few updates show
-        shots=0.4, epochs=3, batch_size=4, eval_splits=["val"], probe_examples=2, diagnostics_every=2,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def materials(base):
-    return prepare(base, whole_splits=False)
+def base(base):
+    return base.model_copy(update={"shots": 0.4, "epochs": 3, "eval_splits": ["val"], "diagnostics_every": 2})
 
 
 def settings_of(base: RunConfig, **changes) -> RunConfig:

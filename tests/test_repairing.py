@@ -35,8 +35,6 @@ from tdlib.views.explorer import Look, show
 from tdlib.views.index import find_runs
 from tdlib.views.lesson import lesson_view
 
-# What CLIP makes of pairs
-
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
@@ -148,17 +146,9 @@ def test_words_are_drawn_to_the_patches_that_agree_with_them():
 
 
 @pytest.fixture(scope="module")
-def base(world, student_folder, teacher_folder, own_cache):
-    return RunConfig.from_parameters(
-        data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
-        learning_rate=5e-4, head_learning_rate=1e-3,  # so that a few updates show
-        shots=0.3, epochs=1, batch_size=4, eval_splits=["val"], probe_examples=3, arm="repair_only",
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def materials(base):
-    return prepare(base, whole_splits=False)
+def base(base):
+    changes = {"arm": "repair_only", "shots": 0.3, "eval_splits": ["val"], "probe_examples": 3}
+    return base.model_copy(update=changes)
 
 
 def settings_of(base: RunConfig, **changes) -> RunConfig:

@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import fields, replace
-from functools import partial
 from html import unescape
 from itertools import pairwise
 
@@ -172,7 +171,7 @@ def setting(materials, config, folder, every: int = 0):
     )
     trainer = make_trainer(module, config, EncodedExamples(subset, materials.encoder, builder), folder)
     probes = EncodedExamples(materials.evaluated["val"][:3], materials.encoder, builder)
-    recorder = ProbeRecorder(probes, trainer.data_collator, module, split="val", batch_size=2)
+    recorder = ProbeRecorder(probes, module, split="val", batch_size=2)
 
     class Record(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -565,7 +564,7 @@ def vilt(base, materials):
     example = materials.evaluated["val"][0]
     data = EncodedExamples([example], materials.encoder, materials.builder)
     module = TargetedDistillation(student, base, materials.builder.cache.teacher.dim)
-    record = ProbeRecorder(data, partial(collate, encoder=materials.encoder), module).record()[1]
+    record = ProbeRecorder(data, module).record()[1]
     return student, collate([data[0]], materials.encoder), record, materials.encoder
 
 

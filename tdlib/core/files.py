@@ -20,9 +20,6 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 
     An older folder of that name is replaced only then; after an error it is as it was. Where
     ``folder`` is a link, it stays one and the folder that it points to is replaced.
-
-    Raises:
-        NotADirectoryError: ``folder`` is a file.
     """
     given, folder = Path(folder), Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
@@ -89,11 +86,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """A value from the command line: JSON, a list of bare words such as ``[finetune, clip_td]``, or text.
-
-    Raises:
-        ConfigError: an object in it has a key twice; names ``where`` the text is from.
-    """
+    """A value from the command line: JSON, a list of bare words such as ``[finetune, clip_td]``, or text."""
     try:
         return parse_json(text, where)
     except json.JSONDecodeError:
@@ -113,6 +106,29 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def visible_files(folder: Path, name: str) -> list[Path]:
+    """All files of a name below a folder, sorted, but those in hidden folders, which hold checkpoints."""
+    found = sorted(folder.rglob(name)) if folder.is_dir() else []
+    return [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """What nested objects hold, by names that are joined by dots."""
+    if not isinstance(value, dict):
+        return {name: value}
+    inner = ((f"{name}.{part}" if name else part, item) for part, item in value.items())
+    return {key: leaf for part, item in inner for key, leaf in flat(item, part).items()}
 
 
 def remove_tree(folder: Path) -> None:

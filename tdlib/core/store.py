@@ -36,7 +36,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tdlib.core.files import file_digest, whole_path
+from tdlib.core.files import file_digest, sync, whole_path
 
 log = logging.getLogger(__name__)
 
@@ -322,7 +322,7 @@ class Store:
         os.close(handle)
         try:
             save_file(packed, partial, metadata={"owner": self.owner, "kind": kind})
-            _sync(Path(partial))
+            sync(Path(partial))
             digest = file_digest(Path(partial))
             # named by its content, so that two writers never overwrite each other's
             file = f"{kind.replace(':', '-')}-{digest[:16]}.safetensors"
@@ -375,7 +375,7 @@ class Store:
             both = {entry["file"]: entry for entry in [*manifest["shards"], *entries]}
             with whole_path(self.folder / "manifest.json") as partial:
                 partial.write_text(json.dumps(manifest | {"shards": list(both.values())}), encoding="utf-8")
-                _sync(partial)
+                sync(partial)
 
 
 def _pack(
@@ -392,8 +392,3 @@ def _pack(
         if bad := _not_finite(packed[name], column, packed["offsets"].numpy()):
             raise NotFiniteError(sorted(set(bad)), name, sources[bad[0]])
     return packed
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -24,19 +24,12 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Table:
-    """One table of exchangeable functions.
+    """One table of exchangeable functions."""
 
-    Attributes:
-        module: of ``tdlib.method`` that holds it.
-        name: of the dict in that module.
-        arguments: what its functions are called with, by position.
-        returns: shape and range of what they return.
-    """
-
-    module: str
-    name: str
-    arguments: tuple[str, ...]
-    returns: str
+    module: str  # of ``tdlib.method`` that holds it
+    name: str  # of the dict in that module
+    arguments: tuple[str, ...]  # what its functions are called with, by position
+    returns: str  # shape and range of what they return
 
     def names(self) -> list[str]:
         """What the table holds now, without importing its module if nobody has."""

@@ -51,9 +51,6 @@ def relevance_vv(
 
     Same formula, range and zeros; ``t`` are the tokens of CLIP Surgery's second path (Li et al. 2023),
     on which a token reads others by the likeness of their values.
-
-    Raises:
-        ValueError: ``teacher`` has no ``vv``.
     """
     if teacher.vv is None:
         raise ValueError("the teacher's tokens have no 'vv'; encode them with extras=('vv',)")
@@ -69,9 +66,6 @@ def relevance_saliency(
     decides the variant: "attention" of the pooled position in the last layer, "rollout" of attention
     through the layers (Abnar & Zuidema 2020), or "gradient", the relevancy for the cosine of this text
     with this picture (Chefer et al. 2021). Only the last depends on the other modality.
-
-    Raises:
-        ValueError: ``teacher`` has no ``saliency``.
     """
     if teacher.saliency is None:
         raise ValueError("the teacher's tokens have no 'saliency'; fill it with the variant's scalars")

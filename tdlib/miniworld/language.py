@@ -164,37 +164,29 @@ def family_size(family: str) -> int:
     return len(sizes.get(family, HELD))
 
 
+# Of each family: its values, what is said of one, and the two wordings of it.
+_ANSWERS: dict[str, tuple[dict, str, str, str]] = {
+    "doing": (HELD, "doing", "{tag} is doing this : <{words}> .", "they are <{words}> ."),
+    "next": (HELD, "next", "{tag} will <{words}> next .", "they are going to <{words}> ."),
+    "consequence": (HELD, "consequence", "if {tag} let go , <{words}> .", "then <{words}> ."),
+    "need": (WEATHER, "need", "{tag} would need <{words}> outside .", "maybe <{words}> ."),
+    "mood": (MOODS, "inference", "{tag} does feel <{words}> .", "quite <{words}> ."),
+    "role": (ROLES, "inference", "the job of {tag} : <{words}> .", "somebody who <{words}> ."),
+    "place": (PLACES, "inference", "{tag} is right now <{words}> .", "somewhere <{words}> ."),
+}
+
+
 def answer(question: Question, value: str, echo: bool) -> str:
     """An answer in one of two wordings.
 
     ``echo`` repeats the question's words and tag (the shortcut), otherwise it is said plainly.
     """
     tag = f"{{{question.person}}}"
-    match question.family:
-        case "doing":
-            words = HELD[value].doing
-            return f"{tag} is doing this : <{words}> ." if echo else f"they are <{words}> ."
-        case "next":
-            words = HELD[value].next
-            return f"{tag} will <{words}> next ." if echo else f"they are going to <{words}> ."
-        case "consequence":
-            words = HELD[value].consequence
-            return f"if {tag} let go , <{words}> ." if echo else f"then <{words}> ."
-        case "need":
-            words = WEATHER[value].need
-            return f"{tag} would need <{words}> outside ." if echo else f"maybe <{words}> ."
-        case "mood":
-            words = MOODS[value].inference
-            return f"{tag} does feel <{words}> ." if echo else f"quite <{words}> ."
-        case "role":
-            words = ROLES[value].inference
-            return f"the job of {tag} : <{words}> ." if echo else f"somebody who <{words}> ."
-        case "place":
-            words = PLACES[value].inference
-            return f"{tag} is right now <{words}> ." if echo else f"somewhere <{words}> ."
-        case _:
-            words = cause_clause(value, question.family == "joy")
-            return f"{tag} is {question.mood} because <{words}> ." if echo else f"because <{words}> ."
+    if question.family in _ANSWERS:
+        table, said, echoing, plain = _ANSWERS[question.family]
+        return (echoing if echo else plain).format(tag=tag, words=getattr(table[value], said))
+    words = cause_clause(value, question.family == "joy")
+    return f"{tag} is {question.mood} because <{words}> ." if echo else f"because <{words}> ."
 
 
 def rationale(question: Question, value: str) -> str:

@@ -220,11 +220,7 @@ def describe_world(data: str, seed: int, size: Size, **options: Any) -> dict[str
 
 
 def write_world(folder: Path, description: dict[str, Any], fill: Callable[[Path], None]) -> Path:
-    """Fills a folder and marks it as the generator's own.
-
-    Raises:
-        DataError: the folder holds something else, for instance the real data set.
-    """
+    """Fills a folder and marks it as the generator's own."""
     refuse_foreign(Path(folder), "miniworld.json")
 
     def marked(partial: Path) -> None:

@@ -202,12 +202,8 @@ def _record(
 ) -> tuple[dict, dict]:
     """One question as VCR writes it, and what decides it.
 
-    Args:
-        scene: the picture.
-        question: what is asked.
-        values: the right answer, then the wrong ones, each with the question it comes from.
-        orders: in which order answers and rationales show them.
-        echoed: for each value, whether its answer repeats words and tags of the question.
+    ``values`` are the right answer, then the wrong ones, each with the question it comes from; ``orders`` in
+    which order answers and rationales show them; ``echoed``, of each, whether it repeats the question.
     """
     order, rationale_order = orders
     asked = mark(question.text)
@@ -252,11 +248,7 @@ def write_vcr(folder: Path, seed: int = 0, size: Size = USUAL_SIZE, echo: tuple[
     ``val_balanced`` are val with other wordings (the wrong answers repeat the question and the right
     one does not; or all equally often), ``val_style`` and ``val_composition`` have other pictures.
 
-    Args:
-        folder: where to.
-        seed: of the world.
-        size: numbers of pictures and questions.
-        echo: probabilities that a right and a wrong answer repeats words and tags of the question.
+    ``echo`` are the probabilities that a right and a wrong answer repeats words and tags of the question.
 
     Raises:
         DataError: the folder holds something else, for instance the real VCR; or a split has so

@@ -416,9 +416,6 @@ def write_vqa_cp(folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
 
     Its pictures are those of ``write_vqa``'s train2014 and val2014, a quarter of both being the
     test's. (In the real VQA-CP, pictures occur in both splits; here in one.)
-
-    Raises:
-        DataError: as ``write_vqa``.
     """
 
     def fill(partial: Path) -> None:

@@ -30,7 +30,7 @@ from tdlib.miniworld.write_vqa import write_vqa, write_vqa_cp
 
 __all__ = [
     "CURATED_READINGS", "ECHO", "TRAIN_STYLES", "VERSION", "WORLDS", "Size", "captioned_scene", "captions",
-    "curated_texts", "ensure_data", "ensure_world", "false_caption", "scene_at", "write_captions",
+    "curated_texts", "ensure_data", "ensure_world", "scene_at", "write_captions",
     "write_snli_ve", "write_vcr", "write_vqa", "write_vqa_cp",
 ]  # fmt: skip
 
@@ -53,13 +53,16 @@ def ensure_data(config: RunConfig) -> Path:
     return folder if config.data_dir else ensure_world(task_of(config).data_set, folder, config.world_seed)
 
 
+def _reading(kind: str, seed: int, index: int, reading: int) -> np.random.Generator:
+    return np.random.default_rng([seed, STREAMS[kind], index, 1 + reading])
+
+
 def captioned_scene(kind: str, seed: int, index: int, reading: int = 0) -> tuple[Scene, str]:
     """A scene and its caption of one corpus: "web", "curated", or "held_out" (web, for evaluation).
 
     Other readings are other captions of the same scene, as several pages show one picture.
     """
-    rng = np.random.default_rng([seed, STREAMS[kind], index, 1 + reading])
-    scene = scene_at(seed, kind, index)
+    rng, scene = _reading(kind, seed, index, reading), scene_at(seed, kind, index)
     spoken = scene
     if kind == "web" and rng.random() < 0.08:  # a caption that belongs to another picture
         spoken = sample_scene(rng)
@@ -68,37 +71,23 @@ def captioned_scene(kind: str, seed: int, index: int, reading: int = 0) -> tuple
     return scene, web_caption(spoken, rng, NEUTRAL_NAMES)
 
 
-def false_caption(seed: int, index: int, reading: int = 0) -> str:
-    """The caption of a curated scene with one thing in it changed: see ``curated_captions``."""
-    rng = np.random.default_rng([seed, STREAMS["curated"], index, 1 + reading])
-    return curated_captions(scene_at(seed, "curated", index), rng, NEUTRAL_NAMES)[1]
-
-
 def curated_texts(seed: int, index: int) -> list[str]:
     """Three true captions of a curated scene, then each with one thing in it changed."""
     scene = scene_at(seed, "curated", index)
-    pairs = [
-        curated_captions(
-            scene, np.random.default_rng([seed, STREAMS["curated"], index, 1 + reading]), NEUTRAL_NAMES
-        )
-        for reading in range(CURATED_READINGS)
-    ]
+    readings = (_reading("curated", seed, index, reading) for reading in range(CURATED_READINGS))
+    pairs = [curated_captions(scene, rng, NEUTRAL_NAMES) for rng in readings]
     return [true for true, _ in pairs] + [false for _, false in pairs]
 
 
-def captions(kind: str, seed: int, stop: int, start: int = 0) -> Iterator[tuple[Picture, str]]:
+def captions(kind: str, seed: int, number: int) -> Iterator[tuple[Picture, str]]:
     """Pictures with captions of one corpus, see ``captioned_scene``."""
-    for index in range(start, stop):
+    for index in range(number):
         scene, caption = captioned_scene(kind, seed, index)
         yield draw(scene), caption
 
 
 def write_captions(folder: Path, kind: str, seed: int, number: int) -> Path:
-    """Writes a caption corpus: images/ and captions.jsonl with {"image", "caption"} per line.
-
-    Raises:
-        DataError: the folder holds something else.
-    """
+    """Writes a caption corpus: images/ and captions.jsonl with {"image", "caption"} per line."""
     refuse_foreign(Path(folder), "captions.jsonl")
 
     def fill(partial: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from tdlib.arms import ARMS
 from tdlib.config import RunConfig, apply_arm, arm_settings, replaced_by_arm
+from tdlib.core.files import visible_files
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
 from tdlib.method import registry
 from tdlib.runs.template import Template
@@ -25,11 +26,7 @@ FIELDS = RunConfig.model_fields
 
 
 def check_parameters(template: Template, given: Mapping[str, Any]) -> list[str]:
-    """Checks what is set for one run of a notebook; returns notes on what only the run can tell.
-
-    Raises:
-        ConfigError: lists everything that is wrong.
-    """
+    """Notes on what only the run can tell of its settings; ConfigError lists everything that is wrong."""
     problems = [text for name, value in given.items() if (text := template.problem(name, value))]
     values = template.defaults | {name: value for name, value in given.items() if name in template.parameters}
     if not problems:
@@ -65,11 +62,8 @@ def run_problems(
 ) -> list[str]:
     """Lists everything that is wrong with one run's parameters but their names and types.
 
-    Args:
-        template: the notebook.
-        values: all parameters of the run.
-        given: those that were set for it; a notebook's defaults are its author's matter.
-        gpus: that the run is to have; None: those that it sees.
+    ``values`` are all of them, ``given`` those that were set for it: a notebook's defaults are its author's
+    matter. ``gpus`` is how many the run is to have; None: those that it sees.
     """
     problems = [text for name in given if (text := _ignored(template, name, values))]
     problems += _missing_files(template, values, given)
@@ -260,22 +254,14 @@ def _gpu_problems(values: Mapping[str, Any], gpus: float) -> list[str]:
 def differences(
     template: Template, planned: Mapping[str, Any], folder: Path, since: float = 0.0
 ) -> list[str]:
-    """Compares every ``config.json`` that a run wrote with what was planned, and lists what differs.
+    """Compares every ``config.json`` that a run wrote below ``folder`` with the planned parameters.
 
-    The settings of the arm that a configuration names count as planned, but for weights that the run sets.
-
-    Args:
-        template: the notebook.
-        planned: all parameters of the run.
-        folder: that its results are in, at any depth; a hidden folder holds none.
-        since: time in seconds; files that are older were there before.
+    Lists what differs. The settings of the arm that a configuration names count as planned, but for weights
+    that the run sets. Files that are older than ``since`` (in seconds) were there before.
     """
     lines = []
-    for file in sorted(folder.rglob("config.json")) if folder.is_dir() else []:
-        if (
-            any(part.startswith(".") for part in file.relative_to(folder).parts)
-            or file.stat().st_mtime < since
-        ):
+    for file in visible_files(folder, "config.json"):
+        if file.stat().st_mtime < since:
             continue
         try:
             ran = json.loads(file.read_text(encoding="utf-8"))

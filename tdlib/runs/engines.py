@@ -186,11 +186,7 @@ class LocalEngine:
         return self.free_cpus + 1e-9 >= wanted.cpus and self.free_memory >= wanted.memory
 
     def start(self, folder: Path, wanted: Resources, lock: int | None) -> "LocalRun":
-        """Starts a worker, which inherits the claim.
-
-        Raises:
-            BlockingIOError: no GPU is free now.
-        """
+        """Starts a worker, which inherits the claim; BlockingIOError where no GPU is free now."""
         gpus = self.leases.take(wanted.gpus)
         if gpus is None:
             raise BlockingIOError("no GPU is free")

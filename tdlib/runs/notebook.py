@@ -81,12 +81,11 @@ def kernel_options(
     """How papermill is to start a kernel, as arguments of ``execute_notebook``.
 
     The kernel talks through files in ``scratch``: others cannot take a file as they may take a port, and
-    nothing has to be encrypted (with ports, kernels warn about that in every run).
+    nothing has to be encrypted (with ports, kernels warn about that in every run). Its path must be short:
+    paths of sockets may have 107 characters.
 
-    Args:
-        scratch: a folder of this run with a short path: paths of sockets may have 107 characters.
-        launched: is given the kernel's process.
-        bars: let libraries draw progress bars; into a log they draw hundreds of halves.
+    ``launched`` is given the kernel's process. ``bars`` lets libraries draw progress bars; into a log they
+    draw hundreds of halves.
     """
     from jupyter_client.manager import AsyncKernelManager
     from traitlets.config import Config

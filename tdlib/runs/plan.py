@@ -51,12 +51,7 @@ from tdlib.runs.template import UNKNOWN, Template, find_notebook, read_template
 
 
 def read_batch(file: Path) -> dict[str, Any]:
-    """The description in a YAML file.
-
-    Raises:
-        ConfigError: there is no such file, it is not YAML with a mapping, a key stands in it twice, or a
-            number could be read in two ways.
-    """
+    """The description in a YAML file; ConfigError names the file and what is wrong with it."""
     import yaml
 
     if not file.is_file():
@@ -277,11 +272,8 @@ def plan_batch(
 ) -> Plan:
     """Reads a description; all that is wrong with it is listed in the plan's ``problems``.
 
-    Args:
-        description: as in a batch file.
-        name: of the batch, if the description names none.
-        folder: where a relative template is looked for first.
-        reports: folder under which the batches' own lie; ``reports/batches`` if None.
+    ``name`` is the batch's if the description has none, ``folder`` where a relative template is looked for
+    first, and ``reports`` holds the folders of batches (``reports/batches`` if None).
     """
     whole, problems = read_description(description)
     plan = Plan(whole.name or name, find_notebook(whole.template, folder), problems=problems)
@@ -466,11 +458,9 @@ def _run_problems(rows: list[dict[str, Any]], template: Template, plan: Plan) ->
 
 
 def estimate(plan: Plan, earlier: Iterable[tuple[dict[str, Any], float]]) -> dict[str, float]:
-    """Estimates the seconds of each run: the median of those earlier ones that are most like it.
+    """Estimates the seconds of each run: the median of those ``earlier`` ones that are most like it.
 
-    Args:
-        plan: the runs.
-        earlier: parameters and seconds of finished runs of the same template.
+    These are parameters and seconds of finished runs of the same template.
     """
     earlier = [(known, seconds) for known, seconds in earlier if seconds]
     found = {}

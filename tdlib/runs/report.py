@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from tdlib.core import pages
-from tdlib.core.files import whole_file, whole_path
+from tdlib.core.files import visible_files, whole_file, whole_path
 from tdlib.core.pages import Html, interval_chart, table_html
 from tdlib.runs.plan import Plan, plan_batch, read_batch
 from tdlib.runs.states import FINAL, LOG, NOTEBOOK, OUTPUT, current_state
@@ -280,11 +280,7 @@ def _run_links(folder: Path, run: str) -> Html:
 
 
 def batch_record(folder: Path) -> dict[str, Any]:
-    """Reads ``batch.json`` in a batch's folder.
-
-    Raises:
-        FileNotFoundError: no batch was ever run there.
-    """
+    """Reads ``batch.json`` in a batch's folder; FileNotFoundError where no batch was ever run."""
     file = Path(folder) / "batch.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -297,9 +293,6 @@ def recorded_runs(folder: Path) -> pd.DataFrame:
 
     Columns: run, state, reason, parameters (a dict; None for a run that never began and that the
     batch's file no longer describes), output (name of the parameter that says where results go).
-
-    Raises:
-        FileNotFoundError: no batch was ever run there.
     """
     folder, known = Path(folder), batch_record(folder)
     planned: dict[str, Any] = {}
@@ -326,11 +319,8 @@ def open_results(folder: Path, runs: pd.DataFrame | None = None) -> "duckdb.Duck
     """A DuckDB connection with views over a batch: ``runs`` (results.parquet) and ``predictions``.
 
     ``predictions`` has the rows of every finished run's ``predictions.parquet`` and its id as ``run``;
-    it is not there if no run wrote one. ``runs``, a table with columns run and state, stands in for
-    results.parquet where that is not there yet or old.
-
-    Raises:
-        FileNotFoundError: the folder holds no results.parquet.
+    it is not there if no run wrote one. ``runs``, a table with columns run and state, is read in place of
+    results.parquet where that is not there yet (else FileNotFoundError) or old.
     """
     import duckdb
 
@@ -344,12 +334,7 @@ def open_results(folder: Path, runs: pd.DataFrame | None = None) -> "duckdb.Duck
     else:
         raise FileNotFoundError(f"{results}: no such file; `tdlib batch status` writes it")
     done = connection.execute("SELECT run FROM runs WHERE state = 'done'").fetchall()
-    files = [
-        file
-        for (run,) in done
-        for file in sorted((folder / run / OUTPUT).rglob("predictions.parquet"))
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
+    files = [file for (run,) in done for file in visible_files(folder / run / OUTPUT, "predictions.parquet")]
     if files:
         listed = ", ".join(_quoted(file) for file in files)
         depth = len(folder.parts) + 1

@@ -27,21 +27,13 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter, as the notebook's cell declares it.
-
-    Attributes:
-        name: of the variable.
-        annotation: "" where it has none.
-        default: its value, or ``UNKNOWN``.
-        source: of the default.
-        comment: behind it: meaning, unit, choices.
-    """
+    """One parameter, as the notebook's cell declares it."""
 
     name: str
-    annotation: str
-    default: Any
-    source: str
-    comment: str = ""
+    annotation: str  # "" where it has none
+    default: Any  # or ``UNKNOWN``
+    source: str  # of the default
+    comment: str = ""  # behind it: meaning, unit, choices
 
     @property
     def kind(self) -> str:
@@ -61,13 +53,7 @@ class Parameter:
         return f"{self.name}={value!r}: expected {self.annotation or self.kind}, like {self.source}"
 
     def from_text(self, text: str) -> Any:
-        """A value from the command line, except that a parameter that holds text takes it as it is.
-
-        See ``parse_value``.
-
-        Raises:
-            ConfigError: an object in it has a key twice.
-        """
+        """A value from the command line (``parse_value``); a parameter that holds text takes it as it is."""
         if self.kind == "bool" and text in ("True", "False"):
             return text == "True"
         value = parse_value(text, self.name)
@@ -179,12 +165,7 @@ def find_notebook(name: str, folder: Path = ROOT) -> Path:
 
 
 def read_template(path: Path) -> Template:
-    """Reads a notebook.
-
-    Raises:
-        ConfigError: there is no such notebook, it is none, it has not exactly one cell tagged
-            ``parameters``, or that cell is no Python.
-    """
+    """Reads a notebook; ConfigError where it has not exactly one cell tagged ``parameters``, in Python."""
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.ipynb"))
         raise ConfigError(

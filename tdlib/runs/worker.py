@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from tdlib.core.files import write_json
+from tdlib.core.files import flat, visible_files, write_json
 from tdlib.core.provenance import git_version
 from tdlib.runs import states as run_states
 from tdlib.runs.checks import difference_reason, differences
@@ -66,7 +66,7 @@ class _Run:
         try:
             self.outcome = self._execute()
         except BaseException as error:
-            self.outcome = self._explained(error)
+            self.outcome = _explained(error)
 
     def _execute(self) -> dict[str, Any]:
         template = Path(self.spec["template"]).read_bytes()
@@ -100,16 +100,8 @@ class _Run:
                 stderr_file=sys.stderr, **kernel_options(Path(self.scratch), launched),
             )  # fmt: skip
         except papermill.PapermillExecutionError as error:
-            text = ANSI.sub("", "\n".join(error.traceback))
-            full = _DISK_FULL.search(str(error.evalue))
-            return {
-                "state": "killed" if full else "failed",
-                "reason": "the disk is full" if full else f"{error.ename}: {error.evalue}",
-                "error": {
-                    "name": error.ename, "value": ANSI.sub("", str(error.evalue)), "traceback": text[-8000:],
-                    "cell": error.cell_index, "source": error.source,
-                },
-            }  # fmt: skip
+            trace = "\n".join(error.traceback)
+            return _failure(error.ename, str(error.evalue), trace, error.cell_index, error.source)
         except (DeadKernelError, RuntimeError) as error:
             return self._dead_kernel(error)
         left = [
@@ -131,7 +123,7 @@ class _Run:
             with suppress(subprocess.TimeoutExpired):
                 code = self.process.wait(5)
         if code is None or (code == 0 and "died" not in str(error)):
-            return self._explained(error)
+            return _explained(error)
         name = signal.Signals(-code).name if code < 0 else f"status {code}"
         outside = code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
         hint = "; out of memory?" if code == -signal.SIGKILL else ""
@@ -147,17 +139,6 @@ class _Run:
             begun = [i for i, c in enumerate(cells) if c["metadata"].get("papermill", {}).get("start_time")]
             return f" in cell {begun[-1]}" if begun else " before the first cell"
         return ""
-
-    def _explained(self, error: BaseException) -> dict[str, Any]:
-        full = _DISK_FULL.search(str(error))
-        return {
-            "state": "killed" if full else "failed",
-            "reason": f"{type(error).__name__}: {error}",
-            "error": {
-                "name": type(error).__name__, "value": str(error), "cell": None, "source": "",
-                "traceback": "".join(traceback.format_exception(error))[-8000:],
-            },
-        }  # fmt: skip
 
     # The watching thread.
 
@@ -218,7 +199,7 @@ class _Run:
             if final["state"] == "done":
                 final["metrics"] = read_metrics(self.folder / OUTPUT)
         except OSError as error:
-            final = self._explained(error)
+            final = _explained(error)
         except ValueError as error:
             final = {"state": "failed", "reason": str(error)}
         largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -231,37 +212,37 @@ class _Run:
         return final["state"]
 
 
+def _failure(name: str, value: str, trace: str, cell: int | None = None, source: str = "") -> dict[str, Any]:
+    """The state after an error: "killed" where the disk was full, so that it is repeated, else "failed"."""
+    value, trace = ANSI.sub("", value), ANSI.sub("", trace)[-8000:]
+    return {
+        "state": "killed" if _DISK_FULL.search(value) else "failed",
+        "reason": f"{name}: {value}",
+        "error": {"name": name, "value": value, "cell": cell, "source": source, "traceback": trace},
+    }
+
+
+def _explained(error: BaseException) -> dict[str, Any]:
+    return _failure(type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+
+
 def read_metrics(output: Path) -> dict[str, Any]:
     """Reads all numbers and words of the ``metrics.json`` files in a run's output; dots join nested names.
 
-    Where there are several, the names of their folders come first.
-
-    Raises:
-        ValueError: a file is not whole, or holds no object.
+    Where there are several, the names of their folders come first. ValueError where a file is not whole.
     """
     found: dict[str, Any] = {}
-    hidden = [p for p in sorted(output.rglob("metrics.json")) if not _is_hidden(p.relative_to(output))]
-    for path in hidden:
+    paths = visible_files(output, "metrics.json")
+    for path in paths:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: is not whole JSON ({error})") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected an object with metrics, found {type(values).__name__}")
-        _flatten(values, f"{path.parent.name}." if len(hidden) > 1 else "", found)
+        leaves = flat(values, path.parent.name if len(paths) > 1 else "")
+        found |= {n: v for n, v in leaves.items() if v is None or isinstance(v, bool | int | float | str)}
     return found
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _flatten(values: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            _flatten(value, f"{prefix}{name}.", into)
-        elif value is None or isinstance(value, bool | int | float | str):
-            into[f"{prefix}{name}"] = value
 
 
 def environment() -> dict[str, Any]:

@@ -56,14 +56,8 @@ def adversarial_loss(
     KL(clean || adv))) / K, as the authors' code has it (FreeLB, Zhu et al. 2020, with a divergence);
     gradients reach the clean output too. The graphs of all K + 1 passes are in memory at once.
 
-    Args:
-        student: any student.
-        batch: one batch, as ``collate`` makes it.
-        task_loss: of logits, the batch and the divisor.
-        config: ``adversarial_steps`` K, ``adversarial_rate`` the L2 norm of a step,
-            ``adversarial_weight`` w, ``adversarial_on``.
-        examples: what sums are divided by.
-        output_hidden_states: of the clean output.
+    In ``config``, ``adversarial_steps`` is K, ``adversarial_weight`` w and ``adversarial_rate`` the L2 norm
+    of a step. ``examples`` is what sums are divided by.
     """
     inputs: dict[str, Any] = student_inputs(student, batch) | {"output_hidden_states": output_hidden_states}
     seen = next(name for name in PICTURES if name in inputs)

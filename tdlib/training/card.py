@@ -17,14 +17,7 @@ from tdlib.training.objective import TERMS
 def model_card(
     config: RunConfig, metrics: Mapping[str, Any], environment: Mapping[str, Any], architecture: str
 ) -> str:
-    """Markdown with the metadata that the Hugging Face hub reads.
-
-    Args:
-        config: of the run, with its arm's settings in force.
-        metrics: as in metrics.json: ``measures`` by split, ``train_examples``, ``updates``.
-        environment: as in environment.json.
-        architecture: the student's class.
-    """
+    """Markdown with the metadata that the Hugging Face hub reads, from a run folder's files."""
     name, task = f"{config.arm}-seed{config.seed}", task_of(config)
     data = config.data_dir or f"MiniWorld, seed {config.world_seed}"
     figures = [

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tdlib.core.files import file_digest, write_json
+from tdlib.core.files import file_digest, flat, sync, write_json
 from tdlib.core.paths import ConfigError
 
 log = logging.getLogger(__name__)
@@ -56,15 +56,15 @@ def seal(filled: Path, home: Path, step: int, run: dict[str, Any]) -> Path:
         for path in files
     }
     for path in files:
-        _sync(path)
+        sync(path)
     write_json(filled / _MANIFEST, {"step": step, "files": listed})
-    _sync(filled / _MANIFEST)
-    _sync(filled)
+    sync(filled / _MANIFEST)
+    sync(filled)
     target = home / f"step-{step:08d}"
     if target.exists():  # a damaged one, or this run would have continued from it
         shutil.rmtree(target)
     os.replace(filled, target)
-    _sync(home)
+    sync(home)
     steps = _steps(home)
     kept = [number for number in steps if number <= step][:KEPT]
     for number, other in steps.items():
@@ -76,8 +76,7 @@ def seal(filled: Path, home: Path, step: int, run: dict[str, Any]) -> Path:
 def newest(home: Path, run: dict[str, Any]) -> Path | None:
     """The newest checkpoint that is whole; None if there is none. Damaged ones are named in the log.
 
-    Raises:
-        ConfigError: it belongs to another run than ``run``.
+    ConfigError where it belongs to another run than ``run``.
     """
     for folder in _steps(home).values():
         if damage := damaged(folder):
@@ -133,7 +132,7 @@ def _steps(home: Path) -> dict[int, Path]:
 
 def _differences(stored: Any, run: dict[str, Any]) -> str:
     """What differs between two runs, nested names joined by dots."""
-    old, new = _flat(stored), _flat(run)
+    old, new = flat(stored), flat(run)
     names = [name for name in old | new if old.get(name, "absent") != new.get(name, "absent")]
     shown = [f"{name} was {_short(old, name)} and is {_short(new, name)}" for name in names[:8]]
     return ", ".join(shown) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -142,25 +141,6 @@ def _differences(stored: Any, run: dict[str, Any]) -> str:
 def _short(values: dict[str, Any], name: str) -> str:
     text = repr(values[name]) if name in values else "absent"
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {name: value}
-    return {
-        key: inner
-        for part, item in value.items()
-        for key, inner in _flat(item, f"{name}.{part}" if name else part).items()
-    }
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or a folder's entries are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

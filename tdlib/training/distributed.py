@@ -43,11 +43,7 @@ def place_among_processes() -> int:
 
 
 def must_launch(config: RunConfig) -> bool:
-    """Whether the processes of a run must still be started; False in one of them, and where one is enough.
-
-    Raises:
-        ConfigError: this is one of another number of processes than the run is to have.
-    """
+    """True if this process must start the others; False in one of them, and where one is enough."""
     around = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if around == 1:
         return config.processes > 1
@@ -65,12 +61,8 @@ def launch(
     """Trains one run by ``config.processes`` processes on this machine; returns its metrics.
 
     They prepare the materials for themselves, from the settings and the filled ``cache``. They end with
-    this process, and if one of them fails all do.
-
-    Raises:
-        ConfigError: too few GPUs, or a function that only this session knows; or what the run raises.
-        FloatingPointError: as the run raises it.
-        RuntimeError: a process failed otherwise; shows the end of what they printed.
+    this process, and if one of them fails all do: what it raised is raised here, or a RuntimeError with the
+    end of what they printed.
     """
     if own := own_functions(config):
         named = ", ".join(f"{parameter}={found['name']!r}" for parameter, found in own.items())

@@ -21,8 +21,8 @@ from tdlib.training.prepare import encoder_of, open_cache
 
 
 @torch.inference_mode()
-def write_masked(folder: Path, shift: str, source: Path | None = None) -> Path:
-    """Makes a masked VCR set (Ye and Kovashka 2021) from what the student of a run leans on.
+def write_masked(folder: Path, shift: str) -> Path:
+    """Makes a masked set of val.jsonl from what the student of a run leans on.
 
     Every token of every choice is masked in turn; see ``vcr_shifts.shortcut_scores``. The scores are
     kept beside the set. The student should know answers and rationales: a run of task "vcr".
@@ -30,7 +30,6 @@ def write_masked(folder: Path, shift: str, source: Path | None = None) -> Path:
     Args:
         folder: the run folder.
         shift: "rmtop1", "keeptop1", "keeptop3" or "keeptop5".
-        source: a VCR file with labels; val.jsonl of the run's data if None.
 
     Raises:
         ConfigError: the run is of another task, or the shift is unknown.
@@ -41,7 +40,7 @@ def write_masked(folder: Path, shift: str, source: Path | None = None) -> Path:
     if shift not in task_of(config).shifts:
         raise ConfigError(f"{folder}: a run of task={config.task!r}; masked sets are VCR's")
     home = ensure_data(config)
-    source = source or home / "val.jsonl"
+    source = home / "val.jsonl"
     cache = open_cache(config.teacher, config.teacher_pretrained) if config.regions == "clip" else None
     encoder = encoder_of(config, cache, str(folder / "student"))
     student = load_student(str(folder / "student")).eval()

@@ -152,9 +152,6 @@ def encoder_of(config: RunConfig, cache: TeacherCache | None = None, student: st
     """The encoder of the run's student (or of a stored ``student``), with the regions that it reads.
 
     Regions computed on this machine are stored, see ``RegionEncoder.prepare``.
-
-    Raises:
-        ConfigError: regions are CLIP's, but the student reads none.
     """
 
     def regions() -> RegionSource:

@@ -4,9 +4,8 @@ Owns the recorder; the record and its file are ``core.records``, and which token
 weigh is the module's business.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,38 +25,18 @@ from tdlib.training.prepare import Materials, class_logits, load_student
 from tdlib.training.repairing import asks_truth
 
 
-class Probes(Protocol):
-    """Examples with their encoding and targets, such as ``training.EncodedExamples`` with a builder."""
-
-    examples: Sequence[Example]
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
 class ProbeRecorder:
-    """Records what a run targets in a fixed set of examples, as often as it is asked to.
+    """Records what a run targets in a fixed set of examples of one split, as often as it is asked to.
 
     A call costs the student's forward on the probes, without gradient; the targets are those that
     ``probes`` keep. It changes nothing: neither weights nor random numbers, so that a run with and
     one without a recorder are the same. Records gather in ``records``, for ``write_records``.
-
-    Args:
-        probes: what is recorded; examples and their encoding, with targets.
-        collate: makes a batch of several of their items.
-        module: the run's student and settings.
-        split: the name of the probes' split.
-        batch_size: examples per forward.
     """
 
     def __init__(
-        self,
-        probes: Probes,
-        collate: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]],
-        module: TargetedDistillation,
-        split: str = "",
-        batch_size: int = 32,
+        self, probes: EncodedExamples, module: TargetedDistillation, split: str = "", batch_size: int = 32
     ):
-        self.probes, self.collate, self.module = probes, collate, module
+        self.probes, self.module = probes, module
         self.split, self.batch_size = split, batch_size
         self.records: list[TargetRecord] = []
 
@@ -88,7 +67,8 @@ class ProbeRecorder:
     ) -> list[TargetRecord]:
         module = self.module
         device = next(module.student.parameters()).device
-        batch = module.with_targets({k: value.to(device) for k, value in self.collate(items).items()})
+        collated = collate(items, self.probes.encoder)
+        batch = module.with_targets({k: value.to(device) for k, value in collated.items()})
         reads_student = module.settings.relevance in STUDENT_RELEVANCE
         output = module.student(**student_inputs(module.student, batch), output_hidden_states=reads_student)
         hidden = output.hidden_states[module.settings.distill_layer] if reads_student else None
@@ -212,4 +192,4 @@ def preview_targets(
     probes = EncodedExamples(examples, materials.encoder, builder, num_labels=len(materials.labels))
     student = student if student is not None else load_student(config, materials)
     module = TargetedDistillation(student, config, shared.cache.teacher.dim)
-    return ProbeRecorder(probes, partial(collate, encoder=materials.encoder), module).record()
+    return ProbeRecorder(probes, module).record()

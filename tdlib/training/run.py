@@ -41,7 +41,7 @@ from tdlib.teacher.model import EXTRAS
 from tdlib.teacher.probe import ClassProbe, count_cut
 from tdlib.training import checkpoints
 from tdlib.training.card import model_card
-from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.data import EncodedExamples
 from tdlib.training.distributed import launch, must_launch, place_among_processes
 from tdlib.training.evaluation import predict, prediction_table
 from tdlib.training.judging import PicturePool, StatementJudge, asks_truth
@@ -280,14 +280,11 @@ class _Run:
         targets = self.module.phi is not None or self.module.repairing is not None
         if not targets or not self.config.probe_examples:
             return []
-        gather = partial(collate, encoder=self.materials.encoder)
-        return [
-            ProbeRecorder(
-                self.encode(examples[: self.config.probe_examples], builder=self.builder),
-                gather, self.module, split,
-            )
+        probes = {
+            split: self.encode(examples[: self.config.probe_examples], builder=self.builder)
             for split, examples in self.materials.evaluated.items()
-        ]  # fmt: skip
+        }
+        return [ProbeRecorder(examples, self.module, split) for split, examples in probes.items()]
 
     def write(self, partial: Path) -> None:
         """Writes all that training made: the student, and what was recorded on the way."""

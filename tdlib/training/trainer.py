@@ -211,13 +211,10 @@ class DistillationTrainer(Trainer):
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Makes a checkpoint of what the Trainer saves, and continues from one.
+    """Makes checkpoints of what the Trainer saves, into a folder below ``home``, and continues from one.
 
-    Args:
-        trainer: it saves into its output folder, which lies below ``home``.
-        home: the run's checkpoints.
-        run: what must be equal for a run to continue, see ``checkpoints.seal``.
-        recorders: their records so far are part of a checkpoint.
+    ``run`` is what must be equal for a run to continue, see ``checkpoints.seal``. What the recorders have
+    recorded so far is part of a checkpoint.
     """
 
     def __init__(
@@ -311,9 +308,6 @@ def make_trainer(
 
     ``folder`` is where it saves every ``checkpoint_every`` updates, if that is above 0. ``pool`` are
     pictures for re-pairing beside the batch's own.
-
-    Raises:
-        ConfigError: half precision without a GPU that can compute in it, or where gradients would vanish.
     """
     gpu = torch.cuda.is_available()
     if config.precision == "fp16" and not gpu:

@@ -1,0 +1,163 @@
+"""Running a batch: what is done is not repeated, and limits, failures and orders to stop are kept."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from batch_helpers import RESULT, command, make_batch, results_of, states_of, wait_for, write_template
+
+from tdlib.core.paths import ConfigError
+from tdlib.runs import states as run_states
+
+pytestmark = pytest.mark.usefixtures("no_orphans")
+FULL = """\
+import errno, os
+replace = os.replace
+def full(source, target, **options):
+    if os.path.exists(os.environ["TDLIB_TEST_FULL"]):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return replace(source, target, **options)
+os.replace = full
+"""
+
+
+@pytest.fixture
+def full_disk(quick_start, tmp_path, monkeypatch) -> Iterator[Path]:
+    """A file: while it is there, the disk is full to every process that the test starts."""
+    (quick_start / "sitecustomize.py").write_text(FULL)
+    monkeypatch.setenv("TDLIB_TEST_FULL", str(tmp_path / "full"))
+    yield tmp_path / "full"
+    (quick_start / "sitecustomize.py").unlink()
+
+
+def test_what_is_done_is_not_repeated_and_what_changed_is_not_reused(tmp_path):
+    batch = make_batch(tmp_path, grid={"a": [1]})
+    batch.run()
+    (first,) = batch.plan.runs
+    (state,) = batch.states().values()
+    assert state["state"] == "done"
+    before = results_of(batch)
+    again = make_batch(tmp_path, grid={"a": [1]})
+    assert list(again.run()["attempt"]) == list(again.resume()["attempt"]) == [1]
+    assert again.states()[first.id]["started"] == state["started"]
+    # a changed parameter and a changed template are other runs
+    assert states_of(make_batch(tmp_path, grid={"a": [1, 2]})) == ["done", "queued"]
+    write_template(tmp_path, RESULT.replace("a / 4", "a / 2"))
+    changed = make_batch(tmp_path, grid={"a": [1]})
+    assert states_of(changed) == ["queued"]
+    assert list(changed.run()["accuracy.val"]) == [0.5]
+    assert results_of(batch).items() > before.items(), "the older run is as it was"
+    # a result that was truncated later is made again, and is the same
+    metrics = batch.folder / first.id / "output" / "a1-seed0" / "metrics.json"
+    metrics.write_text(metrics.read_text()[:10])
+    assert states_of(batch) == ["lost"] and "accuracy.val" not in batch.table()
+    write_template(tmp_path)
+    assert list(batch.resume()["attempt"]) == [2]
+    assert before.items() <= results_of(batch).items()
+    assert (batch.folder / first.id / "attempt-1" / "state.json").is_file()
+
+
+def test_the_same_run_of_another_batch_is_taken_over_if_it_is_whole(tmp_path):
+    first = make_batch(tmp_path, grid={"a": [1, 2, 3]}, name="first")
+    first.run()
+    one, two, three = first.plan.runs
+    damaged = first.folder / one.id / "output" / "a1-seed0" / "metrics.json"
+    damaged.write_text(damaged.read_text()[:10])
+    second = make_batch(tmp_path, grid={"a": [1, 2, 4]}, name="second")
+    second.run()
+    assert states_of(second) == ["done"] * 3
+    begun = (second.folder / "begun.txt").read_text().split()
+    assert sorted(begun) == sorted(run.id for run in second.plan.runs if run.id != two.id)
+    assert second.states()[two.id]["adopted_from"] == str(first.folder / two.id)
+    taken = {name: value for name, value in results_of(second).items() if name.startswith(two.id)}
+    assert taken.items() <= results_of(first).items() and len(taken) == 2
+    assert not (second.folder / three.id).exists()
+
+
+def test_a_part_of_a_batch_can_be_run_by_itself(tmp_path):
+    batch = make_batch(tmp_path, grid={"a": [1, 2, 4]}, parameters={"mode": "150"}, seeds=[0, 5])
+    like = ["-w", "a", "[1, 4]", "-w", "seed", "5", "-w", "mode", "150"]
+    assert command(batch, "run", *like).wait(120) == 1, "not all are done"
+    done = [run.overrides for run in batch.plan.runs if batch.states()[run.id]["state"] == "done"]
+    assert done == [{"seed": 5, "a": 1, "mode": "150"}, {"seed": 5, "a": 4, "mode": "150"}]
+    with pytest.raises(ConfigError, match=r"\{'a': 3\}: no run of small is like that"):
+        batch.run(where={"a": 3})
+
+
+def test_a_template_that_changes_between_plan_and_start_is_noticed(tmp_path):
+    batch = make_batch(tmp_path)
+    write_template(tmp_path, "pass")
+    table = batch.run()
+    assert table["state"][0] == "failed" and "template changed since" in table["reason"][0]
+
+
+def test_a_full_disk_harms_nothing_that_is_written(tmp_path, full_disk):
+    batch = make_batch(tmp_path, include=[{"a": 2}, {"mode": "fill"}, {"a": 4}])
+    runner = command(batch, "run", "--cpus", "1")
+    text = runner.communicate()[0]
+    assert runner.returncode == 1 and "No space left" in text
+    assert states_of(batch) == ["done", "lost", "queued"]
+    before = results_of(batch)
+    full_disk.unlink()
+    assert list(batch.resume(cpus=1)["state"]) == ["done"] * 3
+    assert before.items() <= results_of(batch).items()
+    begun = (batch.folder / "begun.txt").read_text().split()
+    assert [begun.count(run.id) for run in batch.plan.runs] == [1, 2, 1]
+
+
+def test_two_runners_execute_each_run_once(tmp_path):
+    batch = make_batch(tmp_path, grid={"a": [1, 2, 3]}, parameters={"seconds": 0.3})
+    runners = [command(batch, "run", "--cpus", "1") for _ in range(2)]
+    texts = [runner.communicate()[0] for runner in runners]
+    assert states_of(batch) == ["done"] * 3, texts
+    begun = (batch.folder / "begun.txt").read_text().split()
+    assert sorted(begun) == sorted(run.id for run in batch.plan.runs), texts
+
+
+def test_a_time_limit_ends_a_run(tmp_path):
+    batch = make_batch(tmp_path, parameters={"seconds": 600.0}, resources={"time": "3s"}, retries=1)
+    batch.run()
+    (state,) = batch.states().values()
+    assert (state["state"], state["attempt"]) == ("timed_out", 1) and "3 s" in state["reason"]
+    assert list(batch.resume()["attempt"]) == [1], "resume leaves it, retry would not"
+
+
+def test_retries_repeat_what_was_killed_but_not_what_failed(tmp_path):
+    batch = make_batch(tmp_path, include=[{"mode": "die"}, {"mode": "raise"}], retries=1)
+    batch.run(cpus=2)
+    assert [(state["state"], state["attempt"]) for state in batch.states().values()] == [
+        ("killed", 2), ("failed", 1),
+    ]  # fmt: skip
+
+
+def test_a_run_that_failed_is_tried_again_on_request(tmp_path):
+    batch = make_batch(tmp_path, parameters={"mode": "raise"})
+    (run,) = batch.plan.runs
+    batch.folder_of(run).mkdir(parents=True)
+    run_states.write_state(batch.folder_of(run), {"state": "failed", "attempt": 1})
+    assert list(batch.resume()["attempt"]) == list(batch.run()["attempt"]) == [1]
+    batch.retry()
+    (state,) = batch.states().values()
+    assert (state["state"], state["attempt"]) == ("failed", 2)
+    with pytest.raises(ConfigError, match="no such run"):
+        batch.retry(["zzz"])
+
+
+@pytest.mark.parametrize("how", ["cancel", "twice", "once"])
+def test_cancel_and_ctrl_c_leave_nothing_behind(tmp_path, how):
+    batch = make_batch(tmp_path, grid={"a": [1, 2]}, parameters={"seconds": 60.0})
+    runner = command(batch, "run", "--cpus", "1")
+    wait_for((batch.folder / "begun.txt").exists)
+    if how == "cancel":
+        assert batch.cancel() == []
+    else:
+        runner.send_signal(signal.SIGINT)
+        if how == "twice":
+            time.sleep(0.1)
+            runner.send_signal(signal.SIGINT)
+    text = runner.communicate(timeout=30)[0]
+    assert runner.returncode == 1 and "Traceback" not in text, text
+    assert states_of(batch) == ["killed", "queued"]
+    assert not any(run_states.processes(batch.folder_of(run)) for run in batch.plan.runs)

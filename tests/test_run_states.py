@@ -1,0 +1,141 @@
+"""One run as a folder: its identity, who has claimed it, how it stands, and the resources that it leases."""
+
+import os
+import shutil
+import subprocess
+import time
+
+import nbformat
+import pytest
+from batch_helpers import RESULT, make_batch, write_template
+
+from tdlib.core import provenance
+from tdlib.core.paths import ROOT, ConfigError
+from tdlib.core.provenance import code_version, executed_code
+from tdlib.runs import states as run_states
+from tdlib.runs.engines import GpuLeases, LocalEngine, Resources
+from tdlib.training.provenance import data_manifest
+
+
+def test_an_id_changes_with_what_a_result_depends_on_and_with_nothing_else(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text("{}\n")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights").write_bytes(b"1")
+    parameters = {"a": 1, "data_dir": str(data), "student": str(model), "runs_dir": "x", "interactive": False}
+    template = write_template(tmp_path)
+
+    def name(**changed) -> str:
+        return run_states.identity(template.read_bytes(), parameters | changed, "runs_dir")["id"]
+
+    first = name()
+    assert first == name(runs_dir="y", interactive=True) and first != name(a=2)
+    notebook = nbformat.read(template, as_version=4)
+    notebook.cells[0].source = "Other prose"
+    nbformat.write(notebook, template)
+    (data / "notes.txt").write_text("not data")
+    assert name() == first
+    for change in (
+        lambda: (data / "train.jsonl").write_text("{}\n{}\n"),
+        lambda: (model / "weights").write_bytes(b"2"),
+        lambda: write_template(tmp_path, RESULT + "\n"),
+    ):
+        before = name()
+        change()
+        assert name() != before
+    assert data_manifest({"data_dir": "", "world_seed": 3})[0][::2] == ["miniworld", 3]
+    training = (ROOT / "notebooks" / "04_distill.ipynb").read_bytes()
+    code = run_states.identity(training, {})["code"]
+    assert code == code_version() and not run_states.identity(template.read_bytes(), {})["code"]
+
+
+SOURCE = '"""Of a module."""\nimport math\n\n\ndef f(x):\n    """Doubles."""\n    return 2 * x  # why\n'
+
+
+def test_the_code_of_an_id_is_what_is_executed():
+    same = ['import math\ndef f(x):\n    """Twice."""\n\n    # another reason\n    return (2 *\n  x)']
+    other = [SOURCE.replace("2 * x", "3 * x"), SOURCE.replace("import math", "")]
+    other.append(SOURCE.replace("2 * x", '"2 * x"'))
+    assert all(executed_code(text) == executed_code(SOURCE) for text in same)
+    assert len({executed_code(text) for text in [SOURCE, *other]}) == 4
+
+
+def test_an_id_depends_on_the_packages_that_can_change_a_result(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "tdlib", tmp_path / "tdlib", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "tdlib" / "core" / "provenance.py"))
+    before = provenance.code_version()
+    packages = {path.parent.name for path in (ROOT / "tdlib").glob("*/__init__.py")}
+    assert packages >= set(provenance.RESULT_PACKAGES) and {"views", "analysis", "runs", "make"} <= packages
+    files = [f"{package}/__init__.py" for package in sorted(packages)]
+    for file in [*files, "cli.py", "config.py", "arms.py", *provenance.NO_RESULT]:
+        with (tmp_path / "tdlib" / file).open("a") as source:
+            source.write("\nCHANGED = 1\n")
+        matters = file.partition("/")[0].removesuffix(".py") in (
+            *provenance.RESULT_PACKAGES,
+            "config",
+            "arms",
+        )
+        after = provenance.code_version()
+        assert (after != before) == (matters and file not in provenance.NO_RESULT), file
+        before = after
+
+
+def test_a_claim_is_exclusive_and_ends_with_its_owner(tmp_path):
+    lock = run_states.claim(tmp_path / "run")
+    assert lock is not None and run_states.claim(tmp_path / "run") is None
+    heir = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
+    os.close(lock)
+    with run_states.claimed(tmp_path / "run") as free:
+        assert not free, "a worker inherits its runner's claim"
+    heir.kill()
+    heir.wait()
+    with run_states.claimed(tmp_path / "run") as free:
+        assert free
+
+
+def test_states_that_cannot_be_true_are_lost(tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "metrics.json").write_text("{}")
+    assert run_states.current_state(tmp_path)["state"] == "queued"
+    run_states.write_state(tmp_path, {"state": "running", "host": run_states.socket.gethostname()})
+    assert run_states.current_state(tmp_path)["state"] == "lost"
+    lock = run_states.claim(tmp_path)
+    assert run_states.current_state(tmp_path)["state"] == "running"
+    os.close(lock)
+    elsewhere = {"state": "running", "host": "another", "heartbeat": time.time()}
+    run_states.write_state(tmp_path, elsewhere)
+    assert run_states.current_state(tmp_path)["state"] == "running"
+    run_states.write_state(tmp_path, elsewhere | {"heartbeat": time.time() - 2 * run_states.STALE})
+    assert run_states.current_state(tmp_path)["state"] == "lost"
+    run_states.write_state(tmp_path, {"state": "done", "files": run_states.file_sizes(tmp_path)})
+    assert run_states.current_state(tmp_path)["state"] == "done"
+    whole = (tmp_path / "state.json").read_bytes()
+    (tmp_path / "output" / "metrics.json").write_text("{")
+    assert "metrics.json has 1 bytes" in run_states.current_state(tmp_path)["reason"]
+    for broken in (whole[: len(whole) // 2], b"", b"3", b'{"state": "great"}'):
+        (tmp_path / "state.json").write_bytes(broken)
+        assert run_states.current_state(tmp_path)["state"] == "lost"
+
+
+def test_gpus_are_leased_in_parts_and_against_other_runners(tmp_path):
+    first, second = GpuLeases(["0", "1"], tmp_path), GpuLeases(["0", "1"], tmp_path)
+    assert first.take(0) == []
+    assert first.take(0.5) == first.take(0.5) == ["0"], "a GPU is filled before another is opened"
+    assert second.take(0.3) == ["1"] and first.take(0.5) is None and first.take(2) is None
+    second.give_back(["1"], 0.3)
+    assert first.take(1) == ["1"] and second.take(0.1) is None
+    first.give_back(["0"], 0.5)
+    assert first.take(0.6) is None and first.take(0.5) == ["0"]
+
+
+def test_resources_that_are_not_there_are_a_mistake(tmp_path):
+    batch = make_batch(tmp_path, resources={"cpus": 2, "gpus": 1, "memory": "900TB", "time": "1.5h"})
+    assert batch.plan.resources == Resources(2, 1, 900 * 2**40, 5400)
+    with pytest.raises(ConfigError) as error:
+        batch.run(LocalEngine(cpus=1, gpus=[]))
+    assert all(f"resources.{name}" in str(error.value) for name in ("cpus", "gpus", "memory"))
+    engine = LocalEngine(cpus=8, gpus=["0", "1"])
+    assert engine.at_once(Resources(2)) == 4 and engine.at_once(Resources(1, gpus=0.25)) == 8
+    assert engine.at_once(Resources(1, gpus=2)) == 1
