@@ -10,21 +10,16 @@ WEIGHTS = ("distill_weight", "choice_weight", "repair_weight", "truth_weight", "
 _IN_PAPER = {"repair_weight": 0.0, "truth_weight": 0.0}
 _NO_DISTILLATION = {"distill_weight": 0.0, "choice_weight": 0.0}
 _TASK_ALONE = {**_NO_DISTILLATION, **_IN_PAPER}
+_REPAIR_ALONE = {**_NO_DISTILLATION, "repair_weight": 3.0}
 
 ARMS: dict[str, dict[str, object]] = {
     "finetune": {**_TASK_ALONE},
     "naive": {
-        **_IN_PAPER,
-        "choice_weight": 0.0,
-        "selector": "all",
-        "token_weight": "uniform",
+        **_IN_PAPER, "choice_weight": 0.0, "selector": "all", "token_weight": "uniform",
         "instance_weight": "uniform",
     },
     "naive_global": {
-        **_IN_PAPER,
-        "choice_weight": 0.0,
-        "distill_target": "global",
-        "instance_weight": "uniform",
+        **_IN_PAPER, "choice_weight": 0.0, "distill_target": "global", "instance_weight": "uniform"
     },
     "clip_td": {**_IN_PAPER},
     # ablations
@@ -42,21 +37,13 @@ ARMS: dict[str, dict[str, object]] = {
     "label_smoothing": {**_TASK_ALONE, "label_smoothing": 0.1},
     # beyond the paper: CLIP's judgement of texts with other pictures, and its controls
     "clip_td_repaired": {"repair_weight": 3.0},
-    "repair_only": {**_NO_DISTILLATION, "repair_weight": 3.0},
+    "repair_only": {**_REPAIR_ALONE},
     "truth_only": {**_NO_DISTILLATION, "truth_weight": 1.0},
-    "repair_shuffled": {
-        **_NO_DISTILLATION,
-        "repair_weight": 3.0,
-        "teacher_control": "shuffled_images",
-    },
-    "repair_random": {
-        **_NO_DISTILLATION,
-        "repair_weight": 3.0,
-        "teacher_control": "random_weights",
-    },
-    "repair_own": {**_NO_DISTILLATION, "repair_weight": 3.0, "repair_pool": "own"},
+    "repair_shuffled": {**_REPAIR_ALONE, "teacher_control": "shuffled_images"},
+    "repair_random": {**_REPAIR_ALONE, "teacher_control": "random_weights"},
+    "repair_own": {**_REPAIR_ALONE, "repair_pool": "own"},
     "finetune_double": {**_TASK_ALONE, "repeat_epochs": 2},
     # works that finetune CLIP itself
     "clip_input": {**_TASK_ALONE, "regions": "clip"},
     "clip_finetune": {**_TASK_ALONE, "student": "teacher"},
-}
+}  # fmt: skip

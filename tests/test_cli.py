@@ -17,7 +17,6 @@ from notebooks import execute
 from tdlib.cli import main
 from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT, ConfigError
-from tdlib.runs.checks import check_parameters
 from tdlib.runs.notebook import run_notebook
 from tdlib.runs.template import read_template
 
@@ -237,20 +236,6 @@ def test_the_version_is_told():
 def test_a_parameter_that_is_given_twice_is_refused(tdlib):
     done = tdlib("run", "04_distill", "-p", "seed", "1", "-p", "seed", "2")
     assert done.returncode == 1 and "-p seed: given twice, as '1' and as '2'" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("parameters", "expected"),
-    [
-        ({"shotz": 3}, "shotz"),
-        ({"seed": "0"}, "seed='0'"),
-        ({"eval_splits": "val"}, "eval_splits"),
-        ({"seed": True}, "seed"),
-    ],
-)
-def test_bad_parameters_fail_before_anything_runs(parameters, expected):
-    with pytest.raises(ConfigError, match=expected):
-        check_parameters(read_template(NOTEBOOKS / "04_distill.ipynb"), parameters)
 
 
 def test_unknown_notebook_names_the_known_ones():

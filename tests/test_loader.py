@@ -4,9 +4,10 @@ import os
 
 import pytest
 import torch
+from training_helpers import settings_of
 from transformers import Trainer
 
-from tdlib.config import RunConfig, apply_arm
+from tdlib.config import apply_arm
 from tdlib.core import devices
 from tdlib.core.devices import MOST_WORKERS, in_threads, usual_workers
 from tdlib.data.examples import low_shot
@@ -14,7 +15,6 @@ from tdlib.students.registry import load_student
 from tdlib.training import trainer as trainer_module
 from tdlib.training.data import EncodedExamples
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.prepare import prepare
 from tdlib.training.trainer import make_trainer
 
 
@@ -37,17 +37,10 @@ def test_threads_keep_the_order_and_pass_on_what_is_raised(monkeypatch, cores):
         in_threads(lambda n: 1 // n, [1, 0, 2])
 
 
-@pytest.fixture(scope="module")
-def base(world, student_folder, teacher_folder, own_cache):
-    return RunConfig.from_parameters(
-        data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
-        arm="finetune", shots=0.3, epochs=1, batch_size=4, eval_splits=["val"], probe_examples=0,
-    )  # fmt: skip
-
-
-def test_a_training_uses_them_where_memory_does_not_keep_its_data(base, tmp_path, monkeypatch):
-    materials = prepare(base, whole_splits=False)
-    config = apply_arm(base)
+def test_a_training_uses_them_where_memory_does_not_keep_its_data(
+    base, materials, tmp_path, monkeypatch
+):  # fmt: skip
+    config = apply_arm(settings_of(base, arm="finetune"))
     subset = low_shot(materials.train, config.shots, config.seed)
     asked = []
     monkeypatch.setattr(trainer_module, "usual_workers", lambda processes=1: asked.append(processes) or 3)

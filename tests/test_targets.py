@@ -19,11 +19,8 @@ HALF = {"rtol": 0, "atol": 3e-3}
 
 
 @pytest.fixture(scope="module")
-def examples(world, teacher_folder, student_folder):
-    config = RunConfig.from_parameters(
-        data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}"
-    )
-    split = read_split(config, "train")
+def examples(base):
+    split = read_split(base, "train")
     return [split[0], split[1], split[2]]
 
 

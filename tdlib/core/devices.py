@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
-
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
@@ -18,6 +16,8 @@ def usual_device() -> str:
 
     Of several processes that train together, each has one of the visible GPUs.
     """
+    import torch  # not above: who counts cores needs none
+
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
@@ -42,6 +42,8 @@ def usual_workers(processes: int = 1) -> int:
 
     None where there is no GPU (the training itself uses every core) or there are fewer than four cores.
     """
+    import torch
+
     cores = usable_cores()
     if not torch.cuda.is_available() or cores < 4:
         return 0

@@ -11,18 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from tdlib.miniworld.scenes import (
-    HELD,
-    MOODS,
-    PLACES,
-    POSES,
-    ROLES,
-    SHIRTS,
-    THINGS,
-    WEATHER,
-    Person,
-    Scene,
-)
+from tdlib.miniworld.scenes import HELD, MOODS, PLACES, POSES, ROLES, SHIRTS, THINGS, WEATHER, Person, Scene
 
 Token = str | list[int]
 

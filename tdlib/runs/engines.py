@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from tdlib.core.devices import usable_cores
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.runs import states as run_states
 
@@ -81,11 +82,6 @@ def run_environment(folder: Path, wanted: Resources, gpus: str) -> dict[str, str
         "OPENBLAS_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", "")))),
     }  # fmt: skip
-
-
-def processors() -> int:
-    """Counts the processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:
@@ -156,7 +152,7 @@ class LocalEngine:
     claims = True
 
     def __init__(self, cpus: float | None = None, gpus: Sequence[str] | None = None):
-        self.cpus = processors() if cpus is None else cpus
+        self.cpus = usable_cores() if cpus is None else cpus
         self.memory = psutil.virtual_memory().total
         self.gpus = list(visible_gpus() if gpus is None else gpus)
         self.leases = GpuLeases(self.gpus)

@@ -20,14 +20,7 @@ from transformers import PreTrainedModel
 from tdlib.config import RunConfig, parameters_with
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.data.examples import Example, Examples, divide_by_picture, low_shot
-from tdlib.data.tasks import (
-    HELD_OUT,
-    answer_vocabulary,
-    class_labels,
-    reader,
-    splits_of,
-    task_of,
-)
+from tdlib.data.tasks import HELD_OUT, answer_vocabulary, class_labels, reader, splits_of, task_of
 from tdlib.data.vcr import PERSON_TOKENS
 from tdlib.method.priors import Idf
 from tdlib.miniworld.writers import ensure_data

@@ -15,12 +15,7 @@ from transformers import PreTrainedModel
 
 from tdlib.config import RunConfig
 from tdlib.method.losses import choice_distribution_loss
-from tdlib.method.pairing import (
-    PICTURE_CHOICES,
-    judge_choices,
-    judge_truth,
-    other_pictures,
-)
+from tdlib.method.pairing import PICTURE_CHOICES, judge_choices, judge_truth, other_pictures
 from tdlib.method.tokens import Tokens
 from tdlib.method.weighting import INSTANCE_WEIGHTS, SCHEDULES
 from tdlib.students.base import EncodedText, StudentOutput, student_inputs
