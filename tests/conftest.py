@@ -175,10 +175,10 @@ def base(world, student_folder, teacher_folder, own_cache):
 
 @pytest.fixture(scope="module")
 def materials(base):
-    """What the runs with ``base`` share."""
+    """What runs with ``base`` share, of seeds 0 and 1."""
     from tdlib.training.prepare import prepare
 
-    return prepare(base, whole_splits=False)
+    return prepare(base, seeds=[0, 1], whole_splits=False)
 
 
 @pytest.fixture

@@ -33,16 +33,12 @@ def code_version() -> str:
     for package in RESULT_PACKAGES:
         sources += sorted((home / package).rglob("*.py"))
     named = {path.relative_to(home).as_posix(): path for path in sources}
-    return digest([[name, _code_of(path)] for name, path in named.items() if name not in NO_RESULT])
-
-
-def _code_of(path: Path) -> str:
-    state = path.stat()
-    return _parsed(path, state.st_size, state.st_mtime_ns)
+    states = {name: path.stat() for name, path in named.items() if name not in NO_RESULT}
+    return digest([[n, _code_of(named[n], s.st_size, s.st_mtime_ns)] for n, s in states.items()])
 
 
 @lru_cache(maxsize=1024)  # a batch asks for every run
-def _parsed(path: Path, size: int, changed: int) -> str:
+def _code_of(path: Path, size: int, changed: int) -> str:
     return executed_code(path.read_text(encoding="utf-8"))
 
 

@@ -66,21 +66,16 @@ class Canvas:
             red = green = blue = grey
         return red, green, blue
 
-    def _pen(self, thick: float = 1.5) -> tuple[tuple[int, int, int] | None, int]:
-        if self.style == "pastel":
-            return None, 0
-        return (25, 25, 30), round(thick * SCALE * (1.4 if self.style == "sketch" else 1.0))
-
     def _note(self, polygon: list[tuple[float, float]]) -> None:
         for drawn in self._open:
             drawn.polygons.append(polygon)
 
     def polygon(self, points: list[tuple[float, float]], colour: str, edge: bool = True) -> None:
         scaled = [(x * SCALE, y * SCALE) for x, y in points]
-        pen, width = self._pen()
         self._draw.polygon(scaled, self._colour(colour))
-        if edge and pen:
-            self._draw.line([*scaled, scaled[0]], pen, width, joint="curve")
+        if edge and self.style != "pastel":
+            width = round(1.5 * SCALE * (1.4 if self.style == "sketch" else 1.0))
+            self._draw.line([*scaled, scaled[0]], (25, 25, 30), width, joint="curve")
         self._note(points)
 
     def rect(

@@ -133,7 +133,8 @@ class Runner:
         del self.waiting[run.id]
         self.tries[run.id] += 1
         self.active[run.id] = _Active(run, started, self.tries[run.id])
-        self.log(f"{run.id} started: {self._words(run)}")
+        words = ", ".join(f"{name}={run.parameters[name]}" for name in self.batch.plan.varied) or "one run"
+        self.log(f"{run.id} started: {words}")
         return True
 
     def _leave(self, run: PlannedRun, state: str) -> bool:
@@ -146,9 +147,6 @@ class Runner:
             counts = [f"{self.left[state]} {state}" for state in states if self.left[state]]
             if counts:
                 self.log(f"left alone: {', '.join(counts)}; `tdlib batch {command}` executes them again")
-
-    def _words(self, run: PlannedRun) -> str:
-        return ", ".join(f"{name}={run.parameters[name]}" for name in self.batch.plan.varied) or "one run"
 
     def _collect(self) -> None:
         for name, active in list(self.active.items()):
