@@ -53,13 +53,18 @@ if a == 3:
 """
 
 
-def write_template(folder: Path, result: str = RESULT, parameters: str = PARAMETERS) -> Path:
+def write_notebook(path: Path, parameters: str, *cells: str) -> Path:
+    """A notebook of prose, a cell of parameters and other cells of code."""
     new = nbformat.v4.new_code_cell
-    cells = [new(parameters, metadata={"tags": ["parameters"]}), new(WORK), new(END), new(result)]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("Prose"), *cells])
+    code = [new(parameters, metadata={"tags": ["parameters"]}), *map(new, cells)]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("Prose"), *code])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, folder / "template.ipynb")
-    return folder / "template.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+def write_template(folder: Path, result: str = RESULT, parameters: str = PARAMETERS) -> Path:
+    return write_notebook(folder / "template.ipynb", parameters, WORK, END, result)
 
 
 def make_batch(folder: Path, **description) -> Batch:

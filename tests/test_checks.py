@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from batch_helpers import by_run, make_batch, write_template
+from batch_helpers import by_run, make_batch, write_notebook, write_template
 
 from tdlib.arms import ARMS
 from tdlib.core.paths import ROOT, ConfigError
@@ -110,12 +110,7 @@ runs_dir: str = ""  # results go here
 
 
 def config_template(folder: Path, own: str) -> Path:
-    new = nbformat.v4.new_code_cell
-    cells = [new(SETTINGS, metadata={"tags": ["parameters"]}), new(CONFIG.format(own=own))]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, folder / "template.ipynb")
-    return folder / "template.ipynb"
+    return write_notebook(folder / "template.ipynb", SETTINGS, CONFIG.format(own=own))
 
 
 def test_a_run_that_was_not_run_as_planned_has_failed(tmp_path):
