@@ -19,8 +19,10 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -191,3 +193,29 @@ def no_orphans(tmp_path) -> Iterator[None]:
             if process.environ().get("TDLIB_RUN", "").startswith(own):
                 left.append(process)
     assert not left, "processes of a run outlived the test"
+
+
+@pytest.fixture(scope="session")
+def reports(tmp_path_factory) -> Path:
+    """Two batches with seven seeds: three tasks, sizes and arms; and tests under shift."""
+    from batch_folders import SHARES, TESTS, write_run
+
+    home = tmp_path_factory.mktemp("batches")
+    for seed, task, arm in product(range(7), TESTS, SHARES):
+        if arm == "naive" and task != "vcr_qa":
+            continue
+        for shots in (12, 24):
+            write_run(home / "low", task, arm, seed, shots, SHARES[arm] + shots / 200, TESTS[task][:2])
+        write_run(home / "wide", task, arm, seed, 24, SHARES[arm], TESTS[task])
+    return home
+
+
+@pytest.fixture(scope="session")
+def compared(reports) -> pd.DataFrame:
+    """Every arm of them in every cell."""
+    from tdlib.analysis.compare import compare_arms
+    from tdlib.analysis.scores import collect
+
+    runs, scores, missing = collect(reports, ["low", "wide"])
+    assert not missing
+    return compare_arms(runs, scores, resamples=100)

@@ -75,8 +75,8 @@ def test_entailment_compares_pictures_of_one_hypothesis(sign, expected, student,
 
 def test_places_have_states_and_boxes(student, tmp_path):
     pictures = knowledge.curated_pictures(tmp_path, 3, 2)
-    (first, last), boxes = knowledge.places(*student, pictures, [0, -1])
-    assert first.shape[:2] == last.shape[:2] == boxes.shape[:2] and last.shape[2] == 32
+    states, boxes = knowledge.places(*student, pictures, -1)
+    assert states.shape[:2] == boxes.shape[:2] and states.shape[2] == 32
     patches = (boxes[..., 2:] > boxes[..., :2]).all(-1)
     assert patches.sum(1).tolist() == [9, 9]  # 48 pixels, patches of 16
     assert_close(boxes[0][patches[0]].amin(0), torch.tensor([0.0, 0.0, 1 / 3, 1 / 3]))
@@ -97,12 +97,12 @@ def test_words_are_read_where_states_tell_them(told, tokenizer_folder, monkeypat
     states[:, 1] += shown @ directions
     boxes = torch.tensor([0.0, 0.0, 0.5, 0.5]).expand(scenes, 4, 4).clone()
     boxes[:, 3] = 0  # no place
-    monkeypatch.setattr(knowledge, "places", lambda *_: ([states], boxes))
+    monkeypatch.setattr(knowledge, "places", lambda *_: (states, boxes))
     model = SimpleNamespace(
         config=SimpleNamespace(num_hidden_layers=4),
         get_input_embeddings=lambda: SimpleNamespace(weight=torch.nn.Parameter(table)),
     )
-    (votes,) = knowledge.fit_votes(model, SimpleNamespace(tokenizer=tokenizer), scenes, 3, steps=150)
+    votes = knowledge.fit_votes(model, SimpleNamespace(tokenizer=tokenizer), scenes, 3, steps=150)
     assert votes.words == words and votes.layer == 2
     assert votes.auc > 0.65 if told else 0.4 < votes.auc < 0.6
     ((_, same, shares),) = knowledge.votes_of(votes, model, None, [None])[:1]

@@ -42,38 +42,29 @@ class Options:
     ``baseline`` is the arm that the others are held against. ``tested`` are the arms whose difference is
     tested, all if empty; they are to be chosen before looking, as every further arm costs pairs
     (``statistics.pairs_needed``), and others get intervals and the verdict "not tested". ``alpha`` is of the
-    verdicts, ``level`` of the intervals, ``resamples`` of the bootstrap.
+    verdicts, ``resamples`` of the bootstrap. Intervals are of 95 %.
     """
 
     baseline: str = "finetune"
     tested: Sequence[str] = ()
     alpha: float = ALPHA
-    level: float = 0.95
     resamples: int = 2000
 
 
 @dataclass(frozen=True)
 class Tested:
-    """Arms on one test of one world: scores (seeds, examples) of each, columns as in ``pictures``."""
+    """Arms on one test of one world: scores (seeds, examples) of each, and the examples' pictures."""
 
     arms: Mapping[str, pd.DataFrame]
-    pictures: pd.Series  # by example
+    clusters: np.ndarray
 
-    @property
-    def clusters(self) -> np.ndarray:
-        """Pictures in the order of the examples."""
-        return self.pictures.to_numpy()
-
-    def paired(self, arm: str, baseline: str) -> pd.Index:
-        """Seeds that both arms have."""
-        none = pd.Index([], dtype=int)
-        there = arm in self.arms and baseline in self.arms
-        return self.arms[arm].index.intersection(self.arms[baseline].index) if there else none
+    def seeds(self, arm: str) -> pd.Index:
+        return self.arms[arm].index if arm in self.arms else pd.Index([], dtype=int)
 
 
 def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "finetune",
-                 tested: Sequence[str] = (), alpha: float = ALPHA, level: float = 0.95,
-                 resamples: int = 2000) -> pd.DataFrame:  # fmt: skip
+                 tested: Sequence[str] = (), alpha: float = ALPHA, resamples: int = 2000
+                 ) -> pd.DataFrame:  # fmt: skip
     """Every arm in every cell on every test: its score, and the paired difference to the baseline.
 
     Columns: those of a cell, world ("all": all worlds together, where there are several), train_examples
@@ -81,22 +72,14 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "fine
     high (over all seeds of the arm), chance, over_chance; then over the pairs alone: pairs,
     baseline_mean, difference, difference_low, difference_high, relative, relative_low, relative_high,
     gain_over_chance, p_value, p_adjusted (Holm over the tested arms of the cell and test), arms_tested,
-    verdict, and unpaired: seeds of arm or baseline that have no partner yet.
-
-    Args:
-        runs: of one or several batches, see ``scores.read_runs``.
-        scores: theirs, see ``scores.read_scores``.
-        baseline: see ``Options``, as all that follow.
-        tested: arms.
-        alpha: of the verdicts.
-        level: of the intervals.
-        resamples: of the bootstrap.
+    verdict, and unpaired: seeds of arm or baseline that have no partner yet. ``runs`` are of one or several
+    batches (``scores.read_runs``), ``scores`` theirs (``scores.read_scores``); for the rest see ``Options``.
 
     Raises:
         ProtocolError: two runs of a cell and world have the same arm and seed, or a pair learned from or
             was tested on other examples.
     """
-    options = Options(baseline, tested, alpha, level, resamples)
+    options = Options(baseline, tested, alpha, resamples)
     done = runs[runs["state"] == "done"]
     rows: list[dict[str, Any]] = []
     for key, cell in done.groupby(CELL, sort=False):
@@ -124,14 +107,10 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "fine
 
 
 def compare_within(runs: pd.DataFrame, scores: pd.DataFrame, by: str, **options: Any) -> pd.DataFrame:
-    """``compare_arms`` on each kind of examples by itself, kinds named by the column ``stratum``.
+    """``compare_arms`` (with its options) on each kind of examples, named by the column ``stratum``.
 
-    Args:
-        runs: as in ``compare_arms``.
-        scores: with a column that tells kinds of examples apart (``scores.with_strata``); rows where it
-            is empty are left out.
-        by: that column.
-        options: of ``compare_arms``. Holm's correction is over the arms of each kind.
+    ``by`` is the column of ``scores`` that tells kinds apart (``scores.with_strata``); rows where it is empty
+    are left out. Holm's correction is over the arms of each kind.
     """
     frames = [
         compare_arms(runs, rows, **options).assign(stratum=f"{by}: {kind}")
@@ -145,11 +124,7 @@ def summarise(predictions: pd.DataFrame, baseline: str = "finetune") -> pd.DataF
 
     Columns: arm, split, mean, low, high, n (seeds), difference, difference_low, difference_high, and the
     verdict, corrected for the number of arms on the same split. Splits without labels are left out;
-    for task "vcr" the score is Q->AR.
-
-    Args:
-        predictions: of runs of one setting, as ``scores.read_predictions`` gives them.
-        baseline: the arm that the others are held against.
+    for task "vcr" the score is Q->AR. ``predictions`` (``scores.read_predictions``) are of one setting.
     """
     rows: list[dict[str, Any]] = []
     labelled = predictions.groupby("split")["score"].transform("count") > 0
@@ -159,19 +134,15 @@ def summarise(predictions: pd.DataFrame, baseline: str = "finetune") -> pd.DataF
             str(arm): own.pivot(index="seed", columns="id", values="score")[pictures.index].astype(float)
             for arm, own in part.groupby("arm", sort=False)
         }
-        found = arm_rows([Tested(arms, pictures)], float("nan"), Options(baseline))
+        found = arm_rows([Tested(arms, pictures.to_numpy())], float("nan"), Options(baseline))
         rows += [{"split": split, "n": row["seeds"]} | row for row in found]
     columns = ["arm", "split", "mean", "low", "high", "n", "difference", "difference_low", "difference_high"]
     return pd.DataFrame(rows, columns=[*columns, "verdict"])
 
 
 def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[dict[str, Any]]:
-    """A row per arm: mean and interval over all its seeds, and the paired difference to the baseline.
-
-    Args:
-        worlds: the same test in each world; one that is made of real data has one.
-        chance: what guessing scores.
-        options: see there.
+    """A row per arm on the same test of several worlds: its mean and interval over all its seeds, and its
+    paired difference to the baseline. ``chance`` is what guessing scores.
     """
     arms = list(dict.fromkeys(arm for world in worlds for arm in world.arms))
     differences: dict[str, PairedDifference] = {}
@@ -179,23 +150,29 @@ def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[
         pairs = [
             (*(world.arms[name].loc[seeds].to_numpy() for name in (arm, options.baseline)), world.clusters)
             for world in worlds
-            if arm != options.baseline and len(seeds := world.paired(arm, options.baseline))
+            if arm != options.baseline
+            and len(seeds := world.seeds(arm).intersection(world.seeds(options.baseline)))
         ]
         if pairs:
-            differences[arm] = pooled_difference(pairs, chance, options.level, options.resamples)
+            differences[arm] = pooled_difference(pairs, chance, resamples=options.resamples)
     asked = {arm: one for arm, one in differences.items() if not options.tested or arm in options.tested}
     differences |= adjusted_together(asked)
     rows = []
     for arm in arms:
         own = [(world.arms[arm].to_numpy(), world.clusters) for world in worlds if arm in world.arms]
-        mean, low, high = pooled_mean(own, options.level, options.resamples)
+        mean, low, high = pooled_mean(own, resamples=options.resamples)
         row: dict[str, Any] = {
             "arm": arm, "seeds": sum(len(values) for values, _ in own), "mean": mean, "low": low,
             "high": high, "chance": chance, "over_chance": chance_corrected(mean, chance), "pairs": 0,
             "verdict": "", "unpaired": "",
         }  # fmt: skip
         if arm != options.baseline:
-            row |= {"verdict": "too few pairs", "unpaired": _unpaired(worlds, arm, options.baseline)}
+            alone = {
+                int(seed)
+                for world in worlds
+                for seed in world.seeds(arm).symmetric_difference(world.seeds(options.baseline))
+            }
+            row |= {"verdict": "too few pairs", "unpaired": ", ".join(map(str, sorted(alone)))}
         if found := differences.get(arm):
             row |= {
                 "pairs": found.pairs, "baseline_mean": found.baseline, "difference": found.difference,
@@ -210,15 +187,6 @@ def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[
                 }  # fmt: skip
         rows.append(row)
     return rows
-
-
-def _unpaired(worlds: Sequence[Tested], arm: str, baseline: str) -> str:
-    """Seeds that only one of the two arms has."""
-    alone: set[int] = set()
-    for world in worlds:
-        both = [set(world.arms[name].index) if name in world.arms else set() for name in (arm, baseline)]
-        alone |= both[0] ^ both[1]
-    return ", ".join(str(seed) for seed in sorted(alone))
 
 
 # What cannot be compared is refused.
@@ -265,7 +233,7 @@ def _tested(place: str, runs: pd.DataFrame, scores: pd.DataFrame) -> Tested:
         str(arm): wide.loc[own["run"]].set_axis(own["seed"].astype(int).to_numpy(), axis="index").sort_index()
         for arm, own in runs[runs["run"].isin(wide.index)].groupby("arm", sort=False)
     }
-    return Tested(arms, first)
+    return Tested(arms, first.to_numpy())
 
 
 def _place(where: Mapping[str, Any]) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-CELL = ["batch", "task", "setting", "shots"]
+from tdlib.analysis.compare import CELL
+
 COLUMNS = [*CELL, "arm", "runs", "updates", "passes_per_update", "seconds_per_update", "times_baseline"]
 
 
@@ -15,12 +16,7 @@ def cost_table(runs: pd.DataFrame, reports: Path, baseline: str = "finetune") ->
     Columns: those of a cell, arm, runs (finished ones that recorded it), updates, passes_per_update (how
     often an example goes through the student at each, whatever the machine), seconds_per_update (the
     median over runs: they share their machine with whatever else there was) and times_baseline, that
-    median over the baseline's.
-
-    Args:
-        runs: as ``scores.read_runs`` gives them.
-        reports: folder under which the batches' own lie.
-        baseline: the arm that others are held against.
+    median over the baseline's. ``runs`` are of ``scores.read_runs``, their folders under ``reports``.
     """
     done = runs[runs["state"] == "done"]
     rows = [

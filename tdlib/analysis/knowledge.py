@@ -38,8 +38,7 @@ def _named(text: str, people: int) -> TextPart:
     """A text with references to the people that it names: person i by the i-th neutral name."""
     words = [word for word in re.finditer(r"\w+", text) if word[0] in NEUTRAL_NAMES[:people]]
     return TextPart(
-        text,
-        tuple(Reference(word.start(), word.end(), (NEUTRAL_NAMES.index(word[0]),)) for word in words),
+        text, tuple(Reference(word.start(), word.end(), (NEUTRAL_NAMES.index(word[0]),)) for word in words)
     )
 
 
@@ -232,9 +231,9 @@ class Votes:
 
 @torch.no_grad()
 def places(
-    student: Any, encoder: StudentEncoder, examples: Sequence[Example], layers: Sequence[int]
-) -> tuple[list[Tensor], Tensor]:
-    """Hidden states of the places of pictures without words: per layer (examples, places, dim), and boxes.
+    student: Any, encoder: StudentEncoder, examples: Sequence[Example], layer: int
+) -> tuple[Tensor, Tensor]:
+    """Hidden states (examples, places, dim) of the places of pictures without words, and their boxes.
 
     Boxes (examples, places, 4) have no area where an example has fewer places.
     """
@@ -242,20 +241,19 @@ def places(
     encoder.prepare(nothing)
     dataset = EncodedExamples(nothing, encoder)
     student.eval()
-    states: list[list[Tensor]] = [[] for _ in layers]
-    boxes = []
+    states, boxes = [], []
     for start in range(0, len(nothing), 32):
         items = [dataset[index] for index in range(start, min(start + 32, len(nothing)))]
         inputs = student_inputs(student, collate(items, encoder))
         output = student(**inputs, output_hidden_states=True)
-        for found, layer in zip(states, layers, strict=True):
-            found.append(output.hidden_states[layer][:, 0].float())
+        states.append(output.hidden_states[layer][:, 0].float())
         boxes.append(output.boxes[:, 0].float())
     most = max(part.shape[1] for part in boxes)
-    return (
-        [torch.cat([F.pad(part, (0, 0, 0, most - part.shape[1])) for part in found]) for found in states],
-        torch.cat([F.pad(part, (0, 0, 0, most - part.shape[1])) for part in boxes]),
-    )
+
+    def together(parts: list[Tensor]) -> Tensor:
+        return torch.cat([F.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts])
+
+    return together(states), together(boxes)
 
 
 def said_words(
@@ -271,35 +269,26 @@ def said_words(
 
 
 def fit_votes(
-    student: Any, encoder: StudentEncoder, scenes: int = 256, seed: int = 500, steps: int = 200,
-    layers: Sequence[int] = (),
-) -> list[Votes]:  # fmt: skip
+    student: Any, encoder: StudentEncoder, scenes: int = 256, seed: int = 500, steps: int = 200
+) -> Votes:
     """Reads words from the places of a frozen student, as its pretraining did with heads that are dropped.
 
-    One linear map per layer leads from a place's hidden state to the student's own word embeddings; the
-    surest place counts (multiple-instance learning, Fang et al. 2015). It is fitted on captioned
-    curated pictures and says what can be read off; a quarter of them is held out and tells how well.
-
-    Args:
-        student: see ``places``; is not changed.
-        encoder: its reader.
-        scenes: curated pictures with three captions each.
-        seed: of the scenes: of no corpus that a student learned from.
-        steps: of Adam, on all pictures together.
-        layers: indices into hidden states, one readout each; none: the middle one alone, where a place
-            has seen the picture and still differs from the others.
+    A linear map leads from a place's hidden state in the middle layer, where it has seen the picture and
+    still differs from the others, to the student's own word embeddings; the surest place counts
+    (multiple-instance learning, Fang et al. 2015). It is fitted, in ``steps`` of Adam, on ``scenes``
+    curated pictures with three captions each, of a ``seed`` that no student learned from, and says what can
+    be read off; a quarter of the pictures is held out and tells how well. The student is not changed.
     """
-    layers = layers or [student.config.num_hidden_layers // 2]
+    layer = student.config.num_hidden_layers // 2
     words, said = said_words([curated_texts(seed, index)[:CURATED_READINGS] for index in range(scenes)])
     table = student.get_input_embeddings().weight.detach()
     pieces = [encoder.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
     embeddings = torch.stack([table[ids].mean(0) for ids in pieces])
     embeddings = (embeddings - embeddings.mean(0)) / embeddings.std()
     with tempfile.TemporaryDirectory() as folder:
-        states, boxes = places(student, encoder, curated_pictures(Path(folder), seed, scenes), layers)
+        states, boxes = places(student, encoder, curated_pictures(Path(folder), seed, scenes), layer)
     real = (boxes[..., 2:] > boxes[..., :2]).all(-1)
-    return [_fit(words, said.float(), embeddings, part, real, layer, steps)
-            for part, layer in zip(states, layers, strict=True)]  # fmt: skip
+    return _fit(words, said.float(), embeddings, states, real, layer, steps)
 
 
 @torch.no_grad()
@@ -307,7 +296,7 @@ def votes_of(
     votes: Votes, student: Any, encoder: StudentEncoder, examples: Sequence[Example]
 ) -> list[tuple[np.ndarray, list[str], np.ndarray]]:
     """Boxes (places, 4), words and their probabilities (places, words), by example; for ``plot_votes``."""
-    (states,), boxes = places(student, encoder, examples, [votes.layer])
+    states, boxes = places(student, encoder, examples, votes.layer)
     shares = votes(states).sigmoid().numpy()
     return [(box, votes.words, share) for box, share in zip(boxes.numpy(), shares, strict=True)]
 
@@ -315,7 +304,7 @@ def votes_of(
 def _fit(
     words: list[str], said: Tensor, embeddings: Tensor, states: Tensor, real: Tensor, layer: int, steps: int
 ) -> Votes:
-    """One layer's readout; the last quarter of the pictures is held out."""
+    """The readout; the last quarter of the pictures is held out."""
     mean, spread = states[real].mean(0), states[real].std(0) + 1e-6
     states = (states - mean) / spread
     fitted = len(states) * 3 // 4

@@ -48,11 +48,9 @@ def perturbation_curves(
 ) -> Curves:
     """Deletion and insertion (Petsiuk et al. 2018) of tokens in an order.
 
-    Args:
-        scorer: scores of masks (variants, tokens), True on tokens that are kept: (variants,).
-        order: positions of the tokens that go or come, first to last; all others are always kept.
-        tokens: how many tokens a mask has.
-        points: of the curves, both ends included; fewer where there are fewer tokens.
+    ``scorer`` gives the scores (variants,) of masks (variants, tokens) that are True on tokens that are kept.
+    ``order`` has the positions of the tokens that go or come, first to last; all others are always kept.
+    The curves have ``points`` points, both ends included; fewer where there are fewer tokens.
     """
     order = np.asarray(order, dtype=int)
     counts = np.unique(np.linspace(0, len(order), points).round().astype(int))
@@ -69,12 +67,8 @@ def faithfulness(scorer: Scorer, chosen: np.ndarray, candidates: np.ndarray) -> 
     """Comprehensiveness and sufficiency of chosen tokens (DeYoung et al. 2020, ERASER, section 4.2).
 
     ``p(all) - p(all but chosen)``, high where they are needed, and ``p(all) - p(chosen alone)``, low
-    where they are enough.
-
-    Args:
-        scorer: as in ``perturbation_curves``.
-        chosen: (tokens,) boolean.
-        candidates: (tokens,) boolean, the tokens that may be masked at all.
+    where they are enough. ``chosen`` and ``candidates`` (tokens that may be masked at all) are (tokens,)
+    boolean; ``scorer`` as in ``perturbation_curves``.
     """
     whole = np.ones_like(chosen, dtype=bool)
     everything, without, alone = scorer(
@@ -97,15 +91,9 @@ def faithfulness_scores(
     "deletion" and "insertion", the mean heights of the curves (see ``perturbation_curves``) in the
     order of the targeting: selected tokens by weight, then the others by score.
     A modality at a time is masked, of the tokens with a teacher target. Baselines mask as many tokens;
-    ties are broken at random, and values averaged over ``draws`` orders. Records
-    without a selected token of a modality are left out of it.
-
-    Args:
-        records: what was targeted.
-        scorer_of: the scorer of a record, such as ``masked_scorer``.
-        points: of each curve.
-        idf: word statistics of the training split; without them the record's prior.
-        draws: orders per baseline, the same ones in every call.
+    ties are broken at random, and values averaged over ``draws`` orders, the same ones in every call. Records
+    without a selected token of a modality are left out of it. ``idf`` are word statistics of the training
+    split; without them the record's prior counts.
     """
     rng = np.random.default_rng(0)
     rows = []
@@ -117,7 +105,7 @@ def faithfulness_scores(
                 continue
             found = {}
             for name, orders in _orders(record, modality, idf, draws, rng).items():
-                measured = [_masked(scorer, record, order, size, points) for order in orders]
+                measured = [_masked(scorer, len(record.tokens), order, size, points) for order in orders]
                 found[name] = pd.DataFrame(measured).mean().to_dict()
             rows += score_rows(record, modality, found)
     return pd.DataFrame(rows, columns=SCORE_COLUMNS)
@@ -162,19 +150,15 @@ def record_curves(
     return found
 
 
-def _masked(
-    scorer: Scorer, record: TargetRecord, order: np.ndarray, size: int, points: int
-) -> dict[str, float]:
-    chosen, candidates = np.zeros((2, len(record.tokens)), dtype=bool)
+def _masked(scorer: Scorer, tokens: int, order: np.ndarray, size: int, points: int) -> dict[str, float]:
+    chosen, candidates = np.zeros((2, tokens), dtype=bool)
     chosen[order[:size]], candidates[order] = True, True
     comprehensiveness, sufficiency = faithfulness(scorer, chosen, candidates)
-    curves = perturbation_curves(scorer, order, len(record.tokens), points)
+    curves = perturbation_curves(scorer, order, tokens, points)
     return {
-        "comprehensiveness": comprehensiveness,
-        "sufficiency": sufficiency,
-        "deletion": curves.deletion_area,
-        "insertion": curves.insertion_area,
-    }
+        "comprehensiveness": comprehensiveness, "sufficiency": sufficiency,
+        "deletion": curves.deletion_area, "insertion": curves.insertion_area,
+    }  # fmt: skip
 
 
 def masked_scorer(
@@ -185,14 +169,9 @@ def masked_scorer(
     Text tokens become the tokenizer's mask, in the record's statement alone (so [CLS], [SEP] and
     the order stay); visual tokens become the mean colour of the student's normalisation (pixel value
     0) within their box, or a region without features. The probability is that of the record's choice,
-    or of its label (else its prediction) where the task has a label set.
-
-    Args:
-        student: any student; it is used in evaluation mode.
-        batch: one example as the student's inputs, from ``training.data.collate``.
-        record: says which choice and where visual tokens lie; of the same example and student.
-        mask_token_id: ``encoder.tokenizer.mask_token_id``.
-        batch_size: variants per forward.
+    or of its label (else its prediction) where the task has a label set. ``batch`` is the record's example as
+    the student's inputs (``training.data.collate``); the student is used in evaluation mode,
+    ``batch_size`` variants at a time.
 
     Raises:
         ValueError: the batch holds several examples, or other tokens than the record.

@@ -4,7 +4,7 @@ Chooses which comparisons (``compare``) stand for a condition, before looking at
 what they show.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,15 @@ from tdlib.data.tasks import TASKS
 
 CONTROLS = ("balanced",)  # beside the usual test, but no shift: shows what is learned, not what breaks
 
-# The abstract of arXiv 2201.05729: relative improvement over finetuning, "up to". None: nothing claimed.
-CLAIMS: dict[str, dict[str, float | None]] = {
-    "VCR": {"low-shot": 0.519, "domain shift": 0.713, "fully supervised": 0.02},
-    "SNLI-VE": {"low-shot": 0.066, "domain shift": None, "fully supervised": 0.03},
-    "VQA": {"low-shot": 0.09, "domain shift": None, "fully supervised": 0.013},
+# The abstract of arXiv 2201.05729: relative improvement over finetuning, "up to".
+CLAIMS = {
+    ("VCR", "low-shot"): 0.519,
+    ("VCR", "domain shift"): 0.713,
+    ("VCR", "fully supervised"): 0.02,
+    ("SNLI-VE", "low-shot"): 0.066,
+    ("SNLI-VE", "fully supervised"): 0.03,
+    ("VQA", "low-shot"): 0.09,
+    ("VQA", "fully supervised"): 0.013,
 }
 # The paper's own reading, and what goes beyond it.
 METHODS = ("clip_td", "clip_td_repaired")
@@ -52,10 +56,7 @@ def shots_table(compared: pd.DataFrame) -> pd.DataFrame:
     """
     whole = main_measure(together(compared))
     found = _richest(whole[whole["test"] == USUAL], ["batch", "task", "setting"], "shots")
-    keys = found.assign(
-        _task=_places(found["task"], TASKS), _arm=_places(found["arm"], compared["arm"])
-    ).sort_values(["_task", "setting", "_arm", "train_examples"], kind="stable", ignore_index=True)
-    return keys[compared.columns]
+    return _sorted(found, ["task", "setting", "arm", "train_examples"], compared)
 
 
 def shift_table(compared: pd.DataFrame) -> pd.DataFrame:
@@ -70,17 +71,21 @@ def shift_table(compared: pd.DataFrame) -> pd.DataFrame:
     ordered = whole.assign(_pairs=pairs).sort_values(
         ["_pairs", "train_examples"], ascending=False, kind="stable"
     )
-    found = _richest(ordered, CELL, "test")
-    keys = found.assign(
-        _task=_places(found["task"], TASKS), _test=_places(found["test"], [USUAL, *compared["test"]]),
-        _arm=_places(found["arm"], compared["arm"]),
-    ).sort_values(["_task", "setting", "_test", "_arm"], ignore_index=True)  # fmt: skip
-    return keys[compared.columns]
+    return _sorted(_richest(ordered, CELL, "test"), ["task", "setting", "test", "arm"], compared)
 
 
-def _places(values: pd.Series, order: Iterable[Any]) -> pd.Series:
-    """The place at which each value first stands in an order."""
-    return values.map({value: place for place, value in enumerate(dict.fromkeys(order))})
+def _sorted(table: pd.DataFrame, by: Sequence[str], compared: pd.DataFrame) -> pd.DataFrame:
+    """Rows by tasks, tests and arms in the order in which these stand; by other columns as they sort."""
+    orders = {"task": list(TASKS), "test": [USUAL, *compared["test"]], "arm": list(compared["arm"])}
+
+    def places(values: pd.Series) -> pd.Series:
+        if values.name not in orders:
+            return values
+        order = dict.fromkeys(orders[str(values.name)])
+        return values.map({value: place for place, value in enumerate(order)})
+
+    table = table[compared.columns]
+    return table.sort_values(list(by), key=places, kind="stable", ignore_index=True)
 
 
 def _richest(table: pd.DataFrame, group: Sequence[str], counted: str) -> pd.DataFrame:
@@ -113,12 +118,7 @@ def claims_table(compared: pd.DataFrame, methods: Sequence[str] = METHODS) -> pd
     the paired test, "contrary" where it is worse, "not shown" where neither, "not run" without a finished
     pair; ``worlds`` are those in which the same test, alone, finds what the row says. ``largest`` is
     the largest relative gain among the condition's ``cells`` cells: what "up to" says, and by its choice
-    too good.
-
-    Args:
-        compared: as ``compare.compare_arms`` gives it; methods against another baseline give what one
-            method adds to the other.
-        methods: arms.
+    too good. Compared with another baseline, a method's rows are what it adds to that.
     """
     rows = []
     whole = main_measure(together(compared))
@@ -130,7 +130,7 @@ def claims_table(compared: pd.DataFrame, methods: Sequence[str] = METHODS) -> pd
                 benchmark = TASKS[task].benchmark
                 row: dict[str, Any] = {
                     "benchmark": benchmark, "task": task, "setting": setting, "condition": condition,
-                    "arm": method, "paper": CLAIMS.get(benchmark, {}).get(condition), "verdict": "not run",
+                    "arm": method, "paper": CLAIMS.get((benchmark, condition)), "verdict": "not run",
                     "finding": "not run", "worlds": "", "pairs": 0, "cells": 0,
                 }  # fmt: skip
                 if len(ordered):
@@ -172,33 +172,25 @@ def claim_sentences(
 ) -> list[str]:
     """One paragraph (Markdown) per claim of the abstract, seven in all, with what the runs say to it.
 
-    Args:
-        claims: as ``claims_table`` gives it, methods against finetuning.
-        added: the same table with the paper's reading as the baseline: what re-pairing adds to it.
-        kinds: comparisons within kinds of examples, as ``compare.compare_within`` gives them; what known and
-            unknown concepts gain is said of each claim.
+    ``claims`` are of ``claims_table``, methods against finetuning; ``added`` with the paper's reading as the
+    baseline: what re-pairing adds to it. ``kinds`` are comparisons within kinds of examples
+    (``compare.compare_within``): what known and unknown concepts gain is said of each claim.
     """
     found = []
-    for benchmark, conditions in CLAIMS.items():
-        for condition, paper in conditions.items():
-            if paper is None:
-                continue
-            own = claims[(claims["benchmark"] == benchmark) & (claims["condition"] == condition)]
-            said = [_claim_words(row) + _kinds_words(row, kinds) for row in own.itertuples()]
-            if added is not None:
-                more = added[
-                    (added["benchmark"] == benchmark)
-                    & (added["condition"] == condition)
-                    & (added["pairs"] > 0)
-                ]
-                said += [
-                    f"re-pairing adds {_points(row)} to {METHODS[0]} on {_placed(row)} ({row.verdict})"
-                    for row in more.itertuples()
-                    if row.arm == METHODS[1]
-                ]
-            head = f"**{benchmark}, {condition}**: the paper says up to {100 * paper:+.1f} % relative."
-            found.append(f"{head} Here: {'; '.join(said) or 'not run'}.")
+    for claim, paper in CLAIMS.items():
+        said = [_claim_words(row) + _kinds_words(row, kinds) for row in _of_claim(claims, claim)]
+        said += [
+            f"re-pairing adds {_points(row)} to {METHODS[0]} on {_placed(row)} ({row.verdict})"
+            for row in ([] if added is None else _of_claim(added, claim))
+            if row.pairs > 0 and row.arm == METHODS[1]
+        ]
+        head = f"**{', '.join(claim)}**: the paper says up to {100 * paper:+.1f} % relative."
+        found.append(f"{head} Here: {'; '.join(said) or 'not run'}.")
     return found
+
+
+def _of_claim(table: pd.DataFrame, claim: tuple[str, str]) -> list[Any]:
+    return [row for row in table.itertuples() if (row.benchmark, row.condition) == claim]
 
 
 def _claim_words(row: Any) -> str:

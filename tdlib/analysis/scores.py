@@ -117,15 +117,7 @@ def _training_ids(folder: Path) -> list[str]:
 
 
 def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Runs and scores of several batches, and a sentence for each that has nothing to show yet.
-
-    Args:
-        reports: folder under which the batches' own lie.
-        batches: names of batches.
-
-    Returns:
-        ``read_runs`` and ``read_scores`` of all batches, and what is missing, each with its command.
-    """
+    """``read_runs`` and ``read_scores`` of batches in ``reports``, and what is missing, with its command."""
     runs, scores, missing = [], [], []
     for name in dict.fromkeys(batches):
         folder = Path(reports) / name
@@ -142,23 +134,17 @@ def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.Dat
         runs.append(own)
         if left < len(own):
             scores.append(read_scores(folder, own))
-            missing += _without_chance(name, own, scores[-1])
+            lacking = scores[-1].loc[scores[-1]["chance"].isna(), "run"].unique()
+            if len(lacking):
+                tasks = ", ".join(sorted(set(own.loc[own["run"].isin(lacking), "task"])))
+                missing.append(
+                    f"{name}: {len(lacking)} runs of {tasks} are of a version that did not record what "
+                    "guessing scores, so chance and gains over it are left out for them"
+                )
     if not runs:
         return pd.DataFrame(columns=RUN_COLUMNS), pd.DataFrame(columns=SCORE_COLUMNS), missing
     every = pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(columns=SCORE_COLUMNS)
     return pd.concat(runs, ignore_index=True), every, missing
-
-
-def _without_chance(batch: str, runs: pd.DataFrame, scores: pd.DataFrame) -> list[str]:
-    """A sentence if finished runs do not say what guessing scores."""
-    lacking = set(scores.loc[scores["chance"].isna(), "run"])
-    if not lacking:
-        return []
-    tasks = ", ".join(sorted(set(runs.loc[runs["run"].isin(lacking), "task"])))
-    return [
-        f"{batch}: {len(lacking)} runs of {tasks} are of a version that did not record what guessing scores, "
-        "so chance and gains over it are left out for them"
-    ]
 
 
 def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
@@ -168,10 +154,7 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
     task's (``Task.metric``). A run of task "vcr" has three: Q->AR, where a row is a question, right if answer
     and rationale are, and its parts Q->A and QA->R. ``chance`` is what guessing scores on the example
     (``data.chance``), as the run has recorded it; missing where it did not and the task has a label set.
-
-    Args:
-        folder: of the batch.
-        runs: as ``read_runs`` gives them.
+    ``runs`` are those of ``read_runs`` for this batch's folder.
 
     Raises:
         ProtocolError: a finished run has left no predictions, or has some scores missing.
@@ -184,9 +167,10 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
             columns = connection.execute("SELECT column_name FROM (DESCRIBE predictions)").fetchall()
             parts = [name for name in ("question", "part") if (name,) in columns]
             wanted = ", ".join(["run", "split", "id", *parts, "image", "score"])
-            predictions = connection.execute(
-                f"SELECT {wanted}, {_chance_column(columns)} FROM predictions"
-            ).df()
+            # Older runs have recorded no chance: where there are choices it is known all the same.
+            chance = "CASE WHEN answer = '' THEN 1 / len(probabilities) END"
+            chance = f"coalesce(chance, {chance})" if ("chance",) in columns else chance
+            predictions = connection.execute(f"SELECT {wanted}, {chance} AS chance FROM predictions").df()
     predictions = _with_parts(predictions)
     done = runs[runs["state"] == "done"].set_index("run")
     without = sorted(set(done.index) - set(predictions["run"]))
@@ -210,12 +194,6 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
         for name, own in measured.items():
             frames.append(own.assign(batch=folder.name, measure=TASKS[name].metric)[SCORE_COLUMNS])
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=SCORE_COLUMNS)
-
-
-def _chance_column(columns: Sequence[tuple[str]]) -> str:
-    """Older runs have recorded no chance: where there are choices it is known all the same."""
-    guessed = "CASE WHEN answer = '' THEN 1 / len(probabilities) END"
-    return f"coalesce(chance, {guessed}) AS chance" if ("chance",) in columns else f"{guessed} AS chance"
 
 
 # Run folders.
@@ -258,38 +236,27 @@ def with_strata(runs: pd.DataFrame, scores: pd.DataFrame, reports: Path) -> pd.D
     """Scores with what side files of the data say of each example, to compare within kinds of examples.
 
     Adds the columns of ``miniworld.worlds.strata_of``, "" for examples without such a file: the
-    MiniWorld has it for every task, real data have none.
-
-    Args:
-        runs: as ``read_runs`` gives them.
-        scores: theirs.
-        reports: folder under which the batches' own lie.
+    MiniWorld has it for every task, real data have none. ``reports`` holds the folders of the batches.
     """
     folders = {(run.batch, run.run): _data_folder(reports, run.batch, run.run) for run in runs.itertuples()}
-    strata: dict[tuple[str, str], pd.DataFrame] = {}
-    parts = []
-    for (batch, run, split), rows in scores.groupby(["batch", "run", "split"], sort=False):
-        folder = folders[batch, run]
-        if (folder, split) not in strata:
-            strata[folder, split] = strata_of(folder, str(split))
-        parts.append(strata[folder, split].reindex(rows["question"]).fillna("").set_index(rows.index))
-    known = pd.concat(parts) if parts else pd.DataFrame(columns=STRATA)
-    return scores.join(known)
+    data = [folders[batch, run] for batch, run in zip(scores["batch"], scores["run"], strict=True)]
+    parts = [_strata(rows, folder) for folder, rows in scores.groupby(data, sort=False)]
+    return scores.join(pd.concat(parts) if parts else pd.DataFrame(columns=STRATA))
 
 
 def add_strata(predictions: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """Predictions of runs (``read_predictions``) with the columns that ``with_strata`` adds.
-
-    Args:
-        predictions: of runs on one data set.
-        folder: of the data set.
-    """
+    """Predictions of runs on the data in one folder, with the columns that ``with_strata`` adds."""
     predictions = _with_parts(predictions)
+    return predictions.join(_strata(predictions, folder))
+
+
+def _strata(rows: pd.DataFrame, folder: Path | str) -> pd.DataFrame:
+    """What the data say of each row's question, by the rows' index."""
     parts = [
-        strata_of(folder, str(split)).reindex(rows["question"]).fillna("").set_index(rows.index)
-        for split, rows in predictions.groupby("split", sort=False)
+        strata_of(folder, str(split)).reindex(own["question"]).fillna("").set_index(own.index)
+        for split, own in rows.groupby("split", sort=False)
     ]
-    return predictions.join(pd.concat(parts))
+    return pd.concat(parts)
 
 
 def _data_folder(reports: Path, batch: str, run: str) -> str:

@@ -25,11 +25,7 @@ _Key = TypeVar("_Key")
 
 
 def bootstrap_interval(
-    correct: np.ndarray,
-    clusters: np.ndarray,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    correct: np.ndarray, clusters: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Interval of the mean of ``correct`` (seeds, examples), resampled on two levels.
 
@@ -58,13 +54,9 @@ def pooled_mean(
 ) -> tuple[float, float, float]:
     """Mean over several worlds, each counting alike, and its interval; each world is resampled by itself.
 
-    Args:
-        worlds: scores (seeds, examples) and clusters (examples,) of each.
-        level: of the interval.
-        resamples: of each world.
+    ``worlds`` are scores (seeds, examples) and clusters (examples,) of each.
     """
-    draws = _pooled([_Draws.of([values], clusters, resamples, seed=place)
-                     for place, (values, clusters) in enumerate(worlds)])  # fmt: skip
+    draws = _pooled([([values], clusters) for values, clusters in worlds], resamples)
     return float(draws.observed[0]), *draws.interval(lambda means: means[0], level)
 
 
@@ -81,9 +73,7 @@ class _Draws:
     left_out: list[np.ndarray]
 
     @classmethod
-    def of(
-        cls, tables: Sequence[np.ndarray], clusters: np.ndarray, resamples: int, seed: int
-    ) -> "_Draws":  # fmt: skip
+    def of(cls, tables: Sequence[np.ndarray], clusters: np.ndarray, resamples: int, seed: int) -> "_Draws":
         shapes = {np.shape(table) for table in tables}
         shape = next(iter(shapes))
         if len(shapes) > 1 or len(shape) != 2 or 0 in shape or np.shape(clusters) != shape[1:]:
@@ -130,15 +120,19 @@ class _Draws:
         return float(low), float(high)
 
 
-def _pooled(worlds: Sequence[_Draws]) -> _Draws:
-    """The mean over worlds of everything; leaving out a member of one world leaves the others whole."""
-    if len(worlds) == 1:
-        return worlds[0]
-    number, total = len(worlds), np.sum([world.observed for world in worlds], axis=0)
+def _pooled(worlds: Sequence[tuple[Sequence[np.ndarray], np.ndarray]], resamples: int) -> _Draws:
+    """Draws of the mean over worlds (tables and clusters of each), which are resampled by themselves.
+
+    Leaving out a member of one world leaves the others whole.
+    """
+    draws = [_Draws.of(*world, resamples, seed) for seed, world in enumerate(worlds)]
+    if len(draws) == 1:
+        return draws[0]
+    number, total = len(draws), np.sum([world.observed for world in draws], axis=0)
     left_out = [
-        ((total - world.observed)[:, None] + means) / number for world in worlds for means in world.left_out
+        ((total - world.observed)[:, None] + means) / number for world in draws for means in world.left_out
     ]
-    return _Draws(total / number, np.mean([world.resampled for world in worlds], axis=0), left_out)
+    return _Draws(total / number, np.mean([world.resampled for world in draws], axis=0), left_out)
 
 
 def _drawn(rng: np.random.Generator, resamples: int, members: int) -> np.ndarray:
@@ -230,10 +224,6 @@ def chance_corrected(accuracy: float, chance: float) -> float:
     return (accuracy - chance) / (1 - chance)
 
 
-class TooFewPairs(ValueError):
-    """Too few pairs: even if all differences had the same sign, the test could not reach alpha."""
-
-
 @dataclass(frozen=True)
 class PairedDifference:
     """An arm against the baseline with the same seeds, training subsets and examples.
@@ -258,29 +248,15 @@ class PairedDifference:
     p_adjusted: float
     arms: int = 1
 
-    def can_tell(self, alpha: float = ALPHA) -> bool:
-        """True if some outcome of so many pairs, compared among so many arms, could reach ``alpha``."""
-        return self.pairs >= MINIMUM_PAIRS and self.arms * smallest_p(self.pairs) <= alpha
-
-    def is_significant(self, alpha: float = ALPHA) -> bool:
-        """True if the adjusted p-value reaches ``alpha``.
-
-        Raises:
-            TooFewPairs: fewer than six pairs, or too few for the number of arms: nothing can be said.
-        """
-        if not self.can_tell(alpha):
-            raise TooFewPairs(
-                f"{self.pairs} pairs among {self.arms} arms cannot reach {alpha:g} (at least "
-                f"{self.arms} x 2 / 2^{self.pairs} = {self.arms * smallest_p(self.pairs):.3g}); "
-                f"expected {pairs_needed(self.arms, alpha)} pairs or more"
-            )
-        return self.p_adjusted <= alpha
-
     def verdict(self, alpha: float = ALPHA) -> str:
-        """In words: "better", "worse", "not distinguishable" or "too few pairs"."""
-        if not self.can_tell(alpha):
+        """In words: "better", "worse", "not distinguishable" or "too few pairs".
+
+        Too few: even if all differences had the same sign, the test could not reach ``alpha`` among so many
+        arms, so that nothing may be said.
+        """
+        if self.pairs < pairs_needed(self.arms, alpha):
             return "too few pairs"
-        if not self.is_significant(alpha):
+        if self.p_adjusted > alpha:
             return "not distinguishable"
         return "better" if self.difference > 0 else "worse"
 
@@ -293,59 +269,25 @@ def pairs_needed(arms: int, alpha: float = ALPHA) -> int:
     return pairs
 
 
-def paired_difference(
-    arm: np.ndarray,
-    baseline: np.ndarray,
-    clusters: np.ndarray,
-    chance: float = 0.0,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> PairedDifference:
-    """Gain of an arm over the baseline, both (seeds, examples) with the same rows and columns.
-
-    Both are resampled with the same draws, so that what a seed or a picture has in common cancels.
-
-    Args:
-        arm: score of each seed's model on each example, in [0, 1].
-        baseline: the same of the other arm.
-        clusters: of the examples, as in ``bootstrap_interval``.
-        chance: accuracy of guessing.
-        level: of the intervals.
-        resamples: of the bootstrap.
-        seed: of the draws.
-
-    Raises:
-        ValueError: as ``bootstrap_interval``.
-    """
-    return pooled_difference([(arm, baseline, clusters)], chance, level, resamples, seed)
-
-
 def pooled_difference(
     worlds: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     chance: float = 0.0,
     level: float = 0.95,
     resamples: int = 2000,
-    seed: int = 0,
 ) -> PairedDifference:
-    """``paired_difference`` over several worlds: what holds in worlds like these, each counting alike.
+    """Gain of an arm over the baseline in worlds like these, each counting alike; one world is usual.
 
-    Means, differences and their intervals are of the mean over worlds; each world's seeds and pictures are
-    resampled by themselves, as strata. The worlds themselves are not resampled: a few of them cannot say
-    how much a world matters. The sign-flip test takes the pairs of all worlds together.
-
-    Args:
-        worlds: arm, baseline and clusters of each, as in ``paired_difference``.
-        chance: accuracy of guessing.
-        level: of the intervals.
-        resamples: of each world.
-        seed: of the draws.
+    ``worlds`` are of each: the scores of arm and of baseline, both (seeds, examples) with the same rows and
+    columns and in [0, 1], and the clusters (examples,) as in ``bootstrap_interval``. Both arms are resampled
+    with the same draws, so that what a seed or a picture has in common cancels. Each world's seeds and
+    pictures are resampled by themselves, as strata; the worlds themselves are not: a few of them cannot
+    say how much a world matters. The sign-flip test takes the pairs of all worlds together. ``chance`` is the
+    accuracy of guessing.
 
     Raises:
         ValueError: as ``bootstrap_interval``.
     """
-    draws = _pooled([_Draws.of([arm, baseline], clusters, resamples, seed + place)
-                     for place, (arm, baseline, clusters) in enumerate(worlds)])  # fmt: skip
+    draws = _pooled([([arm, baseline], clusters) for arm, baseline, clusters in worlds], resamples)
     mean, usual = (float(value) for value in draws.observed)
     low, high = draws.interval(lambda means: means[0] - means[1], level)
     relative = relative_low = relative_high = float("nan")

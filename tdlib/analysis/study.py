@@ -71,10 +71,6 @@ def lead_charts(compared: pd.DataFrame, baseline: str = "finetune") -> list[Html
 
     A group per task, setting and size; the worlds together. A filled mark is a difference that the paired
     test found. Empty where there is nothing to draw.
-
-    Args:
-        compared: as ``compare.compare_arms`` gives it.
-        baseline: the arm that the others were held against.
     """
     rows = main_measure(together(compared))
     rows = rows[rows["test"] == USUAL]
@@ -116,17 +112,11 @@ def write_study(
 ) -> Path:
     """Writes tables, figures and one page that loads nothing; returns the page.
 
-    Each table becomes NAME.csv (full numbers), NAME.parquet and NAME.html (a fragment, readable), each
-    figure NAME.png and NAME.svg. Every file appears whole; others in the folder are left alone.
-
-    Args:
-        folder: made if it is not there.
-        tables: caption and table, by name.
-        figures: caption, name of the table with its numbers, PNG and SVG, by name.
-        title: of the page.
-        notes: sentences below what the page leads with.
-        facts: what the tables were made with; study.json.
-        lead: what the page says first: text, or ``Html`` such as ``lead_charts``.
+    ``tables`` (caption and table, by name) become NAME.csv (full numbers), NAME.parquet and NAME.html (a
+    fragment, readable), ``figures`` (caption, name of the table with its numbers, PNG and SVG, by name)
+    NAME.png and NAME.svg; ``facts`` are what they were made with: study.json. The page says ``lead`` first
+    (text, or ``Html`` such as ``lead_charts``), then ``notes``. Every file appears whole; others in the
+    folder are left alone.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

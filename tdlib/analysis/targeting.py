@@ -173,24 +173,23 @@ BASELINES: dict[str, dict[str, Baseline]] = {
 
 # Against the ground truth.
 
+DRAWS = 32  # orders of a baseline's tied tokens, for the overlap of areas
 
-def targeting_scores(
-    records: Sequence[TargetRecord], idf: "Idf | None" = None, draws: int = 32, seed: int = 0
-) -> pd.DataFrame:
+
+def targeting_scores(records: Sequence[TargetRecord], idf: "Idf | None" = None) -> pd.DataFrame:
     """Measure how well each record's targeting finds the decisive tokens, beside baselines.
 
     One row per record, modality, ``metric`` and ``source`` ("targeting", or a baseline), with its
     ``value``; ``example_id``, ``choice`` and ``image`` name the record, ``truth`` what its decisive
-    tokens come from. Tokens are those with a
-    teacher target; decisive ones as in ``decisive_tokens``. Metrics: "auc", "ap" and "pointing" rank
-    tokens by weight (0 where not selected) and, as source "score", by what the selector saw;
-    "precision" and "recall" are of the selected set; "iou" is that of the areas of the selected
-    visual tokens and of the relevant boxes. Baselines choose as many tokens as the record does.
-    Tied tokens count as in a random order, on average ("random" is nothing but ties): exactly, but
-    for the baselines' "iou", a mean over ``draws`` orders from ``seed``. A modality without a decisive
-    token, or with no other, is left out.
+    tokens come from. Tokens are those with a teacher target; decisive ones as in ``decisive_tokens``.
+    Metrics: "auc", "ap" and "pointing" rank tokens by weight (0 where not selected) and, as source "score",
+    by what the selector saw; "precision" and "recall" are of the selected set; "iou" is that of the areas of
+    the selected visual tokens and of the relevant boxes. Baselines choose as many tokens as the record does.
+    Tied tokens count as in a random order, on average ("random" is nothing but ties): exactly, but for the
+    baselines' "iou", a mean over ``DRAWS`` orders. A modality without a decisive token, or with no other,
+    is left out.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = []
     for record in records:
         decisive = decisive_tokens(record)
@@ -198,26 +197,19 @@ def targeting_scores(
             truth = decisive[tokens]
             if truth.all() or not truth.any():  # also without any token
                 continue
-            size = int(record.selected[tokens].sum())
-            found = {"targeting": _ranking(record.weight[tokens], truth)}
-            precision, recall = precision_recall(record.selected[tokens], truth, size)
-            found["targeting"] |= {"precision": precision, "recall": recall}
-            found["score"] = _ranking(record.score[tokens], truth)
+            selected = record.selected[tokens]
+            size, boxes, relevant = int(selected.sum()), record.boxes[tokens], np.array(record.relevant_boxes)
+            targeted = _ranking(record.weight[tokens], truth) | _chosen(selected, truth, size)
+            found = {"targeting": targeted, "score": _ranking(record.score[tokens], truth)}
+            if modality == "visual":
+                targeted["iou"] = area_iou(boxes[selected], relevant)
             for name, baseline in BASELINES[modality].items():
                 scores = baseline(record, idf)[tokens]
-                found[name] = _ranking(scores, truth)
-                found[name] |= zip(
-                    ("precision", "recall"), precision_recall(scores, truth, size), strict=True
-                )
-            if modality == "visual":
-                boxes, relevant = record.boxes[tokens], np.array(record.relevant_boxes)
-                found["targeting"]["iou"] = area_iou(boxes[record.selected[tokens]], relevant)
-                for name, baseline in BASELINES[modality].items():
-                    chosen = [
-                        boxes[np.lexsort((rng.random(len(tokens)), -baseline(record, idf)[tokens]))[:size]]
-                        for _ in range(draws)
-                    ]
-                    found[name]["iou"] = float(np.mean([area_iou(part, relevant) for part in chosen]))
+                found[name] = _ranking(scores, truth) | _chosen(scores, truth, size)
+                if modality == "visual":
+                    orders = [np.lexsort((rng.random(len(tokens)), -scores)) for _ in range(DRAWS)]
+                    areas = [area_iou(boxes[order[:size]], relevant) for order in orders]
+                    found[name]["iou"] = float(np.mean(areas))
             rows += score_rows(record, modality, found, record.truth)
     return pd.DataFrame(rows, columns=SCORE_COLUMNS)
 
@@ -238,6 +230,11 @@ def _ranking(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     }
 
 
+def _chosen(scores: np.ndarray, truth: np.ndarray, size: int) -> dict[str, float]:
+    precision, recall = precision_recall(scores, truth, size)
+    return {"precision": precision, "recall": recall}
+
+
 SCORE_COLUMNS = ["example_id", "choice", "image", "truth", "modality", "metric", "source", "value"]
 
 
@@ -249,20 +246,14 @@ def score_rows(
     return [(*name, metric, source, v) for source, own in found.items() for metric, v in own.items()]
 
 
-def targeting_quality(scores: pd.DataFrame, level: float = 0.95, resamples: int = 2000) -> pd.DataFrame:
-    """Means over records with bootstrap intervals over pictures, and the gain over each baseline.
+def targeting_quality(scores: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
+    """Means over records with 95 % bootstrap intervals over pictures, and the gain over each baseline.
 
-    Args:
-        scores: rows of ``targeting_scores`` or ``faithfulness_scores``.
-        level: of the intervals.
-        resamples: of pictures, with replacement.
-
-    Returns:
-        A row per modality, metric and source: ``truth`` (what decisive tokens come from; "" where the
-        measure needs none), ``value``, ``low``, ``high``, ``n`` (records) and
-        ``pictures``; beside a baseline also ``gain`` (targeting minus baseline, paired by record) with
-        ``gain_low`` and ``gain_high``. For "sufficiency" and "deletion" less is better, so that a
-        gain below 0 speaks for the targeting.
+    ``scores`` are of ``targeting_scores`` or ``faithfulness_scores``. A row per modality, metric and source:
+    ``truth`` (what decisive tokens come from; "" where the measure needs none), ``value``, ``low``,
+    ``high``, ``n`` (records) and ``pictures``; beside a baseline also ``gain`` (targeting minus baseline,
+    paired by record) with ``gain_low`` and ``gain_high``. For "sufficiency" and "deletion" less is better, so
+    that a gain below 0 speaks for the targeting.
 
     Raises:
         ValueError: there are no rows, as no record knows its decisive tokens; or they are measured
@@ -283,12 +274,11 @@ def targeting_quality(scores: pd.DataFrame, level: float = 0.95, resamples: int 
         own = wide["targeting"]
         for source in part["source"].unique():
             row = {"truth": truths[0], "modality": modality, "metric": metric, "source": source}
-            row |= dict(zip(("value", "low", "high"), _interval(wide[source], pictures, level, resamples),
-                            strict=True))  # fmt: skip
+            row |= _interval(("value", "low", "high"), wide[source], pictures, resamples)
             row |= {"n": len(wide), "pictures": len(np.unique(pictures))}
             if source != "targeting":
-                gain = _interval(own - wide[source], pictures, level, resamples)
-                row |= dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
+                gain = own - wide[source]
+                row |= _interval(("gain", "gain_low", "gain_high"), gain, pictures, resamples)
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -307,11 +297,8 @@ def figures(quality: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Values with intervals as text, for a table to read: a row per ``by``, a column per metric.
 
     "0.62 [0.55, 0.70] *": the star says that the targeting is better than a random choice of as many
-    tokens, by the interval of their paired difference. Baselines have rows if ``by`` names "source".
-
-    Args:
-        quality: rows of ``targeting_quality``, of several settings if columns of ``by`` tell them apart.
-        by: columns, in the table's order.
+    tokens, by the interval of their paired difference. Baselines have rows if ``by`` names "source";
+    ``quality`` may be of several settings if columns of ``by`` tell them apart.
     """
     keys = [*(name for name in by if name != "source"), "metric"]
     chance = {
@@ -344,17 +331,20 @@ def verdicts(quality: pd.DataFrame, by: Sequence[str] = ("truth", "modality")) -
         verdict = "better" if low > 0 else "worse" if high < 0 else "undecided"
         rows.append(
             dict(zip([*by, "metric"], key, strict=True))
-            | {"targeting": f"{own['value']:.3f} [{own['low']:.3f}, {own['high']:.3f}]"}
-            | {"strongest baseline": f"{best['source']} {best['value']:.3f}"}
-            | {"gain": f"{best['gain']:+.3f} [{best['gain_low']:+.3f}, {best['gain_high']:+.3f}]"}
-            | {"pictures": int(own["pictures"])}
-            | {"verdict": verdict if own["pictures"] >= FEWEST else "too few pictures"}
+            | {
+                "targeting": f"{own['value']:.3f} [{own['low']:.3f}, {own['high']:.3f}]",
+                "strongest baseline": f"{best['source']} {best['value']:.3f}",
+                "gain": f"{best['gain']:+.3f} [{best['gain_low']:+.3f}, {best['gain_high']:+.3f}]",
+                "pictures": int(own["pictures"]),
+                "verdict": verdict if own["pictures"] >= FEWEST else "too few pictures",
+            }
         )
     return pd.DataFrame(rows)
 
 
 def _interval(
-    values: pd.Series, pictures: np.ndarray, level: float, resamples: int
-) -> tuple[float, float, float]:
+    names: Sequence[str], values: pd.Series, pictures: np.ndarray, resamples: int
+) -> dict[str, float]:
     numbers = values.to_numpy(dtype=float)
-    return float(numbers.mean()), *bootstrap_interval(numbers[None], pictures, level, resamples)
+    limits = bootstrap_interval(numbers[None], pictures, resamples=resamples)
+    return dict(zip(names, (float(numbers.mean()), *limits), strict=True))

@@ -17,6 +17,7 @@ from tdlib.analysis.statistics import pooled_mean
 from tdlib.arms import ARMS
 from tdlib.config import arm_settings, parameters_with
 from tdlib.core.files import write_json
+from tdlib.core.pages import is_missing
 from tdlib.data.tasks import HELD_OUT, TASKS
 from tdlib.runs.report import recorded_runs
 
@@ -25,10 +26,8 @@ TUNED = "tuned.json"
 CONTEXT = (*parameters_with(prepares="all"), *parameters_with(prepares="arm"), "arm")
 
 
-def rank_settings(
-    folder: Path, split: str = "", uneven: bool = False, level: float = 0.95, resamples: int = 2000
-) -> pd.DataFrame:
-    """Every setting that a finished batch has tried, best first within its arm.
+def rank_settings(folder: Path, split: str = "", uneven: bool = False, resamples: int = 2000) -> pd.DataFrame:
+    """Every setting that the finished batch in a folder has tried, best first within its arm.
 
     Columns: the parameters of ``CONTEXT`` in which runs differ (task, arm, ...), those that were tuned
     (missing where the arm sets them itself), settings (that the arm has tried), seeds, mean, low, high
@@ -36,13 +35,9 @@ def rank_settings(
     the batch names first), and edge: tuned parameters of which the chosen value is the smallest or
     largest of three or more, so that a better one may lie beyond.
 
-    Args:
-        folder: of the batch.
-        split: evaluated on, where it is no part of the training split: the MiniWorld has worlds of other
-            seeds to tune on. Never a test that is reported.
-        uneven: allow arms that have tried different numbers of settings.
-        level: of the intervals.
-        resamples: of their bootstrap.
+    ``split`` is what was evaluated on, where it is no part of the training split: the MiniWorld has worlds of
+    other seeds to tune on. Never a test that is reported. ``uneven`` allows arms that have tried different
+    numbers of settings.
 
     Raises:
         ProtocolError: runs are not done, were evaluated on something else, differ in no setting, or arms
@@ -77,7 +72,7 @@ def rank_settings(
         ranked = []
         for setting, own in tried.items():
             row = dict(zip(context, json.loads(where), strict=True)) | json.loads(setting)
-            measured = _measured(folder, scores[scores["run"].isin(own)], level, resamples)
+            measured = _measured(folder, scores[scores["run"].isin(own)], resamples)
             ranked.append(row | {"settings": len(tried), "seeds": len(own)} | measured)
         ranked.sort(key=lambda row: -row["mean"])
         for number, row in enumerate(ranked):
@@ -86,34 +81,30 @@ def rank_settings(
     return pd.DataFrame(rows).reindex(columns=order)
 
 
-def _measured(folder: Path, scores: pd.DataFrame, level: float, resamples: int) -> dict[str, float]:
+def _measured(folder: Path, scores: pd.DataFrame, resamples: int) -> dict[str, float]:
     """Mean and interval of one setting's runs."""
     wide = scores.pivot(index="run", columns="id", values="score")
     if wide.isna().any(axis=None):
         raise ProtocolError(f"{folder}: runs {', '.join(wide.index)} were evaluated on different examples")
     pictures = scores.drop_duplicates("id").set_index("id")["image"][wide.columns].to_numpy()
-    mean, low, high = pooled_mean([(wide.to_numpy(dtype=float), pictures)], level, resamples)
+    mean, low, high = pooled_mean([(wide.to_numpy(dtype=float), pictures)], resamples=resamples)
     return {"mean": mean, "low": low, "high": high}
 
 
 def write_tuned(folder: Path, ranked: pd.DataFrame) -> Path:
-    """Writes the chosen settings to ``tuned.json`` in a batch's folder; returns the file.
+    """Writes the settings that ``rank_settings`` chose to ``tuned.json`` in a batch's folder; returns that.
 
     It holds the batch's name, the seeds that were tuned with, and ``chosen``: for what (``where``) which
     ``settings``, with their mean.
-
-    Args:
-        folder: of the batch.
-        ranked: as ``rank_settings`` gives it.
     """
-    columns = list(ranked.columns)
-    context = [name for name in columns[: columns.index("settings")] if name in CONTEXT]
-    tuned = [name for name in columns[: columns.index("settings")] if name not in CONTEXT]
+    names = list(ranked.columns)[: list(ranked.columns).index("settings")]
+    context = [name for name in names if name in CONTEXT]
+    tuned = [name for name in names if name not in CONTEXT]
     entries = recorded_runs(folder)
     chosen = [
         {
             "where": {name: row[name] for name in context},
-            "settings": {name: row[name] for name in tuned if not _is_missing(row[name])},
+            "settings": {name: row[name] for name in tuned if not is_missing(row[name])},
             "mean": row["mean"],
         }
         for row in ranked[ranked["chosen"]].astype(object).to_dict("records")
@@ -122,10 +113,6 @@ def write_tuned(folder: Path, ranked: pd.DataFrame) -> Path:
     target = Path(folder) / TUNED
     write_json(target, {"batch": Path(folder).name, "seeds": seeds, "chosen": chosen})
     return target
-
-
-def _is_missing(value: Any) -> bool:
-    return isinstance(value, float) and value != value
 
 
 def _setting(parameters: Mapping[str, Any], tuned: Sequence[str]) -> str:
@@ -153,17 +140,18 @@ def _check_effort(
     parameters: Mapping[str, Mapping[str, Any]], uneven: bool,
 ) -> None:  # fmt: skip
     """Every setting has the same seeds, each once; every arm has tried the same number of settings."""
-    seeds = {
-        str(sorted(parameters[run]["seed"] for run in own)) for g in groups.values() for own in g.values()
-    }
-    twice = next((own for g in groups.values() for own in g.values() if _same_seed(own, parameters)), None)
-    if twice:
-        raise ProtocolError(
-            f"{folder}: runs {', '.join(twice)} are the same setting with the same seed (arm "
-            f"{parameters[twice[0]]['arm']!r} may set by itself what differs); exclude all but one"
-        )
-    if len(seeds) > 1:
-        raise ProtocolError(f"{folder}: settings were tried with different seeds: {', '.join(sorted(seeds))}")
+    tried_with = set()
+    for runs in (runs for tried in groups.values() for runs in tried.values()):
+        seeds = sorted(parameters[run]["seed"] for run in runs)
+        tried_with.add(str(seeds))
+        if len(set(seeds)) < len(seeds):
+            raise ProtocolError(
+                f"{folder}: runs {', '.join(runs)} are the same setting with the same seed (arm "
+                f"{parameters[runs[0]]['arm']!r} may set by itself what differs); exclude all but one"
+            )
+    if len(tried_with) > 1:
+        listed = ", ".join(sorted(tried_with))
+        raise ProtocolError(f"{folder}: settings were tried with different seeds: {listed}")
     efforts: dict[str, dict[str, int]] = {}
     for where, tried in groups.items():
         known = dict(zip(context, json.loads(where), strict=True))
@@ -176,10 +164,6 @@ def _check_effort(
                 f"{folder}: {where}: arms have tried different numbers of settings ({listed}), which favours "
                 "those with more; give all the same number, or say uneven"
             )
-
-
-def _same_seed(own: Sequence[str], parameters: Mapping[str, Mapping[str, Any]]) -> bool:
-    return len({parameters[run]["seed"] for run in own}) < len(own)
 
 
 def _edge(best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]], tuned: Sequence[str]) -> str:
