@@ -21,7 +21,6 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tdlib.config import RunConfig
 from tdlib.core.facts import percent
 from tdlib.core.paths import ROOT
 from tdlib.core.records import END, read_records, write_records
@@ -79,13 +78,10 @@ def context(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(world, student_folder, teacher_folder, own_cache, tmp_path_factory) -> Path:
+def runs(base, tmp_path_factory) -> Path:
     """Two arms that recorded six questions at several steps; every text and name in them is hostile."""
-    config = RunConfig.from_parameters(
-        data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
-        shots=0.2, epochs=1, batch_size=4, eval_splits=["val"], shift="", probe_examples=6,
-        probe_every=1,
-    )  # fmt: skip
+    changes = {"eval_splits": ["val"], "shift": "", "probe_examples": 6, "probe_every": 1}
+    config = base.model_copy(update=changes)
     folders = compare(config, ["clip_td", "naive"], [0], tmp_path_factory.mktemp("runs"))
     for folder in folders:
         records = read_records(folder / index.SELECTIONS)

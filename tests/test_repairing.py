@@ -7,8 +7,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from html_page import problems
 from safetensors.torch import load_file
-from test_views_runs import problems
 from torch.nn import functional as F
 from torch.testing import assert_close
 

@@ -207,13 +207,7 @@ def test_scores_of_one_record_by_hand():
     assert visual["pointing"]["targeting"] == 0 and visual["recall"]["targeting"] == 0
     assert visual["auc"]["score"] == 0 and visual["auc"]["targeting"] == pytest.approx((0 + 0 + 0.5) / 3)
     assert visual["iou"]["targeting"] == 0
-    for metric in (
-        "auc",
-        "ap",
-        "pointing",
-        "precision",
-        "recall",
-    ):  # patches are alike
+    for metric in ("auc", "ap", "pointing", "precision", "recall"):  # patches are alike
         for source in ("largest", "centre"):
             assert visual[metric][source] == pytest.approx(visual[metric]["random"])
     for source in ("random", "largest", "centre"):  # two of four patches, one of which is half the time right

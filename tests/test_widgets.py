@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from records import drawn_record
 from test_explorer import EVIL, fake_run
-from test_views_runs import make_record
 
 from tdlib.core.records import END
 from tdlib.views import controls, explorer, widgets
@@ -25,7 +25,7 @@ def runs(image, tmp_path_factory):
     home = tmp_path_factory.mktemp("runs")
     for number, (name, arm) in enumerate({"a": "clip_td", "b": "naive"}.items()):
         records = [
-            make_record(
+            drawn_record(
                 image, seed=number, step=step, example_id=f"val-{i}", choice=choice, label=1,
                 prediction=i % 2, instance_weight=i / COUNT, teacher_probability=0.9,
                 student_probability=0.9 - 0.8 * i / COUNT, split="val" if i < 20 else "shifted",

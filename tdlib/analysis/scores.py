@@ -240,23 +240,23 @@ def with_strata(runs: pd.DataFrame, scores: pd.DataFrame, reports: Path) -> pd.D
     """
     folders = {(run.batch, run.run): _data_folder(reports, run.batch, run.run) for run in runs.itertuples()}
     data = [folders[batch, run] for batch, run in zip(scores["batch"], scores["run"], strict=True)]
-    parts = [_strata(rows, folder) for folder, rows in scores.groupby(data, sort=False)]
+    parts = [strata_by_row(rows, folder) for folder, rows in scores.groupby(data, sort=False)]
     return scores.join(pd.concat(parts) if parts else pd.DataFrame(columns=STRATA))
 
 
 def add_strata(predictions: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """Predictions of runs on the data in one folder, with the columns that ``with_strata`` adds."""
     predictions = _with_parts(predictions)
-    return predictions.join(_strata(predictions, folder))
+    return predictions.join(strata_by_row(predictions, folder))
 
 
-def _strata(rows: pd.DataFrame, folder: Path | str) -> pd.DataFrame:
-    """What the data say of each row's question, by the rows' index."""
+def strata_by_row(rows: pd.DataFrame, folder: Path | str) -> pd.DataFrame:
+    """What the data in a folder say of each row's ``question`` of a ``split``, by the rows' index."""
     parts = [
         strata_of(folder, str(split)).reindex(own["question"]).fillna("").set_index(own.index)
         for split, own in rows.groupby("split", sort=False)
     ]
-    return pd.concat(parts)
+    return pd.concat(parts) if parts else pd.DataFrame(columns=STRATA)
 
 
 def _data_folder(reports: Path, batch: str, run: str) -> str:

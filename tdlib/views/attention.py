@@ -37,11 +37,7 @@ def attention_view(attention: Attention, query: int | None = None, head: int | N
 
 
 def rollout_view(attention: Attention, query: int | None = None) -> View:
-    """Attention rolled out through all layers (see ``rollout``), drawn as ``attention_view`` does.
-
-    Raises:
-        AttentionError: the attention is not that of consecutive layers from the first on.
-    """
+    """Attention rolled out through all layers (see ``rollout``), drawn as ``attention_view`` does."""
     if attention.layers != tuple(range(len(attention.layers))):
         raise AttentionError(
             f"rollout needs every layer from 0 on; these are {name_layers(attention.layers)}: read all layers"
@@ -78,16 +74,12 @@ def heads_view(attention: Attention) -> View:
     for place, layer in enumerate(attention.layers):
         for head, tile in enumerate(maps[place]):
             entropy = -(tile * np.log(np.where(tile > 0, tile, 1))).sum(1).mean()
-            rows.append(
-                {
-                    "layer": layer,
-                    "head": head,
-                    "text_to_picture": _between(tile, text, visual),
-                    "picture_to_text": _between(tile, visual, text),
-                    "readout_to_picture": float(tile[attention.readout, visual].sum()),
-                    "entropy": float(entropy),
-                }
-            )
+            rows.append({
+                "layer": layer, "head": head, "text_to_picture": _between(tile, text, visual),
+                "picture_to_text": _between(tile, visual, text),
+                "readout_to_picture": float(tile[attention.readout, visual].sum()),
+                "entropy": float(entropy),
+            })  # fmt: skip
     data = pd.DataFrame(rows)
     heading = f"{title(record)}; {attention.model}, {name_layers(attention.layers)}; rows attend to columns"
     if border:

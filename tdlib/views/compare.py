@@ -23,27 +23,18 @@ def sheets_view(
     return View(heading, plot_sheets, arguments, data, token_rows(sheets), note, body, records, tuple(sheets))
 
 
-def text_view(record: TargetRecord, method: str = METHOD, labels: Sequence[str] = ()) -> View:
-    """The statement in running text, each token coloured by its weight."""
-    sheets = [weight_sheet(record, highest_weight([record]), "", labels)]
-    return sheets_view(method, sheets, table(record), picture=False)
-
-
-def picture_view(record: TargetRecord, method: str = METHOD, labels: Sequence[str] = ()) -> View:
-    """The picture with the weights of its patches or regions."""
-    sheets = [weight_sheet(record, highest_weight([record]), "", labels)]
-    return sheets_view(method, sheets, table(record), words=False)
-
-
 def comparison(
     records: TargetRecord | Sequence[TargetRecord],
     names: Sequence[str] = (),
     method: str = METHOD,
     labels: Sequence[str] = (),
+    words: bool = True,
+    picture: bool = True,
 ) -> View:
     """A row per record (choices of a question, or arms, or examples): numbers, picture, statement.
 
-    All rows share one colour scale, words and pictures together. ``names`` (of arms, say) head the rows.
+    Each token is coloured by its weight, on one scale for all rows, words and pictures together. ``names``
+    (of arms, say) head the rows; ``words`` and ``picture`` say which half is shown.
 
     Raises:
         ValueError: there are no records, or not one name per record.
@@ -58,7 +49,7 @@ def comparison(
         weight_sheet(record, highest, name, labels)
         for record, name in zip(records, names or [""] * len(records), strict=True)
     ]
-    return sheets_view(method, sheets, table(records))
+    return sheets_view(method, sheets, table(records), words, picture)
 
 
 # Two runs, or two steps of one.
@@ -84,28 +75,17 @@ def difference_table(left: TargetRecord, right: TargetRecord) -> pd.DataFrame:
 
     ``weight_first``, ``weight_second`` and ``difference`` (second minus first) are shares of 1, 0 where
     not selected; ``change`` is "both", "gained" (only the second selects it), "lost" or "".
-
-    Raises:
-        ValueError: the records are of different statements, or of students with different tokens.
     """
     same_tokens(left, right)
     first, second = (np.where(record.selected, record.weight, 0) for record in (left, right))
     change = np.select(
         [left.selected & right.selected, right.selected, left.selected], ["both", "gained", "lost"], ""
     )
-    return pd.DataFrame(
-        {
-            "position": range(len(left.tokens)),
-            "token": token_names(left),
-            "kind": kinds(left),
-            "weight_first": first,
-            "weight_second": second,
-            "difference": second - first,
-            "selected_first": left.selected,
-            "selected_second": right.selected,
-            "change": change,
-        }
-    )
+    return pd.DataFrame({
+        "position": range(len(left.tokens)), "token": token_names(left), "kind": kinds(left),
+        "weight_first": first, "weight_second": second, "difference": second - first,
+        "selected_first": left.selected, "selected_second": right.selected, "change": change,
+    })  # fmt: skip
 
 
 def difference_view(
@@ -120,20 +100,16 @@ def difference_view(
     points and signed, have a second one with its own legend. The table is ``difference_table``.
 
     Raises:
-        ValueError: see ``difference_table``; or there are not two names.
+        ValueError: the records are of different statements, or of students with different tokens.
     """
     if len(names) != 2:
         raise ValueError(f"{len(names)} names for two records: give one name per record")
     data = difference_table(left, right)
     highest = highest_weight([left, right])
     moved = f"{_change_text(data)}."
-    sheets = [
-        *(
-            weight_sheet(record, highest, name, labels)
-            for record, name in zip((left, right), names, strict=True)
-        ),
-        difference_sheet(left, right, f"{names[1]} − {names[0]}", moved),
-    ]
+    both = zip((left, right), names, strict=True)
+    sheets = [weight_sheet(record, highest, name, labels) for record, name in both]
+    sheets.append(difference_sheet(left, right, f"{names[1]} − {names[0]}", moved))
     return sheets_view(title(left, labels), sheets, data, note=f"{names[1]} − {names[0]}: {moved}")
 
 
@@ -150,9 +126,6 @@ def values_view(record: TargetRecord, values: np.ndarray, method: str, query: st
 
     ``method`` names model, layers and heads, ``query`` the token whose attention it is. Table:
     ``position``, ``token``, ``value``.
-
-    Raises:
-        ValueError: there is not one finite number per token.
     """
     what = f"of the attention of {query}" if query else "of all relevance"
     sheet = value_sheet(record, values, method, what)

@@ -8,27 +8,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from tdlib.core.paths import resolve
 from tdlib.core.records import END, TargetRecord
 from tdlib.data.examples import Example, TextPart
 from tdlib.data.pictures import open_picture
-from tdlib.views.alignment import alignment_view, teacher_positions
-from tdlib.views.compare import comparison, difference_view, picture_view, text_view
+from tdlib.method.alignment import align, aligned_targets
+from tdlib.method.selection import SELECTORS, SelectionOptions, select, token_scores
+from tdlib.method.weighting import TOKEN_WEIGHTS
+from tdlib.students import attention as student_attentions
+from tdlib.students.registry import load_student
+from tdlib.teacher import attention as teacher_attentions
+from tdlib.teacher.cache import TeacherCache
+from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.pipeline import teacher_tokens
+from tdlib.training.prepare import Materials, encoder_of, prepare, read_split, teacher_cache
+from tdlib.training.recording import preview_targets
+from tdlib.views.alignment import alignment_view, teacher_positions, tokens_of
+from tdlib.views.attention import attention_view, heads_view, relevance_view, rollout_view
+from tdlib.views.compare import comparison, difference_view
 from tdlib.views.figures.style import Figure
 from tdlib.views.index import SELECTIONS, ExplorerError, Run, read_instances
 from tdlib.views.lesson import lesson_view
 from tdlib.views.training import evolution_view, instance_view, of_statement
 from tdlib.views.view import View
-
-if TYPE_CHECKING:
-    from tdlib.teacher.attention import Attention
-    from tdlib.teacher.cache import TeacherCache
-    from tdlib.training.prepare import Materials
 
 MODALITIES = ("both", "text", "visual")
 DRAWN_EXAMPLES = 2_000  # most whose instance weights are drawn together
@@ -90,26 +98,18 @@ def reselected(
     """The record as the run's method would have it with another mass or temperature.
 
     Score, selection and token weights are computed anew from the recorded relevance and prior by the
-    method's functions; nothing is trained.
-
-    Raises:
-        ExplorerError: the run's selector or token weight is a function that is not known here.
+    method's functions; nothing is trained. Raises an ExplorerError where the run's selector or token weight
+    is a function that is not known here.
     """
     if mass is None and temperature is None:
         return record
-    import torch
-
-    from tdlib.method.selection import SELECTORS, SelectionOptions, select, token_scores
-    from tdlib.method.tokens import Tokens
-    from tdlib.method.weighting import TOKEN_WEIGHTS
-
     config = run.config
     if config.selector not in SELECTORS or config.token_weight not in TOKEN_WEIGHTS:
         raise ExplorerError(
             f"{run.name} selects by {config.selector!r} and weighs by {config.token_weight!r}: register "
             "these functions first (SELECTORS, TOKEN_WEIGHTS)"
         )
-    tokens = Tokens(torch.as_tensor(record.spans).long(), torch.as_tensor(record.boxes).float())
+    tokens = tokens_of(record)
     relevance, prior = (torch.as_tensor(part).float() for part in (record.relevance, record.prior))
     valid = torch.as_tensor(record.distilled).bool()
     options = SelectionOptions(
@@ -128,12 +128,10 @@ def reselected(
 
 def targeted(look: Look) -> View:
     """One statement: words and picture with their weights, or one of them."""
-    record, labels = look.record(), look.run.labels
-    if look.modality == "text":
-        return text_view(record, look.method(), labels)
-    if look.modality == "visual":
-        return picture_view(record, look.method(), labels)
-    return comparison(record, method=look.method(), labels=labels)
+    words, picture = look.modality != "visual", look.modality != "text"
+    return comparison(
+        look.record(), method=look.method(), labels=look.run.labels, words=words, picture=picture
+    )
 
 
 def choices(look: Look) -> View:
@@ -200,97 +198,64 @@ def alignment(look: Look) -> View:
 
 def student_attention(look: Look) -> View:
     """What the trained student's answer attends to."""
-    from tdlib.views.attention import attention_view
-
     return attention_view(_student_maps(look, look.layers), head=look.head)
 
 
 def student_heads(look: Look) -> View:
     """Every head of the trained student as a tile."""
-    from tdlib.views.attention import heads_view
-
     return heads_view(_student_maps(look, look.layers))
 
 
 def student_rollout(look: Look) -> View:
     """The trained student's attention, rolled out through all layers."""
-    from tdlib.views.attention import rollout_view
-
     return rollout_view(_student_maps(look, ()))
 
 
 def student_gradient(look: Look) -> View:
     """What brings about the trained student's logit of the statement, or of the label."""
-    from tdlib.students.attention import attention_modules, gradient_relevance, named_record
-    from tdlib.views.attention import relevance_view
-
     student, batch, record, tokenizer = _student_input(look)
-    values = gradient_relevance(student, batch, record)
-    last = len(attention_modules(student)) - 1
+    values = student_attentions.gradient_relevance(student, batch, record)
+    last = len(student_attentions.attention_modules(student)) - 1
     answer = (record.prediction or 0) if record.label is None else record.label
     goal = f"label {look.run.labels[answer]}" if look.run.labels else f"choice {record.choice}"
-    named = named_record(record, batch, tokenizer, len(values))
+    named = student_attentions.named_record(record, batch, tokenizer, len(values))
     return relevance_view(named, values, f"{look.run.name}: gradient relevance, layers 0 to {last}, {goal}")
 
 
 def teacher_attention(look: Look) -> View:
     """What the teacher's pooled position attends to: in the picture, or in the text (modality "text")."""
-    from tdlib.teacher.attention import teacher_attention as read
-    from tdlib.views.attention import attention_view
-
     tower = "text" if look.modality == "text" else "image"
-    maps = read(open_teacher(look.run).teacher, look.record(), tower, look.layers or None)
+    teacher = open_teacher(look.run).teacher
+    maps = teacher_attentions.teacher_attention(teacher, look.record(), tower, look.layers or None)
     return attention_view(maps, head=look.head)
 
 
 def teacher_gradient(look: Look) -> View:
     """What brings text and picture together in the teacher."""
-    from tdlib.teacher.attention import teacher_relevance
-    from tdlib.views.attention import relevance_view
-
-    values, record = teacher_relevance(open_teacher(look.run).teacher, look.record())
+    values, record = teacher_attentions.teacher_relevance(open_teacher(look.run).teacher, look.record())
     return relevance_view(record, values, "teacher: gradient relevance of text and picture, all layers")
 
 
-VIEWS: dict[str, Callable[[Look], View]] = {
-    "statement and picture": targeted,
-    "all choices": choices,
-    "two runs": two_runs,
-    "evolution": evolution,
-    "instance weights": instance_weights,
-    "re-paired lesson": lesson,
-    "alignment": alignment,
-    "student: attention": student_attention,
-    "student: heads": student_heads,
-    "student: rollout": student_rollout,
-    "student: gradient": student_gradient,
-    "teacher: attention": teacher_attention,
-    "teacher: gradient": teacher_gradient,
-}
-# What of a look each view depends on, beside run and example; other controls are of no use to it.
-USES: dict[str, set[str]] = {
-    "statement and picture": {"step", "choice", "modality", "mass", "temperature"},
-    "all choices": {"step", "mass", "temperature"},
-    "two runs": {"second", "second_step", "step", "choice", "mass", "temperature"},
-    "evolution": {"choice"},
-    "instance weights": set(),
-    "re-paired lesson": set(),
-    "alignment": {"choice"},
-    "student: attention": {"choice", "layers", "head"},
-    "student: heads": {"choice", "layers"},
-    "student: rollout": {"choice"},
-    "student: gradient": {"choice"},
-    "teacher: attention": {"choice", "modality", "layers", "head"},
-    "teacher: gradient": {"choice"},
+# Each view, and what of a look it depends on beside run and example; other controls are of no use to it.
+VIEWS: dict[str, tuple[Callable[[Look], View], set[str]]] = {
+    "statement and picture": (targeted, {"step", "choice", "modality", "mass", "temperature"}),
+    "all choices": (choices, {"step", "mass", "temperature"}),
+    "two runs": (two_runs, {"second", "second_step", "step", "choice", "mass", "temperature"}),
+    "evolution": (evolution, {"choice"}),
+    "instance weights": (instance_weights, set()),
+    "re-paired lesson": (lesson, set()),
+    "alignment": (alignment, {"choice"}),
+    "student: attention": (student_attention, {"choice", "layers", "head"}),
+    "student: heads": (student_heads, {"choice", "layers"}),
+    "student: rollout": (student_rollout, {"choice"}),
+    "student: gradient": (student_gradient, {"choice"}),
+    "teacher: attention": (teacher_attention, {"choice", "modality", "layers", "head"}),
+    "teacher: gradient": (teacher_gradient, {"choice"}),
 }
 
 
 def show(look: Look, view: str) -> View:
-    """One of ``VIEWS``.
-
-    Raises:
-        ExplorerError: the view is unknown, or what it shows is not there.
-    """
+    """One of ``VIEWS``; an ExplorerError where it is unknown, or what it shows is not there."""
     if view not in VIEWS:
         raise ExplorerError(f"view={view!r}: expected one of {', '.join(VIEWS)}")
     if look.modality not in MODALITIES:
@@ -299,7 +264,7 @@ def show(look: Look, view: str) -> View:
         if run is not None and step not in run.steps:
             known = ", ".join("-1 (end)" if s == END else str(s) for s in run.steps)
             raise ExplorerError(f"{run.name} has no step {step}; it recorded {known}")
-    return VIEWS[view](look)
+    return VIEWS[view][0](look)
 
 
 def shown(look: Look, view: str) -> View:
@@ -327,18 +292,13 @@ def _nothing(text: str) -> Figure:
 # Models and data of a run.
 
 
-def open_teacher(run: Run) -> "TeacherCache":
+def open_teacher(run: Run) -> TeacherCache:
     """The teacher's cache of a run, and with it the teacher."""
-    from tdlib.training.prepare import teacher_cache
-
     return teacher_cache(run.config)
 
 
 @lru_cache(maxsize=2)
 def _open_student(run: Run) -> tuple[Any, Any]:
-    from tdlib.students.registry import load_student
-    from tdlib.training.prepare import encoder_of
-
     folder = run.folder
     cache = open_teacher(run) if "clip" in (run.config.regions, run.config.student) else None
     encoder = encoder_of(run.config, cache, str(folder / "student"))
@@ -346,13 +306,7 @@ def _open_student(run: Run) -> tuple[Any, Any]:
 
 
 def example_of(run: Run, split: str, example_id: str) -> Example:
-    """The example itself, from the run's data.
-
-    Raises:
-        ExplorerError: the data have no such example (any more).
-    """
-    from tdlib.training.prepare import read_split
-
+    """The example itself, from the run's data; an ExplorerError if they have no such one (any more)."""
     examples = read_split(run.config, split)
     try:
         return examples[list(examples.ids).index(example_id)]
@@ -365,8 +319,6 @@ def example_of(run: Run, split: str, example_id: str) -> Example:
 
 def _student_input(look: Look) -> tuple[Any, Any, TargetRecord, Any]:
     """Student, batch of the example, record and tokenizer."""
-    from tdlib.training.data import EncodedExamples, collate
-
     run, record = look.run, look.record()
     example = example_of(run, look.split, look.example_id)
     student, encoder = _open_student(run)
@@ -375,10 +327,9 @@ def _student_input(look: Look) -> tuple[Any, Any, TargetRecord, Any]:
     return student, collate([data[0]], encoder), record, encoder.tokenizer
 
 
-def _student_maps(look: Look, layers: Sequence[int]) -> "Attention":
-    from tdlib.students.attention import student_attention as read
-
+def _student_maps(look: Look, layers: Sequence[int]) -> teacher_attentions.Attention:
     student, batch, record, tokenizer = _student_input(look)
+    read = student_attentions.student_attention
     return read(student, batch, record, layers or None, look.run.name, tokenizer)
 
 
@@ -388,22 +339,12 @@ def agreement(run: Run, record: TargetRecord) -> np.ndarray:
     ``cos(u_i, u_j)`` of the aligned targets that the run's relevance reads (value tokens for "value",
     projected ones otherwise), in [-1, 1]; 0 for tokens without a target. Relevance compares a token with
     the whole other modality; this is the same comparison token by token.
-
-    Raises:
-        DataError: the picture cannot be read.
     """
-    import torch
-
-    from tdlib.method.alignment import align, aligned_targets
-    from tdlib.method.tokens import Tokens
-    from tdlib.training.pipeline import teacher_tokens
-
     cache = open_teacher(run)
     cache.add(texts=[record.text], pictures=[record.image])
     teacher = teacher_tokens([cache.text(record.text)], cache.picture(record.image))
-    student = Tokens(torch.as_tensor(record.spans).long()[None], torch.as_tensor(record.boxes).float()[None])
     tokens = teacher.value if run.config.relevance == "value" else teacher.projected
-    vectors = aligned_targets(align(student, teacher.tokens), tokens)[0]
+    vectors = aligned_targets(align(tokens_of(record, batched=True), teacher.tokens), tokens)[0]
     return (vectors @ vectors.T).numpy()
 
 
@@ -411,12 +352,7 @@ def agreement(run: Run, record: TargetRecord) -> np.ndarray:
 
 
 def own_example(picture: Path | str, text: str, answers: Sequence[str] = ()) -> Example:
-    """A picture and a text of yours: a statement, or a question with its ``answers``.
-
-    Raises:
-        ExplorerError: there is no text, or an answer is empty.
-        DataError: the picture is missing or does not decode.
-    """
+    """A picture and a text of yours: a statement, or a question with its ``answers``, none of them empty."""
     if not text.strip():
         raise ExplorerError("no text: write a statement, or a question with its answers")
     if any(not answer.strip() for answer in answers):
@@ -430,20 +366,12 @@ def own_example(picture: Path | str, text: str, answers: Sequence[str] = ()) -> 
     )  # fmt: skip
 
 
-def own_view(run: Run, example: Example, materials: "Materials | None" = None) -> View:
-    """What a run's method selects in an example of yours, with the run's trained student.
+def own_view(run: Run, example: Example, materials: Materials | None = None) -> View:
+    """What a run's method selects in an example of yours (``own_example``), with the run's trained student.
 
-    Args:
-        run: whose settings and student count.
-        example: see ``own_example``; of a task with labels, a statement alone.
-        materials: of ``training.prepare.prepare`` with the run's settings; made if None.
-
-    Raises:
-        ExplorerError: answers in a task that has a label set.
-        DataError: the run's training data, which the word statistics come from, are gone.
+    ``materials`` are of ``training.prepare.prepare`` with the run's settings; made if None. A task that has a
+    label set takes a statement alone: an ExplorerError if there are answers.
     """
-    from tdlib.training.recording import preview_targets
-
     materials = materials or materials_of(run)
     if materials.labels and example.choices:
         raise ExplorerError(
@@ -455,8 +383,6 @@ def own_view(run: Run, example: Example, materials: "Materials | None" = None) -
 
 
 @lru_cache(maxsize=2)
-def materials_of(run: Run) -> "Materials":
+def materials_of(run: Run) -> Materials:
     """What a run needed before it trained, prepared again: data, encoder, cache, word statistics."""
-    from tdlib.training.prepare import prepare
-
     return prepare(run.config, whole_splits=False)

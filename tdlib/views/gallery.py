@@ -4,17 +4,14 @@ What a run targeted in them is shown by ``compare``. Nothing is told by colour a
 index).
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from PIL import Image, ImageDraw
-
 from tdlib.data.examples import Example, TextPart
-from tdlib.data.pictures import open_picture
-from tdlib.views.html import page, source, style
+from tdlib.views.html import page, style
+from tdlib.views.picture import frame, label, object_labels, overlaid
 from tdlib.views.scale import BLACK, GREY, WHITE
 
 # Paul Tol's bright scheme, safe for colour-blind readers; objects beyond the seventh start again.
@@ -26,26 +23,14 @@ def object_colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def boxed_picture(example: Example, width: int = 300) -> Image.Image:
-    """The picture, ``width`` pixels wide, with every object's box and index, and what decides, dashed."""
-    picture = open_picture(example.image)
-    height = round(picture.height * width / picture.width)
-    picture = picture.resize((width, height))
-    canvas = ImageDraw.Draw(picture)
-    for index, box in enumerate(example.boxes):
-        left, top, right, bottom = (round(v * s) for v, s in zip(box, (width, height) * 2, strict=True))
-        canvas.rectangle((left, top, right, bottom), outline=object_colour(index), width=3)
-        canvas.rectangle((left, top, left + 14, top + 14), fill=object_colour(index))
-        canvas.text((left + 4, top + 1), str(index), fill="white")
-    for box in example.relevant_boxes:
-        left, top, right, bottom = (round(v * s) for v, s in zip(box, (width, height) * 2, strict=True))
-        for x in range(left, right, 8):
-            canvas.line((x, top, min(x + 4, right), top), fill="black", width=2)
-            canvas.line((x, bottom, min(x + 4, right), bottom), fill="black", width=2)
-        for y in range(top, bottom, 8):
-            canvas.line((left, y, left, min(y + 4, bottom)), fill="black", width=2)
-            canvas.line((right, y, right, min(y + 4, bottom)), fill="black", width=2)
-    return picture
+def boxed_picture(example: Example, width: int) -> str:
+    """The picture as HTML with every object's box and index, and what decides, dashed."""
+    over = [frame(box, f"3px solid {object_colour(i)}") for i, box in enumerate(example.boxes)]
+    over += [label(x, y, str(i), WHITE, object_colour(i)) for i, x, y in object_labels(example.boxes)]
+    over += [frame(box, f"2px dashed {BLACK}", casing=True) for box in example.relevant_boxes]
+    objects = ", ".join(f"{i} {thing}" for i, thing in enumerate(example.names))
+    alt = f"Picture of {example.id}" + (f" with boxes of {objects}" if objects else "")
+    return overlaid(example.image, alt, over, width)
 
 
 def text_html(part: TextPart) -> str:
@@ -85,12 +70,9 @@ class Gallery:
 def gallery(
     examples: Sequence[Example] | Mapping[str, Example], labels: Sequence[str] = (), width: int = 300
 ) -> Gallery:
-    """Shows examples.
+    """Shows examples, with pictures of ``width`` pixels; a mapping's keys head the rows.
 
-    Args:
-        examples: what to show; a mapping's keys head the rows.
-        labels: the label set, where examples have no choices.
-        width: of the pictures, in pixels.
+    ``labels`` are the label set, where examples have no choices.
     """
     named = examples if isinstance(examples, Mapping) else {example.id: example for example in examples}
     rows = [_row(name, example, labels, width) for name, example in named.items()]
@@ -114,14 +96,10 @@ def _row(name: str, example: Example, labels: Sequence[str], width: int) -> str:
         for i, choice in enumerate(example.choices)
     )
     said = f"<p>{escape(', '.join(example.annotators))}</p>" if example.annotators else ""
-    buffer = io.BytesIO()
-    boxed_picture(example, width).save(buffer, "PNG")
-    objects = ", ".join(f"{i} {thing}" for i, thing in enumerate(example.names))
-    alt = escape(f"Picture of {example.id}" + (f" with boxes of {objects}" if objects else ""))
     answer = "" if example.choices and example.label is not None else _answer(example, labels)
     parts = {
         "1 1 120px": f"<b>{escape(name)}</b><br><span {style(color=GREY)}>{escape(example.stratum)}</span>",
-        f"0 1 {width}px": f'<img src="{source(buffer.getvalue())}" alt="{alt}" {style(max_width="100%")}>',
+        f"0 1 {width}px": boxed_picture(example, width),
         "3 1 300px": f"<p>{text_html(example.prompt)}</p><ol start='0'>{choices}</ol>"
         f"<p><b>{escape(answer)}</b></p>{said}",
     }

@@ -16,15 +16,19 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from tdlib.analysis.scores import strata_by_row
 from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT
 from tdlib.core.records import END, TargetRecord, read_records
 from tdlib.data.tasks import data_folder, task_of
-from tdlib.miniworld.worlds import STRATA, strata_of
 from tdlib.views.training import in_order
 
 SELECTIONS = "selections.parquet"
-ORDERS = ("as recorded", "highest c", "lowest c", "largest disagreement", "wrong first", "right first")
+ORDERS = {  # the column, and whether it ascends
+    "as recorded": ("", True), "highest c": ("c", False), "lowest c": ("c", True),
+    "largest disagreement": ("disagreement", False), "wrong first": ("correct", True),
+    "right first": ("correct", False),
+}  # fmt: skip
 
 
 class ExplorerError(ValueError):
@@ -70,12 +74,7 @@ class Run:
         """See ``read_index``; also ``STRATA`` of each example, "" where the data do not say (any more)."""
         index = read_index(self.folder / SELECTIONS, self.labels)
         questions = index["example_id"].str.removesuffix(":r")  # VCR's rationales
-        known = {split: strata_of(data_folder(self.config), split) for split in index["split"].unique()}
-        parts = [
-            known[split].reindex(questions[rows.index]).fillna("").set_index(rows.index)
-            for split, rows in index.groupby("split")
-        ]
-        return index.join(pd.concat(parts)) if parts else index.assign(**dict.fromkeys(STRATA, ""))
+        return index.join(strata_by_row(index.assign(question=questions), data_folder(self.config)))
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
@@ -83,11 +82,7 @@ class Run:
         return recorded_steps(self.folder / SELECTIONS)
 
     def records(self, split: str, example_id: str, steps: Sequence[int] | None = None) -> list[TargetRecord]:
-        """The records of one example by step, the end last; all steps are read together and kept a while.
-
-        Raises:
-            ExplorerError: the run has none.
-        """
+        """The records of one example by step, the end last; all steps are read together and kept a while."""
         records = _records_of(self.folder / SELECTIONS, split, example_id)
         chosen = [record for record in records if steps is None or record.step in steps]
         if not chosen:
@@ -105,10 +100,8 @@ def find_runs(patterns: Sequence[str | Path], home: Path = ROOT) -> list[Run]:
     """The runs with selections under these paths or globs, each once, in the order given.
 
     Relative ones start at ``home``. A folder that is no run is searched for runs (so a batch's, or
-    ``reports/runs``, names all in it). A path that exists is taken as it is written, brackets included.
-
-    Raises:
-        ExplorerError: a pattern fits nothing, or nothing that recorded selections.
+    ``reports/runs``, names all in it). A path that exists is taken as it is written, brackets included. An
+    ExplorerError if a pattern fits nothing, or nothing that recorded selections.
     """
     folders: dict[Path, None] = {}
     for pattern in patterns:
@@ -154,11 +147,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def run_named(runs: Sequence[Run], name: str) -> Run:
-    """The run of this name.
-
-    Raises:
-        ExplorerError: there is none.
-    """
+    """The run of this name, or an ExplorerError that names those there are."""
     for run in runs:
         if run.name == name:
             return run
@@ -246,21 +235,16 @@ class Filter:
     correct: bool | None = None
     weight: tuple[float, float] = (0.0, float("inf"))
     disagreement: float = 0.0
-    order: str = ORDERS[0]
+    order: str = "as recorded"
     concept: str = ""
     style: str = ""
 
     def choose(self, index: pd.DataFrame) -> pd.DataFrame:
-        """The rows that pass, sorted, numbered anew from 0.
-
-        Raises:
-            ExplorerError: there is no such order.
-        """
+        """The rows that pass, sorted, numbered anew from 0."""
         keep = np.ones(len(index), dtype=bool)
         if self.text.split():
-            texts = (
-                index["example_id"] + "\n" + index["text"] + "\n" + index["answer"].fillna("")
-            ).str.lower()
+            texts = index["example_id"] + "\n" + index["text"] + "\n" + index["answer"].fillna("")
+            texts = texts.str.lower()
             for word in self.text.lower().split():
                 keep &= texts.str.contains(word, regex=False).to_numpy(dtype=bool)
         if self.label:
@@ -281,10 +265,7 @@ class Filter:
     def _sorted(self, rows: pd.DataFrame) -> pd.DataFrame:
         if self.order not in ORDERS:
             raise ExplorerError(f"order={self.order!r}: expected one of {', '.join(ORDERS)}")
-        column, ascending = {
-            ORDERS[1]: ("c", False), ORDERS[2]: ("c", True), ORDERS[3]: ("disagreement", False),
-            ORDERS[4]: ("correct", True), ORDERS[5]: ("correct", False),
-        }.get(self.order, ("", True))  # fmt: skip
-        if not column:
+        if self.order == "as recorded":
             return rows
+        column, ascending = ORDERS[self.order]
         return rows.sort_values(column, ascending=ascending, kind="stable", na_position="last")

@@ -22,38 +22,22 @@ def lesson_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
 
     Columns ``split``, ``example_id``, ``step``, ``choice``, ``text``, ``picture`` ("its own picture" or "the
     other picture"), ``file``, ``teacher`` and ``student`` (probabilities among the statements that CLIP
-    judges), ``weight`` (of the pair in the loss; missing for the own picture, which is no lesson). Records
-    without a lesson are left out.
+    judges), ``weight`` (of the pair in the loss; missing for the own picture, which is no lesson).
     """
     rows = []
-    for record in in_order(records):
-        if record.other_image is None:
-            continue
-        shared = {
-            "split": record.split, "example_id": record.example_id, "step": record.step,
-            "choice": record.choice, "text": record.text,
-        }  # fmt: skip
-        rows.append(
-            shared | {"picture": OWN, "file": record.image.name, "teacher": record.teacher_choice,
-                      "student": record.student_choice, "weight": None}
-        )  # fmt: skip
-        rows.append(
-            shared | {"picture": OTHER, "file": record.other_image.name, "teacher": record.teacher_other,
-                      "student": record.student_other, "weight": record.lesson_weight}
-        )  # fmt: skip
-    columns = [
-        "split",
-        "example_id",
-        "step",
-        "choice",
-        "text",
-        "picture",
-        "file",
-        "teacher",
-        "student",
-        "weight",
-    ]
-    return pd.DataFrame(rows, columns=columns)
+    for record in records:
+        for picture, file, teacher, student, weight in (
+            (OWN, record.image, record.teacher_choice, record.student_choice, None),
+            (OTHER, record.other_image, record.teacher_other, record.student_other, record.lesson_weight),
+        ):
+            assert file is not None
+            shown = {
+                "split": record.split, "example_id": record.example_id, "step": record.step,
+                "choice": record.choice, "text": record.text, "picture": picture, "file": file.name,
+                "teacher": teacher, "student": student, "weight": weight,
+            }  # fmt: skip
+            rows.append(shown)
+    return pd.DataFrame(rows)
 
 
 def lesson_view(records: Sequence[TargetRecord]) -> View:
@@ -61,9 +45,7 @@ def lesson_view(records: Sequence[TargetRecord]) -> View:
 
     "Before" is the first recorded step, where there are several; a student that chooses its own lessons
     (``repair_choice="disagreement"``) may then have been shown another picture, of which nothing is drawn.
-
-    Args:
-        records: of one example of one run, all its choices, at any steps.
+    ``records`` are of one example of one run, all its choices, at any steps.
 
     Raises:
         ValueError: the records are of several examples, or none has a lesson.
@@ -84,20 +66,10 @@ def lesson_view(records: Sequence[TargetRecord]) -> View:
     shown = data[data["file"].isin([now[0].image.name, other.name])]
     parts = [("CLIP", last, "teacher"), ("student", last, "student")]
     parts += [("student before", first, "student")] if first != last else []
-    drawn = pd.concat(
-        [
-            pd.DataFrame(
-                {
-                    "picture": rows["picture"],
-                    "statement": rows["choice"],
-                    "who": who,
-                    "probability": rows[name],
-                }
-            )
-            for who, step, name in parts
-            for rows in [shown[shown["step"] == step]]
-        ]
-    )
+    bars = shown.rename(columns={"choice": "statement"})
+    drawn = pd.concat([
+        bars[bars["step"] == step].assign(who=who, probability=bars[name]) for who, step, name in parts
+    ])  # fmt: skip
     texts = [f"{record.text}{' (true)' if record.choice == record.label else ''}" for record in now]
     arguments = {
         "pictures": {OWN: now[0].image, OTHER: other}, "texts": texts, "table": drawn,
@@ -105,8 +77,8 @@ def lesson_view(records: Sequence[TargetRecord]) -> View:
     }  # fmt: skip
     steps = f", student after step {step_name(last)}" if first == last else f", student before: step {first}"
     note = f"the pair weighs {now[0].lesson_weight:.2f} in the loss{steps}"
-    return View(arguments["heading"], plot_lesson, arguments, data, _rows(shown, first, last), note,
-                records=tuple(kept))  # fmt: skip
+    rows = _rows(shown, first, last)
+    return View(arguments["heading"], plot_lesson, arguments, data, rows, note, records=tuple(kept))
 
 
 def _rows(shown: pd.DataFrame, first: int, last: int) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""A picture as it is, with its visual tokens over it as HTML, and where numbers stand on boxes.
+"""A picture as it is, with boxes and visual tokens over it as HTML, and where numbers stand on boxes.
 
 A token's colour is transparent at 0 (``scale``), so that nothing bleaches the picture; what a box says in
 words is its ``title``. A picture that is gone leaves a placeholder that names the file, and boxes, numbers
@@ -53,26 +53,31 @@ def embedded(path: Path) -> tuple[bytes, str]:
 def picture_html(sheet: Sheet, width: int = 380) -> str:
     """The picture of a sheet, ``width`` pixels wide where there is room, with boxes, frames and numbers."""
     record = sheet.record
-    content, missing = embedded(record.image)
+    over = [_region(sheet, int(i)) for i in sheet.regions]
+    over += [frame(box, f"2px solid {OBJECT}") for box in record.object_boxes]
+    over += [frame(box, f"2px dashed {BLACK}", casing=True) for box in record.relevant_boxes]
+    over += [label(x, y, str(n), WHITE, OBJECT) for n, x, y in object_labels(record.object_boxes)]
+    over += [
+        label(x, y, sheet.scale.number(float(sheet.values[i])), BLACK, WHITE, sheet.notes[i])
+        for i, x, y in number_labels(sheet)
+    ]
+    key = ", ".join(f"[{number}] {name}" for number, name in enumerate(record.object_names))
+    below = f"<div {style(font_size='12px', margin='2px 0')}>{escape(key)}</div>" if key else ""
+    return overlaid(record.image, described(sheet), over, width) + below
+
+
+def overlaid(path: Path, alt: str, over: Sequence[str], width: int) -> str:
+    """A picture, ``width`` pixels wide where there is room, with HTML over it; ``alt`` says what it shows."""
+    content, missing = embedded(path)
     if missing:
         look = style(background_color="#eeeeee", padding="0 0 75% 0", font_size="12px", color=BLACK)
         ground = f"<div {look}></div>"
         missing = f"<div {style(font_size='12px', color=OBJECT, margin='2px 0')}>{escape(missing)}</div>"
     else:
         look = style(width="100%", display="block")
-        ground = f'<img src="{source(content, "jpeg")}" alt="{escape(described(sheet))}" {look}>'
-    boxes = "".join(_region(sheet, int(i)) for i in sheet.regions)
-    frames = "".join(_frame(box, f"2px solid {OBJECT}") for box in record.object_boxes)
-    frames += "".join(_frame(box, f"2px dashed {BLACK}", casing=True) for box in record.relevant_boxes)
-    labels = "".join(_label(x, y, str(n), WHITE, OBJECT) for n, x, y in object_labels(record))
-    labels += "".join(
-        _label(x, y, sheet.scale.number(float(sheet.values[i])), BLACK, WHITE, sheet.notes[i])
-        for i, x, y in number_labels(sheet)
-    )
-    frame = style(position="relative", width="100%", max_width=f"{width}px", line_height="1")
-    key = ", ".join(f"[{number}] {name}" for number, name in enumerate(record.object_names))
-    below = f"<div {style(font_size='12px', margin='2px 0')}>{escape(key)}</div>" if key else ""
-    return f"<div {frame}>{ground}{boxes}{frames}{labels}</div>{missing}{below}"
+        ground = f'<img src="{source(content, "jpeg")}" alt="{escape(alt)}" {look}>'
+    around = style(position="relative", width="100%", max_width=f"{width}px", line_height="1")
+    return f"<div {around}>{ground}{''.join(over)}</div>{missing}"
 
 
 def described(sheet: Sheet) -> str:
@@ -101,14 +106,14 @@ def _region(sheet: Sheet, i: int) -> str:
     if sheet.coloured[i]:
         look["background_color"] = sheet.scale.css(float(sheet.values[i]))
     if sheet.marked[i]:
-        line = "dotted" if sheet.dotted is not None and sheet.dotted[i] else "solid"
+        line = "dotted" if sheet.dotted[i] else "solid"
         look |= {"border": f"1px {line} {BLACK}"}
     note = f"{token_name(sheet.record, i)}: {sheet.notes[i]}"
     return f'<div {style(**look)} title="{escape(note)}"></div>'
 
 
-def _frame(box: Box, line: str, casing: bool = False) -> str:
-    """Four lines instead of a box, which would keep the mouse from the tokens that it lies over."""
+def frame(box: Box, line: str, casing: bool = False) -> str:
+    """A box as four lines: one element would keep the mouse from the tokens that it lies over."""
     left, top, right, bottom = box
     look = {"outline": f"1px solid {WHITE}"} if casing else {}
     sides = [
@@ -118,7 +123,8 @@ def _frame(box: Box, line: str, casing: bool = False) -> str:
     return "".join(f"<div {style(**_place(side), **{edge: line}, **look)}></div>" for side, edge in sides)
 
 
-def _label(x: float, y: float, text: str, colour: str, ground: str, note: str = "") -> str:
+def label(x: float, y: float, text: str, colour: str, ground: str, note: str = "") -> str:
+    """A number centred at (x, y), in shares of the picture."""
     around = style(
         position="absolute", left=f"{100 * x - 6:.2f}%", top=f"{100 * y - 2.6:.2f}%", width="12%",
         text_align="center", font_size="10px",
@@ -131,11 +137,11 @@ def _label(x: float, y: float, text: str, colour: str, ground: str, note: str = 
 # Where numbers stand, in shares of the picture; shared with the figures.
 
 
-def object_labels(record: TargetRecord) -> list[tuple[int, float, float]]:
+def object_labels(boxes: Sequence[Box]) -> list[tuple[int, float, float]]:
     """Number and place of each object: a corner of its box that no other object's number takes."""
     taken: list[tuple[float, float]] = []
     labels = []
-    for number, (left, top, right, bottom) in enumerate(record.object_boxes):
+    for number, (left, top, right, bottom) in enumerate(boxes):
         middle, centre = (left + right) / 2, (top + bottom) / 2
         corners = [(x, y) for y in (top, bottom, centre) for x in (left, right, middle)]
         places = [(min(max(x, 0.03), 0.97), min(max(y, 0.03), 0.97)) for x, y in corners]
@@ -150,7 +156,7 @@ def number_labels(sheet: Sheet) -> list[tuple[int, float, float]]:
     record = sheet.record
     marked = np.flatnonzero(sheet.marked & record.is_region)
     marked = marked[np.argsort(areas(record.boxes[marked]), kind="stable")]  # a large box has more room
-    taken = [(x, y) for _, x, y in object_labels(record)]
+    taken = [(x, y) for _, x, y in object_labels(record.object_boxes)]
     labels = []
     for i in marked.tolist():
         left, top, right, bottom = record.boxes[i]

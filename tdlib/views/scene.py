@@ -33,9 +33,7 @@ def _marks(sheets: Sequence[Sheet]) -> list[str]:
     marks = {
         "underlined or outlined: selected": any(sheet.marked.any() for sheet in weights),
         "underlined or outlined: the largest": len(weights) < len(sheets) and not weights,
-        "dotted line: selected by the first alone": any(
-            sheet.dotted is not None and sheet.dotted.any() for sheet in sheets
-        ),
+        "dotted line: selected by the first alone": any(sheet.dotted.any() for sheet in sheets),
         f"dotted above, dashed box: decides the answer ({truth_name(records)})": truth_name(records),
         "orange box: object": any(record.object_boxes for record in records),
         "grey: no teacher target": any((~s.record.distilled & s.record.is_text).any() for s in weights),
@@ -54,6 +52,7 @@ def sheet_of(sheet: Sheet) -> dict[str, Any]:
     """A sheet with its colours, numbers and the places of its labels."""
     record = sheet.record
     missing = embedded(record.image)[1] if len(sheet.regions) else ""
+    names = [*record.object_names, *[""] * (len(record.object_boxes) - len(record.object_names))]
     return {
         "key": key_of(sheet),
         "name": sheet.name,
@@ -62,9 +61,9 @@ def sheet_of(sheet: Sheet) -> dict[str, Any]:
         "words": [[[p.text, p.token, list(p.objects)] for p in word] for word in words_of(record)],
         "tokens": [_token(sheet, i) for i in range(len(record.tokens))],
         "boxes": [[int(i), *np.round(record.boxes[i], 5).tolist()] for i in sheet.regions],
-        "objects": [[str(name), *box] for name, box in zip(_names(sheet), record.object_boxes, strict=True)],
+        "objects": [[str(name), *box] for name, box in zip(names, record.object_boxes, strict=True)],
         "truths": [list(box) for box in record.relevant_boxes],
-        "places": {"objects": object_labels(record), "numbers": number_labels(sheet)},
+        "places": {"objects": object_labels(record.object_boxes), "numbers": number_labels(sheet)},
         "picture": "" if missing else str(record.image),
         "missing": missing,
         "described": described(sheet),
@@ -77,11 +76,6 @@ def key_of(sheet: Sheet) -> str:
     return f"{record.split} {record.example_id} {record.choice} {len(record.tokens)}"
 
 
-def _names(sheet: Sheet) -> list[str]:
-    record = sheet.record
-    return [*record.object_names, *[""] * (len(record.object_boxes) - len(record.object_names))]
-
-
 def _token(sheet: Sheet, i: int) -> dict[str, Any]:
     value = float(sheet.values[i])
     return {
@@ -89,7 +83,7 @@ def _token(sheet: Sheet, i: int) -> dict[str, Any]:
         "fill": sheet.scale.css(value) if sheet.coloured[i] else "",
         "tint": list(sheet.scale.on_white(value)) if sheet.coloured[i] else [],
         "marked": bool(sheet.marked[i]),
-        "dotted": bool(sheet.dotted is not None and sheet.dotted[i]),
+        "dotted": bool(sheet.dotted[i]),
         "truth": bool(sheet.truth[i]),
         "distilled": bool(sheet.record.distilled[i]),
         "name": token_name(sheet.record, i),

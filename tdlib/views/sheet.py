@@ -13,16 +13,7 @@ from itertools import groupby
 
 import numpy as np
 
-from tdlib.core.facts import (
-    facts,
-    ground_truth,
-    kinds,
-    percent,
-    shares,
-    signed,
-    title,
-    token_name,
-)
+from tdlib.core.facts import facts, ground_truth, kinds, percent, shares, signed, title, token_name
 from tdlib.core.records import TargetRecord
 from tdlib.views.scale import Scale
 
@@ -44,8 +35,8 @@ class Sheet:
 
     ``values`` (tokens,) are shares of 1 on ``scale``; ``coloured`` (tokens,) says which have one at all,
     ``marked`` (tokens,) which are emphasised: bold and underlined words, outlined and numbered boxes.
-    ``notes`` are what a token says when the mouse rests on it. ``dotted`` (tokens,) underlines words by
-    dots: the tokens that only the first of two runs selected. ``scores`` (tokens,) are what the selector saw.
+    ``dotted`` (tokens,) which of these have a dotted line: those that only the first of two runs selected.
+    ``notes`` are what a token says when the mouse rests on it, ``scores`` (tokens,) what the selector saw.
     ``name`` heads the sheet, ``about`` are facts of the record, ``below`` is what its numbers add up to.
     """
 
@@ -53,12 +44,12 @@ class Sheet:
     values: np.ndarray
     coloured: np.ndarray
     marked: np.ndarray
+    dotted: np.ndarray
     scale: Scale
     notes: tuple[str, ...]
     name: str = ""
     about: tuple[str, ...] = ()
     below: str = ""
-    dotted: np.ndarray | None = None
     scores: np.ndarray | None = None
 
     @cached_property
@@ -88,8 +79,8 @@ def weight_sheet(record: TargetRecord, highest: float, name: str = "", labels: S
     below = f"{shares(record)}; also selected: {', '.join(special)}" if special else shares(record)
     return Sheet(
         record, np.where(record.selected, record.weight, 0), record.selected, record.selected,
-        Scale(highest), notes, name, (title(record, labels), *map(" ".join, facts(record, labels).items())),
-        f"{below}.", scores=record.score,
+        np.zeros_like(record.selected), Scale(highest), notes, name,
+        (title(record, labels), *map(" ".join, facts(record, labels).items())), f"{below}.", record.score,
     )  # fmt: skip
 
 
@@ -111,7 +102,7 @@ def difference_sheet(left: TargetRecord, right: TargetRecord, name: str, below: 
     )
     gap = second - first
     scale = Scale(float(np.abs(gap).max(initial=0)), "difference of weights, percentage points", signed=True)
-    return Sheet(left, gap, either, either, scale, notes, name, (), below, left.selected & ~right.selected)
+    return Sheet(left, gap, either, either, left.selected & ~right.selected, scale, notes, name, (), below)
 
 
 def value_sheet(record: TargetRecord, values: np.ndarray, name: str, what: str) -> Sheet:
@@ -138,7 +129,8 @@ def value_sheet(record: TargetRecord, values: np.ndarray, name: str, what: str) 
     sums += [f"{token} {percent(float(value))} %" for token, value in special if value > 0]
     notes = tuple(f"{percent(float(value))} % {what}" for value in values)
     scale = Scale(float(values[record.is_text | record.is_visual].max(initial=0)), f"{what}, %")
-    return Sheet(record, values, values > 0, marked, scale, notes, name, (), f"{', '.join(sums)}.")
+    nowhere, below = np.zeros_like(marked), f"{', '.join(sums)}."
+    return Sheet(record, values, values > 0, marked, nowhere, scale, notes, name, (), below)
 
 
 # Words.

@@ -24,7 +24,7 @@ def _piece(sheet: Sheet, piece: Piece) -> str:
     background, colour = sheet.scale.on_white(float(sheet.values[i])) if coloured else (WHITE, BLACK)
     if not coloured and (i is None or not sheet.record.distilled[i]):
         colour = GREY
-    line = "dotted" if sheet.dotted is not None and i is not None and sheet.dotted[i] else "solid"
+    line = "dotted" if i is not None and sheet.dotted[i] else "solid"
     look = style(
         background_color=background,
         background_clip="padding-box",  # or a dark token would hide its dotted border

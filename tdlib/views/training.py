@@ -26,11 +26,7 @@ def in_order(records: Sequence[TargetRecord]) -> list[TargetRecord]:
 def of_statement(
     records: Sequence[TargetRecord], example_id: str, choice: int | None = None, split: str | None = None
 ) -> list[TargetRecord]:
-    """All records of one statement, by step; ``choice`` None takes the right one (else the first).
-
-    Raises:
-        ValueError: there is none.
-    """
+    """All records of one statement, by step; ``choice`` None takes the right one (else the first)."""
     chosen = [r for r in records if r.example_id == example_id and (split is None or r.split == split)]
     if choice is None and chosen:
         choices = {record.choice for record in chosen}
@@ -60,34 +56,21 @@ def evolution_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
     Raises:
         ValueError: the records are of several statements or runs, or there are none.
     """
-    records = _one_statement(records)
-    orders, names = _orders(records), token_names(records[0])
-    frames = [
-        pd.DataFrame(
-            {
-                "step": record.step,
-                "order": orders[record.step],
-                "position": range(len(names)),
-                "token": names,
-                "kind": kinds(record),
-                "weight": record.weight,
-                "score": record.score,
-                "relevance": record.relevance,
-                "selected": record.selected,
-            }
-        )
-        for record in records
-    ]
-    return pd.concat(frames, ignore_index=True)
-
-
-def _one_statement(records: Sequence[TargetRecord]) -> list[TargetRecord]:
     if not records:
         raise ValueError("no records; expected those of one statement at several steps")
     for record in records:
         same_tokens(records[0], record)
     _once_per_step(records)
-    return in_order(records)
+    orders, names = _orders(records), token_names(records[0])
+    shown = ["weight", "score", "relevance", "selected"]
+    frames = [
+        pd.DataFrame({
+            "step": record.step, "order": orders[record.step], "position": range(len(names)),
+            "token": names, "kind": kinds(record), **{name: getattr(record, name) for name in shown},
+        })
+        for record in in_order(records)
+    ]  # fmt: skip
+    return pd.concat(frames, ignore_index=True)
 
 
 def _once_per_step(records: Sequence[TargetRecord]) -> None:
@@ -109,9 +92,6 @@ def turnover_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
     One row per statement and step: ``selected_text``, ``selected_visual`` (tokens), ``turnover_text``,
     ``turnover_visual`` and ``turnover`` against the statement's previous recorded step (missing at its
     first), and p_T, p_S and c; ``order`` is the step's place among all steps.
-
-    Raises:
-        ValueError: a statement has two records of one step.
     """
     _once_per_step(records)
     orders, rows = _orders(records), []
@@ -121,28 +101,26 @@ def turnover_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
         row = {
             "split": record.split, "example_id": record.example_id, "choice": record.choice,
             "step": record.step, "order": orders[record.step],
+            "selected_text": int((record.selected & record.is_text).sum()),
+            "selected_visual": int((record.selected & record.is_region).sum()),
         }  # fmt: skip
-        row["selected_text"] = int((record.selected & record.is_text).sum())
-        row["selected_visual"] = int((record.selected & record.is_region).sum())
         before = last.get(key)
         if before is not None:
             same_tokens(before, record)
         every = np.ones(len(record.tokens), dtype=bool)
         for name, part in (("_text", record.is_text), ("_visual", record.is_region), ("", every)):
-            row[f"turnover{name}"] = (
-                math.nan if before is None else turnover(before.selected & part, record.selected & part)
-            )
+            new = math.nan if before is None else turnover(before.selected & part, record.selected & part)
+            row[f"turnover{name}"] = new
         rows.append(row | _instance(record))
         last[key] = record
     return pd.DataFrame(rows)
 
 
 def _instance(record: TargetRecord) -> dict[str, float]:
-    numbers = record.teacher_probability, record.student_probability, record.instance_weight
-    return {
-        name: math.nan if value is None else value
-        for name, value in zip(("p_T", "p_S", "c"), numbers, strict=True)
-    }
+    numbers = {
+        "p_T": record.teacher_probability, "p_S": record.student_probability, "c": record.instance_weight,
+    }  # fmt: skip
+    return {name: math.nan if value is None else value for name, value in numbers.items()}
 
 
 def evolution_view(records: Sequence[TargetRecord], labels: Sequence[str] = ()) -> View:
@@ -151,20 +129,16 @@ def evolution_view(records: Sequence[TargetRecord], labels: Sequence[str] = ()) 
     Words and pictures share one scale. All text tokens and the ``MOST_VISUAL`` visual tokens that weighed
     most on average are drawn; the table, ``evolution_table``, has all. Records are those of one statement
     and run, see ``of_statement``.
-
-    Raises:
-        ValueError: see ``evolution_table``.
     """
-    records = _one_statement(records)
     data, steps = evolution_table(records), turnover_table(records)
+    records = in_order(records)
     mean = data.assign(weight=data["weight"] * data["selected"]).groupby("position")["weight"].mean()
     first = records[0]
     ever = np.flatnonzero(first.is_region & np.any([record.selected for record in records], axis=0))
     ranked = ever[np.argsort(-mean.to_numpy()[ever], kind="stable")][:MOST_VISUAL]
     drawn = np.concatenate([np.flatnonzero(first.is_text), np.sort(ranked)])
-    hidden = (
-        f"{len(ranked)} of the {len(ever)} visual tokens that were ever selected (of {first.is_region.sum()})"
-    )
+    hidden = f"{len(ranked)} of the {len(ever)} visual tokens that were ever selected"
+    hidden += f" (of {first.is_region.sum()})"
     places = sorted({*np.linspace(0, len(records) - 1, PICTURES).round().astype(int)})
     highest = highest_weight(records)
     shown = [weight_sheet(records[place], highest) for place in places] if first.is_region.any() else []
@@ -181,19 +155,6 @@ def evolution_view(records: Sequence[TargetRecord], labels: Sequence[str] = ()) 
     return View(heading, plot_evolution, arguments, data, rows, first.text, records=tuple(records))
 
 
-def instance_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
-    """p_T, p_S (of the true label) and c per example and step; examples without a label are left out.
-
-    Columns ``split``, ``example_id``, ``step``, ``order`` (its place from 0), ``p_T``, ``p_S``, ``c``.
-    """
-    rows = [
-        {"split": record.split, "example_id": record.example_id, "step": record.step} | _instance(record)
-        for record in in_order(records)
-        if record.instance_weight is not None
-    ]
-    return _instances(pd.DataFrame(rows, columns=["split", "example_id", "step", "p_T", "p_S", "c"]))
-
-
 def _instances(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows, one per example and step, with ``order``: the step's place, the end last."""
     rows = rows.drop_duplicates(["split", "example_id", "step"], keep="last")
@@ -207,15 +168,18 @@ def _instances(rows: pd.DataFrame) -> pd.DataFrame:
 def instance_view(records: Sequence[TargetRecord] | pd.DataFrame, example_id: str | None = None) -> View:
     """Instance weights: p_T, p_S and c of one example over training, and c over all examples.
 
-    ``records`` may be a table with ``split``, ``example_id``, ``step``, ``p_T``, ``p_S`` and ``c`` instead.
-    ``example_id`` names the example that is drawn by itself and marked among the others; None, none.
-    The table is ``instance_table``.
+    ``records`` may be a table with ``split``, ``example_id``, ``step``, ``p_T``, ``p_S`` and ``c`` instead,
+    p of the true label; examples without one are left out. ``example_id`` names the example that is drawn by
+    itself and marked among the others; None, none. Table: those columns and ``order``, the step's place.
 
     Raises:
         ValueError: no record has an instance weight, or none is of that example.
     """
-    data = _instances(records) if isinstance(records, pd.DataFrame) else instance_table(records)
-    data = data.dropna(subset=["c"])
+    if not isinstance(records, pd.DataFrame):
+        keys = ["split", "example_id", "step"]
+        rows = [{name: getattr(r, name) for name in keys} | _instance(r) for r in in_order(records)]
+        records = pd.DataFrame(rows, columns=[*keys, "p_T", "p_S", "c"])
+    data = _instances(records.dropna(subset=["c"]))
     if data.empty:
         raise ValueError(
             "no record has an instance weight: were the examples labelled, and was there a teacher?"

@@ -10,21 +10,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from tdlib.core.facts import token_name, truth_name
 from tdlib.core.pages import table_html
 from tdlib.core.records import TargetRecord
+from tdlib.views.figures.style import Figure, drawn, to_pdf, to_png, to_svg
 from tdlib.views.html import page, source, style
 from tdlib.views.picture import picture_html
 from tdlib.views.scale import BLACK, GREY, OBJECT, Scale
 from tdlib.views.sheet import Sheet
 from tdlib.views.statement import statement_html
-
-if TYPE_CHECKING:
-    from tdlib.views.figures.style import Figure
 
 METHOD = "CLIP-TD (our reading)"
 
@@ -39,7 +37,7 @@ class View:
     """
 
     heading: str
-    plot: Callable[..., "Figure"]
+    plot: Callable[..., Figure]
     arguments: Mapping[str, Any]
     data: pd.DataFrame
     rows: pd.DataFrame
@@ -48,10 +46,8 @@ class View:
     records: tuple[TargetRecord, ...] = ()
     sheets: tuple[Sheet, ...] = field(default=(), compare=False)
 
-    def figure(self, paper: bool = False) -> "Figure":
+    def figure(self, paper: bool = False) -> Figure:
         """The view as a matplotlib figure; ``paper``: in a paper's type and without the heading."""
-        from tdlib.views.figures.style import drawn
-
         return drawn(self.plot, self.arguments, paper)
 
     def table(self) -> pd.DataFrame:
@@ -64,34 +60,25 @@ class View:
 
     def to_png(self, path: Path | str | None = None, dpi: int = 300, paper: bool = False) -> bytes:
         """The view as a raster figure; also written to ``path`` if there is one."""
-        from tdlib.views.figures.style import to_png
-
         return to_png(self.figure(paper), path, dpi)
 
     def to_svg(self, path: Path | str | None = None, paper: bool = False) -> str:
         """The view as a vector figure with text as text; also written to ``path`` if there is one."""
-        from tdlib.views.figures.style import to_svg
-
         return to_svg(self.figure(paper), path)
 
     def to_pdf(self, path: Path | str | None = None, paper: bool = True) -> bytes:
         """The view as a vector figure for a paper: its type, no heading (a caption says it), text as text."""
-        from tdlib.views.figures.style import to_pdf
-
         return to_pdf(self.figure(paper), path)
 
     @cached_property
     def _html(self) -> str:
         note = f" <span {style(color=GREY)}>{escape(self.note)}</span>" if self.note else ""
         head = f"<div {style(margin_bottom='6px')}><b>{escape(self.heading)}</b>{note}</div>"
-        return page(head + (self.body or self._embedded() + table_html(self.rows, inline=True)))
-
-    def _embedded(self) -> str:
-        from tdlib.views.figures.style import to_png
-
-        look = style(max_width="100%")
-        content = to_png(self.figure(), dpi=110)
-        return f'<div><img src="{source(content)}" alt="{escape(self.heading)}" {look}></div>'
+        if self.body:
+            return page(head + self.body)
+        content, look = source(to_png(self.figure(), dpi=110)), style(max_width="100%")
+        image = f'<div><img src="{content}" alt="{escape(self.heading)}" {look}></div>'
+        return page(head + image + table_html(self.rows, inline=True))
 
     def __repr__(self) -> str:
         head = f"{self.heading}. {self.note}" if self.note else self.heading
@@ -144,7 +131,7 @@ def _legend(scale: Scale, sheets: Sequence[Sheet], words: bool, picture: bool) -
     weights = any(sheet.marked is sheet.coloured for sheet in sheets)
     if words and weights and steps:
         entries.append(f"<b {style(border_bottom=f'3px solid {BLACK}')}>selected</b>, its number below")
-    if words and any(sheet.dotted is not None and sheet.dotted.any() for sheet in sheets):
+    if words and any(sheet.dotted.any() for sheet in sheets):
         entries.append(f"<b {style(border_bottom=f'3px dotted {BLACK}')}>dotted</b> only by the first")
     truth = escape(truth_name(records))
     if words and any(record.relevant_spans for record in records):

@@ -33,7 +33,7 @@ from tdlib.views.controls import (
     row_text,
     step_options,
 )  # fmt: skip
-from tdlib.views.explorer import USES, VIEWS, Look
+from tdlib.views.explorer import VIEWS, Look
 from tdlib.views.index import ORDERS, Filter, Run, companion
 from tdlib.views.scene import key_of, pictures_of, scene_of
 from tdlib.views.view import View
@@ -97,7 +97,7 @@ class Explorer(ipywidgets.VBox):
         self.split = dropdown("split")
         self.correct = dropdown("student", list(VERDICTS), ANY)
         self.concept, self.style = dropdown("concept"), dropdown("style")
-        self.order = dropdown("order", ORDERS, ORDERS[0])
+        self.order = dropdown("order", list(ORDERS), "as recorded")
         self.weight = named("c", ipywidgets.FloatRangeSlider(min=0, max=1, step=0.01), "300px")
         self.disagreement = named("|p_T − p_S| ≥", ipywidgets.FloatSlider(min=0, max=1, step=0.01), "300px")
         for control in (self.search, self.label, self.weight, self.disagreement):
@@ -282,7 +282,7 @@ class Explorer(ipywidgets.VBox):
 
     def _enable(self) -> None:
         """Greys out what the view, the run or the second run has no use for."""
-        used = USES[self.view.value]
+        _, used = VIEWS[self.view.value]
         controls = {
             "second": self.second, "second_step": self.second_step, "step": self.step, "choice": self.choice,
             "modality": self.modality, "layers": self.layer, "head": self.head, "mass": self.mass,
@@ -376,11 +376,7 @@ class Explorer(ipywidgets.VBox):
     # Export.
 
     def file(self, kind: str) -> tuple[str, bytes]:
-        """Name and content of what stands there as one of ``FILES``.
-
-        Raises:
-            ExplorerError: nothing is shown, or it has no figure.
-        """
+        """Name and content of what stands there as one of ``FILES``."""
         look = self.look
         if look is None:
             raise explorer.ExplorerError("no example passes these filters: there is nothing to save")

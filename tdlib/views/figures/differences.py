@@ -8,8 +8,17 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from tdlib.views.figures.protocol import MARKS
-from tdlib.views.figures.style import GREY, LINE_COLOURS, Figure, need, panels, plain, shared_legend, styled
+from tdlib.views.figures.style import (
+    GREY,
+    LINE_COLOURS,
+    MARKS,
+    Figure,
+    need,
+    panels,
+    plain,
+    shared_legend,
+    styled,
+)
 
 FOUND = ("better", "worse")  # verdicts that fill a mark
 
@@ -34,6 +43,8 @@ def plot_differences(
     drawn = table.dropna(subset=["difference"])
     need(drawn, columns, "plot_differences")
     arms = list(dict.fromkeys(drawn["arm"]))
+    # The first colour and mark are the baseline's in other figures.
+    colours, marks = LINE_COLOURS[1:] + LINE_COLOURS[:1], MARKS[1:] + MARKS[:1]
     keys = [name for name in panel if name in drawn]
     groups = list(drawn.groupby(keys, sort=False)) if keys else [((), drawn)]
     most = max(rows[row].nunique() for _, rows in groups)
@@ -43,10 +54,9 @@ def plot_differences(
         for one in rows.to_dict("records"):
             arm = arms.index(one["arm"])
             y = places.index(one[row]) + (arm - (len(arms) - 1) / 2) * 0.7 / len(arms)
-            colour, mark = LINE_COLOURS[(arm + 1) % len(LINE_COLOURS)], MARKS[(arm + 1) % len(MARKS)]
-            axes.hlines(
-                y, 100 * one["difference_low"], 100 * one["difference_high"], color=colour, linewidth=1.5
-            )
+            colour, mark = colours[arm % len(colours)], marks[arm % len(marks)]
+            low, high = 100 * one["difference_low"], 100 * one["difference_high"]
+            axes.hlines(y, low, high, color=colour, linewidth=1.5)
             filled = colour if one["verdict"] in FOUND else "white"
             axes.plot(100 * one["difference"], y, mark, color=colour, markerfacecolor=filled, markersize=5.5)
         axes.axvline(0, color="black", linewidth=1)
@@ -57,13 +67,11 @@ def plot_differences(
         axes.set_title(plain(heading))
         axes.grid(axis="both")
     for arm, name in enumerate(arms):
-        colour, mark = LINE_COLOURS[(arm + 1) % len(LINE_COLOURS)], MARKS[(arm + 1) % len(MARKS)]
-        grid[0].add_line(
-            Line2D([], [], label=plain(name), color=colour, marker=mark, markerfacecolor="white")
-        )
+        colour, mark = colours[arm % len(colours)], marks[arm % len(marks)]
+        line = Line2D([], [], label=plain(name), color=colour, marker=mark, markerfacecolor="white")
+        grid[0].add_line(line)
     if any(drawn["verdict"].isin(FOUND)):
-        grid[0].add_line(
-            Line2D([], [], label="filled: found by the test", color=GREY, marker="o", linestyle="")
-        )
+        line = Line2D([], [], label="filled: found by the test", color=GREY, marker="o", linestyle="")
+        grid[0].add_line(line)
     shared_legend(figure, grid)
     return figure

@@ -11,8 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
 from tdlib.views.figures.style import BLUE, GREY, HALO, WEIGHTS, Figure, need, plain, small, styled
-
-OBJECT = "#c24e00"  # outlines of objects, as in ``targets``
+from tdlib.views.scale import OBJECT
 
 
 @styled
@@ -70,16 +69,11 @@ def plot_votes(
     votes: Mapping[str, Sequence[tuple[np.ndarray, Sequence[str], np.ndarray]]],
     least: float = 0.5,
 ) -> Figure:
-    """Draw pictures with what their places speak of, a row per picture, a column per student.
+    """Draw pictures (heading and image) with what their places speak of: a row each, a column per student.
 
-    Every word that some place thinks more likely than not stands at the place that is surest of it, which is
-    outlined: blue for patches and cells of a grid, orange for objects and the whole picture.
-
-    Args:
-        pictures: heading and image of each.
-        votes: by student and picture: boxes (places, 4) normalised xyxy, words, and their probabilities
-            (places, words).
-        least: probability from which on a word is written.
+    Every word that some place thinks likelier than ``least`` stands at the place that is surest of it, which
+    is outlined: blue for patches and cells of a grid, orange for objects and the whole picture. ``votes`` are
+    by student and picture boxes (places, 4) normalised xyxy, words, and their probabilities (places, words).
     """
     figure = Figure(figsize=(2.7 * len(votes), 0.4 + 2.8 * len(pictures)))
     grid = figure.subplots(len(pictures), len(votes), squeeze=False)

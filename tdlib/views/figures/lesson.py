@@ -24,12 +24,9 @@ LINE = 44  # letters
 def plot_lesson(pictures: dict[str, Path], texts: Sequence[str], table: pd.DataFrame, heading: str) -> Figure:
     """Draw both pictures, and below each a bar for what everyone says of each text.
 
-    Args:
-        pictures: the example's own and the other one, each under what its column is called.
-        texts: one per statement, in the order of their numbers in the table.
-        table: columns ``picture`` (a name of ``pictures``), ``statement``, ``who`` (a key of ``BARS``),
-            ``probability``.
-        heading: above all.
+    ``pictures`` are the example's own and the other one, by name; ``texts`` one per statement, in the order
+    of their numbers. ``table`` has ``picture`` (a name), ``statement``, ``who`` (a key of ``BARS``) and
+    ``probability``.
     """
     who = [name for name in BARS if (table["who"] == name).any()]
     labels = ["\n".join(wrap(plain(text), LINE)) for text in texts]

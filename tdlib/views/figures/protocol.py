@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from tdlib.views.figures.style import (
     BLUE,
     GREY,
-    LINE_COLOURS,
-    LINE_STYLES,
+    MARKS,
     Figure,
+    line_style,
     need,
     panels,
     plain,
@@ -23,7 +23,6 @@ from tdlib.views.figures.style import (
     styled,
 )  # fmt: skip
 
-MARKS = ["o", "s", "^", "D", "v", "P", "X"]
 TICKS = 8  # sizes beyond which not every one is written below the axis
 
 
@@ -46,9 +45,13 @@ def plot_shots(shots: pd.DataFrame) -> Figure:
             own = rows[rows["arm"] == arm].sort_values("train_examples")
             apart = 1 + 0.02 * (place - (len(arms) - 1) / 2)
             x = own["train_examples"] * apart
-            style = _style(place)
+            style = line_style(place) | {
+                "marker": MARKS[place % len(MARKS)],
+                "linewidth": 1.5,
+                "markersize": 5,
+            }
             axes.vlines(x, 100 * own["low"], 100 * own["high"], color=style["color"], linewidth=1)
-            axes.plot(x, 100 * own["mean"], label=plain(arm), linewidth=1.5, markersize=5, **style)
+            axes.plot(x, 100 * own["mean"], label=plain(arm), **style)
         axes.axhline(100 * rows["chance"].mean(), color=GREY, linewidth=1, linestyle="--", label="chance")
         axes.set_xscale("log")
         axes.minorticks_off()
@@ -57,16 +60,10 @@ def plot_shots(shots: pd.DataFrame) -> Figure:
         axes.margins(x=0.15)
         axes.set_xlabel("training examples")
         axes.set_ylabel("accuracy (%)")
-        _finish(axes, _heading(key, rows))
+        axes.set_title(plain(_heading(key, rows)))
+        axes.grid(axis="both")
     shared_legend(figure, grid)
     return figure
-
-
-def _style(place: int) -> dict[str, Any]:
-    return {
-        "color": LINE_COLOURS[place % len(LINE_COLOURS)], "marker": MARKS[place % len(MARKS)],
-        "linestyle": LINE_STYLES[place % len(LINE_STYLES)],
-    }  # fmt: skip
 
 
 def _heading(key: Any, rows: pd.DataFrame) -> str:
@@ -76,11 +73,6 @@ def _heading(key: Any, rows: pd.DataFrame) -> str:
         return name
     fewest, most = rows["seeds"].min(), rows["seeds"].max()
     return f"{name} ({fewest:g} to {most:g} seeds)" if fewest < most else f"{name} ({most:g} seeds)"
-
-
-def _finish(axes: Axes, heading: str) -> None:
-    axes.set_title(plain(heading))
-    axes.grid(axis="both")
 
 
 # Measures of the targeting.
@@ -146,8 +138,7 @@ def plot_curves(curves: pd.DataFrame, areas: pd.DataFrame, heading: str, unit: s
     for axes, part in zip(figure.subplots(1, 2, sharey=True), ("deletion", "insertion"), strict=True):
         for i, (source, rows) in enumerate(curves.groupby("source", sort=False)):
             axes.plot(
-                100 * rows["fraction"], rows[part], color=LINE_COLOURS[i % len(LINE_COLOURS)],
-                linestyle=LINE_STYLES[i % len(LINE_STYLES)], marker="os^Dvx+"[i % 7], markersize=3.5,
+                100 * rows["fraction"], rows[part], **line_style(i), marker="os^Dvx+"[i % 7], markersize=3.5,
                 linewidth=1.8 if source == "targeting" else 1.1,
                 label=f"{plain(source)} ({areas.loc[source, part]:.3f})",
             )  # fmt: skip

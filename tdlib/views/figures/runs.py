@@ -1,6 +1,6 @@
-"""Figures of training runs: tokens over the steps, instance weights, arms beside each other, loss curves."""
+"""Figures of training runs: tokens over the steps, instance weights, loss curves."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,9 @@ from matplotlib.axes import Axes
 from tdlib.views.figures.style import (
     BLUE,
     GREY,
-    LINE_COLOURS,
-    LINE_STYLES,
     WEIGHTS,
     Figure,
+    line_style,
     need,
     panels,
     plain,
@@ -27,7 +26,6 @@ from tdlib.views.figures.style import (
 from tdlib.views.figures.targets import draw_boxes
 from tdlib.views.sheet import Sheet
 
-REFERENCE_STYLES = {"chance": "--", "teacher zero-shot": ":"}  # rows of a table of arms drawn as lines
 TEXT_LINE: dict[str, Any] = {"color": "#000000", "marker": "o", "linestyle": "-"}
 VISUAL_LINE: dict[str, Any] = {
     "color": "#d55e00", "marker": "s", "linestyle": "--", "markerfacecolor": "white",
@@ -137,17 +135,15 @@ INSTANCE_LINES: dict[str, dict[str, Any]] = {
 def plot_instances(table: pd.DataFrame, example_id: str | None, heading: str) -> Figure:
     """Draw p_T, p_S and c of an example over training, c's distribution per step, and p_T against p_S.
 
-    ``table`` is ``training.instance_table``; without ``example_id``, or a single step, what needs
+    ``table`` is that of ``training.instance_view``; without ``example_id``, or a single step, what needs
     them is left out.
     """
     steps = table.drop_duplicates("order").sort_values("order")
     labels = [step_name(step) for step in steps["step"]]
     chosen = table[table["example_id"] == example_id].sort_values("order")
     several = table["example_id"].nunique() > 1
-    draw = [
-        *([_draw_example] if len(chosen) else []),
-        *([_draw_distribution, _draw_pairs] if several else []),
-    ]
+    draw = [_draw_example] if len(chosen) else []
+    draw += [_draw_distribution, _draw_pairs] if several else []
     figure = Figure(figsize=(0.6 + 3.1 * max(1, len(draw)), 3.2))
     grid = figure.subplots(1, max(1, len(draw)), squeeze=False)[0]
     for axes, panel in zip(grid, draw, strict=False):
@@ -204,53 +200,7 @@ def _draw_pairs(axes: Axes, table: pd.DataFrame, chosen: pd.DataFrame, labels: l
     bar.set_title("$c$")
 
 
-# Arms and histories.
-
-
-@styled
-def plot_arms(arms: pd.DataFrame) -> Figure:
-    """Draw the accuracy of each arm with its interval, one panel per split.
-
-    ``arms`` has a row per arm and split: ``arm``, ``split``, ``mean``, ``low``, ``high`` (accuracies
-    in [0, 1]; the interval may be missing) and ``n`` (how many runs or examples the mean is over).
-    Arms named "chance" or "teacher zero-shot" are drawn as lines; without a split, in every panel.
-    Raises ValueError for a missing column or an empty table.
-    """
-    need(arms, ["arm", "split", "mean", "low", "high", "n"], "plot_arms")
-    is_line = arms["arm"].map(_line_name).isin(REFERENCE_STYLES)
-    dots, lines = arms[~is_line], arms[is_line]
-    if dots.empty:
-        raise ValueError(
-            f"plot_arms: only lines of reference ({', '.join(REFERENCE_STYLES)}); add rows of arms"
-        )
-    names, splits = list(dict.fromkeys(dots["arm"])), list(dict.fromkeys(dots["split"]))
-    figure, grid = panels(len(splits), 1.1 + 0.36 * len(names), sharex=False, sharey=True)
-    for axes, split in zip(grid, splits, strict=True):
-        rows = dots[dots["split"] == split]
-        _draw_arms(axes, rows, names)
-        for row in lines[(lines["split"] == split) | lines["split"].isna()].itertuples():
-            name = _line_name(row.arm)
-            axes.axvline(
-                100 * row.mean, color="black", linewidth=1, linestyle=REFERENCE_STYLES[name], label=name
-            )
-        counts = rows["n"].dropna().unique()
-        axes.set_title(plain(f"{split} (n = {_join(counts)})" if len(counts) else split))
-    shared_legend(figure, grid)
-    return figure
-
-
-def _draw_arms(axes: Axes, rows: pd.DataFrame, names: list[str]) -> None:
-    for row in rows.itertuples():
-        y = names.index(row.arm)
-        axes.plot([100 * row.low, 100 * row.high], [y, y], color=BLUE, linewidth=2, solid_capstyle="butt")
-        axes.plot(100 * row.mean, y, "o", color=BLUE, markersize=6)
-        axes.annotate(f"{100 * row.mean:.1f}", (100 * row.mean, y), (0, 5), textcoords="offset points",
-                      ha="center", va="bottom", fontsize=small())  # fmt: skip
-    axes.set_yticks(range(len(names)), [plain(name) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.7)
-    axes.set_xlabel("accuracy (%)")
-    axes.grid(axis="y")
-    axes.margins(x=0.12)
+# Histories.
 
 
 @styled
@@ -267,11 +217,7 @@ def plot_history(history: pd.DataFrame) -> Figure:
     for axes, term in zip(grid, terms, strict=True):
         for i, arm in enumerate(arms):
             rows = history[(history["term"] == term) & (history["arm"] == arm)].dropna(subset=["value"])
-            style = {
-                "color": LINE_COLOURS[i % len(LINE_COLOURS)],
-                "linestyle": LINE_STYLES[i % len(LINE_STYLES)],
-            }
-            _draw_curves(axes, rows, plain(arm), style)
+            _draw_curves(axes, rows, plain(arm), line_style(i))
         axes.set_title(plain(term))
         axes.set_xlabel("step")
         axes.tick_params(labelbottom=True)
@@ -287,11 +233,3 @@ def _draw_curves(axes: Axes, rows: pd.DataFrame, label: str, style: dict[str, An
             axes.plot(curve.index, curve, linewidth=0.6, alpha=0.5, **style)
     mean = by_seed.dropna().mean(axis=1)
     axes.plot(mean.index, mean, linewidth=1.8, label=label, **style)
-
-
-def _line_name(arm: str) -> str:
-    return str(arm).replace("_", " ").replace("zero shot", "zero-shot")
-
-
-def _join(values: Iterable[Any]) -> str:
-    return ", ".join(f"{value:g}" for value in values)

@@ -61,6 +61,7 @@ GREY, BAND, BLUE = "#6b6b6b", "#dddddd", "#0072b2"
 # Okabe and Ito's colours, darkest first, so that the first ones also differ in grey print.
 LINE_COLOURS = ["#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 LINE_STYLES = ["-", "--", "-.", ":"]
+MARKS = ["o", "s", "^", "D", "v", "P", "X"]
 HALO = [withStroke(linewidth=2, foreground="white")]
 
 
@@ -143,6 +144,12 @@ def to_pdf(figure: MatplotlibFigure, path: Path | str | None = None) -> bytes:
 
 
 # Text and axes.
+
+
+def line_style(place: int) -> dict[str, Any]:
+    """Colour and dashes of the line in this place, so that nothing is told by colour alone."""
+    colour, dashes = LINE_COLOURS[place % len(LINE_COLOURS)], LINE_STYLES[place % len(LINE_STYLES)]
+    return {"color": colour, "linestyle": dashes}
 
 
 def plain(text: object) -> str:

@@ -170,13 +170,13 @@ def draw_boxes(axes: Axes, sheet: Sheet) -> ScalarMappable:
     for box in record.object_boxes:
         outline(axes, box, **OBJECT)
     for i in np.flatnonzero(sheet.marked & record.is_region).tolist():
-        line = ":" if sheet.dotted is not None and sheet.dotted[i] else "-"
+        line = ":" if sheet.dotted[i] else "-"
         outline(axes, record.boxes[i], edgecolor="black", linewidth=0.8, linestyle=line)
     style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": small(), "zorder": 4}
     for i, x, y in number_labels(sheet):
         axes.text(x, y, scale.number(float(sheet.values[i])), bbox=GROUND, **style)
     ground = {"facecolor": OBJECT["edgecolor"], "edgecolor": "white", "linewidth": 0.6, "pad": 1.2}
-    for number, x, y in object_labels(record):
+    for number, x, y in object_labels(record.object_boxes):
         axes.text(x, y, str(number), weight="bold", color="white", bbox=ground, **style)
     return ScalarMappable(overlay.norm, overlay.cmap)
 
