@@ -261,6 +261,31 @@ def filling(teacher: Teacher, examples: Sequence[Example], repeats: int) -> dict
     return rows
 
 
+def making(config: RunConfig, materials: Materials, step: float, repeats: int) -> dict[str, str]:
+    """Making a batch that memory does not keep, in one process, beside decoding its pictures alone.
+
+    ``step`` are the seconds of a training step. Regions are read, not found, and their students decode
+    nothing.
+    """
+    encoded, rows = encoded_subset(config, materials, memory=0), range(config.batch_size)
+    examples = [encoded.examples[row] for row in rows]
+    found = paired(
+        {
+            "decoder": lambda: [open_picture(example.image) for example in examples],
+            "loader": lambda: collate([encoded[row] for row in rows], encoded.encoder),
+            "text": lambda: [encoded.encoder.text(example) for example in examples],
+        },
+        repeats,
+    )
+    speeds = {name: len(rows) / seconds for name, (seconds, _) in found.items()}
+    return {
+        "pictures a second: loader without memory / bare decoder": (
+            f"{speeds['loader']:.0f} / {speeds['decoder']:.0f} = {1 / found['loader'][1]:.2f}"
+        ),
+        "encoding a batch's text anew, of a step": f"{found['text'][0] / step:.1%}",
+    }
+
+
 def column(base: RunConfig, repeats: int, epochs: int) -> dict[str, str]:
     """One student's column of the table."""
     arms = {arm: apply_arm(base.model_copy(update={"arm": arm})) for arm in ("finetune", "naive", "clip_td")}
@@ -275,6 +300,7 @@ def column(base: RunConfig, repeats: int, epochs: int) -> dict[str, str]:
         **{f"step of {arm} / finetune": f"{found[arm][1]:.2f}" for arm in steps if arm != "finetune"},
     }
     steps.clear()
+    rows |= making(arms["clip_td"], materials, found["clip_td"][0], repeats)
     encoded = {arm: encoded_subset(arms[arm], materials) for arm in ("finetune", "clip_td")}
     loops = {
         "bare": bare_loop(arms["finetune"], materials, encoded["finetune"]),

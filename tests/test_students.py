@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
 
-from tdlib.data.examples import TextPart
+from tdlib.data.examples import Reference, TextPart
 from tdlib.data.vcr import VcrReader
 from tdlib.regions.computed import Regions
 from tdlib.students.base import StudentError, text_lengths
 from tdlib.students.clip import ClipFusionEncoder
 from tdlib.students.convert import main as convert_command
+from tdlib.students.region_student import RegionEncoder
 from tdlib.students.registry import load_student, open_encoder
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
 
@@ -107,6 +110,46 @@ def test_outputs_without_names_are_not_taken_for_labels(uniter_folder, tmp_path)
 
 
 # Texts
+
+
+words = st.text("rain umbrella\u00e9\u0327 ,.", max_size=60).map(lambda text: f"a {text}")
+
+
+@pytest.fixture(scope="module", params=["vilt", "uniter", "clip"])
+def short_encoder(request, student_folder, uniter_folder, teacher):
+    """Reads 20 tokens of a statement."""
+    if request.param == "clip":
+        return ClipFusionEncoder(teacher, 20)
+    folder = student_folder if request.param == "vilt" else uniter_folder
+    return open_encoder(str(folder), 20, lambda: boxes_as_features)
+
+
+@settings(max_examples=25, deadline=None)
+@given(prompt=words, choices=st.lists(words, max_size=4), share=st.sampled_from([0, 0.5]))
+def test_each_statement_is_encoded_as_if_it_were_alone(short_encoder, examples, prompt, choices, share):
+    """And each distinct part of a region student's is read once."""
+    encoder = short_encoder
+    example = replace(
+        examples[0], prompt=TextPart(prompt, (Reference(0, 1, (2,)), Reference(1, len(prompt), (1,)))),
+        choices=tuple(map(TextPart, choices)), given=int(share * len(prompt)),
+    )  # fmt: skip
+    whole = encoder.text(example)
+    statements = [replace(example, choices=(choice,)) for choice in example.choices] or [example]
+    assert len(whole.input_ids) == len(statements)
+    padding = {"input_ids": encoder.tokenizer.pad_token_id, "objects": -1}
+    for row, statement in enumerate(statements):
+        for name, alone in vars(encoder.text(statement)).items():
+            value, length = getattr(whole, name)[row], alone.shape[1]
+            assert value.dtype == torch.int64 and torch.equal(value[:length], alone[0]), name
+            assert (value[length:] == padding.get(name, 0)).all(), name
+    if isinstance(encoder, RegionEncoder):
+        parts, asked, real = encoder._parts(example), [], encoder.tokenizer
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                encoder, "tokenizer", lambda texts, **how: asked.extend(texts) or real(texts, **how)
+            )
+            encoder._pieces(parts)
+        assert len(asked) == len(set(asked)) and set(asked) == {text for row in parts for text, _, _ in row}
 
 
 @pytest.mark.parametrize("kind", ["vilt", "uniter", "clip"])

@@ -198,7 +198,8 @@ def masked_scorer(
             own["region_features"][gone[:, texts:]] = 0
         else:
             # Boxes are shares of the picture, which may be smaller than the padded pixels that it lies in.
-            shown = batch["pixel_mask"][0] if "pixel_mask" in batch else batch["pixel_values"][0, 0] * 0 + 1
+            whole = torch.ones_like(batch["pixel_values"][0, 0])
+            shown = batch["pixel_mask"][0].expand_as(whole) if "pixel_mask" in batch else whole
             height, width = int(shown.amax(1).sum()), int(shown.amax(0).sum())
             places = (record.boxes * [width, height, width, height]).round().astype(int)
             for row, token in zip(*np.nonzero(~keep[:, texts:]), strict=True):

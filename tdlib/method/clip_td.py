@@ -180,10 +180,15 @@ def choose_tokens(
 def places_of(selected: Mask, student: Tokens) -> dict[str, tuple[Tensor, ...]]:
     """Where the selected tokens of "text" and "visual" are: an index into anything of their shape.
 
-    Waits for the device to count them. Do it before the student's pass, when there is little to wait for.
+    Waits for the device once, to count them. Do it before the student's pass, when there is little to wait
+    for. Sorting marks finds the same places in the same order as ``nonzero``, which would wait each time.
     """
-    chosen = {"text": selected & student.is_text, "visual": selected & ~student.is_text}
-    return {name: mask.nonzero(as_tuple=True) for name, mask in chosen.items()}
+    chosen = torch.stack([selected & student.is_text, selected & ~student.is_text]).flatten(1)
+    order = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return {
+        name: torch.unravel_index(places[:count], selected.shape)
+        for name, places, count in zip(("text", "visual"), order, chosen.sum(1).tolist(), strict=True)
+    }
 
 
 def weigh_examples(

@@ -8,11 +8,12 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -114,14 +115,39 @@ class EncodedText:
     objects: Tensor  # (choices, text_tokens)
 
 
-def referred_objects(statements: Sequence[TextPart], spans: Tensor) -> Tensor:
-    """The first object that each token refers to, -1 for none: (choices, tokens) of spans (.., .., 2)."""
-    found = torch.full(spans.shape[:-1], -1, dtype=torch.long)
-    for row, statement in enumerate(statements):
-        for reference in statement.references:
-            if reference.objects:
-                overlap = (spans[row, :, 0] < reference.end) & (spans[row, :, 1] > reference.start)
-                found[row, overlap] = reference.objects[0]
+Row = tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int]]]  # of one statement: ids, types, spans
+
+
+def encoded_text(rows: Sequence[Row], padding: int, statements: Sequence[TextPart]) -> EncodedText:
+    """The rows of an example's statements, padded to the longest; ``padding`` is the id that pads.
+
+    Lists are padded and each becomes a tensor once: an example's text is encoded at every step where
+    memory does not keep it.
+    """
+    length = max(len(ids) for ids, _, _ in rows)
+
+    def padded(values: Iterable[Sequence[Any]], value: Any) -> Tensor:
+        whole = [[*row, *[value] * (length - len(row))] for row in values]
+        return torch.from_numpy(np.array(whole, dtype=np.int64))  # a third of torch.tensor's time
+
+    ids, types, spans = zip(*rows, strict=True)
+    return EncodedText(
+        padded(ids, padding),
+        padded([[1] * len(row) for row in ids], 0),
+        padded(types, 0),
+        padded(spans, (0, 0)),
+        padded(map(_referred_objects, statements, spans), -1),
+    )
+
+
+def _referred_objects(statement: TextPart, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """The first object that each token refers to (by the last reference, of several), -1 for none."""
+    found = [-1] * len(spans)
+    for reference in statement.references:
+        if reference.objects:
+            for place, (start, end) in enumerate(spans):
+                if start < reference.end and end > reference.start:
+                    found[place] = reference.objects[0]
     return found
 
 
@@ -424,13 +450,14 @@ def drawn_linear(inputs: int, outputs: int) -> nn.Linear:
 def pair_spans(encoding, row: int, shift: int) -> list[tuple[int, int]]:
     """Character spans of a tokenized pair in the statement "first second".
 
-    ``shift`` is where the second part starts. Special tokens and padding get (0, 0).
+    ``shift`` is where the second part starts. Special tokens get (0, 0).
     """
-    spans = []
-    for offset, part in zip(encoding["offset_mapping"][row], encoding.sequence_ids(row), strict=True):
-        moved = (shift if part == 1 else 0) if part is not None else None
-        spans.append((int(offset[0]) + moved, int(offset[1]) + moved) if moved is not None else (0, 0))
-    return spans
+    return [
+        (start + part * shift, end + part * shift) if part is not None else (0, 0)
+        for (start, end), part in zip(
+            encoding["offset_mapping"][row], encoding.sequence_ids(row), strict=True
+        )
+    ]
 
 
 def pad_last(rows: list[Tensor], length: int, dim: int = 1, value: float = 0) -> Tensor:

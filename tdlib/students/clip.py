@@ -24,8 +24,7 @@ from tdlib.students.base import (
     StudentEncoder,
     StudentError,
     StudentOutput,
-    pad_last,
-    referred_objects,
+    encoded_text,
 )
 from tdlib.teacher.families import image_tower, text_tower
 from tdlib.teacher.model import (
@@ -272,18 +271,9 @@ class ClipFusionEncoder(StudentEncoder):
     def text(self, example: Example) -> EncodedText:
         """Ids and spans of the statements (prompt with each choice, or the prompt) of one example."""
         statements = example.statements()
-        rows = [self._cut(*self.tokenize(statement.text)) for statement in statements]
-        length = max(len(ids) for ids, _ in rows)
-        ids = [torch.tensor([ids]) for ids, _ in rows]
-        spans = pad_last([torch.tensor([spans]) for _, spans in rows], length)[:, 0]
-        input_ids = pad_last(ids, length, value=self.tokenizer.pad_token_id)[:, 0]
-        return EncodedText(
-            input_ids,
-            pad_last([torch.ones_like(row) for row in ids], length)[:, 0],
-            torch.zeros_like(input_ids),
-            spans,
-            referred_objects(statements, spans),
-        )
+        read = [self._cut(*self.tokenize(statement.text)) for statement in statements]
+        rows = [(ids, [0] * len(ids), spans) for ids, spans in read]
+        return encoded_text(rows, self.tokenizer.pad_token_id, statements)
 
     def lengths(self, example: Example) -> list[int]:
         texts = [self.tokenize.read(statement.text) for statement in example.statements()]

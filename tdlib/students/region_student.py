@@ -17,12 +17,15 @@ from tdlib.data.examples import Example
 from tdlib.regions.computed import CachedRegions, Regions, RegionSource
 from tdlib.students.base import (
     EncodedText,
+    Row,
     StudentEncoder,
     StudentError,
     StudentOutput,
+    encoded_text,
     pad_last,
-    referred_objects,
 )
+
+Piece = tuple[int, tuple[int, int]]  # a token and its span
 
 
 def sequence_mask(attention_mask: Tensor, region_mask: Tensor) -> Tensor:
@@ -37,9 +40,9 @@ def bert_states(
     """Hidden states of BERT's layers, ``embeddings`` (rows, tokens, width) first.
 
     ``tokens`` (rows, tokens) is 1 on real ones. transformers makes the mask: a boolean one for its fused
-    attention, none where nothing is padded.
+    attention. To ask whether nothing is padded would be to wait for the device, at every pass.
     """
-    mask = create_bidirectional_mask(config, embeddings, tokens)
+    mask = create_bidirectional_mask(config, embeddings, tokens, allow_is_bidirectional_skip=False)
     states = [embeddings]
     for layer in layers:
         states.append(layer(states[-1], mask))
@@ -187,23 +190,12 @@ class RegionEncoder(StudentEncoder):
         return [[*asked, (choice.text, len(prompt) + 1, last)] for choice in example.choices] or [asked]
 
     def text(self, example: Example) -> EncodedText:
-        rows = [self._row(parts) for parts in self._parts(example)]
-        length = max(len(ids) for ids, _, _ in rows)
-        ids = [torch.tensor([row[0]]) for row in rows]
-        spans = pad_last([torch.tensor([row[2]]) for row in rows], length)[:, 0]
-        return EncodedText(
-            pad_last(ids, length, value=self.tokenizer.pad_token_id)[:, 0],
-            pad_last([torch.ones_like(row) for row in ids], length)[:, 0],
-            pad_last([torch.tensor([row[1]]) for row in rows], length)[:, 0],
-            spans,
-            referred_objects(example.statements(), spans),
-        )
+        parts = self._parts(example)
+        rows = [self._row(*row) for row in zip(parts, self._pieces(parts), strict=True)]
+        return encoded_text(rows, self.tokenizer.pad_token_id, example.statements())
 
-    def _row(
-        self, parts: Sequence[tuple[str, int, int]]
-    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        """Ids, token types and spans of one statement."""
-        pieces = self._pieces(parts)
+    def _row(self, parts: Sequence[tuple[str, int, int]], pieces: list[list[Piece]]) -> Row:
+        """Ids, token types and spans of one statement, of at most ``max_text_tokens``."""
         room = self.max_text_tokens - 1 - len(parts)
         while sum(map(len, pieces)) > room:
             max(pieces, key=len).pop()
@@ -214,18 +206,24 @@ class RegionEncoder(StudentEncoder):
             spans += [*(span for _, span in piece), (0, 0)]
         return ids, types, spans
 
-    def _pieces(self, parts: Sequence[tuple[str, int, int]]) -> list[list[tuple[int, tuple[int, int]]]]:
-        """Ids and spans in the statement of each part of it."""
-        pieces = []
-        for text, start, _ in parts:
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            spans = [(begin + start, end + start) for begin, end in encoded["offset_mapping"]]
-            pieces.append(list(zip(encoded["input_ids"], spans, strict=True)))
-        return pieces
+    def _pieces(self, statements: Sequence[Sequence[tuple[str, int, int]]]) -> list[list[list[Piece]]]:
+        """Ids and spans in the statement of each part of each statement.
+
+        The statements share their question: each distinct part is read once, all in one call.
+        """
+        texts = [*dict.fromkeys(text for parts in statements for text, _, _ in parts)]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        rows = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        read = {text: [*zip(ids, spans, strict=True)] for text, ids, spans in rows}
+
+        def moved(text: str, start: int) -> list[Piece]:
+            return [(token, (begin + start, end + start)) for token, (begin, end) in read[text]]
+
+        return [[moved(text, start) for text, start, _ in parts] for parts in statements]
 
     def lengths(self, example: Example) -> list[int]:
         # [CLS], and a [SEP] behind each part
-        return [1 + len(parts) + sum(map(len, self._pieces(parts))) for parts in self._parts(example)]
+        return [1 + len(pieces) + sum(map(len, pieces)) for pieces in self._pieces(self._parts(example))]
 
     def prepare(self, examples: Sequence[Example], part: int = 5_000) -> None:
         """Computes and stores the regions of the examples, ``part`` at a time, if they are computed here."""

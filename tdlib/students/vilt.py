@@ -26,9 +26,9 @@ from tdlib.students.base import (
     StudentEncoder,
     StudentError,
     StudentOutput,
+    encoded_text,
     fuse_attention,
     pair_spans,
-    referred_objects,
 )
 
 
@@ -37,17 +37,21 @@ def embed_patches(vilt: ViltModel, pixel_values: Tensor, pixel_mask: Tensor) -> 
 
     Equal to the stock ``visual_embed`` up to the order of patches (and without its random choice
     of ``max_image_length`` of them). ``pixel_values`` (batch, 3, height, width), ``pixel_mask``
-    (batch, height, width). Returns embeddings (batch, 1 + patches, dim), mask (batch, 1 + patches)
+    (batch, height, width), or (batch, 1, 1) where nothing is padded: the sizes are then known without
+    waiting for the device. Returns embeddings (batch, 1 + patches, dim), mask (batch, 1 + patches)
     and boxes (batch, 1 + patches, 4), normalised xyxy of each picture.
     """
     embeddings = vilt.embeddings
     grid = embeddings.patch_embeddings(pixel_values)  # (batch, dim, rows, columns)
     rows, columns = grid.shape[-2:]
-    mask = F.interpolate(pixel_mask[:, None].float(), size=(rows, columns))[:, 0].long()
-    heights, widths = mask[:, :, 0].sum(1), mask[:, 0, :].sum(1)
+    if pixel_mask.shape[1:] == (1, 1):
+        mask, sizes = pixel_mask.expand(-1, rows, columns), [(rows, columns)] * len(pixel_mask)
+    else:
+        mask = F.interpolate(pixel_mask[:, None].float(), size=(rows, columns))[:, 0].long()
+        sizes = [(h, w) for h, w in torch.stack([mask[:, :, 0].sum(1), mask[:, 0].sum(1)], dim=1).tolist()]
+    heights, widths = mask[:, :, 0].sum(1), mask[:, 0].sum(1)
     side = math.isqrt(embeddings.patch_embeddings.num_patches)
     table = embeddings.position_embeddings[:, 1:].transpose(1, 2).view(1, -1, side, side)
-    sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
     positions = {
         (h, w): F.pad(
             F.interpolate(table, size=(h, w), mode="bilinear", align_corners=True),
@@ -62,7 +66,7 @@ def embed_patches(vilt: ViltModel, pixel_values: Tensor, pixel_mask: Tensor) -> 
     mask = mask.flatten(1)
     boxes = torch.where(mask[..., None].bool(), grid_cells(rows, columns).to(grid) / scale, 0.0)
     if len(positions) > 1:  # real patches first, padding last, as in the stock model
-        order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+        order = mask.argsort(dim=1, descending=True, stable=True)[:, : max(h * w for h, w in sizes)]
         patches, boxes = (x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])) for x in (patches, boxes))
         mask = mask.gather(1, order)
     return (
@@ -70,6 +74,17 @@ def embed_patches(vilt: ViltModel, pixel_values: Tensor, pixel_mask: Tensor) -> 
         torch.cat([mask.new_ones(len(mask), 1), mask], dim=1),
         torch.cat([boxes.new_zeros(len(boxes), 1, 4), boxes], dim=1),
     )
+
+
+def mask_of_attention(_module, _inputs, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The embeddings' mask (rows, tokens) as attention adds it to its scores, (rows, 1, 1, tokens).
+
+    The stock model leaves such a mask as it is. Of one with two axes it asks whether nothing is padded,
+    which is to wait for the device, at every pass.
+    """
+    embeddings, tokens = output
+    mask = torch.where(tokens.bool(), 0.0, torch.finfo(embeddings.dtype).min).to(embeddings.dtype)
+    return embeddings, mask[:, None, None]
 
 
 class ViltFusedAttention(FusedAttention, ViltSelfAttention):  # type: ignore[misc]
@@ -87,6 +102,7 @@ class ViltForMultipleChoice(ViltPreTrainedModel):
         super().__init__(config)
         self.vilt = ViltModel(config)
         fuse_attention(self.vilt, ViltFusedAttention)
+        self.vilt.embeddings.register_forward_hook(mask_of_attention)
         self.classifier = self.make_classifier(config)
         self.post_init()
 
@@ -109,7 +125,7 @@ class ViltForMultipleChoice(ViltPreTrainedModel):
         Args:
             input_ids: (batch, choices, text_tokens); likewise attention_mask and token_type_ids.
             pixel_values: (batch, 3, height, width), once per example.
-            pixel_mask: (batch, height, width), 1 on real pixels.
+            pixel_mask: (batch, height, width), 1 on real pixels; see ``embed_patches``.
             spans: (batch, choices, text_tokens, 2) characters of each token, handed on in the output.
             output_hidden_states: whether to return hidden states, spans and boxes.
         """
@@ -187,16 +203,11 @@ class ViltEncoder(StudentEncoder):
         rows = max(1, len(choices))
         encoding = self.tokenizer(
             [prompt] * rows, choices or None, truncation="longest_first", max_length=self.max_text_tokens,
-            padding=True, return_offsets_mapping=True, return_token_type_ids=True,
+            return_offsets_mapping=True, return_token_type_ids=True,
         )  # fmt: skip
-        spans = torch.tensor([pair_spans(encoding, row, len(prompt) + 1) for row in range(rows)])
-        return EncodedText(
-            torch.tensor(encoding["input_ids"]),
-            torch.tensor(encoding["attention_mask"]),
-            torch.tensor(encoding["token_type_ids"]),
-            spans,
-            referred_objects(example.statements(), spans),
-        )
+        spans = [pair_spans(encoding, row, len(prompt) + 1) for row in range(rows)]
+        read = zip(encoding["input_ids"], encoding["token_type_ids"], spans, strict=True)
+        return encoded_text([*read], self.tokenizer.pad_token_id, example.statements())
 
     def lengths(self, example: Example) -> list[int]:
         choices = [choice.text for choice in example.choices]
@@ -240,9 +251,14 @@ class ViltEncoder(StudentEncoder):
 
 
 def pad_pictures(pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pixel values (batch, 3, height, width) and mask (batch, height, width) of pictures of several sizes."""
+    """Pixel values (batch, 3, height, width) of pictures of several sizes, and mask (batch, height, width).
+
+    The mask is (batch, 1, 1), ones, where all are as large, see ``embed_patches``.
+    """
     height, width = max(p.shape[1] for p in pictures), max(p.shape[2] for p in pictures)
     values = torch.stack([F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures])
+    if all(picture.shape[1:] == (height, width) for picture in pictures):
+        return values, torch.ones(len(pictures), 1, 1, dtype=torch.long)
     mask = torch.zeros(len(pictures), height, width, dtype=torch.long)
     for row, picture in enumerate(pictures):
         mask[row, : picture.shape[1], : picture.shape[2]] = 1

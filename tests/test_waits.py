@@ -1,0 +1,138 @@
+"""How often an update waits for the device that it computes on: every look at a number there is one."""
+
+import pytest
+import region_students as small
+import torch
+from test_vilt import SIZES, inputs_of
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tdlib.config import RunConfig, apply_arm
+from tdlib.method.clip_td import places_of
+from tdlib.method.tokens import Tokens
+from tdlib.students.registry import load_student
+from tdlib.training.prepare import prepare
+from tdlib.training.run import train_run
+from tdlib.training.trainer import DistillationTrainer
+
+aten = torch.ops.aten
+LOOKS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2}
+PLACES = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # wait for masks alone
+
+
+class Looks(TorchDispatchMode):
+    """Counts the operators whose result, or its size, a processor cannot know before a device is done."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = args[1] if func.overloadpacket in PLACES else ()
+        by_mask = any(mask is not None and mask.dtype == torch.bool for mask in masks)
+        self.count += func.overloadpacket in LOOKS or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Counts whole tensors that are fetched, which no operator shows on the processor."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in ("tolist", "cpu", "numpy")
+        return func(*args, **(kwargs or {}))
+
+
+class Waits:
+    """Counts what waits for a device while it is open."""
+
+    def __init__(self):
+        self.modes = Looks(), Reads()
+
+    @property
+    def count(self) -> int:
+        return sum(mode.count for mode in self.modes)
+
+    def __enter__(self):
+        for mode in self.modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x[x > 0], lambda x: x.nonzero(),
+     lambda x: x.tolist(), lambda x: x.cpu(), lambda x: int(x.max()), lambda x: x.masked_select(x > 0)],
+)  # fmt: skip
+def test_looks_are_counted(look):
+    values = torch.arange(4)
+    with Waits() as waits:
+        values + values[values]
+    assert waits.count == 0
+    with waits:
+        look(values)
+    assert waits.count == 1
+
+
+@pytest.mark.parametrize(
+    ("arm", "pool", "selections"),
+    [("finetune", "subset", 0), ("naive_global", "subset", 0), ("clip_td", "subset", 1),
+     ("clip_td_repaired", "subset", 1), ("truth_only", "subset", 0), ("clip_td", "train", 2)],
+)  # fmt: skip
+def test_an_update_looks_once_and_once_for_each_selection(
+    world, student_folder, teacher_folder, own_cache, tmp_path, monkeypatch, arm, pool, selections
+):
+    """Whether all is finite, before the optimizer steps; how many tokens are selected, before the student."""
+    config = apply_arm(
+        RunConfig.from_parameters(
+            data_dir=str(world), student=str(student_folder), teacher=f"local-dir:{teacher_folder}",
+            arm=arm, shots=0.2, epochs=1, batch_size=4, eval_splits=["val"], probe_examples=0,
+            feature_pool=pool,
+        )
+    )  # fmt: skip
+    waits = Waits()
+
+    def counted(real):
+        def run(*given, **options):
+            with waits:
+                return real(*given, **options)
+
+        return run
+
+    for name in ("training_step", "_clip_grad_norm"):  # what happens to a batch that is there
+        monkeypatch.setattr(DistillationTrainer, name, counted(getattr(DistillationTrainer, name)))
+    metrics = train_run(config, prepare(config, whole_splits=False), tmp_path / "run")
+    assert metrics["updates"] > 1 and waits.count == (1 + selections) * metrics["updates"]
+
+
+@pytest.mark.parametrize("kind", [small.uniter, small.vlbert])
+def test_students_of_regions_never_wait(kind):
+    student = small.weighty(kind)
+    inputs = small.inputs_of()
+    with torch.no_grad(), Waits() as waits:
+        student(**inputs, output_hidden_states=True)
+    assert waits.count == 0
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_vilt_waits_for_pictures_of_several_sizes_alone(student_folder, sizes):
+    student = load_student(str(student_folder))
+    with torch.no_grad(), Waits() as waits:
+        student(**inputs_of(sizes), output_hidden_states=True)
+    assert waits.count == (len(set(sizes)) > 1)
+
+
+def test_places_are_those_of_nonzero():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 2, 9), (1, 1, 1), (2, 4, 30)):
+        selected = torch.rand(shape, generator=generator) < 0.4
+        spans = torch.randint(0, 2, (*shape, 2), generator=generator)
+        tokens = Tokens.text(spans)
+        found = places_of(selected, tokens)
+        assert found.keys() == {"text", "visual"}
+        for name, mask in (("text", tokens.is_text), ("visual", ~tokens.is_text)):
+            for one, other in zip(found[name], (selected & mask).nonzero(as_tuple=True), strict=True):
+                assert torch.equal(one, other)
