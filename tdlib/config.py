@@ -148,6 +148,17 @@ class RunConfig(BaseModel):
         False, "whether words are drawn to the patches that agree with them (beyond the paper)"
     )
     shared_phi: bool = _method(False, "one map into CLIP's space for text and picture (beyond the paper)")
+    feature_pool: Literal["subset", "train"] = _method(
+        "subset",
+        "whose tokens are distilled: the training subset's, or also those of all other training examples, "
+        "without their labels (beyond the paper)",
+    )
+    feature_share: float = _method(
+        1.0,
+        "examples of feature_pool='train' beside each of a batch, shown in a pass of their own",
+        gt=0,
+        le=8,
+    )
     repair_weight: float = _method(
         0.0,
         "of CLIP's judgement of texts with other pictures (beyond the paper); 0: the arm's own, if any",
@@ -187,6 +198,11 @@ class RunConfig(BaseModel):
         8, "examples per evaluated split whose selections are recorded", "all", ge=0
     )
     probe_every: int = _recording(0, "updates between records of these selections; 0: only at the end", ge=0)
+
+    @property
+    def distils_unlabelled(self) -> bool:
+        """Whether tokens of training examples beyond the labelled subset are distilled, too."""
+        return self.feature_pool == "train" and self.distill_weight > 0
 
     @property
     def asks_judge(self) -> bool:

@@ -39,7 +39,8 @@ def model_card(
     )  # fmt: skip
     rows = [f"| `{split}` | {measure} | {100 * value:.1f} % |" for split, measure, value in figures]
     weights = (
-        1.0, config.choice_weight, config.distill_weight, config.repair_weight, config.truth_weight
+        1.0, config.choice_weight, config.distill_weight, config.repair_weight, config.truth_weight,
+        config.distill_weight if config.distils_unlabelled else 0.0,
     )  # fmt: skip
     terms = {name: weight for name, weight in zip(TERMS, weights, strict=True) if weight or name in TERMS[:3]}
     parts = [

@@ -92,11 +92,19 @@ def picture_number(picture: Path) -> int:
     return int.from_bytes(hashlib.sha256(str(picture).encode()).digest()[:7])
 
 
-class PicturePool:
-    """Pictures without labels that texts are shown with, beside those of the batch.
+def drawn(key: str, rows: Sequence[int], total: int, count: int) -> list[int]:
+    """``count`` of ``total`` places, drawn for the batch of these rows.
 
-    Which are drawn depends on the seed and the batch's examples alone, so that an interrupted run, or one
-    whose batches are made by other processes, draws the same.
+    They depend on the key and the batch's examples alone, so that an interrupted run, or one whose batches
+    are made by other processes, draws the same.
+    """
+    state = hashlib.sha256(f"{key} {list(rows)}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(state[:7]))
+    return torch.randperm(total, generator=generator)[:count].tolist()
+
+
+class PicturePool:
+    """Pictures without labels that texts are shown with, beside those of the batch; see ``drawn``.
 
     Args:
         examples: their pictures; the first example of each says what its objects are.
@@ -121,9 +129,7 @@ class PicturePool:
 
     def draw(self, rows: Sequence[int], count: int) -> dict[str, Tensor]:
         """``count`` pictures as entries of a batch whose examples have these numbers, "pool_" before each."""
-        state = hashlib.sha256(f"{self.seed} {list(rows)}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(state[:7]))
-        chosen = torch.randperm(len(self.examples), generator=generator)[:count].tolist()
+        chosen = drawn(str(self.seed), rows, len(self.examples), count)
         seen = [self.seen_as(self.examples[place]).image for place in chosen]
         visual = self.encoder.pad_visual([self._visual(place) for place in chosen])
         numbers = [picture_number(self.examples[place].image) for place in chosen]

@@ -24,10 +24,11 @@ from tdlib.method.tokens import Tokens
 from tdlib.method.weighting import SCHEDULES
 from tdlib.students.base import StudentOutput, student_inputs
 from tdlib.training.adversarial import adversarial_loss
+from tdlib.training.data import UNLABELLED
 from tdlib.training.repairing import Repaired, Repairing
 from tdlib.training.targets import make_targets
 
-TERMS = ("task", "choice", "distill", "repair", "truth")
+TERMS = ("task", "choice", "distill", "repair", "truth", "features")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class TargetedDistillation(nn.Module):
                 )
             self.repairing = Repairing(config, width)
         if config.distill_schedule == "learned" and (self.phi is not None or config.choice_weight > 0):
-            names = ("task", "choice", "distill", *(self.repairing.terms if self.repairing else ()))
+            names = ["task", "choice", "distill", *(self.repairing.terms if self.repairing else ())]
+            names += ["features"] if config.distils_unlabelled else []
             self.log_variance = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
         self.options = SelectionOptions(config.mass, config.count, config.fraction, config.deviations)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -112,8 +114,7 @@ class TargetedDistillation(nn.Module):
         """
         config, batch = self.settings, self.with_targets(batch)
         examples = window or len(batch["labels"])
-        early = config.relevance not in STUDENT_RELEVANCE  # the device is idle: see ``places_of``
-        chosen = self._chosen(batch) if early else None
+        chosen = self._chosen(batch) if self._chooses_early else None
         if config.adversarial_steps and self.training:
             output, extra = adversarial_loss(
                 self.student, batch, self.task_loss, config, examples, self.needs_hidden_states
@@ -125,11 +126,12 @@ class TargetedDistillation(nn.Module):
         repaired = None
         if self.repairing is not None:
             repaired = self.repairing.repair(self.student, batch, logits, config.repair_share)
+        extra |= self._features(batch, examples)
         with torch.autocast(logits.device.type, enabled=False):  # whatever the precision of the student
             terms = {"task": self.task_loss(logits, batch, examples), **extra}
             if config.choice_weight > 0:
                 terms["choice"] = self._choice_loss(logits, batch, examples)
-            if not early:
+            if not self._chooses_early:
                 chosen = self._chosen(batch, output)
             if self.phi is not None:
                 terms |= self._distill(output, batch, chosen, examples)
@@ -140,6 +142,11 @@ class TargetedDistillation(nn.Module):
     def with_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with its targets in place of what they are made of, see ``targets.make_targets``."""
         return make_targets(batch, self.settings)
+
+    @property
+    def _chooses_early(self) -> bool:
+        """Whether tokens are chosen before the student's pass, while the device is idle: ``places_of``."""
+        return self.settings.relevance not in STUDENT_RELEVANCE
 
     @property
     def needs_hidden_states(self) -> bool:
@@ -199,9 +206,30 @@ class TargetedDistillation(nn.Module):
             terms["truth"] = truth * share
         return terms
 
+    def _features(self, batch: dict[str, Tensor], examples: int) -> dict[str, Tensor]:
+        """The term "features": the distilled tokens of unlabelled examples, where a batch brings any.
+
+        ``L_features`` is step 9 averaged over these examples, and weighs what "distill" weighs (beyond the
+        paper; its relatives are all semi-supervised distillations). Nothing reads a label: an instance
+        weight that asks for the right answer is given CLIP's best one.
+        """
+        own = {n.removeprefix(UNLABELLED): v for n, v in batch.items() if n.startswith(UNLABELLED)}
+        if not own or self.phi is None:
+            return {}
+        own = self.with_targets(own)
+        own["labels"] = own["teacher_logits"].argmax(-1)
+        chosen = self._chosen(own) if self._chooses_early else None
+        output = self.student(**self.inputs(own))
+        assert output.logits is not None
+        output.logits = output.logits.float()
+        with torch.autocast(output.logits.device.type, enabled=False):
+            terms = self._distill(output, own, chosen or self._chosen(own, output), len(own["labels"]))
+        return {"features": terms["distill"] * (len(batch["labels"]) / examples)}
+
     def _total(self, terms: dict[str, Tensor], examples: int, here: int) -> Tensor:
         config = self.settings
-        weights = {"task": 1.0, "choice": config.choice_weight, "distill": self.distill_weight()}
+        distill = self.distill_weight()
+        weights = {"task": 1.0, "choice": config.choice_weight, "distill": distill, "features": distill}
         if self.repairing is not None:
             weights |= self.repairing.weights(self.progress)
         loss = terms["task"].new_zeros(())

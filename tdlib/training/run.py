@@ -44,9 +44,10 @@ from tdlib.training.card import model_card
 from tdlib.training.data import EncodedExamples
 from tdlib.training.distributed import launch, must_launch, place_among_processes
 from tdlib.training.evaluation import predict, prediction_table
-from tdlib.training.judging import PicturePool, StatementJudge, asks_truth
+from tdlib.training.judging import StatementJudge, asks_truth
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TargetBuilder, token_centres
+from tdlib.training.pools import picture_pool, unlabelled_examples
 from tdlib.training.prepare import (
     PREPARED,
     SHARED,
@@ -209,7 +210,8 @@ class _Run:
             modality=config.modality,
         )
         self.dataset = self.encode(subset, builder=self.builder)
-        self.pool = _picture_pool(config, materials, subset, self.builder)
+        self.pool = picture_pool(config, materials, subset, self.builder)
+        self.unlabelled = unlabelled_examples(config, materials, subset, self.builder)
         dim = shared.cache.teacher.dim if shared else None
         self.module = TargetedDistillation(self.student, config, dim)
         self.seconds_before = 0.0  # of training before the last interruption
@@ -240,7 +242,9 @@ class _Run:
         if keeps:
             home = self.checkpoints
             place = checkpoints.staging(home) if rank == 0 else home / checkpoints.STAGING
-        self.trainer = make_trainer(self.module, config, self.dataset, place, show_progress, pool=self.pool)
+        self.trainer = make_trainer(
+            self.module, config, self.dataset, place, show_progress, 10, self.pool, self.unlabelled
+        )
         self.recorders = self._recorders() if rank == 0 else []
         if self.recorders and config.probe_every:
             self.trainer.add_callback(RecordTargets(self.recorders, config.probe_every))
@@ -329,7 +333,8 @@ def _target_builder(config: RunConfig, materials: Materials, subset: Examples) -
         )
     shown = {}
     if config.teacher_control == "shuffled_images":
-        shown = shuffled_pictures(materials.train if config.repair_pool == "train" else subset, config.seed)
+        every = config.repair_pool == "train" or config.distils_unlabelled
+        shown = shuffled_pictures(materials.train if every else subset, config.seed)
 
     def seen_as(example: Example) -> Example:
         return replace(example, image=shown[example.id]) if example.id in shown else example
@@ -338,33 +343,23 @@ def _target_builder(config: RunConfig, materials: Materials, subset: Examples) -
     worded = materials.labels if config.class_probabilities == "statements" else ()
     logits = class_logits(config, materials, seen)
     cache = shared.cache
-    if config.repair_pool == "train" and repairs:
-        add_to_cache(cache, [seen_as(example) for example in materials.train])
+    if (config.repair_pool == "train" and repairs) or config.distils_unlabelled:
+        texts = worded if config.distils_unlabelled else ()
+        add_to_cache(cache, [seen_as(example) for example in materials.train], texts)
     builder = TargetBuilder(
         cache, shared.idf, config, logits, seen_as, worded,
         StatementJudge(cache, subset, materials.labels) if repairs else None,
         token_centres(cache, seen) if config.centred_targets else None,
     )  # fmt: skip
     if config.relevance in (*EXTRAS, "gradient"):
-        builder.prepare(subset)
+        builder.prepare(materials.train if config.distils_unlabelled else subset)
     return builder
-
-
-def _picture_pool(
-    config: RunConfig, materials: Materials, subset: Examples, builder: TargetBuilder | None
-) -> PicturePool | None:
-    """The pictures without labels that a run re-pairs with; None where those of the batch will do."""
-    if builder is None or config.repair_weight == 0 or config.repair_pool in ("batch", "own"):
-        return None
-    examples = materials.train if config.repair_pool == "train" else subset
-    pool = PicturePool([*examples], materials.encoder, builder.cache, config.seed, builder.seen_as)
-    materials.encoder.prepare(pool.examples)
-    return pool
 
 
 def passes_per_update(config: RunConfig) -> float:
     """How often an example goes through the student at each update: once, if it is only finetuned."""
-    return 1 + config.adversarial_steps + (config.repair_share if config.repair_weight > 0 else 0)
+    more = config.feature_share if config.distils_unlabelled else 0
+    return 1 + config.adversarial_steps + (config.repair_share if config.repair_weight > 0 else 0) + more
 
 
 # Evaluation: what it needs is the trained student alone, so it can be done again.

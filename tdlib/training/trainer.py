@@ -30,7 +30,7 @@ from tdlib.core.files import write_json
 from tdlib.core.paths import ConfigError
 from tdlib.core.records import read_records, write_records
 from tdlib.training import checkpoints
-from tdlib.training.data import EncodedExamples, EpochBatches, SharedBatches, collate
+from tdlib.training.data import EncodedExamples, EpochBatches, SharedBatches, UnlabelledExamples, collate
 from tdlib.training.judging import PicturePool
 from tdlib.training.objective import TERMS, TargetedDistillation
 from tdlib.training.recording import ProbeRecorder
@@ -303,11 +303,12 @@ def make_trainer(
     show_progress: bool = False,
     log_every: int = 10,
     pool: PicturePool | None = None,
+    unlabelled: UnlabelledExamples | None = None,
 ) -> DistillationTrainer:
     """A trainer for one run; same data order and updates for every arm of the same seed.
 
     ``folder`` is where it saves every ``checkpoint_every`` updates, if that is above 0. ``pool`` are
-    pictures for re-pairing beside the batch's own.
+    pictures for re-pairing beside the batch's own, ``unlabelled`` examples whose tokens are distilled too.
     """
     gpu = torch.cuda.is_available()
     if config.precision == "fp16" and not gpu:
@@ -339,7 +340,7 @@ def make_trainer(
     arguments._n_gpu = min(1, arguments.n_gpu)  # a process has one; else the Trainer spreads it over all
     trainer = DistillationTrainer(
         config=config, model=module, args=arguments, train_dataset=dataset,
-        data_collator=partial(collate, encoder=dataset.encoder, pool=pool),
+        data_collator=partial(collate, encoder=dataset.encoder, pool=pool, unlabelled=unlabelled),
     )  # fmt: skip
     if not show_progress:
         trainer.remove_callback(transformers.PrinterCallback)
