@@ -111,7 +111,7 @@ def test_an_update_looks_once_and_once_for_each_selection(
 @pytest.mark.parametrize("kind", [small.uniter, small.vlbert])
 def test_students_of_regions_never_wait(kind):
     student = small.weighty(kind)
-    inputs = small.inputs_of()
+    inputs = small.inputs_of(objects=kind is not small.uniter)
     with torch.no_grad(), Waits() as waits:
         student(**inputs, output_hidden_states=True)
     assert waits.count == 0
