@@ -37,12 +37,9 @@ def constant_answer(train: Examples) -> int | None:
 def chance_scores(
     examples: Sequence[Example], constant: int | None, labels: Sequence[str] = ()
 ) -> list[float]:
-    """Score guessing on each example, in [0, 1]; nan where it cannot be scored or no answer is known.
+    """Score of guessing on each example of a tested split, in [0, 1]; nan where nothing can be scored.
 
-    Args:
-        examples: of the tested split.
-        constant: as ``constant_answer`` gives it for the training split.
-        labels: the label set, where examples have no choices.
+    ``constant`` is the ``constant_answer`` of the training split, ``labels`` the label set, if there is one.
     """
     return [_chance(example, constant, labels) for example in examples]
 

@@ -10,6 +10,7 @@ from tdlib.data.examples import DataError, Example
 from tdlib.data.reading import Examined
 from tdlib.data.tasks import TASKS, reader
 
+
 class SplitReport(NamedTuple):
     """Findings of ``check_folder`` about one split; ``notes`` are no faults, but good to know."""
 
@@ -88,11 +89,6 @@ def _source(split: str) -> str:
 
 def check_submission(path: Path, folder: Path, split: str = "") -> list[str]:
     """All that is wrong with a file for a benchmark, given the data set whose test split it answers.
-
-    Args:
-        path: the file; how its name ends says which benchmark it is for.
-        folder: the data set.
-        split: answered by the file; the task's test split if empty.
 
     Raises:
         ConfigError: the file is of no known kind, or the folder holds no such test split.

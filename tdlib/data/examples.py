@@ -87,13 +87,8 @@ class Example:
 class Examples(Sequence[Example]):
     """Examples that are made when asked for; ids and strata are known at once.
 
-    Args:
-        ids: one per example.
-        strata: likewise.
-        make: gives the example at a position.
-        labelled: whether the examples have labels (a test split has none).
-        questions: ids of the questions that the examples are parts of; None where each is a whole one.
-        parts: which part each example is; see ``Example.part``.
+    ``make`` gives the example at a position. A test split is not ``labelled``. ``questions`` are ids of the
+    questions that the examples are ``parts`` of (see ``Example.part``); None where each is a whole one.
     """
 
     def __init__(
@@ -170,9 +165,6 @@ def divide_by_picture(examples: Examples, share: float) -> tuple[Examples, Examp
     The same for every seed and on every machine: a hash of a picture's name (``path_names``) decides, or
     of its folder's where pictures lie in ``MANY_FOLDERS`` or more (VCR's lie in one for each film clip,
     and a clip's pictures look alike). Makes every example once to know its picture.
-
-    Raises:
-        ValueError: one of the two parts has no example.
     """
     pictures = [example.image for example in examples]
     by_folder = len({picture.parent for picture in pictures}) >= MANY_FOLDERS

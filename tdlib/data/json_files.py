@@ -1,4 +1,4 @@
-"""Large JSON files as sequences of records: only byte positions are held, records are parsed when asked for."""
+"""Large JSON files as sequences of records: byte positions are held, a record is parsed when asked for."""
 
 import codecs
 import json
@@ -45,11 +45,7 @@ def parse_json(raw: bytes) -> Any:
 
 
 def read_json(path: Path, where: str = "", remedy: str = "copy it again") -> Any:
-    """The value of a small JSON file.
-
-    Raises:
-        DataError: the file is missing, or is not JSON in UTF-8.
-    """
+    """The value of a small JSON file; DataError if it is missing or not JSON in UTF-8."""
     try:
         return parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -59,12 +55,9 @@ def read_json(path: Path, where: str = "", remedy: str = "copy it again") -> Any
 class Records(Sequence[dict[str, Any]]):
     """The objects of one JSON file: lines of a JSONL file, or entries of an array.
 
-    Args:
-        path: the file; it must not change while it is in use.
-        spans: (records, 2), first byte and end of each record.
-        places: what to call each record in messages, in front of its number (from 1).
-        numbers: line numbers, where they differ from the position + 1.
-        what: name of the data set, for messages.
+    The file must not change while it is in use. ``spans`` (records, 2) are the first byte and the end of each
+    record; ``places`` is what stands before a record's number (from 1) in messages, and ``numbers`` are those
+    of lines where they differ from the position + 1.
     """
 
     def __init__(
@@ -76,11 +69,7 @@ class Records(Sequence[dict[str, Any]]):
 
     @classmethod
     def lines(cls, path: Path, what: str) -> "Records":
-        """The non-empty lines of a JSONL file.
-
-        Raises:
-            DataError: there is no such file.
-        """
+        """The non-empty lines of a JSONL file."""
         _need_file(path, "a JSONL file with one example per line")
         starts, ends, base = [np.zeros(1, np.int64)], [], 0
         with path.open("rb") as file:
@@ -119,11 +108,7 @@ class Records(Sequence[dict[str, Any]]):
         return f"{self.path}{self._places}{number}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
-        """One record.
-
-        Raises:
-            DataError: it is not valid JSON in UTF-8, or no object.
-        """
+        """One record; DataError if it is not valid JSON in UTF-8, or no object."""
         start, end = self.spans[index]
         try:
             raw = os.pread(self._file.fileno(), int(end - start), int(start))

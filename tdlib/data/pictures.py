@@ -45,11 +45,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read_header(path: Path) -> PictureHeader:
-    """Size and orientation, without decoding the picture.
-
-    Raises:
-        DataError: the file is missing or is no picture.
-    """
+    """Size and orientation, without decoding the picture."""
     try:
         with Image.open(path) as image:
             return PictureHeader(*image.size, _orientation(image))

@@ -1,10 +1,10 @@
 """Shared by the readers of all tasks: checks of fields and boxes, side files, and the readers' base class."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tdlib.data.examples import Box, DataError, Example, Examples, TextPart
 from tdlib.data.json_files import Records
@@ -12,11 +12,7 @@ from tdlib.data.pictures import open_picture, read_header
 
 
 def need(record: dict[str, Any], key: str, kind: type, where: str, what: str) -> Any:
-    """A field of a record.
-
-    Raises:
-        DataError: it is missing or of another type.
-    """
+    """A field of a record; DataError if it is missing or of another type."""
     if key not in record:
         raise DataError(f"{where}: field {key!r} is missing; is this a {what} file?")
     value = record[key]
@@ -32,47 +28,54 @@ Identifier = TypeVar("Identifier", str, int)
 Checked = TypeVar("Checked")
 
 
+class Located(Protocol):
+    """The records of one file, each with its line or entry: ``Records``, or the rows of a table."""
+
+    what: str
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def where(self, index: int) -> str: ...
+
+
 def index_records(
-    records: Sequence[dict[str, Any]],
-    where_of: Callable[[int], str],
-    key: str,
-    kind: type[Identifier],
-    what: str,
+    records: Located, key: str, kind: type[Identifier],
     check: Callable[[dict[str, Any], Identifier, str], Checked],
-    report: Callable[[str], None] | None,
-) -> tuple[dict[Identifier, int], list[Checked]]:
-    """The positions of records by their ids, and what ``check`` returns for each of them.
+    report: Callable[[str], None] | None = None,
+) -> dict[Identifier, tuple[int, Checked]]:  # fmt: skip
+    """By the ids of one file's records: the position of each, and what ``check`` returns for it.
 
-    Args:
-        records: of one file.
-        where_of: file and line (or entry) of a record.
-        key: of the id, which no two records may share; it is a ``kind``.
-        kind: see ``key``.
-        what: name of the data set, for messages.
-        check: of a record, its id and where it stands; raises DataError for a bad one.
-        report: is told of bad records, which are left out.
-
-    Raises:
-        DataError: a record is bad, and there is no ``report``.
+    No two records may share the id, a ``kind`` under ``key``. ``check`` is given a record, its id and where
+    it stands, and raises DataError for a bad one. Bad records are told to ``report`` and left out; without
+    it the first is raised.
     """
-    positions: dict[Identifier, int] = {}
-    found: list[Checked] = []
+    index: dict[Identifier, tuple[int, Checked]] = {}
     for number in range(len(records)):
         try:
-            record, where = records[number], where_of(number)
-            identifier = need(record, key, kind, where, what)
-            if identifier in positions:
-                other = where_of(positions[identifier])
+            record, where = records[number], records.where(number)
+            identifier = need(record, key, kind, where, records.what)
+            if identifier in index:
+                other = records.where(index[identifier][0])
                 raise DataError(f"{where}: {key} {identifier!r} already stands in {other}; remove one")
-            checked = check(record, identifier, where)
+            index[identifier] = number, check(record, identifier, where)
         except DataError as error:
             if report is None:
                 raise
             report(str(error))
-            continue
-        positions[identifier] = number
-        found.append(checked)
-    return positions, found
+    return index
+
+
+def all_labelled(path: Path, records: Located, labels: dict[str, tuple[int, Any]], key: str) -> bool:
+    """Whether records have labels, of an index of these; DataError if only some have, or there are none."""
+    if not labels:
+        raise DataError(f"{path}: the file has no examples; copy it again")
+    lacking = [name for name, (_, label) in labels.items() if label is None]
+    if 0 < len(lacking) < len(labels):
+        raise DataError(
+            f"{records.where(labels[lacking[0]][0])} ({lacking[0]}): no {key}, as {len(lacking)} of "
+            f"{len(labels)} lines; expected all (train, val) or none (test) to have one"
+        )
+    return not lacking
 
 
 def is_number(value: Any) -> bool:
@@ -107,9 +110,9 @@ class SideFile:
     """A file beside a split with one line per example, found by position if the order agrees, else by id."""
 
     def __init__(self, path: Path, key: str, what: str):
-        self.key, self.what = key, what
+        self.key = key
         self.records = Records.lines(path, what) if path.is_file() else None
-        self._places: dict[Any, int] | None = None
+        self._places: dict[Any, tuple[int, None]] | None = None
 
     def find(self, identifier: Any, position: int) -> tuple[dict[str, Any], str] | None:
         """The line of an example and where it stands; None where there is none."""
@@ -120,24 +123,13 @@ class SideFile:
             if record.get(self.key) == identifier:
                 return record, self.records.where(position)
         if self._places is None:
-            self._places = {}
-            for index, record in enumerate(self.records):
-                where = self.records.where(index)
-                key = need(record, self.key, type(identifier), where, self.what)
-                if key in self._places:
-                    other = self.records.where(self._places[key])
-                    raise DataError(f"{where}: {self.key} {key!r} already stands in {other}; remove one")
-                self._places[key] = index
-        index = self._places.get(identifier, -1)
+            self._places = index_records(self.records, self.key, type(identifier), lambda *_: None)
+        index, _ = self._places.get(identifier, (-1, None))
         return (self.records[index], self.records.where(index)) if index >= 0 else None
 
 
 def relevant_part(text: str, marks: tuple[dict[str, Any], str] | None) -> TextPart:
-    """A text with the character spans that a line of a relevance file marks.
-
-    Raises:
-        DataError: the spans are no list of [start, end] inside the text.
-    """
+    """A text with the character spans that a line of a relevance file marks."""
     if marks is None:
         return TextPart(text)
     spans = marks[0].get("spans", [])
@@ -194,11 +186,7 @@ class Reader(ABC):
         """
 
     def read(self) -> list[Example]:
-        """All examples, each checked, in file order.
-
-        Raises:
-            DataError: a file is not as published; says which line of which file.
-        """
+        """All examples, each checked, in file order."""
         return list(self.open())
 
     def problems(self, decode: bool = False) -> list[str]:
@@ -208,10 +196,8 @@ class Reader(ABC):
     def examine(self, decode: bool = False) -> "Examined":
         """Reads the whole split and finds all that is wrong with it.
 
-        Beside what would stop a run this finds what makes an example useless: equal choices.
-
-        Args:
-            decode: also decode every picture (slow).
+        Beside what would stop a run this finds what makes an example useless: equal choices. With ``decode``
+        every picture is decoded too, which is slow.
         """
         problems: list[str] = []
         try:

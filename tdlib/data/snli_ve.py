@@ -19,8 +19,10 @@ from tdlib.core.files import whole_file
 from tdlib.data.examples import DataError, Example, Examples, Span
 from tdlib.data.json_files import Records
 from tdlib.data.reading import (
+    Located,
     Reader,
     SideFile,
+    all_labelled,
     index_records,
     missing_file,
     need,
@@ -38,11 +40,7 @@ IMAGE_KEYS = ("Flikr30kID", "Flickr30K_ID", "Flickr30kID")  # released, by the g
 
 
 def image_id(record: dict[str, Any], where: str) -> str:
-    """The Flickr30k id of a record's picture, by whichever key it has, else from its pairID.
-
-    Raises:
-        DataError: there is neither.
-    """
+    """The Flickr30k id of a record's picture, by whichever key it has, else from its pairID."""
     for key in IMAGE_KEYS:
         if record.get(key) not in (None, ""):
             name = str(record[key]).strip().removesuffix(".jpg")
@@ -89,18 +87,7 @@ class SnliVeReader(Reader):
         self.images = folders[0]
 
     def open(self, report: Callable[[str], None] | None = None) -> Examples:
-        records: Sequence[dict[str, Any]]
-        if self.explained:
-            rows = list(_csv_rows(self.path))
-            records = [row for _, row in rows]
-            numbers = [number for number, _ in rows]
-
-            def where_of(index: int) -> str:
-                return f"{self.path}:{numbers[index]}"
-
-        else:
-            lines = Records.lines(self.path, self.what)
-            records, where_of = lines, lines.where
+        records: Located = _Rows(self.path) if self.explained else Records.lines(self.path, self.what)
         hypothesis_key = "hypothesis" if self.explained else "sentence2"
 
         def label_of(record: dict[str, Any], pair: str, where: str) -> str | None:
@@ -112,22 +99,15 @@ class SnliVeReader(Reader):
                 )
             return None if label is None else sys.intern(label)
 
-        seen, labels = index_records(records, where_of, "pairID", str, self.what, label_of, report)
-        strata = [label or "all" for label in labels]
-        unlabelled = [index for index, label in zip(seen.values(), labels, strict=True) if label is None]
-        if not seen:
-            raise DataError(f"{self.path}: the file has no examples; copy it again")
-        if 0 < len(unlabelled) < len(seen):
-            raise DataError(
-                f"{where_of(unlabelled[0])}: no gold_label, as {len(unlabelled)} of {len(seen)} lines; "
-                "expected all to have one, or none"
-            )
-        positions = list(seen.values())
+        pairs = index_records(records, "pairID", str, label_of, report)
+        labelled = all_labelled(self.path, records, pairs, "gold_label")
+        positions = [position for position, _ in pairs.values()]
+        strata = [label or "all" for _, label in pairs.values()]
         relevance = SideFile(self.folder / f"snli_ve_{self.split}.relevance.jsonl", "pairID", self.what)
 
         def make(index: int) -> Example:
             position = positions[index]
-            record, where = records[position], where_of(position)
+            record, where = records[position], records.where(position)
             pair = record["pairID"]
             text = need(record, hypothesis_key, str, f"{where} ({pair})", self.what)
             if not text.strip():
@@ -144,7 +124,21 @@ class SnliVeReader(Reader):
                 relevant_boxes=picture_boxes(marks, image),
             )  # fmt: skip
 
-        return Examples(list(seen), strata, make, labelled=not unlabelled)
+        return Examples(list(pairs), strata, make, labelled)
+
+
+class _Rows(list[dict[str, Any]]):
+    """The rows of e-SNLI-VE's table, each with the line that it ends in."""
+
+    what = SnliVeReader.what
+
+    def __init__(self, path: Path):
+        rows = list(_csv_rows(path))
+        super().__init__(row for _, row in rows)
+        self._places = [f"{path}:{line}" for line, _ in rows]
+
+    def where(self, index: int) -> str:
+        return self._places[index]
 
 
 def _csv_rows(
@@ -189,9 +183,6 @@ def with_highlights(examples: Sequence[Example], folder: Path) -> list[Example]:
     counts if at least half of the annotators of the pair marked it, without the punctuation that was
     highlighted along with it (our reading). A pair that no file has, whose hypothesis has no such
     word, or whose text differs has no relevant span; how many differ is logged.
-
-    Raises:
-        DataError: there is no such file, or one lacks its columns or is no CSV.
     """
     paths = sorted(folder.glob("esnli_*.csv"))
     if not paths:
@@ -221,12 +212,7 @@ def with_highlights(examples: Sequence[Example], folder: Path) -> list[Example]:
 
 
 def highlighted(text: str, marked: Sequence[str]) -> tuple[Span, ...] | None:
-    """Spans of the words that at least half of the annotators put between stars; None if a text differs.
-
-    Args:
-        text: the hypothesis.
-        marked: the same text by each annotator, words in stars ("A *man* sleeps.").
-    """
+    """Spans of the words that at least half of the annotators put between stars; None if a text differs."""
     words = [match.span() for match in re.finditer(r"\S+", text)]
     votes = [0] * len(words)
     for own in marked:
@@ -250,11 +236,7 @@ def _without_punctuation(text: str, span: Span) -> Span:
 
 
 def write_submission(path: Path, labels: dict[str, int]) -> int:
-    """Writes one line per pair, {"pairID", "label"}; SNLI-VE has no server, this is ours.
-
-    Raises:
-        DataError: there is nothing to write.
-    """
+    """Writes one line per pair, {"pairID", "label"}; SNLI-VE has no server, this is ours."""
     if not labels:
         raise DataError(f"{path}: no predictions to write")
     with whole_file(path) as file:
@@ -265,26 +247,22 @@ def write_submission(path: Path, labels: dict[str, int]) -> int:
 
 def check_submission(path: Path, pairs: Sequence[str]) -> list[str]:
     """All that is wrong with a file of ``write_submission`` for these pairs."""
-    problems, seen, wanted = [], set(), set(pairs)
-    try:
-        lines = Records.lines(path, "SNLI-VE submission")
-    except DataError as error:
-        return [str(error)]
-    for index in range(len(lines)):
-        where = lines.where(index)
-        try:
-            line = lines[index]
-            pair = need(line, "pairID", str, where, "SNLI-VE submission")
-        except DataError as error:
-            problems.append(str(error))
-            continue
+    problems: list[str] = []
+    wanted = set(pairs)
+
+    def check(line: dict[str, Any], pair: str, where: str) -> None:
         if line.get("label") not in LABELS:
             problems.append(
                 f"{where} ({pair}): label={line.get('label')!r}, expected one of {', '.join(LABELS)}"
             )
-        if pair in seen or pair not in wanted:
-            problems.append(f"{where}: {pair!r} {'stands there twice' if pair in seen else 'is no pair'}")
-        seen.add(pair)
-    if missing := sorted(wanted - seen):
+        if pair not in wanted:
+            problems.append(f"{where}: {pair!r} is no pair")
+
+    try:
+        lines = Records.lines(path, "SNLI-VE submission")
+    except DataError as error:
+        return [str(error)]
+    seen = index_records(lines, "pairID", str, check, problems.append)
+    if missing := sorted(wanted - seen.keys()):
         problems.append(f"{path}: {len(missing)} of {len(wanted)} pairs are missing (first: {missing[0]!r})")
     return problems

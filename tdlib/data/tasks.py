@@ -75,9 +75,7 @@ class Task:
     files: re.Pattern[str] | None = None
     submission: ClassVar[str]  # name of the file for the benchmark
 
-    def reader(
-        self, config: RunConfig, folder: Path, split: str, vocabulary: Vocabulary | None = None
-    ) -> Reader:
+    def reader(self, config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
         """The reader of a split. Raises DataError if the data set lacks it."""
         raise NotImplementedError
 
@@ -101,11 +99,11 @@ class Task:
         """The split whose predictions the benchmark takes; "" where the task is only a part of it."""
         return self.test
 
-    def vocabulary(self, config: RunConfig, folder: Path) -> Vocabulary | None:
+    def vocabulary(self, config: RunConfig) -> Vocabulary | None:
         """The answers that a model chooses from; None where it has no vocabulary."""
         return None
 
-    def labels(self, config: RunConfig, folder: Path) -> tuple[str, ...]:
+    def labels(self, config: RunConfig) -> tuple[str, ...]:
         """The label set; empty where examples have choices."""
         return ()
 
@@ -139,10 +137,9 @@ class VcrTask(Task):
     subtask: str = "both"
     submission: ClassVar[str] = "submission.csv"
 
-    def reader(
-        self, config: RunConfig, folder: Path, split: str, vocabulary: Vocabulary | None = None
-    ) -> Reader:
+    def reader(self, config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
         """Also of a rule-based set of Ye and Kovashka: one that is not there is made from its source."""
+        folder = data_folder(config)
         return vcr.VcrReader(folder, split, self.subtask, config.references, file=_generated(folder, split))
 
     @property
@@ -187,12 +184,10 @@ class EntailmentTask(Task):
     explained: bool = False
     submission: ClassVar[str] = "submission.jsonl"
 
-    def reader(
-        self, config: RunConfig, folder: Path, split: str, vocabulary: Vocabulary | None = None
-    ) -> Reader:
-        return snli_ve.SnliVeReader(folder, split, self.explained)
+    def reader(self, config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
+        return snli_ve.SnliVeReader(data_folder(config), split, self.explained)
 
-    def labels(self, config: RunConfig, folder: Path) -> tuple[str, ...]:
+    def labels(self, config: RunConfig) -> tuple[str, ...]:
         return snli_ve.LABELS
 
     def write_submission(
@@ -213,28 +208,25 @@ class VqaTask(Task):
     changing_priors: bool = False
     submission: ClassVar[str] = "submission.json"
 
-    def reader(
-        self, config: RunConfig, folder: Path, split: str, vocabulary: Vocabulary | None = None
-    ) -> Reader:
-        return vqa.VqaReader(folder, split, vocabulary, self.changing_priors)
+    def reader(self, config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
+        return vqa.VqaReader(data_folder(config), split, vocabulary, self.changing_priors)
 
     @property
     def has_soft_labels(self) -> bool:
         return True
 
-    def vocabulary(self, config: RunConfig, folder: Path) -> Vocabulary:
+    def vocabulary(self, config: RunConfig) -> Vocabulary:
         """A given file, else the frequent answers of the training split."""
         if config.vocabulary:
             return Vocabulary.load(Path(resolve(config.vocabulary)).expanduser())
-        train, _ = splits_of(config)
+        folder, (train, _) = data_folder(config), splits_of(config)
         annotations = vqa.files(folder, train, self.changing_priors)[1]
-        state = (
-            (annotations.stat().st_size, annotations.stat().st_mtime_ns) if annotations.is_file() else None
-        )
+        found = annotations.stat() if annotations.is_file() else None
+        state = found and (found.st_size, found.st_mtime_ns)
         return _frequent_answers(folder, train, config.vocabulary_minimum, self.changing_priors, state)
 
-    def labels(self, config: RunConfig, folder: Path) -> tuple[str, ...]:
-        return self.vocabulary(config, folder).answers
+    def labels(self, config: RunConfig) -> tuple[str, ...]:
+        return self.vocabulary(config).answers
 
     def write_submission(
         self, folder: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
@@ -340,21 +332,12 @@ def submission_split(task: str) -> str:
 
 def class_labels(config: RunConfig) -> tuple[str, ...]:
     """The fixed label set of a task: classes, or the answer vocabulary; empty where examples have choices."""
-    return task_of(config).labels(config, data_folder(config))
-
-
-def answer_vocabulary(config: RunConfig) -> Vocabulary | None:
-    """The answers a VQA model chooses from: a given file, else the frequent ones of the training split."""
-    return task_of(config).vocabulary(config, data_folder(config))
+    return task_of(config).labels(config)
 
 
 def reader(config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
-    """The reader of a split; a rule-based VCR set that is not there is made from its source.
-
-    Raises:
-        DataError: the data set lacks the split, or it cannot be made.
-    """
-    return task_of(config).reader(config, data_folder(config), split, vocabulary)
+    """The reader of a split; a rule-based VCR set that is not there is made from its source."""
+    return task_of(config).reader(config, split, vocabulary)
 
 
 def _generated(folder: Path, split: str) -> Path | None:
@@ -391,11 +374,6 @@ def score(example: Example, prediction: int, labels: Sequence[str]) -> float:
     if example.annotators:
         return vqa_metric.question_accuracy(labels[prediction], example.annotators)
     return float("nan") if example.label is None else float(prediction == example.label)
-
-
-def measures(config: RunConfig, predictions: pd.DataFrame) -> dict[str, float]:
-    """The figures of one split: the task's own first (as a share), then its parts; see ``Task.measures``."""
-    return task_of(config).measures(predictions)
 
 
 def write_submission(

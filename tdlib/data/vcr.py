@@ -14,9 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from tdlib.data.examples import Box, DataError, Example, Examples, Reference, Span, TextPart, join_parts
-from tdlib.data.pictures import PictureHeader, read_header, upright_boxes
 from tdlib.data.json_files import Records, read_json
-from tdlib.data.reading import Reader, SideFile, index_records, is_number, missing_file, need, normalise_boxes
+from tdlib.data.pictures import PictureHeader, read_header, upright_boxes
+from tdlib.data.reading import (
+    Reader,
+    SideFile,
+    all_labelled,
+    index_records,
+    is_number,
+    missing_file,
+    need,
+    normalise_boxes,
+)
 from tdlib.data.vcr_shifts import MASKED_TAG
 
 # The gender-neutral names of the authors' baseline (r2c, dataloaders/vcr.py); "Peyton" is there twice.
@@ -236,7 +245,7 @@ class VcrReader(Reader):
         types = self._types()
         label_keys = _LABELS[self.subtask]
 
-        def labelled(record: dict[str, Any], identifier: str, where: str) -> bool:
+        def labels_of(record: dict[str, Any], identifier: str, where: str) -> tuple[str, ...] | None:
             if types and identifier not in types:
                 raise DataError(
                     f"{where} ({identifier}): its *.types.jsonl has no line for it; complete that file "
@@ -248,21 +257,13 @@ class VcrReader(Reader):
                     f"{where} ({identifier}): no {lacking[0]}, but the other label is there; expected "
                     "both (train, val) or none (test)"
                 )
-            return not lacking
+            return None if lacking else label_keys
 
-        lines, known = index_records(records, records.where, "annot_id", str, self.what, labelled, report)
-        if not lines:
-            raise DataError(f"{self.path}: the file has no examples; copy it again")
-        unlabelled = [index for index, there in zip(lines.values(), known, strict=True) if not there]
-        if 0 < len(unlabelled) < len(lines):
-            raise DataError(
-                f"{records.where(unlabelled[0])} ({records[unlabelled[0]]['annot_id']}): no {label_keys[0]}, "
-                f"as {len(unlabelled)} of {len(lines)} lines; expected all (train, val) or none (test) to "
-                "have one"
-            )
-        parts = parts_of(self.subtask, labelled=not unlabelled)
+        lines = index_records(records, "annot_id", str, labels_of, report)
+        labelled = all_labelled(self.path, records, lines, label_keys[0])
+        parts = parts_of(self.subtask, labelled)
         relevance = SideFile(self.folder / f"{self.path.stem}.relevance.jsonl", "annot_id", self.what)
-        positions = list(lines.values())
+        positions = [position for position, _ in lines.values()]
         questions = [question for question in lines for _ in parts]
         of_question = [*parts] * len(lines)
         several = len(parts) > 1
@@ -288,24 +289,20 @@ class VcrReader(Reader):
             example = self._example(record, where, marks, strata[index], part)
             return replace(example, id=ids[index], part=part if several else "")
 
-        return Examples(ids, strata, make, not unlabelled, questions, of_question if several else None)
+        return Examples(ids, strata, make, labelled, questions, of_question if several else None)
 
     def _types(self) -> dict[str, str]:
         """Question types by annot_id; a reworded split (val_shortcut) shares those of its source (val)."""
         for stem in (self.path.stem, self.path.stem.split("_")[0]):
             path = self.folder / f"{stem}.types.jsonl"
             if path.is_file():
-                records = Records.lines(path, self.what)
-                types: dict[str, str] = {}
-                for index in range(len(records)):
-                    record, where = records[index], records.where(index)
-                    identifier = need(record, "annot_id", str, where, self.what)
-                    if identifier in types:
-                        raise DataError(f"{where}: annot_id {identifier!r} stands in an earlier line too")
-                    types[identifier] = sys.intern(need(record, "type", str, where, self.what))
+                types = index_records(Records.lines(path, self.what), "annot_id", str, self._type)
                 if types:
-                    return types
+                    return {identifier: kind for identifier, (_, kind) in types.items()}
         return {}
+
+    def _type(self, record: dict[str, Any], _identifier: str, where: str) -> str:
+        return sys.intern(need(record, "type", str, where, self.what))
 
     def _file(self, record: dict[str, Any], key: str, where: str) -> Path:
         """A file of ``vcr1images/`` that a record names."""

@@ -20,9 +20,6 @@ def joint_scores(predictions: pd.DataFrame, keys: Sequence[str] = ()) -> pd.Data
             ``chance``, where it is there, is multiplied.
         keys: columns that tell predictions of one question apart, such as the run.
 
-    Returns:
-        The answers' rows with the scores of their questions.
-
     Raises:
         ValueError: a question lacks one of the two.
     """

@@ -17,7 +17,7 @@ from typing import Any
 from tdlib.core.files import whole_file
 from tdlib.data.examples import DataError
 from tdlib.data.json_files import Records
-from tdlib.data.reading import is_number, need
+from tdlib.data.reading import index_records, is_number, need
 
 Record = dict[str, Any]
 Token = str | list[int]  # a word, or a reference to objects of the picture
@@ -111,9 +111,6 @@ def rule_singular(record: Record) -> Record | None:
     Changes choices with one person or one pronoun out of he and she, not more: in wrong ones it
     becomes the question's person, in the right one the person becomes a pronoun. A reference to a
     person together with an object stays. tools/rephrase_choice_singular.py.
-
-    Raises:
-        ValueError: no labels, or not a VCR line.
     """
     _check(record)
     objects, question = record["objects"], record["question"]
@@ -147,9 +144,6 @@ def rule_plural(record: Record) -> Record | None:
     Changes choices of which the same is true, or that say "they": in wrong ones both become the
     question's group, in the right one the group becomes "they". A group whose numbers are not in
     order stays, as it is compared with its sorted self. tools/rephrase_choice_plural.py.
-
-    Raises:
-        ValueError: no labels, or not a VCR line.
     """
     _check(record)
     asked = _group(record["question"], record["objects"])
@@ -221,9 +215,6 @@ def rm_top(record: Record, scores: Record, count: int = 1) -> Record:
     """AdvTop: masks the ``count`` tokens of largest loss in every choice, the first ones on ties.
 
     ``scores`` is the example's line of a shortcut-scores file. tools/merge_adversarial_annotations.py.
-
-    Raises:
-        ValueError: the scores are not this example's, or it is not a VCR line.
     """
     return _mask_by(
         record, scores, count, lambda losses: sorted(range(len(losses)), key=lambda i: -losses[i])[:count]
@@ -250,9 +241,6 @@ def shortcut_scores(record: Record, score: Score) -> Record:
     right choice and ``log(1 + exp(z_i))`` for a wrong one, z_i the logit without the token.
     ``*_tokens`` are for people to read (the study has a name there for each person, not
     "person_0"). modeling/shortcut_main.py.
-
-    Raises:
-        ValueError: no labels, not a VCR line, or a score that is not one finite number per variant.
     """
     _check(record)
     if not isinstance(record.get("annot_id"), str):
@@ -290,18 +278,9 @@ def _sigmoid_cross_entropy(logit: float, right: bool) -> float:
 
 
 def read_scores(path: Path | str) -> dict[str, Record]:
-    """The lines of a shortcut-scores file by annot_id.
+    """The lines of a shortcut-scores file by annot_id; DataError says which line is bad, and why."""
 
-    Raises:
-        DataError: the file is missing, damaged or no shortcut-scores file; says which line.
-    """
-    scores: dict[str, Record] = {}
-    lines = Records.lines(Path(path), "shortcut-scores")
-    for index in range(len(lines)):
-        line, where = lines[index], lines.where(index)
-        identifier = need(line, "annot_id", str, where, "shortcut-scores")
-        if identifier in scores:
-            raise DataError(f"{where}: annot_id {identifier!r} stands in an earlier line too; remove one")
+    def check(line: Record, _identifier: str, where: str) -> Record:
         for part in _PARTS:
             values: list[Any] = [line.get(f"{part}_{field}") for field in ("label", "tokens", "losses")]
             label, tokens, losses = values
@@ -316,8 +295,10 @@ def read_scores(path: Path | str) -> dict[str, Record]:
                     f"{where}: expected {part}_tokens and {part}_losses with 4 lists of equal lengths, one "
                     "word and one finite loss (at least 0) per token; make the scores again"
                 )
-        scores[identifier] = line
-    return scores
+        return line
+
+    lines = index_records(Records.lines(Path(path), "shortcut-scores"), "annot_id", str, check)
+    return {identifier: line for identifier, (_, line) in lines.items()}
 
 
 def _four_lists(value: Any, of: Callable[[Any], bool]) -> bool:

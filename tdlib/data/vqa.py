@@ -62,9 +62,6 @@ def build_vocabulary(
     """The answers that occur often enough as ``multiple_choice_answer`` of these splits' annotations.
 
     3,129 for VQA v2's train2014 and val2014 with 9 occurrences or more (Teney et al. 2018).
-
-    Raises:
-        DataError: a file is missing or malformed, or no answer is frequent enough.
     """
 
     def answers() -> Iterator[str]:
@@ -155,12 +152,10 @@ class VqaReader(Reader):
                 )
             return answered[identifier][1] if answered else "all"
 
-        where_of, what = questions.where, self.what
-        seen, strata = index_records(questions, where_of, "question_id", int, what, stratum, report)
+        seen = index_records(questions, "question_id", int, stratum, report)
         if not seen:
             raise DataError(f"{self.path}: the file has no questions; copy it again")
-        extra = len(answered) - sum(1 for identifier in seen if identifier in answered)
-        if extra:
+        if extra := len(answered.keys() - seen.keys()):
             problem = (
                 f"{self.annotations}: {extra} annotations of questions that are not in {self.path.name}; "
                 "files of different releases?"
@@ -169,7 +164,8 @@ class VqaReader(Reader):
                 raise DataError(problem)
             report(problem)
         identifiers = np.fromiter(seen, np.int64, len(seen))
-        positions = np.fromiter(seen.values(), np.int64, len(seen))
+        positions = np.array([position for position, _ in seen.values()], np.int64)
+        strata = [kind for _, kind in seen.values()]
         places = np.array([answered[i][0] for i in seen] if answered else [], np.int64)
         return identifiers, positions, places, strata
 
@@ -181,10 +177,7 @@ class VqaReader(Reader):
         def kind(record: dict[str, Any], identifier: int, where: str) -> str:
             return sys.intern(need(record, "question_type", str, where, self.what))
 
-        positions, kinds = index_records(
-            annotations, annotations.where, "question_id", int, self.what, kind, report
-        )
-        return dict(zip(positions, zip(positions.values(), kinds, strict=True), strict=True))
+        return index_records(annotations, "question_id", int, kind, report)
 
     def _example(
         self,

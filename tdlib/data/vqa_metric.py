@@ -139,15 +139,14 @@ class Vocabulary:
             )
         return cls(kept)
 
-    def soft_targets(self, answers: Sequence[str], preprocessed: bool = False) -> dict[int, float]:
+    def soft_targets(self, answers: Sequence[str]) -> dict[int, float]:
         """Score labels by their number of annotators: .3, .6, .9 for one to three, 1 from four on.
 
         A label that is not there has target 0. Counts the strings as the annotators wrote them, as
-        hengyuan-hu and ViLT do ("Yes" is not "yes"); with ``preprocessed``, their preprocessed
-        forms, as UNITER does.
+        hengyuan-hu and ViLT do ("Yes" is not "yes"); UNITER counts their normalised forms.
         """
         _refuse_string("answers", answers)
-        counts = Counter(normalise(answer) if preprocessed else answer for answer in answers)
+        counts = Counter(answers)
         last = len(_SOFT_SCORES) - 1
         return {
             self._labels[answer]: _SOFT_SCORES[min(count, last)]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from tdlib.config import RunConfig, parameters_with
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.data.examples import Example, Examples, divide_by_picture, low_shot
-from tdlib.data.tasks import HELD_OUT, answer_vocabulary, class_labels, reader, splits_of, task_of
+from tdlib.data.tasks import HELD_OUT, class_labels, reader, splits_of, task_of
 from tdlib.data.vcr import PERSON_TOKENS
 from tdlib.method.priors import Idf
 from tdlib.miniworld.writers import ensure_data
@@ -77,7 +77,7 @@ def read_split(config: RunConfig, split: str) -> Examples:
 @lru_cache(maxsize=16)
 def _open(folder: Path, key: str, split: str) -> Examples:
     config = RunConfig.model_validate_json(key)
-    return reader(config, split, answer_vocabulary(config)).open()
+    return reader(config, split, task_of(config).vocabulary(config)).open()
 
 
 @lru_cache(maxsize=4)

@@ -32,7 +32,7 @@ from tdlib.core.provenance import code_version, digest, git_version
 from tdlib.core.records import END, write_records
 from tdlib.data.chance import constant_answer
 from tdlib.data.examples import Example, Examples, low_shot, save_manifest
-from tdlib.data.tasks import data_folder, detail, measures, write_submission
+from tdlib.data.tasks import data_folder, detail, task_of, write_submission
 from tdlib.method.registry import own_functions
 from tdlib.miniworld.worlds import STRATA, strata_of
 from tdlib.students import registry as students
@@ -384,7 +384,7 @@ def evaluate(
         probabilities = predict(student, encoded)
         table = prediction_table(split, examples, probabilities, materials.labels, constant)
         if examples.labelled:
-            of_split = measures(config, table)
+            of_split = task_of(config).measures(table)
             figures["accuracy"][split] = next(iter(of_split.values()))
             figures["measures"][split] = of_split
             known = strata_of(data_folder(config), split).reindex(table["question"]).fillna("")
