@@ -19,11 +19,7 @@ from tdlib.teacher.towers import attention_weights, relevancy
 
 
 def attention_modules(student: nn.Module) -> list[Any]:
-    """The self-attention of each layer of a student, first to last.
-
-    Raises:
-        AttentionError: there is none that is known here, as in CLIP with a fusion head.
-    """
+    """The self-attention of each layer of a student, first to last."""
     parts = ("query", "key", "value", "num_attention_heads")
     modules = [module for module in student.modules() if all(hasattr(module, part) for part in parts)]
     if not modules:
@@ -99,14 +95,7 @@ def _check_tokens(maps: Sequence[Tensor], record: TargetRecord) -> None:
 def named_record(
     record: TargetRecord, batch: Mapping[str, Tensor], tokenizer: Any, tokens: int
 ) -> TargetRecord:
-    """The record with names for tokens that have no place, such as [CLS].
-
-    Args:
-        record: of the example in the batch.
-        batch: as in ``student_attention``, likewise ``tokenizer``.
-        tokenizer: the student's; None names all of them "[special]".
-        tokens: that the student has; [END] is added where it has one more than the record.
-    """
+    """The record with names for tokens that have no place, such as [CLS]; ``tokens`` long."""
     ids = batch["input_ids"][0, record.choice].tolist()
     words = tokenizer.convert_ids_to_tokens(list(ids)) if tokenizer is not None else ["[special]"] * len(ids)
     names = [
@@ -133,7 +122,6 @@ def student_attention(
     batch: Mapping[str, Tensor],
     record: TargetRecord,
     layers: Sequence[int] | None = None,
-    name: str = "student",
     tokenizer: Any = None,
 ) -> Attention:
     """A student's attention in one statement.
@@ -143,7 +131,6 @@ def student_attention(
         batch: one example as the student's inputs, from ``training.collate`` of one item.
         record: of the same example and student; its choice is the statement.
         layers: which, negative ones from the last; None: all.
-        name: of the student, in figures.
         tokenizer: the encoder's, to name special tokens in figures.
 
     Raises:
@@ -159,7 +146,7 @@ def student_attention(
     _check_tokens(maps, record)
     found = torch.stack([part[record.choice] for part in maps]).float().cpu().numpy()
     named = named_record(record, batch, tokenizer, found.shape[-1])
-    return Attention(found, chosen, named, readout_position(student, batch, record.choice), name)
+    return Attention(found, chosen, named, readout_position(student, batch, record.choice), "student")
 
 
 def gradient_relevance(student: Any, batch: Mapping[str, Tensor], record: TargetRecord) -> np.ndarray:

@@ -48,17 +48,8 @@ def check_tokenizer(folder: Path | str, required: bool = False) -> str:
     """Refuses a model folder whose tokenizer is not the one that its weights were trained with.
 
     Such a model looks perfect in training and is at chance in a run. The makers of mini models note the
-    digest of their tokenizer in ``provenance.json``; models from elsewhere have no such file.
-
-    Args:
-        folder: of a model; may be a hub id.
-        required: whether a folder that names no digest is refused, too.
-
-    Returns:
-        The digest that is named, "" if none is.
-
-    Raises:
-        StudentError: the digests differ, or there is none.
+    digest of their tokenizer in ``provenance.json``; models from elsewhere have no such file and are refused
+    only where a digest is ``required``. Returns the digest that is named, "" if none is.
     """
     path = Path(folder) / "provenance.json"
     made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -98,6 +89,37 @@ class StudentOutput(ModelOutput):
     def tokens(self) -> Tokens:
         assert self.spans is not None and self.boxes is not None
         return Tokens(self.spans, self.boxes)
+
+
+def sequence_mask(attention_mask: Tensor, visual_mask: Tensor) -> Tensor:
+    """(batch, choices, text_tokens + visual) of masks (batch, choices, text_tokens) and (batch, visual)."""
+    visual = visual_mask[:, None].expand(-1, attention_mask.shape[1], -1)
+    return torch.cat([attention_mask, visual.to(attention_mask)], dim=-1)
+
+
+def placed_output(
+    logits: Tensor, states: Sequence[Tensor], attention_mask: Tensor, visual_mask: Tensor,
+    spans: Tensor | None, visual_boxes: Tensor,
+) -> StudentOutput:  # fmt: skip
+    """The output of a student that says where its tokens are.
+
+    ``states`` (batch * choices, tokens or more, width): tokens without a place (VL-BERT's [END]) stand behind
+    the others. Masks as in ``sequence_mask``; ``spans`` of text tokens, 0 where None; ``visual_boxes``
+    (batch, visual, 4).
+    """
+    mask = sequence_mask(attention_mask, visual_mask)
+    batch, choices, tokens = mask.shape
+    length, visual = attention_mask.shape[2], visual_mask.shape[1]
+    if spans is None:
+        spans = attention_mask.new_zeros(batch, choices, length, 2)
+    boxes = visual_boxes[:, None].expand(-1, choices, -1, -1)
+    return StudentOutput(
+        logits=logits,
+        hidden_states=tuple(state[:, :tokens].unflatten(0, (batch, choices)) for state in states),
+        attention_mask=mask,
+        spans=torch.cat([spans, spans.new_zeros(batch, choices, visual, 2)], dim=2),
+        boxes=torch.cat([boxes.new_zeros(batch, choices, length, 4), boxes], dim=2),
+    )
 
 
 @dataclass(frozen=True)
@@ -338,13 +360,6 @@ def fit_classifier(
     An output belongs to the label of its name, whatever its number: two runs, or an official checkpoint,
     may list the same labels in another order. Where the names are not the same ones (capitals aside), what
     the outputs mean is not known, and the last layer is drawn from ``seed``.
-
-    Args:
-        model: a student whose ``classifier`` ends in a linear layer with an output per label.
-        stored: names of the outputs as its configuration has them.
-        labels: the names that are wanted.
-        seed: of new parameters.
-        where: what messages call the student.
     """
     names = [str(stored.get(index)) for index in range(len(labels))]
     if names == list(labels):
@@ -371,11 +386,7 @@ def fit_classifier(
 
 
 def read_checkpoint(path: Path | str, key: str) -> dict[str, Tensor]:
-    """The tensors of a file that ``torch.save`` wrote, or those that it keeps under ``key``.
-
-    Raises:
-        StudentError: the file cannot be read, or holds something else.
-    """
+    """The tensors of a file that ``torch.save`` wrote, or those that it keeps under ``key``."""
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch lets through what zipfile, pickle and the system raise

@@ -195,16 +195,7 @@ def _store_buffers(model: nn.Module) -> nn.Module:
 def open_teacher_as_student(
     name: str, pretrained: str = "", seed: int = 0, labels: Sequence[str] = ()
 ) -> ClipFusionForMultipleChoice:
-    """A student that is a teacher's trainable copy, in float32, with a head drawn from ``seed``.
-
-    Args:
-        name: as in ``Teacher``; likewise ``pretrained``.
-        seed: of the head.
-        labels: names of the classes, where the head is a classifier.
-
-    Raises:
-        TeacherError: the teacher cannot be loaded.
-    """
+    """A student that is a teacher's trainable copy, in float32, with a head drawn from ``seed``."""
     teacher = Teacher(name, pretrained, device="cpu")
     kind = ClipFusionForClassification if labels else ClipFusionForMultipleChoice
     with torch.random.fork_rng(devices=[]):
@@ -234,12 +225,8 @@ class _Tokenizer:
 class ClipFusionEncoder(StudentEncoder):
     """Turns examples into CLIP's inputs, with the characters of every token and the boxes of patches.
 
-    Args:
-        source: folder of a saved student, or the teacher that the student is a copy of.
-        max_text_tokens: longer statements are cut, keeping the end token; CLIP's context cuts anyway.
-
-    Raises:
-        StudentError: the folder does not hold what ``save`` writes.
+    ``source`` is the folder of a saved student, or the teacher that the student is a copy of. Longer
+    statements than ``max_text_tokens`` are cut, keeping the end token; CLIP's context cuts anyway.
     """
 
     kind = "CLIP with a fusion head"

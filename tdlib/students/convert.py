@@ -158,11 +158,7 @@ def convert(
 def official_weights(
     source: Format, state: Mapping[str, Tensor], where: str, drop: Sequence[str] = ()
 ) -> tuple[Any, dict[str, Tensor], list[str]]:
-    """Configuration, parameters by our names, and the names left out of an official state dict.
-
-    Raises:
-        StudentError: parameters are missing, unknown or of unknown shape; names them and ``where``.
-    """
+    """Configuration, parameters by our names, and the names left out of an official state dict."""
     weights, left_out = {}, []
     for name, value in state.items():
         new = source.rename(name)
@@ -225,11 +221,7 @@ def _fit_tokenizer(
     source: Format | None, name: Path | str, config: Any, weights: dict[str, Tensor], where: str, vcr: bool,
     seed: int,
 ) -> Any:  # fmt: skip
-    """The tokenizer, with VCR's people where they are wanted; ``weights`` get a row for each that is new.
-
-    Raises:
-        StudentError: it cannot be loaded, or is of another size than the checkpoint.
-    """
+    """The tokenizer, with VCR's people where they are wanted; ``weights`` get a row for each that is new."""
     people = source.people if vcr and source else ()
     expected = source.tokenizer if source else "bert-base-uncased (30,522)"
     try:

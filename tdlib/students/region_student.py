@@ -23,15 +23,10 @@ from tdlib.students.base import (
     StudentOutput,
     encoded_text,
     pad_last,
+    placed_output,
 )
 
 Piece = tuple[int, tuple[int, int]]  # a token and its span
-
-
-def sequence_mask(attention_mask: Tensor, region_mask: Tensor) -> Tensor:
-    """(batch, choices, text_tokens + regions) of (batch, choices, text_tokens) and (batch, regions)."""
-    regions = region_mask[:, None].expand(-1, attention_mask.shape[1], -1)
-    return torch.cat([attention_mask, regions.to(attention_mask)], dim=-1)
 
 
 def bert_states(
@@ -123,19 +118,7 @@ class RegionStudent:
         logits = logits.view(len(input_ids), -1)  # per choice, or per class
         if not output_hidden_states:
             return StudentOutput(logits=logits)
-        mask = sequence_mask(attention_mask, region_mask)
-        batch, choices, tokens = mask.shape
-        length, regions = attention_mask.shape[2], region_mask.shape[1]
-        if spans is None:
-            spans = attention_mask.new_zeros(batch, choices, length, 2)
-        boxes = region_boxes[:, None].expand(-1, choices, -1, -1)
-        return StudentOutput(
-            logits=logits,
-            hidden_states=tuple(state[:, :tokens].unflatten(0, (batch, choices)) for state in states),
-            attention_mask=mask,
-            spans=torch.cat([spans, spans.new_zeros(batch, choices, regions, 2)], dim=2),
-            boxes=torch.cat([boxes.new_zeros(batch, choices, length, 4), boxes], dim=2),
-        )
+        return placed_output(logits, states, attention_mask, region_mask, spans, region_boxes)
 
 
 class RegionEncoder(StudentEncoder):
@@ -270,10 +253,6 @@ class BertPairEncoder(RegionEncoder):
 
     A given answer (VCR's QA->R) follows its question without a separator. The head of a classifier
     reads [MASK], which has no characters. So do the authors of VL-BERT and of VisualBERT.
-
-    Raises:
-        StudentError: the student is of another architecture; its tokenizer is not that of its
-            vocabulary; region features are not of its width.
     """
 
     def __init__(self, name: str, max_text_tokens: int, regions: RegionSource):

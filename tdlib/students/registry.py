@@ -33,10 +33,6 @@ class Architecture:
     labels: Any
     reads_regions: bool = True
 
-    def load(self, name: str, seed: int = 0, labels: Sequence[str] = ()) -> Any:
-        """A student with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
-        return load_checkpoint(self.labels if labels else self.choices, name, seed, labels)
-
 
 ARCHITECTURES = {  # by model_type
     "vilt": Architecture(ViltEncoder, ViltForMultipleChoice, ViltForClassification, reads_regions=False),
@@ -51,9 +47,6 @@ ARCHITECTURES = {  # by model_type
 
 def architecture(name: str) -> Architecture:
     """The architecture of a student.
-
-    Args:
-        name: folder or hub id.
 
     Raises:
         StudentError: there is no readable configuration, or it is of no architecture known here.
@@ -84,4 +77,5 @@ def open_encoder(
 
 def load_student(name: str, seed: int = 0, labels: Sequence[str] = ()) -> Any:
     """A student with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
-    return architecture(name).load(name, seed, labels)
+    kind = architecture(name)
+    return load_checkpoint(kind.labels if labels else kind.choices, name, seed, labels)

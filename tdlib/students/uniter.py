@@ -17,8 +17,8 @@ from transformers.models.bert.modeling_bert import (
 )
 
 from tdlib.data.examples import Example
-from tdlib.students.base import EncodedText, StudentError, drawn_linear
-from tdlib.students.region_student import RegionEncoder, RegionStudent, bert_states, sequence_mask
+from tdlib.students.base import EncodedText, StudentError, drawn_linear, sequence_mask
+from tdlib.students.region_student import RegionEncoder, RegionStudent, bert_states
 
 IMAGE_TYPE = 1  # the token type of regions
 
@@ -170,11 +170,7 @@ class UniterEncoder(RegionEncoder):
     region_width = "img_dim"
 
     def text(self, example: Example) -> EncodedText:
-        """Ids and spans of one example's statements.
-
-        Raises:
-            StudentError: the example has choices and the student no token types for them.
-        """
+        """Ids and spans of one example's statements."""
         encoded = super().text(example)
         if int(encoded.token_type_ids.max()) >= self.config.type_vocab_size:
             raise StudentError(

@@ -29,6 +29,7 @@ from tdlib.students.base import (
     encoded_text,
     fuse_attention,
     pair_spans,
+    placed_output,
 )
 
 
@@ -111,15 +112,9 @@ class ViltForMultipleChoice(ViltPreTrainedModel):
         return nn.Linear(config.hidden_size, 1)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_type_ids: Tensor,
-        pixel_values: Tensor,
-        pixel_mask: Tensor,
-        spans: Tensor | None = None,
-        output_hidden_states: bool = False,
-    ) -> StudentOutput:
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, pixel_values: Tensor,
+        pixel_mask: Tensor, spans: Tensor | None = None, output_hidden_states: bool = False,
+    ) -> StudentOutput:  # fmt: skip
         """Scores statements.
 
         Args:
@@ -129,7 +124,7 @@ class ViltForMultipleChoice(ViltPreTrainedModel):
             spans: (batch, choices, text_tokens, 2) characters of each token, handed on in the output.
             output_hidden_states: whether to return hidden states, spans and boxes.
         """
-        batch, choices, length = input_ids.shape
+        batch, choices, _ = input_ids.shape
         image, image_mask, boxes = embed_patches(self.vilt, pixel_values, pixel_mask)
         output = self.vilt(
             input_ids=input_ids.flatten(0, 1),
@@ -142,19 +137,7 @@ class ViltForMultipleChoice(ViltPreTrainedModel):
         logits = self.classifier(output.pooler_output).view(batch, -1)  # per choice, or per class
         if not output_hidden_states:
             return StudentOutput(logits=logits)
-        tokens = length + image.shape[1]
-        if spans is None:
-            spans = input_ids.new_zeros(batch, choices, length, 2)
-        return StudentOutput(
-            logits=logits,
-            hidden_states=tuple(h.view(batch, choices, tokens, -1) for h in _hidden_states(output)),
-            attention_mask=torch.cat([attention_mask, image_mask[:, None].expand(-1, choices, -1)], dim=-1),
-            spans=torch.cat([spans, spans.new_zeros(batch, choices, image.shape[1], 2)], dim=2),
-            boxes=torch.cat(
-                [boxes.new_zeros(batch, choices, length, 4), boxes[:, None].expand(-1, choices, -1, -1)],
-                dim=2,
-            ),
-        )
+        return placed_output(logits, hidden_states(output), attention_mask, image_mask, spans, boxes)
 
 
 class ViltForClassification(ViltForMultipleChoice):
@@ -169,7 +152,7 @@ class ViltForClassification(ViltForMultipleChoice):
         )  # fmt: skip
 
 
-def _hidden_states(output: BaseModelOutputWithPooling) -> tuple[Tensor, ...]:
+def hidden_states(output: BaseModelOutputWithPooling) -> tuple[Tensor, ...]:
     """All layers' outputs, the last one after the final norm."""
     assert output.hidden_states is not None and output.last_hidden_state is not None
     return (*output.hidden_states[:-1], output.last_hidden_state)

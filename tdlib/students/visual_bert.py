@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from transformers import VisualBertConfig, VisualBertModel, VisualBertPreTrainedModel
 from transformers.models.visual_bert.modeling_visual_bert import VisualBertSelfAttention
 
-from tdlib.students.base import FusedAttention, StudentError, drawn_linear, fuse_attention
-from tdlib.students.region_student import (
-    BertPairEncoder,
-    RegionStudent,
-    answer_slot,
-    referents,
-    sequence_mask,
-)
+from tdlib.students.base import FusedAttention, StudentError, drawn_linear, fuse_attention, sequence_mask
+from tdlib.students.region_student import BertPairEncoder, RegionStudent, answer_slot, referents
 
 # Of the visual token types. The authors' code gives regions of COCO, VCR, VQA and Flickr30k type 0; type 1 is
 # that of NLVR2's second picture. (The stock model takes 1 where none is given.)
@@ -34,11 +28,8 @@ class VisualBertForMultipleChoice(RegionStudent, VisualBertPreTrainedModel):
 
     The head is the stock one for VCR: dropout and one linear layer on the pooled [CLS]. A region has
     the mean position of the words that refer to it (section 3.2; the stock ``image_text_alignment``).
-    Boxes are not read: they only say in the output where regions lie.
-
-    Raises:
-        StudentError: the configuration has ``bypass_transformer``, with which no layer sees both
-            text and regions but the last.
+    Boxes are not read: they only say in the output where regions lie. A configuration with
+    ``bypass_transformer`` is refused: no layer but the last sees both text and regions.
     """
 
     config_class = VisualBertConfig

@@ -23,15 +23,8 @@ from transformers.models.bert.modeling_bert import (
 from tdlib.data.examples import DataError, Example
 from tdlib.data.pictures import read_header
 from tdlib.regions.computed import Regions, RegionSource
-from tdlib.students.base import StudentError, drawn_linear
-from tdlib.students.region_student import (
-    BertPairEncoder,
-    RegionStudent,
-    answer_slot,
-    bert_states,
-    referents,
-    sequence_mask,
-)
+from tdlib.students.base import StudentError, drawn_linear, sequence_mask
+from tdlib.students.region_student import BertPairEncoder, RegionStudent, answer_slot, bert_states, referents
 
 REGION_TYPE = 2  # the token type of regions and of [END]
 CLASSIFIER = "classifier.0."  # the transform of the pretrained word predictor, from which VQA's head starts
@@ -123,15 +116,9 @@ class VisualLinguisticBert(nn.Module):
         return self.embedding_dropout(self.embedding_LayerNorm(torch.cat([text, regions, end], dim=2)))
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_type_ids: Tensor,
-        seen: Tensor,
-        region_word: Tensor,
-        region_mask: Tensor,
-        which: Tensor,
-    ) -> tuple[Tensor, ...]:
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, seen: Tensor,
+        region_word: Tensor, region_mask: Tensor, which: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Hidden states (batch * choices, text_tokens + regions + 1, width), embeddings first; [END] is last.
 
         Args:
@@ -225,11 +212,7 @@ class VlBertForClassification(VlBertForMultipleChoice):
 
 
 class VlBertEncoder(BertPairEncoder):
-    """Turns examples into VL-BERT's inputs: the whole picture first, boxes within the pixels of the picture.
-
-    Raises:
-        StudentError: see ``BertPairEncoder``; or ``max_text_tokens`` leaves no positions for regions.
-    """
+    """Turns examples into VL-BERT's inputs: the whole picture first, boxes within the picture's pixels."""
 
     kind = "VL-BERT"
     config_kind = VlBertConfig
