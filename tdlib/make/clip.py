@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tdlib.core.files import write_folder, write_json
 from tdlib.make import corpus
-from tdlib.make.loop import Position, machine, mixed_precision, train
+from tdlib.make.loop import Position, mixed_precision, provenance, train
 from tdlib.miniworld.writers import VERSION
 from tdlib.teacher.families import encode_text_tokens
 
@@ -93,19 +93,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 
 
 class ClipJob:
-    """Training of the mini CLIP; see the module.
-
-    Args:
-        folder: of the model: holds the tokenizer, with which the texts must have been made.
-        home: where the corpus lies, and is made where it is missing.
-        scenes: of the web corpus.
-        seed: of the corpus and of all random numbers.
-        batch: pictures per step, by phase.
-        device: "cpu" or "cuda".
-
-    Raises:
-        DataError: the folder's tokenizer is another one than that of the texts.
-    """
+    """Training of the mini CLIP; see the module, and ``pretraining.StudentJob`` for the arguments."""
 
     phases: ClassVar = PHASES
 
@@ -213,12 +201,7 @@ def make_clip(
             job.model.logit_scale.clamp_(0, math.log(100))
         weights = {name: value.half().cpu().contiguous() for name, value in job.model.state_dict().items()}
         save_file(weights, partial / "open_clip_model.safetensors", metadata={"format": "pt"})
-        write_json(partial / "provenance.json", {
-            "made_by": "tdlib.make.clip.make_clip", "corpus": "web", **job.settings,
-            "peak_learning_rate": peak, "steps": position.steps, "minutes": round(position.seconds / 60, 1),
-            "final": {name: round(value, 3) for name, value in position.averages.items()},
-            "machine": machine(),
-        })  # fmt: skip
+        write_json(partial / "provenance.json", provenance(make_clip, "web", job, peak, position))
 
     if options.get("stop_after") is None or position.step != options["stop_after"]:
         write_folder(folder, fill)

@@ -60,14 +60,8 @@ def write_arrays(
 ) -> dict[str, np.ndarray]:
     """Arrays of ``number`` rows each, made by processes, one chunk of rows after the other.
 
-    Args:
-        folder: where to; is read, not made, where ``made.json`` in it says the same as ``made``.
-        made: what the arrays are a function of.
-        number: of rows.
-        work: gives the rows [start, stop) of every array; called with ``given``, start and stop.
-        given: the first arguments of ``work``.
-        workers: processes.
-        beside: writes other files into the folder.
+    A folder whose ``made.json`` says the same as ``made`` is read, not made. ``work`` gives the rows [start,
+    stop) of every array; it is called with ``given``, start and stop. ``beside`` writes other files there.
     """
     made = json.loads(json.dumps(made | {"rows": number}))
     try:
@@ -128,11 +122,7 @@ def pictures(kind: str, home: Path, seed: int, number: int, workers: int = 2) ->
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerFast, digest: str, where: str) -> None:
-    """Refuses arrays of token ids that another tokenizer made.
-
-    Raises:
-        DataError: the digests differ.
-    """
+    """Refuses arrays of token ids that another tokenizer made."""
     found = tokenizer_digest(tokenizer)
     if found != digest:
         raise DataError(

@@ -15,7 +15,7 @@ from tdlib.make import corpus
 from tdlib.miniworld.drawing import SIZE
 from tdlib.students.base import StudentOutput
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
-from tdlib.students.vilt import ViltForMultipleChoice, embed_patches
+from tdlib.students.vilt import ViltForMultipleChoice, embed_patches, hidden_states
 from tdlib.students.visual_bert import VisualBertForMultipleChoice
 from tdlib.students.vlbert import CLASSIFIER, VlBertConfig, VlBertForMultipleChoice, within_pixels
 
@@ -170,10 +170,9 @@ def read(model: Any, text: dict[str, Tensor] | None, visual: dict[str, Tensor] |
             image_embeds=image.repeat_interleave(choices, dim=0),
             pixel_mask=mask.repeat_interleave(choices, dim=0), output_hidden_states=True,
         )  # fmt: skip
-        states = *output.hidden_states[:-1], output.last_hidden_state
         return StudentOutput(
             logits=model.classifier(output.pooler_output).view(number, choices),
-            hidden_states=tuple(state.unflatten(0, (number, choices)) for state in states),
+            hidden_states=tuple(state.unflatten(0, (number, choices)) for state in hidden_states(output)),
         )
     if visual is None:
         width = getattr(model.config, "img_dim", None) or model.config.visual_embedding_dim

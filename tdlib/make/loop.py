@@ -134,11 +134,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> Position:
-    """Puts parameters and optimizer where a checkpoint left them.
-
-    Raises:
-        DataError: the checkpoint belongs to a run with other settings.
-    """
+    """Puts parameters and optimizer where a checkpoint left them."""
     with safe_open(path, framework="pt") as file:
         text = file.metadata()
         found, expected = json.loads(text["settings"]), json.loads(json.dumps(settings))
@@ -269,6 +265,18 @@ def _update(
     position.note(phase, figures)
     position.step += 1
     position.steps[phase] = place + 1
+
+
+def provenance(
+    made_by: Callable[..., Any], corpus: str, job: Job, peak: float, position: Position
+) -> dict[str, Any]:
+    """What is noted beside the weights of a finished model."""
+    return {
+        "made_by": f"{made_by.__module__}.{made_by.__qualname__}", "corpus": corpus, **job.settings,
+        "peak_learning_rate": peak, "steps": position.steps, "minutes": round(position.seconds / 60, 1),
+        "final": {name: round(value, 3) for name, value in position.averages.items()},
+        "machine": machine(),
+    }  # fmt: skip
 
 
 def machine() -> dict[str, Any]:

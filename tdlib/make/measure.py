@@ -37,17 +37,6 @@ def measure_student(
     Matching (``knowledge.matching``), and zero-shot accuracy in four-choice VCR (chance 0.25) and in
     telling entailed hypotheses of SNLI-VE from contradicted ones (chance 0.5), split by what the curated
     corpus knows.
-
-    Args:
-        folder: of the student.
-        detector: behind its region features.
-        scenes: of matching.
-        seed: of the worlds.
-        size: of them; the usual one if None.
-
-    Raises:
-        StudentError: the folder's tokenizer is not the one that the weights were trained with, or the
-            folder does not say which that was.
     """
     check_tokenizer(folder, required=True)
     size = size or Size(train=0, test=0, shifted=0)

@@ -80,9 +80,6 @@ class StudentJob:
         pairs: of those of "fusion", shown with a true and a false caption.
         hard: share of the false captions that in the end are false in one point.
         device: "cpu" or "cuda".
-
-    Raises:
-        DataError: the folder's reader turns captions into other tokens than the arrays have.
     """
 
     phases: ClassVar = PHASES

@@ -3,7 +3,6 @@
 ``pretraining`` holds what they learn, ``kinds`` what each is; here is what a finished one consists of.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tdlib.core.files import write_folder, write_json
 from tdlib.data.examples import DataError, Example, TextPart
 from tdlib.make import corpus
 from tdlib.make.kinds import KINDS, Kind, PatchSight
-from tdlib.make.loop import Position, machine, train
+from tdlib.make.loop import Position, provenance, train
 from tdlib.make.pretraining import StudentJob
 from tdlib.students.base import StudentEncoder
 from tdlib.students.registry import ARCHITECTURES
@@ -32,11 +31,7 @@ class _NoRegions:
 
 
 def check_reader(job: StudentJob, folder: Path, number: int = 64) -> None:
-    """Refuses a folder whose reader gives other ids or token types of captions than training reads.
-
-    Raises:
-        DataError: some caption is read differently.
-    """
+    """Refuses a folder whose reader gives other ids or token types of captions than training reads."""
     kind = ARCHITECTURES[job.kind.architecture]
     given = (_NoRegions(),) if kind.reads_regions else ()
     encoder: StudentEncoder = kind.encoder(str(folder), corpus.LONGEST, *given)
@@ -119,13 +114,8 @@ def make_student(
     def fill(partial: Path) -> None:
         start_folder(job.kind, partial, draft / "model")
         write_weights(job, partial)
-        write_json(partial / "provenance.json", json.loads(json.dumps({
-            "made_by": "tdlib.make.students.make_student", "corpus": "curated; web for texts alone",
-            **job.settings, "peak_learning_rate": peak, "steps": position.steps,
-            "minutes": round(position.seconds / 60, 1),
-            "final": {name: round(value, 3) for name, value in position.averages.items()},
-            "machine": machine(),
-        })))  # fmt: skip
+        made = provenance(make_student, "curated; web for texts alone", job, peak, position)
+        write_json(partial / "provenance.json", made)
 
     if options.get("stop_after") is None or position.step != options["stop_after"]:
         write_folder(folder, fill)

@@ -112,11 +112,7 @@ class TorchvisionBackbone:
 
 
 def load_weights(model: nn.Module, name: str, path: Path) -> None:
-    """Loads a state dict, without the classifier's parameters.
-
-    Raises:
-        DataError: the file is missing, unreadable, or belongs to another model.
-    """
+    """Loads a state dict, without the classifier's parameters."""
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -163,9 +159,7 @@ class MiniDetector(nn.Module):
     def forward(self, pixels: Tensor, boxes: list[Tensor]) -> Tensor:
         """Features (all regions, dim), not negative, picture after picture.
 
-        Args:
-            pixels: (batch, 3, size, size), 0 to 255.
-            boxes: per picture (regions, 4), normalised xyxy.
+        ``pixels`` (batch, 3, size, size), 0 to 255; per picture ``boxes`` (regions, 4), normalised xyxy.
         """
         feature_map = self.stem(pixels / 127.5 - 1)
         feature_map = (feature_map + self.context(feature_map)).float()
@@ -209,11 +203,7 @@ def save_detector(detector: MiniDetector, folder: Path) -> None:
 
 
 def load_detector(name: Path | str) -> MiniDetector:
-    """The mini detector of a folder, in single precision, for inference.
-
-    Raises:
-        DataError: the folder does not hold one.
-    """
+    """The mini detector of a folder, in single precision, for inference."""
     folder = Path(resolve(str(name)))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -230,11 +220,7 @@ def load_detector(name: Path | str) -> MiniDetector:
 
 
 def open_backbone(name: str, device: str = "") -> Backbone:
-    """MODEL@WEIGHTS of torchvision's, or the folder of a mini detector; on ``usual_device`` if that is "".
-
-    Raises:
-        DataError: it is neither, or does not load.
-    """
+    """MODEL@WEIGHTS of torchvision's, or the folder of a mini detector; on ``usual_device`` if that is ""."""
     device = device or usual_device()
     model, at, weights = name.partition("@")
     if at and not Path(resolve(name)).is_dir():

@@ -30,11 +30,7 @@ COLUMNS = {  # without a header; boxes in pixels, xyxy; boxes and features in ba
 
 
 def tsv_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Record]]:
-    """Picture and record of each line.
-
-    Raises:
-        DataError: a line has other columns, or was cut off.
-    """
+    """Picture and record of each line."""
     image = columns[0].removesuffix("_id")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -65,9 +61,6 @@ def hdf5_records(path: Path) -> Iterator[tuple[str, Record]]:
 
     Which row is whose: the file's dataset ``image_ids``, or a JSON file {image id: row} beside it,
     ``train36_imgid2idx.json`` of ``train36.hdf5``. (The official mapping is a pickle, which could run code.)
-
-    Raises:
-        DataError: the file is of another layout, or its mapping is missing or names other rows.
     """
     beside = path.with_name(f"{path.stem}_imgid2idx.json")
     try:
@@ -101,11 +94,7 @@ def hdf5_records(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def convert(kind: str, path: Path | str, folder: Path | str) -> int:
-    """Writes ``folder/<picture>.npz`` for every record of a file that is not there yet; returns how many.
-
-    Raises:
-        DataError: the file is not there, or a record is not what it should be.
-    """
+    """Writes ``folder/<picture>.npz`` for every record of a file that is not there yet; returns how many."""
     path, folder, dim, written = Path(resolve(str(path))), Path(folder), 0, 0
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected one of the kind {kind!r}")

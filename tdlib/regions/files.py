@@ -88,11 +88,7 @@ def picture_keys(image: Path) -> list[str]:
 
 
 def library(name: str, what: str) -> Any:
-    """A package that only some readers need.
-
-    Raises:
-        ImportError: it is not installed; says how to.
-    """
+    """A package that only some readers need."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

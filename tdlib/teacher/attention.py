@@ -55,11 +55,7 @@ def rollout(maps: np.ndarray, query: int) -> np.ndarray:
 
 
 def chosen_layers(layers: Sequence[int] | None, count: int, model: str) -> tuple[int, ...]:
-    """The layers asked for, from 0, negative ones from the last; None: all.
-
-    Raises:
-        AttentionError: ``model`` has no such layer.
-    """
+    """The layers asked for, from 0, negative ones from the last; None: all."""
     wanted = range(count) if layers is None else layers
     outside = [layer for layer in wanted if not -count <= layer < count]
     if outside or not wanted:
@@ -156,10 +152,6 @@ def teacher_relevance(teacher: Teacher, record: TargetRecord) -> tuple[np.ndarra
 
     Returns values (tokens,) in [0, 1], the largest of each modality 1, and a record over the teacher's
     text tokens and patches; see ``Teacher.pair_relevance``.
-
-    Raises:
-        TeacherError: a tower's attention cannot be read.
-        DataError: the picture cannot be read.
     """
     picture = open_picture(record.image)
     words, patches = teacher.pair_relevance([record.text], picture)[0]

@@ -179,9 +179,6 @@ class TeacherCache:
         """Computes and stores the gradient relevance of texts with pictures, each distinct pair once.
 
         Costs a forward and a backward pass through both towers per pair.
-
-        Raises:
-            TeacherError: the teacher's attention cannot be read, or its gradient is not finite.
         """
         self.teacher.check("gradient")
         sources = {
@@ -267,19 +264,11 @@ class TeacherCache:
         return self._record("texts", text_key(text), text, extras, as_stored)
 
     def picture(self, path: Path, extras: Sequence[str] = (), as_stored: bool = False) -> TeacherRecord:
-        """The stored features of a picture file, with further signals if asked for; as for ``text``.
-
-        Raises:
-            CacheError: it, or one of ``extras``, was never added (or the file has changed since).
-        """
+        """The stored features of a picture file, with further signals if asked for; as for ``text``."""
         return self._record("pictures", self.picture_key(path), str(path), extras, as_stored)
 
     def pair(self, text: str, path: Path) -> Tensor:
-        """The stored gradient relevance of a text's tokens and then the picture's, in [0, 1].
-
-        Raises:
-            CacheError: the pair was never added.
-        """
+        """The stored gradient relevance of a text's tokens and then the picture's, in [0, 1]."""
         try:
             return self.store.read("pairs", pair_key(text_key(text), self.picture_key(path)))["gradient"]
         except KeyError:
@@ -289,11 +278,7 @@ class TeacherCache:
             ) from None
 
     def cut(self, text: str) -> int:
-        """How many tokens of a text the teacher has not seen, for want of room.
-
-        Raises:
-            CacheError: it was never added.
-        """
+        """How many tokens of a text the teacher has not seen, for want of room."""
         return int(self._read("texts", text_key(text), text, ["cut"])["cut"])
 
     def _record(

@@ -65,12 +65,7 @@ def _pooled(output: Tensor | tuple) -> Tensor:
 
 @torch.inference_mode()
 def check_tower(tower: Tower, given: Tensor) -> None:
-    """Raises TeacherError where this reading of a tower does not give the model's own pooled embedding.
-
-    Args:
-        tower: any.
-        given: pixels or ids of one input.
-    """
+    """Raises TeacherError where this reading of a tower does not give the model's own pooled embedding."""
     try:
         seen = tower.see(given)
         pooled = tower.pooling.pool(seen.hidden, tower.pooling.weights(seen.hidden, given)).float()
@@ -96,11 +91,7 @@ def _kind_of(tower: Tower) -> str:
 
 
 def image_tower(visual: nn.Module, name: str) -> Tower:
-    """The image tower of an open_clip model.
-
-    Raises:
-        TeacherError: its pooling has no reading per token.
-    """
+    """The image tower of an open_clip model."""
     if isinstance(visual, VisionTransformer):
         return _vision_transformer(visual, name)
     if isinstance(visual, ModifiedResNet):
@@ -261,11 +252,7 @@ def _timm_map(visual: TimmModel, name: str) -> Tower:
 
 
 def text_tower(model: nn.Module, name: str) -> Tower:
-    """The text tower of an open_clip model.
-
-    Raises:
-        TeacherError: its pooling has no reading per token.
-    """
+    """The text tower of an open_clip model."""
     text: Any = getattr(model, "text", model)  # the plain CLIP class holds its text tower's parts itself
     if isinstance(text, HFTextEncoder):
         return _hugging_face_text(text, name)

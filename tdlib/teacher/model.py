@@ -212,11 +212,7 @@ class Teacher:
     def encode_texts(
         self, texts: Sequence[str], batch_size: int = 256, extras: Sequence[str] = ()
     ) -> list[TeacherRecord]:
-        """Per-token features of texts; ``extras`` names further signals (``EXTRAS``).
-
-        Raises:
-            TeacherError: the text tower cannot give one of ``extras``.
-        """
+        """Per-token features of texts; ``extras`` names further signals (``EXTRAS``)."""
         encoded = [self.tokenize.read(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids))
         records: dict[int, TeacherRecord] = {}
@@ -236,11 +232,7 @@ class Teacher:
     def encode_pictures(
         self, pictures: Sequence[Image.Image], batch_size: int = 128, extras: Sequence[str] = ()
     ) -> list[TeacherRecord]:
-        """Per-patch features of pictures; ``extras`` names further signals (``EXTRAS``).
-
-        Raises:
-            TeacherError: the image tower cannot give one of ``extras``.
-        """
+        """Per-patch features of pictures; ``extras`` names further signals (``EXTRAS``)."""
         records = []
         boxes_of: dict[tuple[int, int], Tensor] = {}  # by the size of the picture
         for start in range(0, len(pictures), batch_size):
@@ -275,9 +267,6 @@ class Teacher:
         largest entry (our reading: so that all variants have one scale).
 
         Returns for each text (text_tokens,) and (patches,), in [0, 1], in the order of the records.
-
-        Raises:
-            TeacherError: a tower's attention cannot be read.
         """
         self.check("gradient")
         encoded = [self.tokenize(text) for text in texts]
@@ -302,11 +291,7 @@ class Teacher:
 
 
 def _activation(name: str, pretrained: str) -> dict[str, Any]:
-    """Options of open_clip's factory that give weights the activation they were trained with.
-
-    Raises:
-        TeacherError: the architecture has QuickGELU, the tag's weights were trained without.
-    """
+    """Options of open_clip's factory that give weights the activation they were trained with."""
     tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
     quick = (open_clip.get_model_config(name) or {}).get("quick_gelu", False) if pretrained else False
     if tag:

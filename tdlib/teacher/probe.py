@@ -18,6 +18,7 @@ from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import choice_logits
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+MOST = 20_000  # examples of a fit
 FOLDS = 5  # parts of the subset, whole pictures; each is scored by a probe fitted on the others
 
 
@@ -62,24 +63,21 @@ class ClassProbe:
         examples: the training subset; those without a label are left out of the fit.
         num_labels: size of the label set.
         seed: of the folds.
-        most: at most this many examples are fitted on (the first in a seeded order).
 
-    The penalty is the one of ``PENALTIES`` with the least cross-entropy on the held-out folds: one
-    number in which every example has its small say.
+    At most ``MOST`` examples are fitted on, the first in a seeded order. The penalty is the one of
+    ``PENALTIES`` with the least cross-entropy on the held-out folds: one number in which every example has
+    its small say.
 
     Raises:
         ValueError: labelled examples of fewer pictures than folds.
     """
 
-    def __init__(
-        self, cache: TeacherCache, examples: Sequence[Example], num_labels: int, seed: int,
-        most: int = 20_000,
-    ):  # fmt: skip
+    def __init__(self, cache: TeacherCache, examples: Sequence[Example], num_labels: int, seed: int):
         self.cache = cache
         found = [example for example in examples if example.label is not None]
         # An order that depends on the seed and the id alone, not on the subset's own.
         found.sort(key=lambda e: hashlib.sha256(f"{seed} {e.id}".encode()).digest())
-        found = found[:most]
+        found = found[:MOST]
         # Whole pictures: with two questions about one picture in two folds, the probe would know the picture.
         pictures = {picture: place for place, picture in enumerate(dict.fromkeys(e.image for e in found))}
         if len(pictures) < FOLDS:
@@ -176,13 +174,10 @@ class CutTexts:
 
 
 def count_cut(examples: Iterable[Example], cut: Callable[[str], int], labels: Sequence[str] = ()) -> CutTexts:
-    """Counts the examples of which a teacher cuts a text.
+    """Counts the examples of which a teacher cuts a text, given how many tokens it cuts of one.
 
-    Args:
-        examples: these.
-        cut: the tokens that it cuts of a text: ``TeacherCache.cut``, or, where no weights are at hand,
-            ``lambda text: tokenize.read(text).cut`` with ``text.open_tokenizer``.
-        labels: see ``compared_texts``.
+    That is ``TeacherCache.cut``, or, where no weights are at hand, ``lambda text: tokenize.read(text).cut``
+    with ``text.open_tokenizer``.
     """
     number = bad = most = 0
     worst = ""

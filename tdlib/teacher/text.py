@@ -81,11 +81,7 @@ def spans_in_raw(raw: str, cleaned: str, spans: Sequence[Span]) -> list[Span]:
 
 
 class TextTokenizer:
-    """Ids of an open_clip tokenizer together with the characters that each id holds.
-
-    Raises:
-        TeacherError: a tokenizer that does not tell where its tokens came from.
-    """
+    """Ids of an open_clip tokenizer together with the characters that each id holds."""
 
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, name: str):
         kind = type(tokenizer).__name__
@@ -161,9 +157,6 @@ def _without_space(text: str, start: int, end: int) -> Span:
 
 def open_tokenizer(name: str) -> TextTokenizer:
     """The tokenizer of a teacher, without its weights.
-
-    Args:
-        name: as a teacher is named: "ViT-B-16", "local-dir:FOLDER" or "hf-hub:ORG/REPO".
 
     Raises:
         TeacherError: the teacher is unknown, its files are missing, or it gives no offsets.
