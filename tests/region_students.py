@@ -6,6 +6,7 @@ that their parameters have in official files.
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -114,6 +115,14 @@ def places_of(inputs) -> list[list[int]]:
 def change(folder: Path, **settings) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+BROKEN_FOLDERS = {
+    "cut": lambda folder: os.truncate(folder / "model.safetensors", 5000),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "malformed config": lambda folder: (folder / "config.json").write_text("{"),
+}
 
 
 def student_folder(tmp_path_factory, tokenizer_folder, model) -> Path:

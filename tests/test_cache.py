@@ -1,10 +1,7 @@
 """The cache of the teacher's features: the same as live, computed once, and never silently wrong."""
 
 import json
-import os
 import re
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from tdlib.core import store
 from tdlib.core.files import file_digest
 from tdlib.data.examples import DataError
 from tdlib.data.pictures import open_picture
@@ -132,14 +128,6 @@ def test_each_distinct_text_and_picture_is_computed_once(tmp_path, teacher, pict
     assert torch.equal(cache.picture(copy).value, cache.picture(pictures[0]).value)
 
 
-def test_growth_adds_shards_and_leaves_the_old_ones(filled, teacher, tmp_path):
-    before = {path.name: file_digest(path) for path in filled.folder.glob("*.safetensors")}
-    filled.add(["something new"])
-    after = {path.name: file_digest(path) for path in filled.folder.glob("*.safetensors")}
-    assert before.items() < after.items() and len(after) == len(before) + 1
-    assert_live(TeacherCache(tmp_path, teacher), teacher, [*TEXTS, "something new"], [])
-
-
 # Signals that only some relevance variants read
 
 
@@ -241,12 +229,6 @@ def test_a_shard_is_written_whenever_enough_is_in_memory(tmp_path, teacher, smal
     assert_live(TeacherCache(tmp_path, teacher), teacher, TEXTS, [])
 
 
-def test_an_empty_cache_opens(tmp_path, teacher):
-    cache = TeacherCache(tmp_path, teacher)
-    cache.add()
-    assert len(cache) == len(TeacherCache(tmp_path, teacher)) == 0
-
-
 def test_what_was_not_added_is_an_error(filled, tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "new.png")
     with pytest.raises(CacheError, match=r"'not here'.*add\(texts="):
@@ -285,49 +267,6 @@ def test_caches_of_two_teachers_lie_apart(filled, teacher, teacher_folder, tmp_p
 # Damage
 
 
-@pytest.mark.parametrize("kind", ["texts", "pictures"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "empty"])
-def test_damaged_shards_are_named(filled, teacher, kind, damage):
-    path = shard_of(filled, kind)
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    if damage == "missing":
-        path.unlink()
-    else:
-        whole = path.read_bytes()
-        path.write_bytes({"flip": bytes(content), "cut": whole[:-10], "empty": b""}[damage])
-    refused(filled, teacher, path)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"format": 2, "owner": "x"}', "\xff"])
-def test_a_malformed_manifest_is_named(filled, teacher, content):
-    path = filled.folder / "manifest.json"
-    path.write_text(content, encoding="latin-1")
-    refused(filled, teacher, path)
-
-
-BROKEN_ENTRIES = {
-    "no list": lambda manifest: manifest.update(shards=None),
-    "no entry": lambda manifest: manifest["shards"].append(3),
-    "no checksum": lambda manifest: manifest["shards"][0].pop("sha256"),
-    "file no name": lambda manifest: manifest["shards"][0].update(file=5),
-    "unknown kind": lambda manifest: manifest["shards"][0].update(kind="sounds"),
-    "another format": lambda manifest: manifest.update(format=99),
-    "another teacher": lambda manifest: manifest.update(owner="0" * 64),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN_ENTRIES)
-def test_a_manifest_with_a_broken_entry_is_named(filled, teacher, case):
-    change_manifest(filled, BROKEN_ENTRIES[case])
-    refused(filled, teacher, filled.folder / "manifest.json")
-
-
-def test_a_manifest_that_lists_another_number_of_records_is_refused(filled, teacher):
-    change_manifest(filled, lambda manifest: manifest["shards"][0].update(records=4))
-    refused(filled, teacher, shard_of(filled, "texts"))
-
-
 def sign(cache: TeacherCache) -> None:
     """Makes the manifest's checksums those of the files as they are now."""
 
@@ -359,13 +298,6 @@ def test_records_under_each_others_keys_are_refused(filled, teacher):
     refused(filled, teacher, filled.folder)
 
 
-def test_an_unreadable_shard_with_its_right_checksum_is_named(filled, teacher):
-    path = shard_of(filled, "texts")
-    path.write_bytes(b"not safetensors")
-    change_manifest(filled, lambda manifest: manifest["shards"][0].update(sha256=file_digest(path)))
-    refused(filled, teacher, path)
-
-
 def test_an_undecodable_picture_is_named_and_stores_nothing(filled, teacher, tmp_path, pictures):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8 nothing")
@@ -374,113 +306,6 @@ def test_an_undecodable_picture_is_named_and_stores_nothing(filled, teacher, tmp
         filled.add(pictures=[broken])
     assert (filled.folder / "manifest.json").read_bytes() == before
     assert_live(TeacherCache(tmp_path, teacher), teacher, TEXTS, pictures)
-
-
-# Interruptions
-
-
-@pytest.mark.parametrize("moment", ["save_file", "file_digest", "sync", "os.replace", "json.dumps"])
-def test_an_exception_while_writing_leaves_the_cache_as_it_was(
-    filled, teacher, tmp_path, pictures, monkeypatch, moment
-):
-    names = sorted(path.name for path in filled.folder.iterdir())
-    before = (filled.folder / "manifest.json").read_bytes()
-
-    def stop(*_args, **_options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(f"tdlib.core.store.{moment}", stop)
-        with pytest.raises(KeyboardInterrupt):
-            filled.add(["one more"])
-    assert (filled.folder / "manifest.json").read_bytes() == before
-    left = {path.name for path in filled.folder.iterdir()} - {*names, ".lock"}
-    assert not [name for name in left if not name.endswith(".safetensors")]  # a whole, unlisted shard at most
-    filled.add(["one more"])
-    assert_live(TeacherCache(tmp_path, teacher), teacher, [*TEXTS, "one more"], pictures)
-    assert len(TeacherCache(tmp_path, teacher)) == len(TEXTS) + len(pictures) + 1
-
-
-def test_a_second_writer_damages_nothing(tmp_path, teacher):
-    """Two processes that opened the same empty cache and add overlapping texts."""
-    first, second = TeacherCache(tmp_path, teacher), TeacherCache(tmp_path, teacher)
-    first.add(TEXTS[:2])
-    second.add(TEXTS[:4])
-    first.add(TEXTS[4:])
-    both = TeacherCache(tmp_path, teacher)
-    assert_live(both, teacher, TEXTS, [])
-    assert len(both) == len(TEXTS)
-
-
-def kill_writer(cache: TeacherCache, texts: list[str], moment: str, call: int, after: bool) -> None:
-    """A child process adds texts and is killed around one call of a function of the cache's."""
-    owner, name = (os, "replace") if moment == "replace" else (store, moment)
-    real, calls = getattr(owner, name), []
-
-    def kill(*args, **options):
-        calls.append(name)
-        if len(calls) < call:
-            return real(*args, **options)
-        if after:
-            real(*args, **options)
-        if moment == "save_file" and after:  # half written
-            os.truncate(args[1], os.path.getsize(args[1]) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if not child:
-        try:
-            setattr(owner, name, kill)
-            cache.add(texts)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
-@pytest.mark.parametrize(
-    ("moment", "call", "after", "stored"),
-    [
-        ("save_file", 1, True, 0),
-        ("save_file", 2, False, 2),
-        ("replace", 1, False, 0),
-        ("replace", 1, True, 0),  # the shard is there, the manifest does not list it
-        ("replace", 2, False, 0),
-        ("replace", 2, True, 2),
-        ("replace", 4, True, 4),
-        ("sync", 4, False, 2),
-    ],
-)
-def test_a_killed_writer_leaves_a_cache_that_can_be_completed(
-    tmp_path, teacher, small_shards, moment, call, after, stored
-):
-    new = [f"text number {i}" for i in range(6)]
-    cache = TeacherCache(tmp_path, teacher)
-    cache.add(TEXTS)
-    kill_writer(cache, new, moment, call, after)
-    again = TeacherCache(tmp_path, teacher)
-    assert len(again) == len(TEXTS) + stored
-    again.add(new)
-    assert_live(TeacherCache(tmp_path, teacher), teacher, [*TEXTS, *new], [])
-    assert len(again) == len(TEXTS) + len(new)
-
-
-def test_a_writer_killed_at_any_time(tmp_path, teacher, small_shards):
-    texts = [f"text number {i}" for i in range(300)]
-    for seconds in (0.01, 0.03, 0.08):
-        cache = TeacherCache(tmp_path, teacher)
-        child = os.fork()
-        if not child:
-            try:
-                cache.add(texts)
-            finally:
-                os._exit(1)
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    cache = TeacherCache(tmp_path, teacher)
-    cache.add(texts)
-    assert_live(TeacherCache(tmp_path, teacher), teacher, texts[::30], [])
-    assert len(cache) == len(texts)
 
 
 # Numbers that are not finite

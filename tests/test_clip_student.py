@@ -13,6 +13,7 @@ import pytest
 import torch
 from open_clip import factory
 from PIL import Image
+from region_students import BROKEN_FOLDERS, CLOSE, LABELS, change
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoConfig
@@ -34,8 +35,6 @@ from tdlib.students.vilt import ViltForMultipleChoice
 from tdlib.teacher.model import Teacher, TeacherError
 from tdlib.training.data import EncodedExamples, collate
 
-CLOSE = {"rtol": 0, "atol": 1e-5}
-LABELS = ("no", "yes", "maybe")
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 EVERY_POSITION = TEXT | {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
@@ -397,43 +396,28 @@ def test_teachers_that_cannot_be_loaded_are_refused(tmp_path):
         open_teacher_as_student(f"local-dir:{tmp_path}")
 
 
-def config_change(folder, **settings):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+def another(tower: str, **settings):
+    """Changes a tower's settings in a stored student's configuration."""
+
+    def spoil(folder):
+        clip = json.loads((folder / "config.json").read_text())["clip"]
+        clip["model_cfg"][tower].update(settings)
+        change(folder, clip=clip)
+
+    return spoil
 
 
-def cut(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:5000])
-
-
-def another_width(folder):
-    clip = json.loads((folder / "config.json").read_text())["clip"]
-    clip["model_cfg"]["vision_cfg"]["width"] = 64
-    config_change(folder, clip=clip)
-
-
-def one_block_more(folder):
-    clip = json.loads((folder / "config.json").read_text())["clip"]
-    clip["model_cfg"]["text_cfg"]["layers"] = 3
-    config_change(folder, clip=clip)
-
-
-BROKEN_MODELS = {
-    "another width": another_width,
-    "one block more": one_block_more,
-    "cut": cut,
-    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "no config": lambda folder: (folder / "config.json").unlink(),
-    "malformed config": lambda folder: (folder / "config.json").write_text("{"),
-    "no open_clip configuration": lambda folder: config_change(folder, clip=None),
-    "half an open_clip configuration": lambda folder: config_change(folder, clip={"model_cfg": {}}),
+BROKEN_MODELS = BROKEN_FOLDERS | {
+    "another width": another("vision_cfg", width=64),
+    "one block more": another("text_cfg", layers=3),
+    "no open_clip configuration": lambda folder: change(folder, clip=None),
+    "half an open_clip configuration": lambda folder: change(folder, clip={"model_cfg": {}}),
 }
 BROKEN_ENCODERS = {
     "no config": BROKEN_MODELS["no config"],
     "malformed config": BROKEN_MODELS["malformed config"],
     "no open_clip configuration": BROKEN_MODELS["no open_clip configuration"],
-    "another architecture": lambda folder: config_change(folder, model_type="vilt"),
+    "another architecture": lambda folder: change(folder, model_type="vilt"),
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
     "malformed tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{"),
     "no open_clip_config.json": lambda folder: (folder / "open_clip_config.json").unlink(),

@@ -4,6 +4,8 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tdlib.data.examples import DataError
@@ -40,16 +42,6 @@ def bright_box(path) -> tuple[float, ...]:
         (Image.fromarray(GREY.astype(np.float32)), "tiff"),
         (Image.fromarray(GREY), "png"),
         (Image.fromarray(GREY).convert("P"), "png"),
-    ],
-    ids=[
-        "16-bit",
-        "16-bit tiff",
-        "32-bit of 16",
-        "32-bit of 8",
-        "float to 1",
-        "float to 255",
-        "8-bit",
-        "palette",
     ],
 )
 def test_every_number_format_shows_the_same_greys(tmp_path, image, suffix):
@@ -135,3 +127,20 @@ def test_whole_pictures_open_and_short_ones_are_named(tmp_path, suffix):
         open_picture(short)
     with pytest.raises(DataError, match=r"no\.jpg: picture is missing"):
         open_picture(tmp_path / "no.jpg")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@given(data=st.data())
+@settings(deadline=None, max_examples=120)
+def test_damaged_pictures_give_a_picture_or_a_named_error(tmp_path_factory, data):
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]))
+    path = tmp_path_factory.getbasetemp() / f"damaged.{kind.lower()}"
+    Image.linear_gradient("L").resize((24, 24)).convert("RGB").save(path, format=kind)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        assert open_picture(path).mode == "RGB"
+    except DataError as error:
+        assert str(path) in str(error)

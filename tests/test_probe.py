@@ -128,12 +128,13 @@ def test_an_examples_own_label_does_not_reach_its_logits(problem, monkeypatch, c
     assert len(differing) >= 24 * 3 // 5  # those of the other folds
 
 
-def test_of_what_is_left_out_of_the_fit_the_final_probe_speaks(problem):
+def test_of_what_is_left_out_of_the_fit_the_final_probe_speaks(problem, monkeypatch):
     cache, examples = problem
     unlabelled = ClassProbe(cache, relabel(examples, "q7", label=None), 3, seed=0)
     absent = ClassProbe(cache, [e for e in examples if e.id != "q7"], 3, seed=0)
     assert torch.equal(unlabelled(examples[7]), absent(examples[7]))
-    few = ClassProbe(cache, examples, 3, seed=0, most=12)
+    monkeypatch.setattr("tdlib.teacher.probe.MOST", 12)
+    few = ClassProbe(cache, examples, 3, seed=0)
     raw = few._standard(few._raw(examples))
     final = [i for i, e in enumerate(examples) if torch.allclose(few(e), raw[i] @ few.weight + few.bias)]
     assert len(final) == 12

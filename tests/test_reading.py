@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import pytest
+from data_files import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -210,9 +211,7 @@ def test_what_is_no_such_array_fails(path, name, chunk):
 @settings(deadline=None, max_examples=100)
 @given(st.data(), chunks)
 def test_any_bytes_give_records_or_a_data_error(path, data, chunk):
-    content = WHOLE.encode()
-    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
-    content = content[:start] + data.draw(st.binary(max_size=6)) + content[end:]
+    content = damaged(data, WHOLE.encode())
     path.write_bytes(content)
     try:
         found = list(entries(path, "questions", chunk))

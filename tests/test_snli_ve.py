@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_files import damaged, lines, mutated, without
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -42,14 +43,6 @@ ROW = (
 
 def another(number: int, **changes: Any) -> dict[str, Any]:
     return copy.deepcopy(RECORD) | {"pairID": f"4465359505.jpg#{number}r1n"} | changes
-
-
-def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in keys}
-
-
-def lines(*records: Any) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def table(*rows: tuple[str, ...], columns: tuple[str, ...] = COLUMNS) -> str:
@@ -256,13 +249,6 @@ def test_bad_relevance_fails(tmp_path, changes, reason):
 
 # fuzzing
 
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.just(10**400) | st.floats() | st.text(st.characters(), max_size=6)
-    | st.sampled_from(["-", "neutral", ".jpg", "../x"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory) -> Path:
@@ -283,16 +269,9 @@ def assert_examples_or_data_error(folder: Path, **options: Any) -> None:
 
 
 @settings(deadline=None, max_examples=80)
-@given(st.data())
-def test_any_mutation_gives_examples_or_a_data_error(fuzzed, data):
-    pair = copy.deepcopy([RECORD, RELEVANCE])
-    for record in pair:
-        for key in data.draw(st.lists(st.sampled_from(list(record)), max_size=2, unique=True)):
-            if data.draw(st.booleans()):
-                record[key] = data.draw(ANYTHING)
-            else:
-                del record[key]
-    write(fuzzed, pair[0], relevance=pair[1])
+@given(mutated(RECORD) | st.just(RECORD), mutated(RELEVANCE))
+def test_any_mutation_gives_examples_or_a_data_error(fuzzed, record, relevance):
+    write(fuzzed, record, relevance=relevance)
     assert_examples_or_data_error(fuzzed)
 
 
@@ -310,9 +289,7 @@ def test_any_mutation_gives_examples_or_a_data_error(fuzzed, data):
 def test_any_bytes_give_examples_or_a_data_error(fuzzed, name, data):
     write(fuzzed, relevance=RELEVANCE)
     (fuzzed / "esnlive_dev.csv").write_text(table(ROW))
-    content = (fuzzed / name).read_bytes()
-    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
-    (fuzzed / name).write_bytes(content[:start] + data.draw(st.binary(max_size=6)) + content[end:])
+    (fuzzed / name).write_bytes(damaged(data, (fuzzed / name).read_bytes()))
     assert_examples_or_data_error(fuzzed, explained=name.endswith(".csv"))
 
 

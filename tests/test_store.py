@@ -1,8 +1,10 @@
 """The store behind the caches: records come back as they were, nothing damaged is served."""
 
 import json
+import os
 import pickle
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -175,6 +177,116 @@ def test_a_signed_shard_that_does_not_hold_its_records_is_refused(store, case):
     signed(store, SPOILED[case])
     with pytest.raises(CacheError, match=r"cells-.*not a readable shard.*delete"):
         Store(store.folder, "me", LAYOUT)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "empty"])
+def test_a_damaged_shard_is_named(store, damage):
+    path = max(store.folder.glob("cells-*"))
+    whole = path.read_bytes()
+    flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"flip": flipped, "cut": whole[:-10], "empty": b""}[damage])
+    with pytest.raises(CacheError, match=rf"{path.name}.*delete {re.escape(str(store.folder))}"):
+        Store(store.folder, "me", LAYOUT)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"format": 2, "owner": "x"}', "\xff"])
+def test_a_malformed_manifest_is_named(store, content):
+    path = store.folder / "manifest.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(CacheError, match=rf"{re.escape(str(path))}.*delete"):
+        Store(store.folder, "me", LAYOUT)
+
+
+BROKEN_ENTRIES = {
+    "no list": lambda manifest: manifest.update(shards=None),
+    "no entry": lambda manifest: manifest["shards"].append(3),
+    "no checksum": lambda manifest: manifest["shards"][0].pop("sha256"),
+    "file no name": lambda manifest: manifest["shards"][0].update(file=5),
+    "unknown kind": lambda manifest: manifest["shards"][0].update(kind="sounds"),
+    "other records": lambda manifest: manifest["shards"][0].update(records=9),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_ENTRIES)
+def test_a_manifest_with_a_broken_entry_is_refused(store, case):
+    path = store.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    BROKEN_ENTRIES[case](manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match="delete"):
+        Store(store.folder, "me", LAYOUT)
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("moment", ["save_file", "file_digest", "sync", "os.replace", "json.dumps"])
+def test_an_exception_while_writing_leaves_the_store_as_it_was(store, monkeypatch, moment):
+    names = {path.name for path in store.folder.iterdir()}
+    before = (store.folder / "manifest.json").read_bytes()
+
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"tdlib.core.store.{moment}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fill(store, [4])
+    assert (store.folder / "manifest.json").read_bytes() == before
+    left = {path.name for path in store.folder.iterdir()} - {*names, ".lock"}
+    assert all(name.endswith(".safetensors") for name in left)  # a whole, unlisted shard at most
+    fill(store, [4])
+    assert_stored(Store(store.folder, "me", LAYOUT), [3, 0, 1, 7, 4])
+
+
+def kill_writer(store: Store, moment: str, call: int, after: bool) -> None:
+    """A child process writes two shards and is killed around one call of a function of the store's."""
+    owner, name = (os, "replace") if moment == "replace" else (module, moment)
+    real, calls = getattr(owner, name), []
+
+    def kill(*args, **options):
+        calls.append(name)
+        if len(calls) < call:
+            return real(*args, **options)
+        if after:
+            real(*args, **options)
+        if moment == "save_file" and after:  # half written
+            os.truncate(args[1], os.path.getsize(args[1]) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        try:
+            setattr(owner, name, kill)
+            fill(store, [10, 11])
+            fill(store, [12, 13])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("moment", "call", "after", "stored"),
+    [
+        ("save_file", 1, True, 0),
+        ("save_file", 2, False, 2),
+        ("replace", 1, False, 0),
+        ("replace", 1, True, 0),  # the shard is there, the manifest does not list it
+        ("replace", 2, False, 0),
+        ("replace", 2, True, 2),
+        ("replace", 4, True, 4),
+        ("sync", 4, False, 2),
+    ],
+)
+def test_a_killed_writer_leaves_a_store_that_can_be_completed(store, moment, call, after, stored):
+    kill_writer(store, moment, call, after)
+    again = Store(store.folder, "me", LAYOUT)
+    assert again.count("cells") == 4 + stored
+    fill(again, [10, 11, 12, 13])
+    assert_stored(Store(store.folder, "me", LAYOUT), [3, 0, 1, 7, 10, 11, 12, 13])
 
 
 def test_two_writers_lose_nothing(store):

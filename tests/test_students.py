@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import region_students as small
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from region_students import LABELS
 from torch.testing import assert_close
 
 from tdlib.data.examples import Reference, TextPart
@@ -20,9 +22,6 @@ from tdlib.students.clip import ClipFusionEncoder
 from tdlib.students.convert import main as convert_command
 from tdlib.students.region_student import RegionEncoder
 from tdlib.students.registry import load_student, open_encoder
-from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
-
-LABELS = ("no", "yes", "maybe")
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +29,7 @@ def uniter_folder(tmp_path_factory, tokenizer_folder) -> Path:
     folder = tmp_path_factory.mktemp("students") / "uniter"
     shutil.copytree(tokenizer_folder, folder)
     torch.manual_seed(0)
-    UniterForMultipleChoice(
-        UniterConfig(
-            vocab_size=300,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=64,
-            type_vocab_size=4,
-            img_dim=4,
-        )
-    ).save_pretrained(folder)
+    small.uniter(img_dim=4).save_pretrained(folder)
     return folder
 
 
@@ -223,14 +211,8 @@ def test_nobody_is_advised_to_load_code(tmp_path, student_folder, monkeypatch):
     """torch proposes to unpickle a file that holds more than tensors."""
     (tmp_path / "config.json").write_text((student_folder / "config.json").read_text())
     torch.save({"weight": torch.ones(1), "path": Path("x")}, tmp_path / "pytorch_model.bin")
-    arguments = [
-        "convert",
-        "uniter",
-        str(tmp_path / "pytorch_model.bin"),
-        str(tmp_path / "out"),
-        "--tokenizer",
-    ]
-    monkeypatch.setattr("sys.argv", [*arguments, str(student_folder)])
+    paths = str(tmp_path / "pytorch_model.bin"), str(tmp_path / "out")
+    monkeypatch.setattr("sys.argv", ["convert", "uniter", *paths, "--tokenizer", str(student_folder)])
     with pytest.raises(StudentError) as loading:
         load_student(str(tmp_path))
     with pytest.raises(SystemExit) as converting:

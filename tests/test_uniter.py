@@ -362,13 +362,3 @@ def test_the_config_is_that_of_the_authors():
     assert names == {k: v for k, v in official.items() if k.startswith("uniter.") and k != pretraining}
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.1, 0.1)
     assert (config.layer_norm_eps, config.hidden_act, config.model_type) == (1e-12, "gelu", "uniter")
-
-
-def test_the_command_converts_and_says_what_is_wrong(tmp_path, tokenizer_folder, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "sys.argv", ["convert", "uniter", str(tmp_path / "none.pt"), str(tmp_path / "out"), "--tokenizer",
-                     str(tokenizer_folder)],
-    )  # fmt: skip
-    with pytest.raises(SystemExit, match=r"none\.pt"):
-        convert_command()
-    assert not (tmp_path / "out").exists()

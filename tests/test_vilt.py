@@ -1,9 +1,7 @@
 """The ViLT student: parity with transformers' model, positions of its tokens, loading."""
 
-import json
 import re
 import shutil
-from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from region_students import BROKEN_FOLDERS, CLOSE, change, run
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel, ViltConfig, ViltForMaskedLM, ViltModel
 
@@ -21,7 +20,6 @@ from tdlib.students.base import StudentError, pad_last
 from tdlib.students.registry import load_student
 from tdlib.students.vilt import ViltEncoder, ViltForMultipleChoice, embed_patches, pad_pictures
 
-CLOSE = {"rtol": 0, "atol": 1e-5}
 SIZES = {  # height and width in pixels of each picture of a batch
     "own": [(48, 48)],
     "wide": [(48, 80), (48, 80)],
@@ -66,11 +64,6 @@ def inputs_of(sizes, choices: int = 2, length: int = 7, seed: int = 0) -> dict[s
         "pixel_values": values,
         "pixel_mask": mask,
     }
-
-
-def run(student, inputs, **options):
-    with torch.inference_mode():
-        return student(**inputs, output_hidden_states=True, **options)
 
 
 def stock(student, inputs):
@@ -321,11 +314,6 @@ def test_encoder_saves_what_it_needs(encoder, tmp_path, student_folder, examples
     assert torch.equal(again.picture(picture), encoder.picture(picture))
 
 
-def test_a_model_stored_in_half_precision_is_trained_in_single(student, tmp_path):
-    deepcopy(student).half().save_pretrained(tmp_path)
-    assert {parameter.dtype for parameter in load_student(str(tmp_path)).parameters()} == {torch.float32}
-
-
 @pytest.mark.parametrize("kind", [ViltModel, ViltForMaskedLM])
 def test_a_stock_checkpoint_gets_a_head_from_the_seed(student, student_folder, tmp_path, kind):
     torch.manual_seed(3)
@@ -343,36 +331,18 @@ def test_a_stock_checkpoint_gets_a_head_from_the_seed(student, student_folder, t
             assert torch.equal(first.vilt.get_parameter(name), parameter), name
 
 
-def config_change(folder, **settings):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-
-
 def drop_layer(folder):
     from safetensors.torch import load_file, save_file
 
-    state = load_file(folder / "model.safetensors")
-    save_file(
-        {k: v for k, v in state.items() if "layer.1." not in k},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+    state = {k: v for k, v in load_file(folder / "model.safetensors").items() if "layer.1." not in k}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def cut(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:5000])
-
-
-BROKEN = {
-    "another width": lambda folder: config_change(folder, hidden_size=64),
-    "another vocabulary": lambda folder: config_change(folder, vocab_size=77),
-    "more layers": lambda folder: config_change(folder, num_hidden_layers=3),
+BROKEN = BROKEN_FOLDERS | {
+    "another width": lambda folder: change(folder, hidden_size=64),
+    "another vocabulary": lambda folder: change(folder, vocab_size=77),
+    "more layers": lambda folder: change(folder, num_hidden_layers=3),
     "a layer is missing": drop_layer,
-    "cut": cut,
-    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "no config": lambda folder: (folder / "config.json").unlink(),
-    "malformed config": lambda folder: (folder / "config.json").write_text("{"),
 }
 
 
@@ -416,6 +386,6 @@ def test_encoders_that_do_not_fit_the_model_are_refused(student_folder, tmp_path
         ViltEncoder(str(student_folder), max_text_tokens=65)
     folder = tmp_path / "vilt"
     shutil.copytree(student_folder, folder)
-    config_change(folder, patch_size=12)
+    change(folder, patch_size=12)
     with pytest.raises(StudentError, match="size_divisor=16"):
         ViltEncoder(str(folder))

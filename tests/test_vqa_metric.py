@@ -103,13 +103,12 @@ def test_vocabulary_refuses_what_it_cannot_label():
         Vocabulary(("cat", "dog", "cat"))
 
 
-def test_soft_targets_count_raw_or_preprocessed_answers():
+def test_soft_targets_count_answers_as_they_were_written():
     vocabulary = Vocabulary(("dog", "cat", "2", "yes", "no"))
     answers = ["no"] * 4 + ["yes"] * 3 + ["cat"] * 2 + ["2"]
     assert vocabulary.soft_targets(answers) == {4: 1, 3: 0.9, 1: 0.6, 2: 0.3}
     answers = ["cat"] * 2 + ["Cat", "the cat", "a cat"] + ["two"] + ["bird"] * 4
     assert vocabulary.soft_targets(answers) == {1: 0.6}
-    assert vocabulary.soft_targets(answers, preprocessed=True) == {1: 1, 2: 0.3}
 
 
 def test_vocabulary_file_is_that_of_uniter(tmp_path):
