@@ -195,11 +195,7 @@ def test_too_few_examples_fail(problem):
 
 @pytest.mark.parametrize(
     ("label", "soft_label", "expected"),
-    [
-        (1, (), [0, 1, 0]),
-        (1, ((1, 0.9), (2, 0.3)), [0, 0.9, 0.3]),
-        (None, (), [0, 0, 0]),
-    ],
+    [(1, (), [0, 1, 0]), (1, ((1, 0.9), (2, 0.3)), [0, 0.9, 0.3]), (None, (), [0, 0, 0])],
 )
 def test_soft_targets(label, soft_label, expected):
     example = Example("a", Path("a"), (), (), TextPart("why?"), (), label, "all", soft_label=soft_label)

@@ -15,13 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tdlib.teacher.model import (
-    Teacher,
-    TeacherError,
-    choice_logits,
-    encode_text_tokens,
-    patch_boxes,
-)
+from tdlib.teacher.model import Teacher, TeacherError, choice_logits, encode_text_tokens, patch_boxes
 
 TEXTS = [
     "a person in a red shirt holds an umbrella",

@@ -5,14 +5,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from teacher_families import (
-    TEXTS,
-    TOLERANCE,
-    pixels_of,
-    readable,
-    teacher_of,
-    towers_of,
-)
+from teacher_families import TEXTS, TOLERANCE, pixels_of, readable, teacher_of, towers_of
 from torch.nn import functional as F
 from torch.testing import assert_close
 

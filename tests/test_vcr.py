@@ -5,19 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from data_files import (
-    METADATA,
-    RECORD,
-    RELEVANCE,
-    STEM,
-    TYPES,
-    another,
-    failure,
-    lines,
-    read,
-    without,
-    write,
-)
+from data_files import METADATA, RECORD, RELEVANCE, STEM, TYPES, another, failure, lines, read, without, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

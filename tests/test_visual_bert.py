@@ -21,11 +21,7 @@ from region_students import (
 )
 from torch.testing import assert_close
 from transformers import VisualBertForMultipleChoice as StockForMultipleChoice
-from transformers import (
-    VisualBertForPreTraining,
-    VisualBertForQuestionAnswering,
-    VisualBertModel,
-)
+from transformers import VisualBertForPreTraining, VisualBertForQuestionAnswering, VisualBertModel
 
 from tdlib.data.examples import Reference, TextPart
 from tdlib.data.vcr import VcrReader

@@ -8,13 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdlib.data.examples import DataError
-from tdlib.data.vqa_metric import (
-    Vocabulary,
-    check_submission,
-    normalise,
-    question_accuracy,
-    write_submission,
-)
+from tdlib.data.vqa_metric import Vocabulary, check_submission, normalise, question_accuracy, write_submission
 
 few = settings(deadline=None, max_examples=50)
 

@@ -222,7 +222,7 @@ class VqaTask(Task):
         folder, (train, _) = data_folder(config), splits_of(config)
         annotations = vqa.files(folder, train, self.changing_priors)[1]
         found = annotations.stat() if annotations.is_file() else None
-        state = found and (found.st_size, found.st_mtime_ns)
+        state = (found.st_size, found.st_mtime_ns) if found else None
         return _frequent_answers(folder, train, config.vocabulary_minimum, self.changing_priors, state)
 
     def labels(self, config: RunConfig) -> tuple[str, ...]:

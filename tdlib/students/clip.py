@@ -27,14 +27,7 @@ from tdlib.students.base import (
     encoded_text,
 )
 from tdlib.teacher.families import image_tower, text_tower
-from tdlib.teacher.model import (
-    Preprocess,
-    Teacher,
-    TextTokenizer,
-    blueprint,
-    choice_logits,
-    patch_boxes,
-)
+from tdlib.teacher.model import Preprocess, Teacher, TextTokenizer, blueprint, choice_logits, patch_boxes
 
 
 class ClipFusionConfig(PreTrainedConfig):

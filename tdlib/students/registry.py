@@ -9,11 +9,7 @@ from transformers import AutoConfig
 from tdlib.core.paths import resolve
 from tdlib.regions.computed import RegionSource
 from tdlib.students.base import StudentEncoder, StudentError, load_checkpoint
-from tdlib.students.clip import (
-    ClipFusionEncoder,
-    ClipFusionForClassification,
-    ClipFusionForMultipleChoice,
-)
+from tdlib.students.clip import ClipFusionEncoder, ClipFusionForClassification, ClipFusionForMultipleChoice
 from tdlib.students.uniter import UniterEncoder, UniterForClassification, UniterForMultipleChoice
 from tdlib.students.vilt import ViltEncoder, ViltForClassification, ViltForMultipleChoice
 from tdlib.students.visual_bert import (

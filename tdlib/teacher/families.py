@@ -18,14 +18,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdlib.teacher.towers import (
-    Pooling,
-    TeacherError,
-    Tower,
-    attention_weights,
-    by_heads,
-    joined_heads,
-)
+from tdlib.teacher.towers import Pooling, TeacherError, Tower, attention_weights, by_heads, joined_heads
 
 # Pooling
 

@@ -14,10 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from open_clip.transformer import (
-    CustomResidualAttentionBlock,
-    ResidualAttentionBlock,
-)
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 from timm.layers import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
