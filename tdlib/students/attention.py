@@ -122,6 +122,7 @@ def student_attention(
     batch: Mapping[str, Tensor],
     record: TargetRecord,
     layers: Sequence[int] | None = None,
+    name: str = "student",
     tokenizer: Any = None,
 ) -> Attention:
     """A student's attention in one statement.
@@ -131,6 +132,7 @@ def student_attention(
         batch: one example as the student's inputs, from ``training.collate`` of one item.
         record: of the same example and student; its choice is the statement.
         layers: which, negative ones from the last; None: all.
+        name: of the student, in figures.
         tokenizer: the encoder's, to name special tokens in figures.
 
     Raises:
@@ -146,7 +148,7 @@ def student_attention(
     _check_tokens(maps, record)
     found = torch.stack([part[record.choice] for part in maps]).float().cpu().numpy()
     named = named_record(record, batch, tokenizer, found.shape[-1])
-    return Attention(found, chosen, named, readout_position(student, batch, record.choice), "student")
+    return Attention(found, chosen, named, readout_position(student, batch, record.choice), name)
 
 
 def gradient_relevance(student: Any, batch: Mapping[str, Tensor], record: TargetRecord) -> np.ndarray:
