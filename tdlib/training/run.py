@@ -243,8 +243,9 @@ class _Run:
             home = self.checkpoints
             place = checkpoints.staging(home) if rank == 0 else home / checkpoints.STAGING
         self.trainer = make_trainer(
-            self.module, config, self.dataset, place, show_progress, 10, self.pool, self.unlabelled
-        )
+            self.module, config, self.dataset, place, show_progress,
+            pool=self.pool, unlabelled=self.unlabelled,
+        )  # fmt: skip
         self.recorders = self._recorders() if rank == 0 else []
         if self.recorders and config.probe_every:
             self.trainer.add_callback(RecordTargets(self.recorders, config.probe_every))
