@@ -140,13 +140,18 @@ def read_concepts(folder: Path, split: str) -> dict[str, dict[str, Any]]:
     kind have), each as {"concepts", "known"}, and the picture's ``style`` with ``style_known``. "known" is
     what the curated corpus has, from which the mini students learn: true where it has all of the
     concepts, null where there are none ("how many people are there?"). A reworded split
-    ("val_shortcut", "dev_balanced") shares the lines of its source.
+    ("val_shortcut", "dev_balanced") shares the lines of its source. DataError for a file of an earlier form.
     """
     for stem in (split, split.split("_")[0]):
         for start in ("", "snli_ve_", "v2_mscoco_", "vqacp_v2_"):
             path = Path(folder) / f"{start}{stem}.concepts.jsonl"
             if path.is_file():
-                lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                if not all("id" in line for line in lines):
+                    raise DataError(
+                        f"{path}: was written by an earlier version; remove the folder {path.parent}, and the "
+                        "next run there, or `tdlib world`, writes it anew"
+                    )
                 return {line["id"]: line for line in lines}
     return {}
 
