@@ -149,8 +149,8 @@ def read_concepts(folder: Path, split: str) -> dict[str, dict[str, Any]]:
                 lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
                 if not all("id" in line for line in lines):
                     raise DataError(
-                        f"{path}: was written by an earlier version; remove the folder {path.parent}, and the "
-                        "next run there, or `tdlib world`, writes it anew"
+                        f"{path}: was written by an earlier version; remove the folder {path.parent}, and "
+                        "the next run there, or `tdlib world`, writes it anew"
                     )
                 return {line["id"]: line for line in lines}
     return {}
