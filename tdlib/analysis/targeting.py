@@ -176,7 +176,9 @@ BASELINES: dict[str, dict[str, Baseline]] = {
 DRAWS = 32  # orders of a baseline's tied tokens, for the overlap of areas
 
 
-def targeting_scores(records: Sequence[TargetRecord], idf: "Idf | None" = None) -> pd.DataFrame:
+def targeting_scores(
+    records: Sequence[TargetRecord], idf: "Idf | None" = None, draws: int = DRAWS
+) -> pd.DataFrame:
     """Measure how well each record's targeting finds the decisive tokens, beside baselines.
 
     One row per record, modality, ``metric`` and ``source`` ("targeting", or a baseline), with its
@@ -186,7 +188,7 @@ def targeting_scores(records: Sequence[TargetRecord], idf: "Idf | None" = None) 
     by what the selector saw; "precision" and "recall" are of the selected set; "iou" is that of the areas of
     the selected visual tokens and of the relevant boxes. Baselines choose as many tokens as the record does.
     Tied tokens count as in a random order, on average ("random" is nothing but ties): exactly, but for the
-    baselines' "iou", a mean over ``DRAWS`` orders. A modality without a decisive token, or with no other,
+    baselines' "iou", a mean over ``draws`` orders. A modality without a decisive token, or with no other,
     is left out.
     """
     rng = np.random.default_rng(0)
@@ -207,7 +209,7 @@ def targeting_scores(records: Sequence[TargetRecord], idf: "Idf | None" = None) 
                 scores = baseline(record, idf)[tokens]
                 found[name] = _ranking(scores, truth) | _chosen(scores, truth, size)
                 if modality == "visual":
-                    orders = [np.lexsort((rng.random(len(tokens)), -scores)) for _ in range(DRAWS)]
+                    orders = [np.lexsort((rng.random(len(tokens)), -scores)) for _ in range(draws)]
                     areas = [area_iou(boxes[order[:size]], relevant) for order in orders]
                     found[name]["iou"] = float(np.mean(areas))
             rows += score_rows(record, modality, found, record.truth)
