@@ -219,3 +219,17 @@ def compared(reports) -> pd.DataFrame:
     runs, scores, missing = collect(reports, ["low", "wide"])
     assert not missing
     return compare_arms(runs, scores, resamples=100)
+
+
+@pytest.fixture
+def history(image) -> list:
+    """Records of two statements of two examples at four steps, the end first."""
+    from records import drawn_record
+
+    from tdlib.core.records import END
+
+    return [
+        drawn_record(image, seed=10 * place + example, step=step, example_id=f"val-{example}")
+        for place, step in enumerate((END, 0, 10, 20))
+        for example in (3, 4)
+    ]

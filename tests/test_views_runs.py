@@ -24,16 +24,6 @@ from tdlib.views.view import View
 STEPS = (0, 10, 20, END)
 
 
-@pytest.fixture
-def history(image) -> list[TargetRecord]:
-    """Two statements of two examples at four steps, the end first in the file."""
-    return [
-        drawn_record(image, seed=10 * place + example, step=step, example_id=f"val-{example}")
-        for place, step in enumerate((END, 0, 10, 20))
-        for example in (3, 4)
-    ]
-
-
 # Two runs
 
 
