@@ -45,12 +45,15 @@ def embed_patches(vilt: ViltModel, pixel_values: Tensor, pixel_mask: Tensor) -> 
     embeddings = vilt.embeddings
     grid = embeddings.patch_embeddings(pixel_values)  # (batch, dim, rows, columns)
     rows, columns = grid.shape[-2:]
-    if pixel_mask.shape[1:] == (1, 1):
-        mask, sizes = pixel_mask.expand(-1, rows, columns), [(rows, columns)] * len(pixel_mask)
-    else:
+    padded = pixel_mask.shape[1:] != (1, 1)
+    if padded:
         mask = F.interpolate(pixel_mask[:, None].float(), size=(rows, columns))[:, 0].long()
-        sizes = [(h, w) for h, w in torch.stack([mask[:, :, 0].sum(1), mask[:, 0].sum(1)], dim=1).tolist()]
+    else:
+        mask = pixel_mask.expand(-1, rows, columns)
     heights, widths = mask[:, :, 0].sum(1), mask[:, 0].sum(1)
+    sizes = [(rows, columns)] * len(mask)
+    if padded:
+        sizes = [(h, w) for h, w in torch.stack([heights, widths], dim=1).tolist()]
     side = math.isqrt(embeddings.patch_embeddings.num_patches)
     table = embeddings.position_embeddings[:, 1:].transpose(1, 2).view(1, -1, side, side)
     positions = {
