@@ -41,9 +41,10 @@ def visual_overlap(
     original picture, as the boxes are xyxy normalised to it. A box without area shares nothing.
     """
     student, teacher = student_boxes.unsqueeze(-2), teacher_boxes.unsqueeze(-3)
-    top_left = torch.maximum(student[..., :2], teacher[..., :2])
-    bottom_right = torch.minimum(student[..., 2:], teacher[..., 2:])
-    return (bottom_right - top_left).clamp_min(0).prod(dim=-1)
+    # one axis of the picture after the other: the inner loops run over teacher tokens, not over two numbers
+    left, top, right, bottom = zip(student.unbind(-1), teacher.unbind(-1), strict=True)
+    width = (torch.minimum(*right) - torch.maximum(*left)).clamp_min(0)
+    return width * (torch.minimum(*bottom) - torch.maximum(*top)).clamp_min(0)
 
 
 def align(student: Tokens, teacher: Tokens) -> Float[Tensor, "*batch student_tokens teacher_tokens"]:

@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from tdlib.method.alignment import align, aligned_targets, image_conditioned_targets
-from tdlib.method.losses import Distance, targeted_distillation_loss
+from tdlib.method.losses import Distance, distance_named
 from tdlib.method.priors import PRIORS, Idf, referred_prior
 from tdlib.method.registry import is_own
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
@@ -101,7 +101,7 @@ def score_tokens(
     """
     alignment = align(student, teacher.tokens)  # 1
     vectors = aligned_targets(alignment, teacher.projected)  # 2
-    valid = vectors.ne(0).any(-1)
+    valid = torch.linalg.vector_norm(vectors, dim=-1) != 0  # quicker than to ask every number
     if centres is not None:  # only the direction of a target changes, not which tokens have one
         of_modality = torch.where(student.is_text.unsqueeze(-1), centres[0], centres[1])
         vectors = aligned_targets(alignment, teacher.projected, of_modality)
@@ -177,18 +177,16 @@ def choose_tokens(
     return selected, TOKEN_WEIGHTS[token_weight](scores, selected)
 
 
-def places_of(selected: Mask, student: Tokens) -> dict[str, tuple[Tensor, ...]]:
-    """Where the selected tokens of "text" and "visual" are: an index into anything of their shape.
+def places_of(distilled: Mask, student: Tokens) -> dict[str, Int[Tensor, " places"]]:
+    """Where the marked tokens of "text" and "visual" are, counted through all sequences of the batch.
 
     Waits for the device once, to count them. Do it before the student's pass, when there is little to wait
     for. Sorting marks finds the same places in the same order as ``nonzero``, which would wait each time.
     """
-    chosen = torch.stack([selected & student.is_text, selected & ~student.is_text]).flatten(1)
-    order = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    return {
-        name: torch.unravel_index(places[:count], selected.shape)
-        for name, places, count in zip(("text", "visual"), order, chosen.sum(1).tolist(), strict=True)
-    }
+    marks = torch.stack([distilled & student.is_text, distilled & ~student.is_text]).flatten(1)
+    order = marks.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    counts = marks.sum(1).tolist()
+    return {"text": order[0, : counts[0]], "visual": order[1, : counts[1]]}
 
 
 def weigh_examples(
@@ -210,27 +208,26 @@ def distillation_loss(
     hidden: Float[Tensor, "batch choices tokens student_dim"],
     phi: Mapping[str, Callable[[Tensor], Tensor]],
     vectors: Vectors,
-    student: Tokens,
-    selected: Mask,
     weights: PerToken,
     instance: Float[Tensor, " batch"],
+    places: Mapping[str, Int[Tensor, " places"]],
     distance: str | Distance = "cosine",
     num_sequences: int | None = None,
-    places: Mapping[str, tuple[Tensor, ...]] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Step 9, the text's part and the picture's; the loss is their sum.
 
-    ``phi`` holds the maps "text" and "visual" into CLIP's space. ``num_sequences``: divide by this number,
-    that of a whole accumulation window, instead of batch times choices. ``places`` are those of
-    ``places_of``, where they are known already.
+    ``phi`` holds the maps "text" and "visual" into CLIP's space. ``places`` are those (``places_of``) of the
+    selected tokens that have a target and a weight; only these are read, mapped and compared.
+    ``num_sequences``: divide by this number, that of a whole accumulation window, instead of batch times
+    choices.
     """
-    sequences = num_sequences or hidden.shape[0] * hidden.shape[1]
-    share = weights * instance[:, None, None]
-    text, visual = (
-        targeted_distillation_loss(
-            phi[name](hidden[chosen])[None],  # only the selected tokens are projected
-            vectors[chosen][None], share[chosen][None], hidden.new_ones(1), distance, sequences,
+    measure = distance_named(distance)
+    share = (weights * instance[:, None, None]).detach() / (num_sequences or hidden.shape[0] * hidden.shape[1])
+
+    def part(name: str) -> Float[Tensor, ""]:
+        states, targets, shares = (
+            values.flatten(0, 2).index_select(0, places[name]) for values in (hidden, vectors.detach(), share)
         )
-        for name, chosen in (places or places_of(selected, student)).items()
-    )  # fmt: skip
-    return text, visual
+        return (shares * measure(phi[name](states), targets)).sum()
+
+    return part("text"), part("visual")

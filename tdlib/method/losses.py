@@ -74,6 +74,15 @@ DISTANCES: dict[str, Distance] = {
 }
 
 
+def distance_named(distance: str | Distance) -> Distance:
+    """The distance of this name, or the function given. Raises ValueError for an unknown name."""
+    if not isinstance(distance, str):
+        return distance
+    if distance not in DISTANCES:
+        raise ValueError(f"distance is {distance!r}; expected a function or one of {sorted(DISTANCES)}")
+    return DISTANCES[distance]
+
+
 def targeted_distillation_loss(
     student_projected: Vectors,
     targets: Vectors,
@@ -90,15 +99,11 @@ def targeted_distillation_loss(
     ``num_sequences``: divide by this number, that of a whole accumulation window, instead of the
     number given here. Raises ValueError for an unknown distance or a number below 1.
     """
-    if isinstance(distance, str):
-        if distance not in DISTANCES:
-            raise ValueError(f"distance is {distance!r}; expected a function or one of {sorted(DISTANCES)}")
-        distance = DISTANCES[distance]
     targets, weights = targets.detach(), token_weights.detach()
     is_distilled = (weights != 0) & (targets != 0).any(dim=-1)
     student = student_projected.masked_fill(~is_distilled.unsqueeze(-1), 0)
     targets = targets.masked_fill(~is_distilled.unsqueeze(-1), 0)  # nor are they negatives of others
-    per_token = distance(student, targets).masked_fill(~is_distilled, 0)
+    per_token = distance_named(distance)(student, targets).masked_fill(~is_distilled, 0)
     # expand, not broadcasting: (batch, 1) over (batch,) must fail instead of pairing all with all.
     per_sequence = instance_weights.detach().expand(weights.shape[:-1]) * (weights * per_token).sum(dim=-1)
     return per_sequence.sum() / _count("num_sequences", num_sequences, per_sequence.numel())

@@ -37,7 +37,7 @@ class Chosen:
 
     selected: Tensor
     weights: Tensor
-    places: dict[str, tuple[Tensor, ...]] | None  # of ``places_of``, where the loss will ask
+    places: dict[str, Tensor] | None  # of ``places_of``, where the loss will ask
 
 
 class TargetedDistillation(nn.Module):
@@ -189,8 +189,10 @@ class TargetedDistillation(nn.Module):
         if output is not None and output.hidden_states is not None:
             hidden = output.hidden_states[config.distill_layer].float()
         selected, weights = self.choose_tokens(batch, hidden)
+        if not of_tokens:
+            return Chosen(selected, weights, None)
         student = Tokens(batch["target_spans"], batch["target_boxes"])
-        return Chosen(selected, weights, places_of(selected, student) if of_tokens else None)
+        return Chosen(selected, weights, places_of(selected & batch["valid"] & (weights != 0), student))
 
     def _repair(
         self, output: StudentOutput, repaired: Repaired | None, batch: dict[str, Tensor],
@@ -266,24 +268,15 @@ class TargetedDistillation(nn.Module):
                     torch.full_like(hidden[:, :, :1, 0], 0.5), instance[:, None],
                     self.settings.distance, sequences,
                 )  # fmt: skip
-        if chosen is not None and self.settings.distill_target != "global":
-            terms |= self._distill_tokens(terms, hidden, instance, batch, chosen, sequences)
-        return terms
-
-    def _distill_tokens(
-        self, terms: dict[str, Tensor], hidden: Tensor, instance: Tensor, batch: dict[str, Tensor],
-        chosen: Chosen, sequences: int,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        selected = chosen.selected
-        student = Tokens(batch["target_spans"], batch["target_boxes"])
-        loss, text = terms["distill"], student.is_text
-        for part in distillation_loss(
-            hidden, self.token_maps, batch["vectors"], student, selected, chosen.weights, instance,
-            self.settings.distance, sequences, chosen.places,
-        ):  # fmt: skip
-            loss = loss + part
-        return {
-            "distill": loss,
+        if chosen is None or chosen.places is None:
+            return terms
+        on_words, on_places = distillation_loss(
+            hidden, self.token_maps, batch["vectors"], chosen.weights, instance, chosen.places,
+            self.settings.distance, sequences,
+        )  # fmt: skip
+        selected, text = chosen.selected, Tokens(batch["target_spans"], batch["target_boxes"]).is_text
+        return terms | {
+            "distill": terms["distill"] + on_words + on_places,
             "selected_text": (selected & text).sum() / sequences,
             "selected_visual": (selected & ~text).sum() / sequences,
             "selected_mass": batch["scores"].masked_fill(~selected, 0).sum() / sequences,
