@@ -222,7 +222,8 @@ def distillation_loss(
     choices.
     """
     measure = distance_named(distance)
-    share = (weights * instance[:, None, None]).detach() / (num_sequences or hidden.shape[0] * hidden.shape[1])
+    sequences = num_sequences or hidden.shape[0] * hidden.shape[1]
+    share = (weights * instance[:, None, None]).detach() / sequences
 
     def part(name: str) -> Float[Tensor, ""]:
         states, targets, shares = (
