@@ -117,6 +117,7 @@ def _cell(value: Any, percent: bool, look: str) -> str:
 # Charts.
 
 _ROW, _LETTER, _NUMBERS = 20, 6.6, 130  # pixels: height of a row, width of a letter, of the numbers' column
+_TICKS = 6
 
 
 def interval_chart(rows: pd.DataFrame, title: str, percent: bool = True, zero: bool = False) -> Html:
@@ -194,10 +195,10 @@ def _chart_row(
     )
 
 
-def _tick_step(span: float, ticks: int = 6) -> float:
-    """The smallest of 1, 2 or 5 times a power of ten that needs at most so many steps."""
-    power = 10.0 ** math.floor(math.log10(span / ticks))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor * ticks >= span * (1 - 1e-9))
+def _tick_step(span: float) -> float:
+    """The smallest of 1, 2 or 5 times a power of ten that needs at most ``_TICKS`` steps."""
+    power = 10.0 ** math.floor(math.log10(span / _TICKS))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor * _TICKS >= span * (1 - 1e-9))
 
 
 # Pages.

@@ -23,26 +23,26 @@ def name_layers(layers: Sequence[int]) -> str:
     return f"layers {', '.join(map(str, layers))}"
 
 
-def attention_view(attention: Attention, query: int | None = None, head: int | None = None) -> View:
-    """What one token attends to, on the picture and in the statement, in % of all tokens.
+def attention_view(attention: Attention, head: int | None = None) -> View:
+    """Show what the token that the answer is read from attends to, in % of all tokens.
 
-    ``query`` None is the token that the answer is read from; ``head`` None averages the heads. The
-    figure names layers, heads and query. Table: ``position``, ``token``, ``value``.
+    It is drawn on the picture and in the statement; ``head`` None averages the heads. The figure names
+    layers, heads and token. Table: ``position``, ``token``, ``value``.
     """
-    query = attention.readout if query is None else query
+    query = attention.readout
     heads = f"head {head}" if head is not None else f"mean of {attention.maps.shape[1]} heads"
     method = f"{attention.model}: attention of {name_layers(attention.layers)}, {heads}"
     record = attention.record
     return values_view(record, attention.row(query, head), method, token_name(record, query))
 
 
-def rollout_view(attention: Attention, query: int | None = None) -> View:
-    """Attention rolled out through all layers (see ``rollout``), drawn as ``attention_view`` does."""
+def rollout_view(attention: Attention) -> View:
+    """Show attention rolled out through all layers (see ``rollout``), drawn as ``attention_view`` does."""
     if attention.layers != tuple(range(len(attention.layers))):
         raise AttentionError(
             f"rollout needs every layer from 0 on; these are {name_layers(attention.layers)}: read all layers"
         )
-    query = attention.readout if query is None else query
+    query = attention.readout
     method = f"{attention.model}: attention rollout of {name_layers(attention.layers)}, heads averaged"
     record = attention.record
     return values_view(record, rollout(attention.maps, query), method, token_name(record, query))

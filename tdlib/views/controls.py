@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 PAGE = 10  # rows of the list
+LINE = 110  # letters of a row; the list is narrower on most screens
 
 
 class ExampleList(anywidget.AnyWidget):
@@ -47,7 +48,7 @@ class Stage(anywidget.AnyWidget):
     agreement: Any = traitlets.Dict().tag(sync=True)
 
 
-def row_text(row: dict[str, Any], labels: Sequence[str] = (), length: int = 110) -> str:
+def row_text(row: dict[str, Any], labels: Sequence[str] = ()) -> str:
     """An example in one line: right or wrong, id, c, what it asks."""
     verdict = "?" if pd.isna(row["label"]) else "✓" if row["correct"] else "✗"
     weight = "c  –  " if pd.isna(row["c"]) else f"c {row['c']:.2f}"
@@ -55,7 +56,7 @@ def row_text(row: dict[str, Any], labels: Sequence[str] = (), length: int = 110)
     label = f" → {row['answer']}" if labels and isinstance(row["answer"], str) else ""
     line = f"{verdict} {row['split']} {row['example_id']}  {weight}  {text}{label}"
     line = " ".join(line.split("\n"))
-    return line if len(line) <= length else f"{line[: length - 1]}…"
+    return line if len(line) <= LINE else f"{line[: LINE - 1]}…"
 
 
 def named(name: str, control: Any, width: str = "auto") -> Any:

@@ -126,12 +126,12 @@ def _pattern(path: Path, home: Path) -> str:
 
 
 def _selections(folder: Path) -> list[Path]:
-    """Selections in a folder or below it; hidden folders are unfinished runs."""
-    file = folder / SELECTIONS
-    if file.is_file():
-        return [file]
-    every = sorted(folder.rglob(SELECTIONS)) if folder.is_dir() else []
-    return [f for f in every if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+    """Lists the selections in a folder and below it; hidden folders are unfinished runs."""
+    return sorted(
+        file
+        for file in folder.rglob(SELECTIONS)
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -47,12 +47,10 @@ def curves_view(
     record: TargetRecord,
     curves: Mapping[str, "Curves"],
     labels: Sequence[str] = (),
-    unit: str = "probability",
 ) -> View:
-    """Deletion and insertion curves of one record, such as ``masking.record_curves`` gives.
+    """Show the deletion and insertion curves of one record, by source (``masking.record_curves``).
 
-    ``curves`` by source; ``unit`` is the scorer's. Table: ``source``, ``fraction``, ``deletion``,
-    ``insertion``.
+    Table: ``source``, ``fraction``, ``deletion``, ``insertion`` (probabilities of the true label).
     """
     columns = ("fraction", "deletion", "insertion")
     frames = [
@@ -64,6 +62,6 @@ def curves_view(
         {name: {"deletion": c.deletion_area, "insertion": c.insertion_area} for name, c in curves.items()}
     ).T
     heading = f"{title(record, labels)}: masking tokens"
-    arguments = {"curves": data, "areas": areas, "heading": heading, "unit": unit}
+    arguments = {"curves": data, "areas": areas, "heading": heading}
     rows = areas.add_suffix(", mean height").round(3).rename_axis("source").reset_index()
     return View(heading, plot_curves, arguments, data, rows, records=(record,))

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from tdlib.core.facts import token_name
-from tdlib.core.records import TargetRecord
 from tdlib.data.examples import Box, DataError
 from tdlib.data.pictures import open_picture
 from tdlib.views.html import source, style
@@ -23,13 +22,14 @@ from tdlib.views.scale import BLACK, OBJECT, WHITE
 from tdlib.views.sheet import Sheet, areas
 
 LARGEST = 720  # pixels of a side, as embedded
+WIDTH = 380  # pixels on the screen; twice as many are embedded, for dense screens and for paper
 ROOM = (0.075, 0.045)  # least width and height of a box, in shares of the picture, that holds a number
 
 
-def find_picture(record: TargetRecord) -> tuple[Image.Image | None, str]:
-    """The record's picture, or None and what is wrong with the file."""
+def find_picture(path: Path) -> tuple[Image.Image | None, str]:
+    """Opens a picture; None and what is wrong with the file where that fails, so that a view can go on."""
     try:
-        return open_picture(record.image), ""
+        return open_picture(path), ""
     except DataError as error:
         return None, str(error)
 
@@ -40,18 +40,17 @@ def embedded(path: Path) -> tuple[bytes, str]:
 
     The bytes are empty where it cannot be read. Kept, as going to and fro shows the same pictures again.
     """
-    try:
-        picture = open_picture(path)
-    except DataError as error:
-        return b"", str(error)
+    picture, missing = find_picture(path)
+    if picture is None:
+        return b"", missing
     picture.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90, subsampling=0)
     return buffer.getvalue(), ""
 
 
-def picture_html(sheet: Sheet, width: int = 380) -> str:
-    """The picture of a sheet, ``width`` pixels wide where there is room, with boxes, frames and numbers."""
+def picture_html(sheet: Sheet) -> str:
+    """The picture of a sheet with boxes, frames and numbers, ``WIDTH`` pixels wide where there is room."""
     record = sheet.record
     over = [_region(sheet, int(i)) for i in sheet.regions]
     over += [frame(box, f"2px solid {OBJECT}") for box in record.object_boxes]
@@ -63,7 +62,7 @@ def picture_html(sheet: Sheet, width: int = 380) -> str:
     ]
     key = ", ".join(f"[{number}] {name}" for number, name in enumerate(record.object_names))
     below = f"<div {style(font_size='12px', margin='2px 0')}>{escape(key)}</div>" if key else ""
-    return overlaid(record.image, described(sheet), over, width) + below
+    return overlaid(record.image, described(sheet), over, WIDTH) + below
 
 
 def overlaid(path: Path, alt: str, over: Sequence[str], width: int) -> str:

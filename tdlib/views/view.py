@@ -19,12 +19,13 @@ from tdlib.core.pages import table_html
 from tdlib.core.records import TargetRecord
 from tdlib.views.figures.style import Figure, drawn, to_pdf, to_png, to_svg
 from tdlib.views.html import page, source, style
-from tdlib.views.picture import picture_html
+from tdlib.views.picture import WIDTH, picture_html
 from tdlib.views.scale import BLACK, GREY, OBJECT, Scale
 from tdlib.views.sheet import Sheet
 from tdlib.views.statement import statement_html
 
 METHOD = "CLIP-TD (our reading)"
+ROWS = 30  # tokens of a sheet that are listed where a view is printed as text; its table has all
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,7 +110,7 @@ def _sheet_row(sheet: Sheet, words: bool, picture: bool) -> str:
     lines = "".join(f"<br><span {style(color=GREY)}>{escape(line)}</span>" for line in more)
     parts = [f"<div {style(flex='1 1 130px', max_width='190px')}><b>{escape(first)}</b>{lines}</div>"]
     if picture and record.is_visual.any():
-        parts.append(f"<div {style(flex='1 1 260px', max_width='380px')}>{picture_html(sheet)}</div>")
+        parts.append(f"<div {style(flex='1 1 260px', max_width=f'{WIDTH}px')}>{picture_html(sheet)}</div>")
     below = f"<div {style(color=GREY, font_size='12px', margin='2px 0')}>{escape(sheet.below)}</div>"
     said = statement_html(sheet) if words else ""
     parts.append(f"<div {style(flex='2 1 260px')}>{said}{below}</div>")
@@ -161,8 +162,8 @@ def _swatch(scale: Scale, value: float) -> str:
     return f"<span {look}>{scale.number(value)}</span>"
 
 
-def token_rows(sheets: Sequence[Sheet], most: int = 30) -> pd.DataFrame:
-    """The marked tokens of each sheet, largest values first, as they are read."""
+def token_rows(sheets: Sequence[Sheet]) -> pd.DataFrame:
+    """The marked tokens of each sheet, at most ``ROWS``, largest values first, as they are read."""
     rows = []
     for sheet in sheets:
         of = " ".join(part for part in (sheet.name, *sheet.about) if part)
@@ -171,6 +172,6 @@ def token_rows(sheets: Sequence[Sheet], most: int = 30) -> pd.DataFrame:
         unit = "points" if sheet.scale.signed else "%"
         rows += [
             {"of": of, unit: sheet.scale.number(float(sheet.values[i])), "token": name}
-            for i, name in ((i, token_name(sheet.record, i)) for i in places[:most])
+            for i, name in ((i, token_name(sheet.record, i)) for i in places[:ROWS])
         ]
     return pd.DataFrame(rows)

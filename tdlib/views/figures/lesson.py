@@ -8,9 +8,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from tdlib.data.examples import DataError
-from tdlib.data.pictures import open_picture
 from tdlib.views.figures.style import BLUE, GREY, Figure, plain, shared_legend, small, styled
+from tdlib.views.picture import find_picture
 
 BARS: dict[str, dict[str, Any]] = {  # by who says it
     "CLIP": {"color": BLUE, "hatch": ""},
@@ -44,11 +43,12 @@ def plot_lesson(pictures: dict[str, Path], texts: Sequence[str], table: pd.DataF
 
 
 def _draw_picture(axes: Axes, path: Path, name: str) -> None:
-    try:
-        axes.imshow(open_picture(path))
-    except DataError as error:
-        axes.text(0.5, 0.5, "\n".join(wrap(plain(error), 40)), ha="center", va="center", color=GREY,
+    picture, missing = find_picture(path)
+    if picture is None:
+        axes.text(0.5, 0.5, "\n".join(wrap(plain(missing), 40)), ha="center", va="center", color=GREY,
                   fontsize=small(), transform=axes.transAxes)  # fmt: skip
+    else:
+        axes.imshow(picture)
     axes.set_title(f"{plain(name)}: {plain(path.name)}")
     axes.set_axis_off()
 

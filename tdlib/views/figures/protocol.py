@@ -129,7 +129,7 @@ def _draw_quality(axes: Axes, rows: pd.DataFrame, sources: Sequence[str]) -> Non
 
 
 @styled
-def plot_curves(curves: pd.DataFrame, areas: pd.DataFrame, heading: str, unit: str) -> Figure:
+def plot_curves(curves: pd.DataFrame, areas: pd.DataFrame, heading: str) -> Figure:
     """Draw deletion and insertion: ``curves`` has ``source``, ``fraction``, ``deletion``, ``insertion``.
 
     ``areas`` holds the mean height of each curve, by source; it is written in the legend.
@@ -146,6 +146,6 @@ def plot_curves(curves: pd.DataFrame, areas: pd.DataFrame, heading: str, unit: s
         axes.set_xlabel(f"tokens {gone} (%), first the highest")
         axes.set_title(f"{part} (mean height)")
         axes.legend(fontsize=0.87 * small())
-    figure.axes[0].set_ylabel(unit)
+    figure.axes[0].set_ylabel("probability")
     figure.suptitle(plain(heading))
     return figure

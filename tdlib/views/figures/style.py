@@ -190,7 +190,7 @@ def panels(count: int, height: float, sharex: bool, sharey: bool) -> tuple[Figur
     return figure, list(grid[:count])
 
 
-def shared_legend(figure: Any, axes: list[Axes], columns: int = 4) -> None:
+def shared_legend(figure: Any, axes: list[Axes]) -> None:
     """One legend below all axes, each label once."""
     entries = {
         label: handle
@@ -198,7 +198,7 @@ def shared_legend(figure: Any, axes: list[Axes], columns: int = 4) -> None:
         for handle, label in zip(*part.get_legend_handles_labels(), strict=True)
     }
     if entries:
-        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=4)
 
 
 def need(table: Any, columns: list[str], function: str) -> None:

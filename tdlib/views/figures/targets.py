@@ -141,7 +141,7 @@ def draw_background(axes: Axes, record: TargetRecord) -> float:
 
     Where the file cannot be read, a grey ground that says so.
     """
-    picture, missing = find_picture(record)
+    picture, missing = find_picture(record.image)
     axes.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(1, 0), anchor="N")
     axes.spines[:].set_visible(True)
     if picture is None:
