@@ -35,6 +35,8 @@ from tdlib.analysis.study import lead_charts, readable
 from tdlib.miniworld.worlds import STRATA
 from tdlib.runs import states as run_states
 from tdlib.training.evaluation import prediction_table
+from tdlib.views.figures.differences import plot_differences
+from tdlib.views.figures.protocol import plot_shots
 
 # Reading and pairing.
 
@@ -313,9 +315,14 @@ def test_without_the_baseline_nothing_is_compared(tmp_path):
 def two_worlds(tmp_path_factory) -> Path:
     """A batch of two worlds: re-pairing helps in both, the paper's reading hurts in one."""
     shares = {"finetune": (0.4, 0.4), "clip_td": (0.4, 0.1), "clip_td_repaired": (0.9, 0.9)}
-    batch = tmp_path_factory.mktemp("batches") / "b"
-    for seed, world, arm in product(range(7), (0, 1), shares):
-        write_run(batch, arm=arm, seed=seed, share=shares[arm][world], more={"world_seed": world + 1})
+    return write_worlds(tmp_path_factory.mktemp("batches") / "b", shares)
+
+
+def write_worlds(batch: Path, shares: dict[str, tuple[float, ...]]) -> Path:
+    """A batch of arms with seven seeds in each of the worlds "1", "2", ... that they have a share of."""
+    for arm, of_worlds in shares.items():
+        for seed, (world, share) in product(range(7), enumerate(of_worlds, start=1)):
+            write_run(batch, arm=arm, seed=seed, share=share, more={"world_seed": world})
     return batch
 
 
@@ -330,6 +337,42 @@ def test_worlds_are_compared_apart_and_together(two_worlds):
     assert len(together(table)) == 3 and set(together(table)["world"]) == {"all"}
     told = sentences(table[table["arm"] == "clip_td"])
     assert [", world 1:" in told[0], ", world 2:" in told[1], ", all worlds:" in told[2]] == [True] * 3
+
+
+def test_means_beside_each_other_are_of_the_same_worlds(tmp_path):
+    """A control that was run in the easier world alone must not look good for that."""
+    shares = {"finetune": (0.8, 0.2), "clip_td": (0.9, 0.3), "naive": (0.75,)}
+    table = compare(write_worlds(tmp_path / "b", shares))
+    whole = table[table["world"] == "all"]
+    assert list(whole["arm"]) == ["finetune", "clip_td"] and set(whole["seeds"]) == {14}
+    assert set(whole["arms_tested"].dropna()) == {2}, "Holm counts the control too"
+    shown = together(table)
+    alone = shown[shown["world"] == "1"]
+    assert len(shown) == 2 + 3 and set(alone["arm"]) == set(shares) and set(alone["seeds"]) == {7}
+    assert row_of(alone, arm="naive")["mean"] < row_of(alone, arm="finetune")["mean"]
+    assert row_of(alone, arm="naive")["mean"] > row_of(whole, arm="finetune")["mean"]
+    shifts, shots = shift_table(table), shots_table(table)
+    assert list(shifts["world"]) == list(shots["world"]) == ["all"] * 2 + ["1"] * 3
+    titles = [axes.get_title(loc="left") for axes in plot_differences(shifts, "test").axes]
+    assert titles == ["vcr_qa, all worlds", "vcr_qa, world 1"]
+    titles = [axes.get_title(loc="left") for axes in plot_shots(shots).axes]
+    assert titles == ["vcr_qa, all worlds (14 seeds)", "vcr_qa, world 1 (7 seeds)"]
+    assert all("vcr_qa, 12 examples, world 1" in chart for chart in lead_charts(table))
+    claims = claims_table(table, ["clip_td", "naive"])
+    assert row_of(claims, condition="low-shot", arm="clip_td")["where"] == "b: 12 examples, val"
+    assert row_of(claims, condition="low-shot", arm="naive")["where"] == "b: 12 examples, val, world 1"
+
+
+def test_an_arm_of_two_worlds_of_three_is_compared_in_these(tmp_path):
+    shares = {"finetune": (0.8, 0.2, 0.5), "clip_td": (0.9, 0.3)}
+    write_worlds(tmp_path / "b", shares)
+    write_run(tmp_path / "b", arm="clip_td", seed=8, more={"world_seed": 3})  # has no partner yet
+    table = compare(tmp_path / "b")
+    assert list(table[table["world"] == "all"]["arm"]) == ["finetune"]
+    both = table[table["world"] == "1, 2"].set_index("arm")
+    assert list(both.index) == list(shares) and set(both["seeds"]) == {14}
+    assert both.loc["clip_td", "baseline_mean"] == pytest.approx(both.loc["finetune", "mean"])
+    assert ", worlds 1, 2: " in sentences(table)[-1]
 
 
 def test_claims_say_what_is_shown_where_and_what_repairing_adds(two_worlds):

@@ -3,7 +3,9 @@
 A *cell* is what arms are compared within: one batch, task, setting (whatever else differs between runs)
 and size of the training subset. Two runs are a pair where they are of one cell, one world and one seed;
 they must then have learned from the same examples and be tested on the same. Several worlds (MiniWorlds
-of different seeds) are compared apart and together: see ``statistics.pooled_difference``.
+of different seeds) are compared apart and together: see ``statistics.pooled_difference``. Means of several
+worlds stand beside each other only where they are of the same ones, because worlds differ in how hard they
+are: an arm that was not run in all of them has rows of its worlds, with the other arms in these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +28,7 @@ from tdlib.data.tasks import TASKS
 
 CELL = ["batch", "task", "setting", "shots"]
 USUAL = "usual"  # the test that is not shifted
-ALL_WORLDS = "all"
+ALL_WORLDS = "all"  # worlds in which the batch has finished runs of the task and setting
 COLUMNS = [
     *CELL, "world", "train_examples", "measure", "split", "test", "arm", "seeds", "mean", "low", "high",
     "chance", "over_chance", "pairs", "baseline_mean", "difference", "difference_low", "difference_high",
@@ -67,13 +69,17 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "fine
                  ) -> pd.DataFrame:  # fmt: skip
     """Every arm in every cell on every test: its score, and the paired difference to the baseline.
 
-    Columns: those of a cell, world ("all": all worlds together, where there are several), train_examples
-    (mean over runs), measure, split, test ("usual", or the shift), arm, seeds (of all worlds), mean, low,
-    high (over all seeds of the arm), chance, over_chance; then over the pairs alone: pairs,
-    baseline_mean, difference, difference_low, difference_high, relative, relative_low, relative_high,
-    gain_over_chance, p_value, p_adjusted (Holm over the tested arms of the cell and test), arms_tested,
-    verdict, and unpaired: seeds of arm or baseline that have no partner yet. ``runs`` are of one or several
-    batches (``scores.read_runs``), ``scores`` theirs (``scores.read_scores``); for the rest see ``Options``.
+    Columns: those of a cell, world (the worlds that the row is of: one, "all" together, or some together,
+    as "0, 2"), train_examples (mean over runs), measure, split, test ("usual", or the shift), arm, seeds
+    (of these worlds), mean, low, high (over all seeds of the arm), chance, over_chance; then over the pairs
+    alone: pairs, baseline_mean, difference, difference_low, difference_high, relative, relative_low,
+    relative_high, gain_over_chance, p_value, p_adjusted (Holm over the tested arms of the cell and test,
+    also those that were run in fewer worlds), arms_tested, verdict, and unpaired: seeds of arm or baseline
+    that have no partner yet. ``runs`` are of one or several batches (``scores.read_runs``), ``scores``
+    theirs (``scores.read_scores``); for the rest see ``Options``.
+
+    An arm has rows of several worlds together only if each of them has pairs of it with the baseline (of an
+    arm without any pair: has its runs). The combinations are the largest one of each arm.
 
     Raises:
         ProtocolError: two runs of a cell and world have the same arm and seed, or a pair learned from or
@@ -82,6 +88,7 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "fine
     options = Options(baseline, tested, alpha, resamples)
     done = runs[runs["state"] == "done"]
     rows: list[dict[str, Any]] = []
+    every_world = {key: set(own["world"]) for key, own in done.groupby(["batch", "task", "setting"])}
     for key, cell in done.groupby(CELL, sort=False):
         where = dict(zip(CELL, key, strict=True))
         for world, own in cell.groupby("world", sort=False):
@@ -97,13 +104,49 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "fine
                 for world, own in cell.groupby("world", sort=False)
                 if own["run"].isin(part["run"]).any()
             }
-            chance = float(part["chance"].mean())
-            for world, of_world in worlds.items():
-                rows += [shared | {"world": world} | row for row in arm_rows([of_world], chance, options)]
-            if len(worlds) > 1:
-                pooled = arm_rows(list(worlds.values()), chance, options)
-                rows += [shared | {"world": ALL_WORLDS} | row for row in pooled]
+            chances = part.groupby(part["run"].map(cell.set_index("run")["world"]))["chance"].mean()
+            worlds_of = _worlds_of_arms(worlds, baseline)
+            for together in [(world,) for world in worlds] + _combinations(worlds_of):
+                # Each world counts alike, however many runs it has.
+                chance = float(np.mean([chances[world] for world in together]))
+                of_all = len(together) > 1 and set(together) == every_world[key[:3]]
+                shared["world"] = ALL_WORLDS if of_all else ", ".join(together)
+                rows += [
+                    shared | row
+                    for row in arm_rows([worlds[world] for world in together], chance, options)
+                    if len(together) == 1 or worlds_of[row["arm"]].issuperset(together)
+                ]
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _worlds_of_arms(worlds: Mapping[str, Tested], baseline: str) -> dict[str, set[str]]:
+    """The worlds that each arm's means may be taken over: those with pairs of it and the baseline."""
+    found: dict[str, set[str]] = {}
+    for arm in dict.fromkeys(arm for tested in worlds.values() for arm in tested.arms):
+        ran = {world for world, tested in worlds.items() if arm in tested.arms}
+        paired = {w for w in ran if len(worlds[w].seeds(arm).intersection(worlds[w].seeds(baseline)))}
+        found[arm] = paired or ran
+    return found
+
+
+def _combinations(worlds_of: Mapping[str, set[str]]) -> list[tuple[str, ...]]:
+    """Every arm's worlds where they are several, in order."""
+    several = {tuple(sorted(worlds)) for worlds in worlds_of.values() if len(worlds) > 1}
+    return sorted(several, key=lambda worlds: (-len(worlds), worlds))
+
+
+def number_of_worlds(world: str) -> float:
+    """How many worlds a row of ``compare_arms`` is of, given its ``world``; infinity for all of them."""
+    return float("inf") if world == ALL_WORLDS else 1 + world.count(", ")
+
+
+def worlds_in_words(world: str) -> str:
+    """A row's ``world`` for a title: "all worlds", "world 0", "worlds 0, 2"; "" for a user's own data."""
+    if not world:
+        return ""
+    if world == ALL_WORLDS:
+        return "all worlds"
+    return f"world{'s' if number_of_worlds(world) > 1 else ''} {world}"
 
 
 def compare_within(runs: pd.DataFrame, scores: pd.DataFrame, by: str, **options: Any) -> pd.DataFrame:

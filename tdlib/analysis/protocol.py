@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tdlib.analysis.compare import ALL_WORLDS, CELL, USUAL
+from tdlib.analysis.compare import CELL, USUAL, number_of_worlds, worlds_in_words
 from tdlib.analysis.statistics import ALPHA, pairs_needed
 from tdlib.data.tasks import TASKS
 
@@ -38,10 +38,24 @@ FINDINGS = {
 
 
 def together(compared: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows of all worlds together where several were compared, else the rows of the one."""
-    pooled = compared["world"] == ALL_WORLDS
-    several = pooled.groupby([compared[name] for name in CELL]).transform("any")
-    return compared[pooled | ~several.astype(bool)]
+    """Keep the rows of all worlds together, and for an arm that was not run in all, those of its worlds.
+
+    In these the other arms stand too, so that the arm is seen beside means of the same worlds. A world by
+    itself is left out unless it is all that some arm of the cell has.
+    """
+    shown = pd.MultiIndex.from_frame(_of_most_worlds(compared)[[*_test_columns(compared), "world"]])
+    return compared[pd.MultiIndex.from_frame(compared[shown.names]).isin(shown)]
+
+
+def _of_most_worlds(compared: pd.DataFrame) -> pd.DataFrame:
+    """Keep of each arm on each test the rows of most worlds."""
+    worlds = compared["world"].map(number_of_worlds)
+    keys = [compared[name] for name in (*_test_columns(compared), "arm")]
+    return compared[worlds == worlds.groupby(keys, dropna=False).transform("max")]
+
+
+def _test_columns(compared: pd.DataFrame) -> list[str]:
+    return [name for name in (*CELL, "measure", "split", "stratum") if name in compared]
 
 
 def main_measure(compared: pd.DataFrame) -> pd.DataFrame:
@@ -52,11 +66,11 @@ def main_measure(compared: pd.DataFrame) -> pd.DataFrame:
 def shots_table(compared: pd.DataFrame) -> pd.DataFrame:
     """Accuracy over the number of training examples, on the usual test: the numbers behind the curves.
 
-    Per task and setting, the batch with most sizes; the first of several. Worlds together.
+    Per task and setting, the batch with most sizes; the first of several. Worlds as in ``together``.
     """
     whole = main_measure(together(compared))
     found = _richest(whole[whole["test"] == USUAL], ["batch", "task", "setting"], "shots")
-    return _sorted(found, ["task", "setting", "arm", "train_examples"], compared)
+    return _sorted(found, ["task", "setting", "world", "arm", "train_examples"], compared)
 
 
 def shift_table(compared: pd.DataFrame) -> pd.DataFrame:
@@ -64,19 +78,26 @@ def shift_table(compared: pd.DataFrame) -> pd.DataFrame:
 
     Per task and setting, the batch and size with most tests; of several, the one with most pairs, so that
     a size that has hardly begun does not stand for one that is done; then the one with most examples.
-    Worlds together.
+    Worlds as in ``together``.
     """
     whole = main_measure(together(compared))
     pairs = whole.groupby(CELL)["pairs"].transform("max")
     ordered = whole.assign(_pairs=pairs).sort_values(
         ["_pairs", "train_examples"], ascending=False, kind="stable"
     )
-    return _sorted(_richest(ordered, CELL, "test"), ["task", "setting", "test", "arm"], compared)
+    return _sorted(_richest(ordered, CELL, "test"), ["task", "setting", "world", "test", "arm"], compared)
 
 
 def _sorted(table: pd.DataFrame, by: Sequence[str], compared: pd.DataFrame) -> pd.DataFrame:
-    """Rows by tasks, tests and arms in the order in which these stand; by other columns as they sort."""
-    orders = {"task": list(TASKS), "test": [USUAL, *compared["test"]], "arm": list(compared["arm"])}
+    """Rows by tasks, tests and arms in the order in which these stand; by other columns as they sort.
+
+    Rows of most worlds stand first.
+    """
+    worlds = sorted(compared["world"].unique(), key=lambda world: (-number_of_worlds(world), world))
+    orders = {
+        "task": list(TASKS), "test": [USUAL, *compared["test"]], "arm": list(compared["arm"]),
+        "world": worlds,
+    }  # fmt: skip
 
     def places(values: pd.Series) -> pd.Series:
         if values.name not in orders:
@@ -112,16 +133,16 @@ def claims_table(compared: pd.DataFrame, methods: Sequence[str] = METHODS) -> pd
     """Hold the runs against each claim of the paper's abstract: a row per task, condition and method.
 
     ``paper`` is the abstract's relative gain over finetuning ("up to"; missing where it claims none). Each
-    row is one cell that is fixed before looking, worlds together: *low-shot* the fewest training
-    examples on the usual test, *domain shift* the task's own shift (``TASKS[task].shift``) in the cell that
-    ``shift_table`` shows, *fully supervised* all examples. ``finding`` is "shown" where the arm is better by
-    the paired test, "contrary" where it is worse, "not shown" where neither, "not run" without a finished
-    pair; ``worlds`` are those in which the same test, alone, finds what the row says. ``largest`` is
+    row is one cell that is fixed before looking, all of the method's worlds together: *low-shot* the fewest
+    training examples on the usual test, *domain shift* the task's own shift (``TASKS[task].shift``) in the
+    cell that ``shift_table`` shows, *fully supervised* all examples. ``finding`` is "shown" where the arm is
+    better by the paired test, "contrary" where it is worse, "not shown" where neither, "not run" without a
+    finished pair; ``worlds`` are those in which the same test, alone, finds what the row says. ``largest`` is
     the largest relative gain among the condition's ``cells`` cells: what "up to" says, and by its choice
     too good. Compared with another baseline, a method's rows are what it adds to that.
     """
     rows = []
-    whole = main_measure(together(compared))
+    whole = main_measure(_of_most_worlds(compared))
     tasks = compared[["task", "setting"]].drop_duplicates().itertuples(index=False)
     for task, setting in sorted(tasks, key=lambda known: (list(TASKS).index(known[0]), known[1])):
         here = whole[(whole["task"] == task) & (whole["setting"] == setting) & (whole["pairs"] > 0)]
@@ -156,12 +177,16 @@ def _conditions(arm: pd.DataFrame, task: str) -> dict[str, tuple[pd.DataFrame, p
 
 def _claim(chosen: pd.Series, cells: pd.DataFrame, compared: pd.DataFrame) -> dict[str, Any]:
     same = [*CELL, "arm", "measure", "split", "verdict"]
-    alone = compared[(compared[same] == chosen[same]).all(axis=1) & (compared["world"] != ALL_WORLDS)]
+    worlds = compared["world"].map(number_of_worlds)
+    alone = compared[(compared[same] == chosen[same]).all(axis=1) & (worlds == 1)]
+    test = [*CELL, "measure", "split"]
+    most = worlds[(compared[test] == chosen[test]).all(axis=1)].max()
+    apart = f", {worlds_in_words(chosen['world'])}" if number_of_worlds(chosen["world"]) < most else ""
     limits = [f"{name}{end}" for name in ("relative", "difference") for end in ("", "_low", "_high")]
     return {name: chosen[name] for name in (*limits, "verdict", "pairs", "batch", "shots", "split")} | {
         "finding": FINDINGS[chosen["verdict"]],
         "worlds": ", ".join(alone["world"]),
-        "where": f"{chosen['batch']}: {chosen['train_examples']:.0f} examples, {chosen['split']}",
+        "where": f"{chosen['batch']}: {chosen['train_examples']:.0f} examples, {chosen['split']}{apart}",
         "largest": cells["relative"].max(),
         "cells": len(cells),
     }
@@ -203,10 +228,10 @@ def _claim_words(row: Any) -> str:
 
 
 def _kinds_words(row: Any, kinds: pd.DataFrame | None) -> str:
-    """What examples of known and of unknown concepts gain in a claim's cell, worlds together."""
+    """What examples of known and of unknown concepts gain in a claim's cell, all worlds together."""
     if kinds is None or kinds.empty or not row.pairs:
         return ""
-    whole = main_measure(together(kinds[kinds["stratum"].str.startswith("concept: ")]))
+    whole = main_measure(_of_most_worlds(kinds[kinds["stratum"].str.startswith("concept: ")]))
     same = ["batch", "task", "setting", "shots", "split", "arm"]
     here = whole[np.logical_and.reduce([whole[name] == getattr(row, name) for name in same])]
     said = [
@@ -253,10 +278,8 @@ def sentences(compared: pd.DataFrame) -> list[str]:
     found = []
     for row in compared[compared["pairs"] > 0].itertuples():
         place = f", {row.setting}" if row.setting else ""
-        if row.world == ALL_WORLDS:
-            place += ", all worlds"
-        elif (compared["world"] != row.world).any():
-            place += f", world {row.world}"
+        if row.world and (compared["world"] != row.world).any():
+            place += f", {worlds_in_words(row.world)}"
         measure = "" if row.measure == TASKS[row.task].metric else f" {row.measure}"
         relative = f", relative {100 * row.relative:+.1f} %" if row.relative == row.relative else ""
         p_value = f", p = {row.p_adjusted:.3g} after Holm" if row.p_adjusted == row.p_adjusted else ""

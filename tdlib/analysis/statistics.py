@@ -15,6 +15,7 @@ import numpy as np
 MINIMUM_PAIRS = 6  # below, the exact sign-flip test cannot reach 0.05: 2 / 2^5 is 0.0625
 EXACT_PAIRS = 14  # up to here all 2^n sign patterns are looked at
 ALPHA = 0.05
+FOUND = ("better", "worse")  # verdicts of a difference that the paired test found
 DRAWN_AT_ONCE = 400_000  # members of resamples that are held in memory together
 
 _NORMAL = NormalDist()

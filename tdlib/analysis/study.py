@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from tdlib.analysis.compare import USUAL
+from tdlib.analysis.compare import USUAL, number_of_worlds, worlds_in_words
 from tdlib.analysis.protocol import main_measure, together
+from tdlib.analysis.statistics import FOUND
 from tdlib.core.files import whole_file, whole_path, write_json
 from tdlib.core.pages import Html, Section, interval_chart, is_missing, link, page_html, table_html
 
@@ -31,7 +32,6 @@ SILENT = {"setting", "world", "worlds", "unpaired", "tuned", "reason"}
 ONLY_IN_FILES = [
     "split", "over_chance", "baseline_mean", "gain_over_chance", "p_value", "arms_tested", "subset", "shots",
 ]  # fmt: skip
-FOUND = ("better", "worse")  # verdicts that fill a mark
 MANY_ROWS = 40  # a page shows a larger table only when it is asked for
 
 
@@ -69,15 +69,17 @@ def _shown(name: str, value: Any) -> str:
 def lead_charts(compared: pd.DataFrame, baseline: str = "finetune") -> list[Html]:
     """Draw what a study found: each arm's difference to the baseline and its score, on the usual test.
 
-    A group per task, setting and size; the worlds together. A filled mark is a difference that the paired
-    test found. Empty where there is nothing to draw.
+    A group per task, setting, size and worlds (``protocol.together``), those of most worlds first. A filled
+    mark is a difference that the paired test found. Empty where there is nothing to draw.
     """
     rows = main_measure(together(compared))
     rows = rows[rows["test"] == USUAL]
     if rows.empty:
         return []
+    rows = rows.sort_values("world", key=lambda worlds: -worlds.map(number_of_worlds), kind="stable")
     group = rows["task"] + ", " + rows["train_examples"].map("{:.0f} examples".format)
-    group += rows["setting"].map(lambda setting: f", {setting}" if setting else "")
+    for part in (rows["setting"], rows["world"].map(worlds_in_words)):
+        group += part.map(lambda words: f", {words}" if words else "")
     rows = rows.assign(group=group, label=rows["arm"])
     scores = interval_chart(rows.assign(value=rows["mean"]), "Score on the usual test, in per cent")
     parts = [_figure(scores, "Score on the usual test (%) with 95 % intervals over seeds and pictures.")]

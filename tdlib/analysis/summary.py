@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from tdlib.analysis.compare import summarise
-from tdlib.analysis.statistics import ALPHA, pairs_needed
+from tdlib.analysis.statistics import ALPHA, FOUND, pairs_needed
 
 TOO_FEW = "too few pairs"
 
@@ -64,7 +64,7 @@ def _proves(gains: pd.DataFrame) -> str:
             f"**Not significant at this size**: the test over {pairs} seeds and {arms} arms cannot reach "
             f"p < {ALPHA:g} whatever they show; {pairs_needed(arms)} seeds are the fewest that can."
         )
-    found = gains[gains["verdict"].isin(["better", "worse"])]
+    found = gains[gains["verdict"].isin(FOUND)]
     if found.empty:
         return f"**Not significant at this size**: no difference passes the paired test over {pairs} seeds."
     named = ", ".join(f"`{row.arm}` {row.verdict} on {row.test}" for row in found.itertuples())

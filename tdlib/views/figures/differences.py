@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.lines import Line2D
 
+from tdlib.analysis.compare import worlds_in_words
+from tdlib.analysis.statistics import FOUND
 from tdlib.views.figures.style import (
     GREY,
     LINE_COLOURS,
@@ -20,14 +22,12 @@ from tdlib.views.figures.style import (
     styled,
 )
 
-FOUND = ("better", "worse")  # verdicts that fill a mark
-
 
 @styled
 def plot_differences(
     table: pd.DataFrame,
     row: str = "split",
-    panel: Sequence[str] = ("task", "setting"),
+    panel: Sequence[str] = ("task", "setting", "world"),
     baseline: str = "finetune",
 ) -> Figure:
     """Draw each arm's paired difference to the baseline, in points, with its interval.
@@ -63,7 +63,10 @@ def plot_differences(
         axes.set_yticks(range(len(places)), [plain(str(place)) for place in places])
         axes.set_ylim(len(places) - 0.5, -0.5)
         axes.set_xlabel(f"difference to {plain(baseline)} (points)")
-        heading = ", ".join(str(part) for part in key if part)
+        parts = [
+            worlds_in_words(part) if k == "world" else str(part) for k, part in zip(keys, key, strict=True)
+        ]
+        heading = ", ".join(part for part in parts if part)
         axes.set_title(plain(heading))
         axes.grid(axis="both")
     for arm, name in enumerate(arms):

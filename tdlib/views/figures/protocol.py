@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
+from tdlib.analysis.compare import worlds_in_words
 from tdlib.views.figures.style import (
     BLUE,
     GREY,
@@ -28,16 +29,16 @@ TICKS = 8  # sizes beyond which not every one is written below the axis
 
 @styled
 def plot_shots(shots: pd.DataFrame) -> Figure:
-    """Draw accuracy over the number of training examples: a panel per task, a line per arm.
+    """Draw accuracy over the number of training examples: a panel per task and worlds, a line per arm.
 
-    ``shots`` is a table of ``protocol.shots_table``: task, setting, arm, train_examples, mean, low, high
-    and chance (shares in [0, 1]). Intervals are upright lines, arms stand beside each other at each size.
-    Chance is dashed. Raises ValueError for a missing column or an empty table.
+    ``shots`` is a table of ``protocol.shots_table``: task, setting, world, arm, train_examples, mean, low,
+    high and chance (shares in [0, 1]). Intervals are upright lines, arms stand beside each other at each
+    size. Chance is dashed. Raises ValueError for a missing column or an empty table.
     """
-    columns = ["task", "setting", "arm", "train_examples", "mean", "low", "high", "chance"]
+    columns = ["task", "setting", "world", "arm", "train_examples", "mean", "low", "high", "chance"]
     need(shots, columns, "plot_shots")
     arms = list(dict.fromkeys(shots["arm"]))
-    groups = list(shots.groupby(["task", "setting"], sort=False))
+    groups = list(shots.groupby(["task", "setting", "world"], sort=False))
     figure, grid = panels(len(groups), 2.9, sharex=False, sharey=False)
     for axes, (key, rows) in zip(grid, groups, strict=True):
         sizes = sorted(rows["train_examples"].unique())
@@ -67,8 +68,8 @@ def plot_shots(shots: pd.DataFrame) -> Figure:
 
 
 def _heading(key: Any, rows: pd.DataFrame) -> str:
-    task, setting = key
-    name = f"{task}{', ' + setting if setting else ''}"
+    task, setting, world = key
+    name = ", ".join(part for part in (task, setting, worlds_in_words(world)) if part)
     if "seeds" not in rows:
         return name
     fewest, most = rows["seeds"].min(), rows["seeds"].max()
