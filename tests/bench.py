@@ -35,8 +35,8 @@ from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import Teacher, TeacherRecord
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.pipeline import TargetBuilder
-from tdlib.training.prepare import Materials, class_logits, load_student, prepare, read_split
+from tdlib.training.pipeline import TeacherFeatureReader
+from tdlib.training.prepare import PreparedData, class_logits, load_student, prepare, read_split
 from tdlib.training.targets import PACKED, TeacherFeatures, make_targets, pack
 from tdlib.training.trainer import make_trainer
 
@@ -72,25 +72,26 @@ def paired(actions: Mapping[str, Callable[[], object]], repeats: int) -> dict[st
     }
 
 
-def encoded_subset(config: RunConfig, materials: Materials, memory: int = 2**30) -> EncodedExamples:
+def encoded_subset(config: RunConfig, prepared: PreparedData, memory: int = 2**30) -> EncodedExamples:
     """A run's examples with what their targets are made of, if its arm has any; encoded already."""
-    subset = low_shot(materials.train, config.shots, config.seed)
-    builder = None
-    if materials.builder is not None and (config.distill_weight or config.choice_weight):
-        logits = class_logits(config, materials, subset)
-        builder = TargetBuilder(materials.builder.cache, materials.builder.idf, config, logits)
-    encoded = EncodedExamples(subset, materials.encoder, builder, memory, len(materials.labels))
+    subset = low_shot(prepared.train, config.shots, config.seed)
+    feature_reader = None
+    if config.distill_weight or config.choice_weight:
+        logits = class_logits(config, prepared, subset)
+        feature_reader = TeacherFeatureReader(prepared.cache, prepared.idf, config, logits)
+    encoded = EncodedExamples(subset, prepared.encoder, feature_reader, memory, len(prepared.labels))
     for index in range(len(encoded) if memory else 0):
         encoded[index]
     return encoded
 
 
-def training_step(config: RunConfig, materials: Materials, live_teacher: bool = False) -> Callable[[], None]:
+def training_step(
+    config: RunConfig, prepared: PreparedData, live_teacher: bool = False
+) -> Callable[[], None]:
     """One training step: batch from encoded examples, forward, backward, update."""
-    encoded = encoded_subset(config, materials, 0 if live_teacher else 2**30)
-    assert materials.builder is not None
-    teacher, device = materials.builder.cache.teacher, torch.device(usual_device())
-    module = TargetedDistillation(load_student(config, materials), config, teacher.dim).to(device)
+    encoded = encoded_subset(config, prepared, 0 if live_teacher else 2**30)
+    teacher, device = prepared.cache.teacher, torch.device(usual_device())
+    module = TargetedDistillation(load_student(config, prepared), config, teacher.dim).to(device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=GPU or None)
     number = 0
 
@@ -113,25 +114,24 @@ def training_step(config: RunConfig, materials: Materials, live_teacher: bool = 
     return step
 
 
-def trained(config: RunConfig, materials: Materials, encoded: EncodedExamples) -> Callable[[], None]:
+def trained(config: RunConfig, prepared: PreparedData, encoded: EncodedExamples) -> Callable[[], None]:
     """A whole training by our trainer."""
-    assert materials.builder is not None
-    dim = materials.builder.cache.teacher.dim if encoded.builder else None
+    dim = prepared.cache.teacher.dim if encoded.feature_reader else None
 
     def train() -> None:
-        module = TargetedDistillation(load_student(config, materials), config, dim)
+        module = TargetedDistillation(load_student(config, prepared), config, dim)
         with tempfile.TemporaryDirectory() as folder:
             make_trainer(module, config, encoded, Path(folder)).train()
 
     return train
 
 
-def bare_loop(config: RunConfig, materials: Materials, encoded: EncodedExamples) -> Callable[[], None]:
+def bare_loop(config: RunConfig, prepared: PreparedData, encoded: EncodedExamples) -> Callable[[], None]:
     """The same training of plain finetuning by torch alone."""
     device = torch.device(usual_device())
 
     def train() -> None:
-        student = load_student(config, materials).train().to(device)
+        student = load_student(config, prepared).train().to(device)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=GPU or None)
         gather = partial(collate, encoder=encoded.encoder)
         loader = DataLoader(encoded, config.batch_size, True, collate_fn=gather, pin_memory=GPU)
@@ -159,18 +159,17 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def inference(materials: Materials, config: RunConfig, repeats: int) -> tuple[float, str]:
+def inference(prepared: PreparedData, config: RunConfig, repeats: int) -> tuple[float, str]:
     """Seconds of a distilled student's pass over a finetuned one's, and their numbers of operators."""
-    assert materials.builder is not None
-    encoded = encoded_subset(apply_arm(config.model_copy(update={"arm": "finetune"})), materials)
+    encoded = encoded_subset(apply_arm(config.model_copy(update={"arm": "finetune"})), prepared)
     device = torch.device(usual_device())
     items = [encoded[index] for index in range(config.batch_size)]
-    batch = {name: value.to(device) for name, value in collate(items, materials.encoder).items()}
+    batch = {name: value.to(device) for name, value in collate(items, prepared.encoder).items()}
     students, counts = {}, {}
     for arm in ("finetune", "clip_td"):
         settings = apply_arm(config.model_copy(update={"arm": arm}))
-        dim = materials.builder.cache.teacher.dim if arm == "clip_td" else None
-        student = TargetedDistillation(load_student(settings, materials), settings, dim).student
+        dim = prepared.cache.teacher.dim if arm == "clip_td" else None
+        student = TargetedDistillation(load_student(settings, prepared), settings, dim).student
         students[arm] = student.to(device).eval()
 
     @torch.inference_mode()
@@ -261,13 +260,13 @@ def filling(teacher: Teacher, examples: Sequence[Example], repeats: int) -> dict
     return rows
 
 
-def making(config: RunConfig, materials: Materials, step: float, repeats: int) -> dict[str, str]:
+def making(config: RunConfig, prepared: PreparedData, step: float, repeats: int) -> dict[str, str]:
     """Making a batch that memory does not keep, in one process, beside decoding its pictures alone.
 
     ``step`` are the seconds of a training step. Regions are read, not found, and their students decode
     nothing.
     """
-    encoded, rows = encoded_subset(config, materials, memory=0), range(config.batch_size)
+    encoded, rows = encoded_subset(config, prepared, memory=0), range(config.batch_size)
     examples = [encoded.examples[row] for row in rows]
     found = paired(
         {
@@ -290,9 +289,9 @@ def column(base: RunConfig, repeats: int, epochs: int) -> dict[str, str]:
     """One student's column of the table."""
     arms = {arm: apply_arm(base.model_copy(update={"arm": arm})) for arm in ("finetune", "naive", "clip_td")}
     arms = {arm: config.model_copy(update={"epochs": epochs}) for arm, config in arms.items()}
-    materials = prepare(base, whole_splits=False)
-    steps = {arm: training_step(config, materials) for arm, config in arms.items()}
-    steps["clip_td, live teacher"] = training_step(arms["clip_td"], materials, live_teacher=True)
+    prepared = prepare(base, whole_splits=False)
+    steps = {arm: training_step(config, prepared) for arm, config in arms.items()}
+    steps["clip_td, live teacher"] = training_step(arms["clip_td"], prepared, live_teacher=True)
     found = paired(steps, repeats)
     seconds = found["finetune"][0]
     rows = {
@@ -300,25 +299,23 @@ def column(base: RunConfig, repeats: int, epochs: int) -> dict[str, str]:
         **{f"step of {arm} / finetune": f"{found[arm][1]:.2f}" for arm in steps if arm != "finetune"},
     }
     steps.clear()
-    rows |= making(arms["clip_td"], materials, found["clip_td"][0], repeats)
-    encoded = {arm: encoded_subset(arms[arm], materials) for arm in ("finetune", "clip_td")}
+    rows |= making(arms["clip_td"], prepared, found["clip_td"][0], repeats)
+    encoded = {arm: encoded_subset(arms[arm], prepared) for arm in ("finetune", "clip_td")}
     loops = {
-        "bare": bare_loop(arms["finetune"], materials, encoded["finetune"]),
-        "ours": trained(arms["finetune"], materials, encoded["finetune"]),
+        "bare": bare_loop(arms["finetune"], prepared, encoded["finetune"]),
+        "ours": trained(arms["finetune"], prepared, encoded["finetune"]),
     }
     rows["training by our trainer / bare loop"] = f"{paired(loops, 3)['ours'][1]:.2f}"
     if GPU:
         workers = {"loader_workers": max(1, usual_workers())}
-        runs = {
-            arm: trained(arms[arm].model_copy(update=workers), materials, encoded[arm]) for arm in encoded
-        }
+        runs = {arm: trained(arms[arm].model_copy(update=workers), prepared, encoded[arm]) for arm in encoded}
         shared = paired(runs, 3)["clip_td"][1]
         rows[f"training of clip_td / finetune, {workers['loader_workers']} workers"] = f"{shared:.2f}"
-    ratio, operators = inference(materials, base, repeats)
+    ratio, operators = inference(prepared, base, repeats)
     rows["inference, distilled / finetuned"] = f"{ratio:.2f} ({operators})"
     items = [encoded["clip_td"][index] for index in range(base.batch_size)]
     rows["bytes a step for targets, of the targets'"] = step_bytes(
-        collate(items, materials.encoder), arms["clip_td"]
+        collate(items, prepared.encoder), arms["clip_td"]
     )
     return rows
 
@@ -375,10 +372,9 @@ def table(full: bool) -> None:
             print(f"measured: {name}", file=sys.stderr, flush=True)
             if GPU:
                 torch.cuda.empty_cache()
-        materials = prepare(base, whole_splits=False)
-        assert materials.builder is not None
-        subset = low_shot(materials.train, base.shots, 0)
-        shared = filling(materials.builder.cache.teacher, subset, 3)
+        prepared = prepare(base, whole_splits=False)
+        subset = low_shot(prepared.train, base.shots, 0)
+        shared = filling(prepared.cache.teacher, subset, 3)
     shared["bytes a step for targets, of the targets', at the paper's sizes"] = bytes_at_full_size()
     labels = [*dict.fromkeys(label for rows in columns.values() for label in rows)]
     print("\n| |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))

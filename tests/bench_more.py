@@ -21,7 +21,7 @@ from tdlib.runs.batch import Batch
 from tdlib.training import checkpoints
 from tdlib.training.data import EncodedExamples
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.pipeline import TargetBuilder
+from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.prepare import class_logits, load_student, prepare
 from tdlib.training.recording import ProbeRecorder
 from tdlib.training.trainer import CheckpointKeeper, make_trainer
@@ -33,10 +33,10 @@ def arm_steps(student: str, task: str, arms: Sequence[str]) -> list[tuple[str, f
     steps: dict[str, Callable[[], None]] = {}
     for arm in arms:
         config = apply_arm(base.model_copy(update={"arm": arm}))
-        materials = prepare(config, whole_splits=False)
-        steps[arm] = training_step(config, materials)
+        prepared = prepare(config, whole_splits=False)
+        steps[arm] = training_step(config, prepared)
         if config.distill_weight or config.choice_weight:
-            steps[f"{arm}, live teacher"] = training_step(config, materials, live_teacher=True)
+            steps[f"{arm}, live teacher"] = training_step(config, prepared, live_teacher=True)
     villa = apply_arm(base.model_copy(update={"arm": "finetune", "adversarial_steps": 3}))
     steps["finetune with 3 adversarial steps"] = training_step(villa, prepare(villa, whole_splits=False))
     kind = Path(student).name
@@ -93,16 +93,15 @@ def open_large(sizes: tuple[int, ...] = (10_000, 250_000)) -> None:
 def recording_cost(base: RunConfig, probes: int = 16, every: int = 50) -> list[tuple[str, str]]:
     """What it costs to record the selections of ``probes`` examples every ``every`` updates."""
     config = apply_arm(base.model_copy(update={"arm": "clip_td", "probe_examples": probes}))
-    materials = prepare(config, whole_splits=False)
-    step = training_step(config, materials)
-    assert materials.builder is not None
-    cache = materials.builder.cache
-    subset = low_shot(materials.train, config.shots, config.seed)
-    logits = class_logits(config, materials, subset)
-    builder = TargetBuilder(cache, materials.builder.idf, config, logits)
-    examples = next(iter(materials.evaluated.values()))[:probes]
-    encoded = EncodedExamples(examples, materials.encoder, builder, num_labels=len(materials.labels))
-    module = TargetedDistillation(load_student(config, materials), config, cache.teacher.dim)
+    prepared = prepare(config, whole_splits=False)
+    step = training_step(config, prepared)
+    cache = prepared.cache
+    subset = low_shot(prepared.train, config.shots, config.seed)
+    logits = class_logits(config, prepared, subset)
+    feature_reader = TeacherFeatureReader(cache, prepared.idf, config, logits)
+    examples = next(iter(prepared.evaluated.values()))[:probes]
+    encoded = EncodedExamples(examples, prepared.encoder, feature_reader, num_labels=len(prepared.labels))
+    module = TargetedDistillation(load_student(config, prepared), config, cache.teacher.dim)
     module.to(usual_device())
     recorder = ProbeRecorder(encoded, module)
     seconds = paired({"step": step, "record": lambda: recorder.record(0)}, 9)
@@ -126,15 +125,15 @@ def recording_cost(base: RunConfig, probes: int = 16, every: int = 50) -> list[t
 def checkpoint_cost(base: RunConfig, every: int = 100) -> list[tuple[str, str]]:
     """What a checkpoint costs, and its share of training time at one every ``every`` updates."""
     config = apply_arm(base.model_copy(update={"arm": "finetune", "epochs": 1}))
-    materials = prepare(config, whole_splits=False)
-    subset = low_shot(materials.train, config.shots, config.seed)
-    encoded = EncodedExamples(subset, materials.encoder, num_labels=len(materials.labels))
+    prepared = prepare(config, whole_splits=False)
+    subset = low_shot(prepared.train, config.shots, config.seed)
+    encoded = EncodedExamples(subset, prepared.encoder, num_labels=len(prepared.labels))
     size = updates = 0
 
     def train(checkpoint_every: int) -> None:
         nonlocal size, updates
         own = config.model_copy(update={"checkpoint_every": checkpoint_every})
-        module = TargetedDistillation(load_student(own, materials), own, None)
+        module = TargetedDistillation(load_student(own, prepared), own, None)
         with tempfile.TemporaryDirectory() as folder:
             home = checkpoints.checkpoints_of(Path(folder) / "run")
             trainer = make_trainer(module, own, encoded, checkpoints.staging(home))

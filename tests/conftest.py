@@ -176,7 +176,7 @@ def base(world, student_folder, teacher_folder, own_cache):
 
 
 @pytest.fixture(scope="module")
-def materials(base):
+def prepared(base):
     """What runs with ``base`` share, of seeds 0 and 1."""
     from tdlib.training.prepare import prepare
 

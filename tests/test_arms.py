@@ -83,32 +83,33 @@ def settings(worlds, teacher_folder, folders, detector_folder, own_cache):
 
 
 def batch_of(config, number: int = 5):
-    """Materials of a run, and one batch of its training subset with targets."""
-    materials = prepare(config)
+    """Prepared data of a run, and one batch of its training subset with targets."""
+    prepared = prepare(config)
     module = TargetedDistillation(
-        experiments.load_student(config, materials), config, materials.builder.cache.teacher.dim
+        experiments.load_student(config, prepared), config, prepared.cache.teacher.dim
     )
-    subset = low_shot(materials.train, config.shots, config.seed)[:number]
-    dataset = EncodedExamples(subset, materials.encoder, materials.builder, num_labels=len(materials.labels))
-    batch = collate([dataset[i] for i in range(number)], materials.encoder)
-    return materials, module, dataset, module.with_targets(batch)
+    subset = low_shot(prepared.train, config.shots, config.seed)[:number]
+    feature_reader = TeacherFeatureReader(prepared.cache, prepared.idf, config)
+    dataset = EncodedExamples(subset, prepared.encoder, feature_reader, num_labels=len(prepared.labels))
+    batch = collate([dataset[i] for i in range(number)], prepared.encoder)
+    return prepared, module, dataset, module.with_targets(batch)
 
 
 @pytest.mark.parametrize("task", ["vcr_qa", "snli_ve", "vqa_v2"])
 @pytest.mark.parametrize("student", STUDENTS[1:])
 def test_each_region_student_trains_on_each_task_and_loads_again(settings, tmp_path, student, task):
     config = settings(student, task)
-    materials = prepare(config)
-    metrics = train_run(config, materials, tmp_path / "run")
+    prepared = prepare(config)
+    metrics = train_run(config, prepared, tmp_path / "run")
     assert all(0 <= value <= 1 for value in metrics["accuracy"].values())
-    stored = load_student(str(tmp_path / "run" / "student"), labels=materials.labels)
-    examples = next(iter(materials.evaluated.values()))
+    stored = load_student(str(tmp_path / "run" / "student"), labels=prepared.labels)
+    examples = next(iter(prepared.evaluated.values()))
     encoder = experiments.encoder_of(config, student=str(tmp_path / "run" / "student"))
     encoder.prepare(examples)
-    again = predict(stored, EncodedExamples(examples, encoder, num_labels=len(materials.labels)))
+    again = predict(stored, EncodedExamples(examples, encoder, num_labels=len(prepared.labels)))
     rows = pd.read_parquet(tmp_path / "run" / "predictions.parquet").iloc[: len(examples)]
     assert (rows["prediction"] == again.argmax(1)).all()
-    untrained = experiments.load_student(config, materials)
+    untrained = experiments.load_student(config, prepared)
     assert {n: p.shape for n, p in stored.named_parameters()} == {
         n: p.shape for n, p in untrained.named_parameters()
     }
@@ -142,14 +143,14 @@ def test_clip_finetune_trains_both_towers_and_loads_again(settings, tmp_path, ta
     config = settings(task=task)
     (folder,) = compare(config, ["clip_finetune"], [0], tmp_path)
     run = apply_arm(config.model_copy(update={"arm": "clip_finetune"}))
-    materials = prepare(run)
-    untrained = experiments.load_student(run, materials)
-    stored = load_student(str(folder / "student"), labels=materials.labels)
+    prepared = prepare(run)
+    untrained = experiments.load_student(run, prepared)
+    stored = load_student(str(folder / "student"), labels=prepared.labels)
     moved = {n for n, p in stored.named_parameters() if not torch.equal(p, untrained.get_parameter(n))}
     assert any("visual" in name for name in moved) and any("transformer" in name for name in moved)
-    examples = next(iter(materials.evaluated.values()))
+    examples = next(iter(prepared.evaluated.values()))
     encoder = experiments.encoder_of(run, student=str(folder / "student"))
-    again = predict(stored, EncodedExamples(examples, encoder, num_labels=len(materials.labels)))
+    again = predict(stored, EncodedExamples(examples, encoder, num_labels=len(prepared.labels)))
     rows = pd.read_parquet(folder / "predictions.parquet").iloc[: len(examples)]
     assert (rows["prediction"] == again.argmax(1)).all()
 
@@ -255,12 +256,12 @@ def test_relevance_of_the_student_changes_while_it_learns(settings, tmp_path, re
 
 def test_shuffled_teacher_sees_other_pictures_and_random_teacher_is_another(settings):
     config = settings()
-    materials = prepare(config)
-    shown = experiments.shuffled_pictures(materials.train[:12], 0)
-    assert all(shown[e.id] != e.image for e in materials.train[:12])
-    assert {e.image for e in materials.train[:12]} == set(shown.values())
+    prepared = prepare(config)
+    shown = experiments.shuffled_pictures(prepared.train[:12], 0)
+    assert all(shown[e.id] != e.image for e in prepared.train[:12])
+    assert {e.image for e in prepared.train[:12]} == set(shown.values())
     drawn = prepare(settings(teacher_control="random_weights"))
-    assert drawn.builder.cache.teacher.fingerprint != materials.builder.cache.teacher.fingerprint
+    assert drawn.cache.teacher.fingerprint != prepared.cache.teacher.fingerprint
 
 
 def test_diagnostics_record_gradients_and_change_nothing(settings, tmp_path):

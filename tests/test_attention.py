@@ -19,7 +19,7 @@ from tdlib.students.visual_bert import VisualBertForClassification
 from tdlib.students.vlbert import VlBertConfig, VlBertForClassification, VlBertForMultipleChoice
 from tdlib.teacher import attention as teacher_attentions
 from tdlib.teacher.attention import AttentionError
-from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.data import collate
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.recording import ProbeRecorder
 from tdlib.views import attention as attention_views
@@ -134,13 +134,13 @@ def test_recomputed_attention_is_eager_attention(name, image):
 
 
 @pytest.fixture(scope="module")
-def vilt(base, materials):
+def vilt(base, prepared):
     student = load_student(base.student, seed=0).eval()
-    example = materials.evaluated["val"][0]
-    data = EncodedExamples([example], materials.encoder, materials.builder)
-    module = TargetedDistillation(student, base, materials.builder.cache.teacher.dim)
+    example = prepared.evaluated["val"][0]
+    data = dataset_of(prepared, base, [example])
+    module = TargetedDistillation(student, base, prepared.cache.teacher.dim)
     record = ProbeRecorder(data, module).record()[1]
-    return student, collate([data[0]], materials.encoder), record, materials.encoder
+    return student, collate([data[0]], prepared.encoder), record, prepared.encoder
 
 
 def test_attention_of_vilt_is_the_stock_models(vilt):

@@ -160,10 +160,10 @@ def base(base, student_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base, materials, tmp_path_factory):
+def undisturbed(base, prepared, tmp_path_factory):
     """A run that keeps no checkpoints."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    train_run(base, materials, folder)
+    train_run(base, prepared, folder)
     return folder
 
 
@@ -210,7 +210,7 @@ def steps_at(home: Path) -> list[int]:
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(
-    base, materials, undisturbed, tmp_path, monkeypatch
+    base, prepared, undisturbed, tmp_path, monkeypatch
 ):
     """In the middle of writing a checkpoint, in the middle of an epoch and a window, after the training."""
     config, folder = settings_of(base, checkpoint_every=3), tmp_path / "run"
@@ -218,7 +218,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(
     assert total == 12 and base.epochs == 3  # after updates 3 and 6 an epoch is not over
 
     def run() -> None:
-        train_run(config, materials, folder)
+        train_run(config, prepared, folder)
 
     killed_at(run, "tdlib.training.checkpoints", "write_json", 4)  # the second one's manifest
     assert steps_at(home) == [3] and any((home / ".partial").iterdir())
@@ -237,40 +237,40 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(
     assert not home.parent.exists()
 
 
-def test_processes_that_make_batches_change_nothing(base, materials, undisturbed, tmp_path):
-    train_run(settings_of(base, loader_workers=2), materials, tmp_path / "run")
+def test_processes_that_make_batches_change_nothing(base, prepared, undisturbed, tmp_path):
+    train_run(settings_of(base, loader_workers=2), prepared, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["loader_workers"] == 2
     assert_same_run(tmp_path / "run", undisturbed)
 
 
 @pytest.fixture
-def interrupted(base, materials, tmp_path, monkeypatch):
+def interrupted(base, prepared, tmp_path, monkeypatch):
     """A run folder's name and settings, of a training that ended in an error after its last update."""
     config, folder = settings_of(base, checkpoint_every=4), tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(training, "save_manifest", lambda *_args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train_run(config, materials, folder)
+            train_run(config, prepared, folder)
     return config, folder
 
 
 def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
-    interrupted, materials, undisturbed, caplog, monkeypatch
+    interrupted, prepared, undisturbed, caplog, monkeypatch
 ):
     config, folder = interrupted
     home = checkpoints_of(folder)
     older, newer = sorted(home.glob("step-*"))
     flip(newer, "optimizer.pt")
     monkeypatch.setattr(TargetedDistillation, "fit_phi", lambda *_args: 1 / 0)  # not from the start
-    train_run(config, materials, folder)
+    train_run(config, prepared, folder)
     assert f"{newer} is damaged (optimizer.pt" in caplog.text
     resumed = json.loads((folder / "environment.json").read_text())["resumed_after_updates"]
     assert resumed == [int(older.name.removeprefix("step-"))]
     assert_same_run(folder, undisturbed)
 
 
-def test_checkpoints_of_other_settings_or_code_are_refused(interrupted, materials, monkeypatch):
+def test_checkpoints_of_other_settings_or_code_are_refused(interrupted, prepared, monkeypatch):
     config, folder = interrupted
     kept = steps_at(checkpoints_of(folder))
     for changes, named in (
@@ -279,13 +279,13 @@ def test_checkpoints_of_other_settings_or_code_are_refused(interrupted, material
         ({"shots": 0.3}, "training subset was"),
     ):
         with pytest.raises(ConfigError, match=named):
-            train_run(settings_of(config, **changes), materials, folder)
+            train_run(settings_of(config, **changes), prepared, folder)
     with monkeypatch.context() as patch:
         patch.setattr("tdlib.training.run.code_version", lambda: "other")
         with pytest.raises(ConfigError, match=r"code of tdlib was '.*' and is 'other'"):
-            train_run(config, materials, folder)
+            train_run(config, prepared, folder)
     assert steps_at(checkpoints_of(folder)) == kept and not folder.exists()
-    train_run(settings_of(config, checkpoint_every=1), materials, folder)  # how often does not matter
+    train_run(settings_of(config, checkpoint_every=1), prepared, folder)  # how often does not matter
 
 
 def test_nothing_in_a_checkpoint_needs_unpickling(interrupted):

@@ -107,11 +107,11 @@ def rows_of(path: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(base, materials, tmp_path):
+def test_two_processes_train_as_one_does(base, prepared, tmp_path):
     found = {}
     for processes in (1, 2):
         config = settings_of(base, processes=processes)
-        found[processes] = train_run(config, materials, tmp_path / str(processes))
+        found[processes] = train_run(config, prepared, tmp_path / str(processes))
     one, two = tmp_path / "1", tmp_path / "2"
     assert found[1]["updates"] == found[2]["updates"] and found[1].keys() == found[2].keys()
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
@@ -134,7 +134,7 @@ def test_two_processes_train_as_one_does(base, materials, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_all_and_together_they_continue(base, materials, tmp_path):
+def test_a_killed_process_ends_all_and_together_they_continue(base, prepared, tmp_path):
     """Without a teacher: the test above has one."""
     changes = {"checkpoint_every": 2, "epochs": 6, "diagnostics_every": 0, "probe_every": 0}
     config = apply_arm(settings_of(base, arm="finetune", processes=2, **changes))
@@ -149,13 +149,13 @@ def test_a_killed_process_ends_all_and_together_they_continue(base, materials, t
     killer = Thread(target=kill_one)
     killer.start()
     with pytest.raises(RuntimeError):
-        train_run(config, materials, folder)
+        train_run(config, prepared, folder)
     killer.join()
     assert not folder.exists() and not _training(tmp_path)
-    train_run(config, materials, folder)
+    train_run(config, prepared, folder)
     resumed = json.loads((folder / "environment.json").read_text())["resumed_after_updates"]
     assert len(resumed) == 1 and resumed[0] >= 2 and not home.parent.exists()
-    train_run(settings_of(config, processes=1, checkpoint_every=0), materials, tmp_path / "alone")
+    train_run(settings_of(config, processes=1, checkpoint_every=0), prepared, tmp_path / "alone")
     rows = rows_of(folder / "history.jsonl"), rows_of(tmp_path / "alone" / "history.jsonl")
     assert len(rows[0]) == len(rows[1])
     for together, alone in zip(*rows, strict=True):
@@ -168,22 +168,22 @@ def _training(folder: Path) -> list[psutil.Process]:
     return [p for p in every if "torch.distributed.run" not in _command(p)]
 
 
-def test_own_functions_are_refused_before_anything_starts(base, materials, tmp_path, monkeypatch):
+def test_own_functions_are_refused_before_anything_starts(base, prepared, tmp_path, monkeypatch):
     monkeypatch.setitem(SELECTORS, "mine", lambda scores, valid, options=None, generator=None: valid)
     monkeypatch.setattr(distributed, "_run", lambda *_args: 1 / 0)
     with pytest.raises(ConfigError, match=r"selector='mine'.*processes=2.*set processes=1"):
-        train_run(settings_of(base, selector="mine", processes=2), materials, tmp_path / "run")
+        train_run(settings_of(base, selector="mine", processes=2), prepared, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_an_error_in_a_process_comes_back_and_leaves_nothing(base, materials, tmp_path):
+def test_an_error_in_a_process_comes_back_and_leaves_nothing(base, prepared, tmp_path):
     student = tmp_path / "student"
     shutil.copytree(base.student, student)
     config = settings_of(base, student=str(student), processes=2, learning_rate=1e30, epochs=4)
     with pytest.raises(
         FloatingPointError, match=r"update \d+: .* not finite, examples .*lower learning_rate"
     ):
-        train_run(config, materials, tmp_path / "run")
+        train_run(config, prepared, tmp_path / "run")
     assert sorted(os.listdir(tmp_path)) == ["student"]
     assert not [p for p in psutil.process_iter() if str(tmp_path) in " ".join(_command(p))]
 

@@ -458,9 +458,9 @@ def test_a_picture_and_a_text_of_ones_own(runs, image):
     encoder.prepare([own])
     data = EncodedExamples([own], encoder)
     assert records[0].prediction == predict(student, data)[0].argmax()
-    materials = replace(explorer.materials_of(runs[0]), labels=("yes",))
+    prepared = replace(explorer.prepared_data_of(runs[0]), labels=("yes",))
     with pytest.raises(ExplorerError, match="chooses from 1 labels"):
-        explorer.own_view(runs[0], own, materials)
+        explorer.own_view(runs[0], own, prepared)
 
 
 def test_bad_input_of_ones_own_is_named(image, tmp_path):

@@ -27,7 +27,7 @@ from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import EXTRAS, Teacher
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.pipeline import TargetBuilder
+from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.prepare import load_student, prepare
 from tdlib.training.run import train_run
 from tdlib.training.trainer import CheckpointKeeper, make_trainer
@@ -89,15 +89,15 @@ def test_the_teacher_is_there_and_sees_the_same(teacher_folder, world, tmp_path)
     assert TeacherCache(tmp_path, here).text("a red cup") is not None  # verified on opening
 
 
-def test_regions_are_computed_there(materials):
+def test_regions_are_computed_there(prepared):
     source = open_regions("boxes+grid:data/models/mini-detector")
     other = open_regions("boxes+grid:data/models/mini-detector", device="cpu")
-    one, two = source(materials.train[0]), other(materials.train[0])
+    one, two = source(prepared.train[0]), other(prepared.train[0])
     torch.testing.assert_close(one.features, two.features, rtol=0.02, atol=0.02)
 
 
-def test_training_is_the_same(base, materials, on_the_processor, tmp_path):
-    metrics = train_run(settings_of(base, arm="clip_td"), materials, tmp_path / "run")
+def test_training_is_the_same(base, prepared, on_the_processor, tmp_path):
+    metrics = train_run(settings_of(base, arm="clip_td"), prepared, tmp_path / "run")
     here, there = history_of(tmp_path / "run"), history_of(on_the_processor)
     for name in ("loss", "task", "choice", "distill"):
         np.testing.assert_allclose(here[name], there[name], rtol=2e-2, err_msg=name)
@@ -107,10 +107,10 @@ def test_training_is_the_same(base, materials, on_the_processor, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_close_and_leaves_a_whole_student(
-    base, materials, on_the_processor, tmp_path, precision
+    base, prepared, on_the_processor, tmp_path, precision
 ):
     config = settings_of(base, arm="clip_td", precision=precision, diagnostics_every=0)
-    train_run(config, materials, tmp_path / "run")
+    train_run(config, prepared, tmp_path / "run")
     here, there = history_of(tmp_path / "run"), history_of(on_the_processor)
     for name in ("loss", "task", "choice", "distill"):
         np.testing.assert_allclose(here[name], there[name], rtol=0.1, err_msg=name)
@@ -126,8 +126,8 @@ def test_each_arm_trains_in_half_precision(base, tmp_path, arm):
 
 
 @pytest.mark.parametrize("relevance", ["gradient", "rollout", "entropy", "disagreement"])
-def test_each_relevance_trains(base, materials, tmp_path, relevance):
-    train_run(settings_of(base, relevance=relevance, epochs=1), materials, tmp_path / "run")
+def test_each_relevance_trains(base, prepared, tmp_path, relevance):
+    train_run(settings_of(base, relevance=relevance, epochs=1), prepared, tmp_path / "run")
 
 
 def test_processes_that_make_batches_use_answer_statements(worlds, base, tmp_path):
@@ -139,12 +139,12 @@ def test_processes_that_make_batches_use_answer_statements(worlds, base, tmp_pat
 
 
 @pytest.mark.parametrize("relevance", ["value", "gradient", "rollout"])
-def test_processes_that_make_batches_leave_it_alone(base, materials, relevance):
+def test_processes_that_make_batches_leave_it_alone(base, prepared, relevance):
     config = settings_of(base, arm="clip_td", relevance=relevance)
-    subset = low_shot(materials.train, config.shots, config.seed)
-    builder = TargetBuilder(materials.builder.cache, materials.builder.idf, config)
-    builder.prepare(subset)
-    dataset = EncodedExamples(subset, materials.encoder, builder, memory=0)
+    subset = low_shot(prepared.train, config.shots, config.seed)
+    feature_reader = TeacherFeatureReader(prepared.cache, prepared.idf, config)
+    feature_reader.prepare(subset)
+    dataset = EncodedExamples(subset, prepared.encoder, feature_reader, memory=0)
     batches = DataLoader(
         dataset, 4, num_workers=1, collate_fn=partial(collate, encoder=dataset.encoder), pin_memory=True
     )
@@ -156,14 +156,14 @@ def test_processes_that_make_batches_leave_it_alone(base, materials, relevance):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("where", ["task", "gradient"])
-def test_numbers_that_are_not_finite_change_nothing(base, materials, tmp_path, monkeypatch, where, precision):
+def test_numbers_that_are_not_finite_change_nothing(base, prepared, tmp_path, monkeypatch, where, precision):
     config = settings_of(
         base, arm="finetune", precision=precision, epochs=1, accumulation=2, diagnostics_every=0,
         warmup_fraction=0.0,
     )  # fmt: skip
-    subset = low_shot(materials.train, config.shots, config.seed)
-    dataset = EncodedExamples(subset, materials.encoder)
-    module = TargetedDistillation(load_student(config, materials), config, None)
+    subset = low_shot(prepared.train, config.shots, config.seed)
+    dataset = EncodedExamples(subset, prepared.encoder)
+    module = TargetedDistillation(load_student(config, prepared), config, None)
     trainer = make_trainer(module, config, dataset, tmp_path)
     start, snapshots = module.student.classifier.weight.detach().clone(), []
 
@@ -197,24 +197,24 @@ def test_numbers_that_are_not_finite_change_nothing(base, materials, tmp_path, m
     assert precision == "fp16" or not torch.equal(start, module.student.classifier.weight)
 
 
-def test_one_process_uses_one(base, materials, tmp_path, monkeypatch):
+def test_one_process_uses_one(base, prepared, tmp_path, monkeypatch):
     """Not all that are visible, by DataParallel."""
     config = settings_of(base, arm="finetune")
-    dataset = EncodedExamples(low_shot(materials.train, config.shots, 0), materials.encoder)
-    module = TargetedDistillation(load_student(config, materials), config, None)
+    dataset = EncodedExamples(low_shot(prepared.train, config.shots, 0), prepared.encoder)
+    module = TargetedDistillation(load_student(config, prepared), config, None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     trainer = make_trainer(module, config, dataset, tmp_path)
     assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == config.batch_size
 
 
-def test_adversarial_steps_train(base, materials, tmp_path):
+def test_adversarial_steps_train(base, prepared, tmp_path):
     config = settings_of(base, arm="finetune", adversarial_steps=2, precision="bf16", epochs=1)
-    train_run(config, materials, tmp_path / "run")
+    train_run(config, prepared, tmp_path / "run")
 
 
-def test_an_interrupted_training_goes_on(base, materials, tmp_path, monkeypatch):
+def test_an_interrupted_training_goes_on(base, prepared, tmp_path, monkeypatch):
     config = settings_of(base, arm="clip_td", selector="sample", checkpoint_every=2, probe_examples=0)
-    train_run(config, materials, tmp_path / "whole")
+    train_run(config, prepared, tmp_path / "whole")
     saved = CheckpointKeeper.on_save
 
     def interrupted(self, *args, **options):
@@ -224,8 +224,8 @@ def test_an_interrupted_training_goes_on(base, materials, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointKeeper, "on_save", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train_run(config, materials, tmp_path / "run")
-    train_run(config, materials, tmp_path / "run")
+            train_run(config, prepared, tmp_path / "run")
+    train_run(config, prepared, tmp_path / "run")
     around = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert around["resumed_after_updates"] == [2]
     here, there = history_of(tmp_path / "run"), history_of(tmp_path / "whole")

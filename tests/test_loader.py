@@ -38,10 +38,10 @@ def test_threads_keep_the_order_and_pass_on_what_is_raised(monkeypatch, cores):
 
 
 def test_a_training_uses_them_where_memory_does_not_keep_its_data(
-    base, materials, tmp_path, monkeypatch
+    base, prepared, tmp_path, monkeypatch
 ):  # fmt: skip
     config = apply_arm(settings_of(base, arm="finetune"))
-    subset = low_shot(materials.train, config.shots, config.seed)
+    subset = low_shot(prepared.train, config.shots, config.seed)
     asked = []
     monkeypatch.setattr(trainer_module, "usual_workers", lambda processes=1: asked.append(processes) or 3)
     compiled = []
@@ -49,7 +49,7 @@ def test_a_training_uses_them_where_memory_does_not_keep_its_data(
 
     def trainer_of(memory: int, **changes):
         module = TargetedDistillation(load_student(config.student), config, None)
-        data = EncodedExamples(subset, materials.encoder, memory=memory)
+        data = EncodedExamples(subset, prepared.encoder, memory=memory)
         return make_trainer(module, config.model_copy(update=changes), data, tmp_path)
 
     assert trainer_of(2**30).args.dataloader_num_workers == 0

@@ -13,22 +13,22 @@ from tdlib.students.base import student_inputs
 from tdlib.training import prepare as experiments
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.judging import StatementJudge
-from tdlib.training.pipeline import TargetBuilder
+from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.targets import make_targets
 
 # Losses
 
 
 @pytest.fixture(scope="module")
-def mixed(base, materials, tmp_path_factory):
+def mixed(base, prepared, tmp_path_factory):
     """Encoded examples whose texts and pictures differ in size."""
-    chosen = sorted(materials.train[:20], key=lambda example: len(example.prompt.text))[::4]
+    chosen = sorted(prepared.train[:20], key=lambda example: len(example.prompt.text))[::4]
     for number, size in enumerate([(256, 256), (384, 256), (256, 350)]):
         path = tmp_path_factory.mktemp("pictures") / f"{number}.png"
         Image.open(chosen[number].image).resize(size).save(path)
         chosen[number] = replace(chosen[number], image=path)
-    experiments.add_to_cache(materials.builder.cache, chosen)
-    dataset = dataset_of(materials, base, chosen)
+    experiments.add_to_cache(prepared.cache, chosen)
+    dataset = dataset_of(prepared, base, chosen)
     items = [dataset[index] for index in range(len(dataset))]
     assert len({item["visual"]["pixels"].shape for item in items}) == 3
     assert len({item["input_ids"].shape[1] for item in items}) > 2
@@ -38,14 +38,14 @@ def mixed(base, materials, tmp_path_factory):
 @pytest.mark.parametrize("selector", ["nucleus", "all", "top_k"])
 @pytest.mark.parametrize("distance", ["cosine", "smooth_l1"])
 def test_longer_texts_and_larger_pictures_in_the_batch_change_no_loss(
-    base, materials, mixed, selector, distance
+    base, prepared, mixed, selector, distance
 ):
     config = settings_of(base, selector=selector, distance=distance)
-    module = module_of(materials, config).eval()
+    module = module_of(prepared, config).eval()
     window = len(mixed)
     with torch.no_grad():
-        together = module(collate(mixed, materials.encoder))
-        alone = [module(collate([item], materials.encoder), window) for item in mixed]
+        together = module(collate(mixed, prepared.encoder))
+        alone = [module(collate([item], prepared.encoder), window) for item in mixed]
     for name in together:
         if name == "logits":
             assert_close(together[name], torch.cat([terms[name] for terms in alone]), **CLOSE)
@@ -54,61 +54,61 @@ def test_longer_texts_and_larger_pictures_in_the_batch_change_no_loss(
     assert together["distill"] > 0 and together["choice"] > 0
 
 
-def test_the_loss_is_its_weighted_terms(base, materials, mixed):
+def test_the_loss_is_its_weighted_terms(base, prepared, mixed):
     config = settings_of(base, distill_weight=0.7, choice_weight=0.3)
     with torch.no_grad():
-        terms = module_of(materials, config).eval()(collate(mixed, materials.encoder))
+        terms = module_of(prepared, config).eval()(collate(mixed, prepared.encoder))
     assert_close(terms["loss"], terms["task"] + 0.3 * terms["choice"] + 0.7 * terms["distill"])
 
 
-def test_the_teachers_distribution_can_count_where_the_teacher_is_right(base, materials, mixed):
-    batch = collate(mixed, materials.encoder)
+def test_the_teachers_distribution_can_count_where_the_teacher_is_right(base, prepared, mixed):
+    batch = collate(mixed, prepared.encoder)
     right = torch.arange(len(mixed)) < 2
     best = batch["teacher_logits"].argmax(-1)
     batch["labels"] = torch.where(right, best, (best + 1) % batch["teacher_logits"].shape[-1])
     with torch.no_grad():
         found = {
             name: float(
-                module_of(materials, settings_of(base, choice_instance_weight=name)).eval()(batch)["choice"]
+                module_of(prepared, settings_of(base, choice_instance_weight=name)).eval()(batch)["choice"]
             )
             for name in ("uniform", "correct", "ratio")
         }
         batch["teacher_logits"][~right] = 0  # no opinion, so another divergence
-        again = module_of(materials, settings_of(base, choice_instance_weight="correct")).eval()(batch)
+        again = module_of(prepared, settings_of(base, choice_instance_weight="correct")).eval()(batch)
     assert float(again["choice"]) == pytest.approx(found["correct"])
     assert found["correct"] < found["uniform"] and found["ratio"] < found["uniform"]
 
 
-def test_a_distribution_over_texts_cut_short_is_not_distilled(base, materials, mixed):
+def test_a_distribution_over_texts_cut_short_is_not_distilled(base, prepared, mixed):
     """A question beyond the teacher's context makes all statements one text, and all choices alike."""
-    example = materials.train[0]
+    example = prepared.train[0]
     question = " ".join(["Why is it that the person in the red coat waits there?"] * 6)
     long = replace(example, prompt=replace(example.prompt, text=question, references=()))
-    experiments.add_to_cache(materials.builder.cache, [long])
+    experiments.add_to_cache(prepared.cache, [long])
     config = settings_of(base, choice_temperature=1.0)
-    (item,) = [dataset_of(materials, config, [long])[0]]
+    (item,) = [dataset_of(prepared, config, [long])[0]]
     assert item["teacher"].logits.unique().numel() == 1 and item["teacher"].knows == 0
-    batch = collate([*mixed, item], materials.encoder)
+    batch = collate([*mixed, item], prepared.encoder)
     assert batch["teacher_knows"].tolist() == [1.0] * len(mixed) + [0.0]
     for weighing in ("uniform", "ratio"):
-        module = module_of(materials, settings_of(base, choice_instance_weight=weighing)).eval()
+        module = module_of(prepared, settings_of(base, choice_instance_weight=weighing)).eval()
         with torch.no_grad():
             with_it = module(batch)["choice"] * (len(mixed) + 1)
-            without = module(collate(mixed, materials.encoder))["choice"] * len(mixed)
+            without = module(collate(mixed, prepared.encoder))["choice"] * len(mixed)
         assert_close(with_it, without, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("arm", ["clip_td", "naive_global", "clip_td_selection", "repair_only", "truth_only"])
-def test_what_a_cut_text_would_falsify_is_left_out_of_every_term(base, materials, mixed, arm):
+def test_what_a_cut_text_would_falsify_is_left_out_of_every_term(base, prepared, mixed, arm):
     """Marking one example as cut is the same as giving it no part in any term of the teacher."""
     config = settings_of(base, arm=arm, repair_choice="disagreement", repair_weight=1.0, truth_weight=1.0)
     config = apply_arm(config)
-    experiments.add_to_cache(materials.builder.cache, materials.train[:4])
-    judge = StatementJudge(materials.builder.cache, materials.train)
-    builder = TargetBuilder(materials.builder.cache, materials.builder.idf, config, judge=judge)
-    data = EncodedExamples([materials.train[i] for i in range(4)], materials.encoder, builder)
-    module = module_of(materials, config).eval()
-    batch = module.with_targets(collate([data[i] for i in range(4)], materials.encoder))
+    experiments.add_to_cache(prepared.cache, prepared.train[:4])
+    judge = StatementJudge(prepared.cache, prepared.train)
+    feature_reader = TeacherFeatureReader(prepared.cache, prepared.idf, config, judge=judge)
+    data = EncodedExamples([prepared.train[i] for i in range(4)], prepared.encoder, feature_reader)
+    module = module_of(prepared, config).eval()
+    batch = module.with_targets(collate([data[i] for i in range(4)], prepared.encoder))
     batch["teacher_knows"][0] = 0
     names = [name for name in ("choice", "distill", "repair", "truth") if name in module(batch)]
     assert names
@@ -124,18 +124,18 @@ def test_what_a_cut_text_would_falsify_is_left_out_of_every_term(base, materials
     assert all(float(module(batch)[name]) != pytest.approx(before[name], rel=1e-4) for name in names)
 
 
-def test_the_tokens_that_are_left_of_a_cut_text_are_right(base, materials, mixed):
-    module = module_of(materials, apply_arm(settings_of(base, arm="naive"))).eval()
-    batch = collate(mixed, materials.encoder)
+def test_the_tokens_that_are_left_of_a_cut_text_are_right(base, prepared, mixed):
+    module = module_of(prepared, apply_arm(settings_of(base, arm="naive"))).eval()
+    batch = collate(mixed, prepared.encoder)
     before = float(module(batch)["distill"])
     batch["teacher_knows"][0] = 0
     assert float(module(batch)["distill"]) == before > 0
 
 
-def test_distillation_follows_the_formula(base, materials, mixed):
+def test_distillation_follows_the_formula(base, prepared, mixed):
     """mean over examples and choices of c * sum of w * (1 - cos(phi(h), u)), token by token."""
-    module = module_of(materials, base).eval()
-    batch = make_targets(collate(mixed, materials.encoder), base)
+    module = module_of(prepared, base).eval()
+    batch = make_targets(collate(mixed, prepared.encoder), base)
     with torch.no_grad():
         terms = module(batch)
         output = module.student(**student_inputs(module.student, batch), output_hidden_states=True)
@@ -158,9 +158,9 @@ def test_distillation_follows_the_formula(base, materials, mixed):
     assert count == int((terms["selected_text"] + terms["selected_visual"]) * 4 * len(mixed) + 0.5)
 
 
-def test_targets_lie_where_the_student_has_its_tokens(base, materials, mixed):
-    batch = make_targets(collate(mixed, materials.encoder), base)
-    student = module_of(materials, base).eval().student
+def test_targets_lie_where_the_student_has_its_tokens(base, prepared, mixed):
+    batch = make_targets(collate(mixed, prepared.encoder), base)
+    student = module_of(prepared, base).eval().student
     with torch.no_grad():
         output = student(**student_inputs(student, batch), output_hidden_states=True)
     assert torch.equal(output.spans, batch["target_spans"])
@@ -169,11 +169,11 @@ def test_targets_lie_where_the_student_has_its_tokens(base, materials, mixed):
     assert_close(batch["vectors"].norm(dim=-1), batch["valid"].float())
 
 
-def test_no_gradient_reaches_the_teacher(base, materials, mixed):
-    module = module_of(materials, base)
-    batch = module.with_targets(collate(mixed, materials.encoder))
+def test_no_gradient_reaches_the_teacher(base, prepared, mixed):
+    module = module_of(prepared, base)
+    batch = module.with_targets(collate(mixed, prepared.encoder))
     teachers = [batch[name].requires_grad_() for name in ("vectors", "scores", "teacher_logits")]
     module(batch)["loss"].backward()
     assert all(tensor.grad is None for tensor in teachers)
     assert all(parameter.grad is not None for parameter in module.phi.parameters())
-    assert not any(p.requires_grad for p in materials.builder.cache.teacher.model.parameters())
+    assert not any(p.requires_grad for p in prepared.cache.teacher.model.parameters())

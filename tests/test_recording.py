@@ -15,7 +15,7 @@ from tdlib.data.examples import low_shot
 from tdlib.students.registry import load_student
 from tdlib.training.data import EncodedExamples
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.pipeline import TargetBuilder
+from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.recording import ProbeRecorder, preview_targets
 from tdlib.training.trainer import make_trainer
 
@@ -95,15 +95,15 @@ def base(base):
     return base.model_copy(update={"eval_splits": ["val"], "shift": "", "probe_examples": 3})
 
 
-def setting(materials, config, folder, every: int = 0):
+def setting(prepared, config, folder, every: int = 0):
     """A trainer and its recorder, called before the first and after every ``every`` updates."""
-    builder = TargetBuilder(materials.builder.cache, materials.builder.idf, config)
-    subset = low_shot(materials.train, config.shots, config.seed)
+    feature_reader = TeacherFeatureReader(prepared.cache, prepared.idf, config)
+    subset = low_shot(prepared.train, config.shots, config.seed)
     module = TargetedDistillation(
-        load_student(config.student, seed=config.seed), config, materials.builder.cache.teacher.dim
+        load_student(config.student, seed=config.seed), config, prepared.cache.teacher.dim
     )
-    trainer = make_trainer(module, config, EncodedExamples(subset, materials.encoder, builder), folder)
-    probes = EncodedExamples(materials.evaluated["val"][:3], materials.encoder, builder)
+    trainer = make_trainer(module, config, EncodedExamples(subset, prepared.encoder, feature_reader), folder)
+    probes = EncodedExamples(prepared.evaluated["val"][:3], prepared.encoder, feature_reader)
     recorder = ProbeRecorder(probes, module, split="val", batch_size=2)
 
     class Record(TrainerCallback):
@@ -122,11 +122,11 @@ def setting(materials, config, folder, every: int = 0):
 @pytest.mark.parametrize(
     "changes", [{}, {"relevance": "disagreement", "selector": "sample"}], ids=["value", "disagreement"]
 )
-def test_recording_changes_nothing(base, materials, tmp_path, changes):
+def test_recording_changes_nothing(base, prepared, tmp_path, changes):
     config = RunConfig.from_parameters(**{**base.model_dump(), **changes})
-    plain, _ = setting(materials, config, tmp_path / "a")
+    plain, _ = setting(prepared, config, tmp_path / "a")
     plain.train()
-    watched, recorder = setting(materials, config, tmp_path / "b", every=1)
+    watched, recorder = setting(prepared, config, tmp_path / "b", every=1)
     watched.train()
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, watched.model.state_dict()[name]), name
@@ -142,12 +142,12 @@ def test_recording_changes_nothing(base, materials, tmp_path, changes):
 
 
 @pytest.mark.parametrize("relevance", ["value", "disagreement"])
-def test_a_preview_records_what_the_recorder_does_before_training(base, materials, tmp_path, relevance):
+def test_a_preview_records_what_the_recorder_does_before_training(base, prepared, tmp_path, relevance):
     config = RunConfig.from_parameters(**{**base.model_dump(), "relevance": relevance})
-    _, recorder = setting(materials, config, tmp_path)
+    _, recorder = setting(prepared, config, tmp_path)
     found = recorder.record(5)
     assert found == recorder.records and all(record.step == 5 for record in found)
-    expected = preview_targets(config, materials, recorder.probes.examples)
+    expected = preview_targets(config, prepared, recorder.probes.examples)
     assert len(found) == len(expected) == 12
     for own, other in zip(found, expected, strict=True):
         for field in fields(own):

@@ -24,7 +24,7 @@ from tdlib.students.base import student_inputs
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.judging import PicturePool, StatementJudge, picture_number
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.pipeline import TargetBuilder, token_centres
+from tdlib.training.pipeline import TeacherFeatureReader, token_centres
 from tdlib.training.prepare import class_logits, load_student, prepare
 from tdlib.training.recording import preview_targets
 from tdlib.training.repairing import repaired_inputs
@@ -155,22 +155,22 @@ def settings_of(base: RunConfig, **changes) -> RunConfig:
     return apply_arm(RunConfig.from_parameters(**{**base.model_dump(), **changes}))
 
 
-def parts(materials, config, size: int = 6):
+def parts(prepared, config, size: int = 6):
     """A module and a batch of the training subset."""
-    cache, subset = materials.builder.cache, low_shot(materials.train, 0, 0)[:size]
-    judge = StatementJudge(cache, materials.train, materials.labels)
-    logits = class_logits(config, materials, low_shot(materials.train, config.shots, config.seed))
-    builder = TargetBuilder(cache, materials.builder.idf, config, logits, judge=judge)
-    builder.prepare(subset)
-    data = EncodedExamples(subset, materials.encoder, builder, num_labels=len(materials.labels))
-    batch = collate([data[i] for i in range(size)], materials.encoder)
-    module = TargetedDistillation(load_student(config, materials), config, cache.teacher.dim)
+    cache, subset = prepared.cache, low_shot(prepared.train, 0, 0)[:size]
+    judge = StatementJudge(cache, prepared.train, prepared.labels)
+    logits = class_logits(config, prepared, low_shot(prepared.train, config.shots, config.seed))
+    feature_reader = TeacherFeatureReader(cache, prepared.idf, config, logits, judge=judge)
+    feature_reader.prepare(subset)
+    data = EncodedExamples(subset, prepared.encoder, feature_reader, num_labels=len(prepared.labels))
+    batch = collate([data[i] for i in range(size)], prepared.encoder)
+    module = TargetedDistillation(load_student(config, prepared), config, cache.teacher.dim)
     return module, module.with_targets(batch)
 
 
-def test_the_loss_is_the_formula_and_reads_no_label(base, materials):
+def test_the_loss_is_the_formula_and_reads_no_label(base, prepared):
     config = settings_of(base)
-    module, batch = parts(materials, config)
+    module, batch = parts(prepared, config)
     batch["statements"].requires_grad_()
     batch["image_global"].requires_grad_()
     terms = module.eval()(batch)
@@ -197,8 +197,8 @@ def test_the_loss_is_the_formula_and_reads_no_label(base, materials):
     assert module.student.vilt.encoder.layer[0].attention.attention.query.weight.grad.abs().sum() > 0
 
 
-def test_with_identical_pictures_a_pair_is_the_example_itself(base, materials):
-    module, batch = parts(materials, settings_of(base))
+def test_with_identical_pictures_a_pair_is_the_example_itself(base, prepared):
+    module, batch = parts(prepared, settings_of(base))
     for name in ("pixel_values", "pixel_mask", "image_global"):
         batch[name] = batch[name][:1].expand_as(batch[name])
     module.eval()
@@ -212,23 +212,23 @@ def test_with_identical_pictures_a_pair_is_the_example_itself(base, materials):
     assert_close(module.repairing.repair_loss(repaired, 1.0)["repair"], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_order_of_the_batch_does_not_matter(base, materials):
+def test_the_order_of_the_batch_does_not_matter(base, prepared):
     """With the choice that draws nothing."""
-    module, batch = parts(materials, settings_of(base, repair_choice="disagreement"))
+    module, batch = parts(prepared, settings_of(base, repair_choice="disagreement"))
     order = torch.tensor([3, 5, 0, 1, 4, 2])
     module.eval()
     one, other = module(batch), module({name: value[order] for name, value in batch.items()})
     assert_close(other["repair"], one["repair"], rtol=1e-4, atol=1e-6)
 
 
-def test_a_share_of_the_rows_is_shown_and_the_own_picture_is_a_control(base, materials):
-    module, batch = parts(materials, settings_of(base, repair_share=0.4))
+def test_a_share_of_the_rows_is_shown_and_the_own_picture_is_a_control(base, prepared):
+    module, batch = parts(prepared, settings_of(base, repair_share=0.4))
     shown = []
     real = module.student.forward
     module.student.forward = lambda **inputs: shown.append(len(inputs["input_ids"])) or real(**inputs)
     module.eval()(batch)
     assert shown == [6, 3] and passes_per_update(module.settings) == 1.4
-    module, batch = parts(materials, settings_of(base, arm="repair_own"))
+    module, batch = parts(prepared, settings_of(base, arm="repair_own"))
     logits = torch.zeros(6, 4)
     pairs = module.repairing.pair(batch, logits)
     assert pairs.columns.tolist() == list(range(6))
@@ -238,8 +238,8 @@ def test_a_share_of_the_rows_is_shown_and_the_own_picture_is_a_control(base, mat
         assert torch.equal(inputs[name], value), name
 
 
-def test_a_lone_example_has_no_lesson(base, materials):
-    module, batch = parts(materials, settings_of(base), size=1)
+def test_a_lone_example_has_no_lesson(base, prepared):
+    module, batch = parts(prepared, settings_of(base), size=1)
     terms = module(batch)
     assert float(terms["repair"]) == 0 and terms["loss"].isfinite()
     terms["loss"].backward()
@@ -247,13 +247,13 @@ def test_a_lone_example_has_no_lesson(base, materials):
 
 
 @pytest.mark.parametrize("kind", ["subset", "train"])
-def test_pools_hold_other_pictures_and_draw_the_same_again(base, materials, kind):
+def test_pools_hold_other_pictures_and_draw_the_same_again(base, prepared, kind):
     config = settings_of(base, repair_pool=kind)
-    module, batch = parts(materials, config)
-    examples = [*(materials.train if kind == "train" else low_shot(materials.train, config.shots, 0))]
-    cache = materials.builder.cache
+    module, batch = parts(prepared, config)
+    examples = [*(prepared.train if kind == "train" else low_shot(prepared.train, config.shots, 0))]
+    cache = prepared.cache
     cache.add(pictures=[example.image for example in examples])
-    pool = PicturePool(examples, materials.encoder, cache, seed=0)
+    pool = PicturePool(examples, prepared.encoder, cache, seed=0)
     assert len(pool) == len({example.image for example in examples})
     drawn, again, other = pool.draw([1, 2], 4), pool.draw([1, 2], 4), pool.draw([2, 1], 4)
     assert all(torch.equal(drawn[name], again[name]) for name in drawn)
@@ -271,8 +271,8 @@ def test_pools_hold_other_pictures_and_draw_the_same_again(base, materials, kind
     assert module(batch | drawn)["repair"] > 0
 
 
-def test_truth_reads_selected_words_one_layer_below_the_top(base, materials):
-    module, batch = parts(materials, settings_of(base, arm="truth_only"))
+def test_truth_reads_selected_words_one_layer_below_the_top(base, prepared):
+    module, batch = parts(prepared, settings_of(base, arm="truth_only"))
     terms = module.eval()(batch)
     output = module.student(**module.inputs(batch))
     selected, weights = module.choose_tokens(batch)
@@ -287,15 +287,15 @@ def test_truth_reads_selected_words_one_layer_below_the_top(base, materials):
     error = F.binary_cross_entropy_with_logits(told, p[..., None].expand_as(told), reduction="none")
     expected = (certainty[:, None] * (w * error).sum(-1)).mean()
     assert float(module(batch)["truth"]) == pytest.approx(float(expected), rel=1e-4)
-    both, batch = parts(materials, settings_of(base, arm="truth_only", repair_weight=1.0, repair_pool="own"))
+    both, batch = parts(prepared, settings_of(base, arm="truth_only", repair_weight=1.0, repair_pool="own"))
     both.eval()  # the true pairs twice
     assert float(both(batch)["truth"]) == pytest.approx(2 * float(terms["truth"]), rel=1e-4)
 
 
-def test_truth_is_asked_of_re_paired_pictures_too(base, materials):
+def test_truth_is_asked_of_re_paired_pictures_too(base, prepared):
     """The words that were selected with the own picture say whether their statement is true of the other."""
     config = settings_of(base, arm="truth_only", repair_weight=1.0, repair_choice="disagreement")
-    module, batch = parts(materials, config)
+    module, batch = parts(prepared, config)
     module.eval()
     torch.nn.init.normal_(module.repairing.psi.weight)
     found = float(module(batch)["truth"])
@@ -320,22 +320,22 @@ def test_truth_is_asked_of_re_paired_pictures_too(base, materials):
     assert not torch.allclose(pairs.own.softmax(-1), pairs.teacher.softmax(-1))
 
 
-def test_one_map_serves_both_modalities(base, materials):
-    module, batch = parts(materials, settings_of(base, arm="naive", shared_phi=True))
+def test_one_map_serves_both_modalities(base, prepared):
+    module, batch = parts(prepared, settings_of(base, arm="naive", shared_phi=True))
     assert list(module.phi) == ["text"] and module.token_maps["visual"] is module.token_maps["text"]
     before = float(module.eval()(batch)["distill"])
     module.fit_phi([batch])
     assert float(module.eval()(batch)["distill"]) < before
 
 
-def test_runs_leave_the_baselines_student_and_record_lessons(base, materials, tmp_path):
+def test_runs_leave_the_baselines_student_and_record_lessons(base, prepared, tmp_path):
     config = settings_of(
         base, arm="clip_td_repaired", truth_weight=1.0, centred_targets=True, shared_phi=True,
         repair_pool="subset", repair_instance_weight="disagreement", repair_schedule="linear",
         probe_every=100,
     )  # fmt: skip
-    metrics = train_run(config, materials, tmp_path / "run")
-    start = load_student(config, materials).state_dict()
+    metrics = train_run(config, prepared, tmp_path / "run")
+    start = load_student(config, prepared).state_dict()
     stored = load_file(tmp_path / "run" / "student" / "model.safetensors")
     assert {name: value.shape for name, value in stored.items()} == {n: v.shape for n, v in start.items()}
     assert metrics["passes_per_update"] == 2
@@ -366,43 +366,43 @@ def test_runs_leave_the_baselines_student_and_record_lessons(base, materials, tm
     assert len(view.figure().axes) == 4
 
 
-def test_a_lesson_can_be_seen_before_any_training(base, materials):
-    examples = [materials.train[i] for i in range(4)]
-    records = preview_targets(settings_of(base), materials, examples)
+def test_a_lesson_can_be_seen_before_any_training(base, prepared):
+    examples = [prepared.train[i] for i in range(4)]
+    records = preview_targets(settings_of(base), prepared, examples)
     own = [record for record in records if record.example_id == examples[0].id]
     assert all(record.other_image not in (None, record.image) for record in own)
     view = lesson_view(own)
     assert set(view.arguments["table"]["who"]) == {"CLIP", "student"}
     with pytest.raises(ValueError, match="several examples"):
         lesson_view(records)
-    (alone,) = {record.other_image for record in preview_targets(settings_of(base), materials, examples[:1])}
+    (alone,) = {record.other_image for record in preview_targets(settings_of(base), prepared, examples[:1])}
     assert alone is None, "no other picture"
 
 
-def test_weights_of_zero_are_plain_finetuning_bit_for_bit(base, materials, tmp_path):
+def test_weights_of_zero_are_plain_finetuning_bit_for_bit(base, prepared, tmp_path):
     plain = settings_of(base, arm="finetune")
     other = RunConfig.from_parameters(
         **plain.model_dump()
         | {"repair_pool": "train", "repair_share": 0.5, "repair_choice": "changed", "centred_targets": True}
     )
     for name, config in (("plain", plain), ("other", other)):
-        train_run(config, materials, tmp_path / name)
+        train_run(config, prepared, tmp_path / name)
     one, two = (load_file(tmp_path / n / "student" / "model.safetensors") for n in ("plain", "other"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     double = settings_of(base, arm="finetune_double")
-    metrics = train_run(double, materials, tmp_path / "double")
+    metrics = train_run(double, prepared, tmp_path / "double")
     assert metrics["updates"] == 2 * json.loads((tmp_path / "plain/metrics.json").read_text())["updates"]
 
 
-def test_an_interrupted_run_draws_the_same_pictures(base, materials, tmp_path):
+def test_an_interrupted_run_draws_the_same_pictures(base, prepared, tmp_path):
     config = settings_of(base)
-    module, batch = parts(materials, config)
-    trainer = make_trainer(module, config, EncodedExamples([], materials.encoder), tmp_path)
+    module, batch = parts(prepared, config)
+    trainer = make_trainer(module, config, EncodedExamples([], prepared.encoder), tmp_path)
     module(batch)
     trainer.save_own(tmp_path)
     expected = module.repairing.pair(batch, torch.zeros(6, 4))
-    fresh, _ = parts(materials, config)
-    later = make_trainer(fresh, config, EncodedExamples([], materials.encoder), tmp_path)
+    fresh, _ = parts(prepared, config)
+    later = make_trainer(fresh, config, EncodedExamples([], prepared.encoder), tmp_path)
     later.restore_own(tmp_path)
     found = fresh.repairing.pair(batch, torch.zeros(6, 4))
     assert torch.equal(found.columns, expected.columns)
@@ -449,7 +449,7 @@ def test_vqa_compares_the_frequent_answers_of_a_question_type(
     config = task_settings(worlds, teacher_folder, student_folder, "vqa_v2")
     ready = prepare(config, whole_splits=False)
     module, batch = parts(ready, config)
-    judge = StatementJudge(ready.builder.cache, ready.train, ready.labels)
+    judge = StatementJudge(ready.cache, ready.train, ready.labels)
     example = ready.train[0]
     statements, outputs = judge(example)
     assert len(set(outputs.tolist())) == len(outputs) == min(32, len(ready.labels)) == len(statements)
@@ -457,8 +457,8 @@ def test_vqa_compares_the_frequent_answers_of_a_question_type(
     assert outputs[0] in same and same.count(outputs[0]) == max(map(same.count, same))
     unlabelled = judge(replace(example, label=None, soft_label=(), annotators=()))
     assert torch.equal(unlabelled[1], outputs) and torch.equal(unlabelled[0], statements)
-    cosine = ready.builder.cache.text(f"{example.prompt.text.strip()} {ready.labels[outputs[1]]}").pooled
-    assert_close(statements[1], ready.builder.cache.teacher.logit_scale * cosine.float())
+    cosine = ready.cache.text(f"{example.prompt.text.strip()} {ready.labels[outputs[1]]}").pooled
+    assert_close(statements[1], ready.cache.teacher.logit_scale * cosine.float())
     assert module(batch)["repair"] > 0
     train_run(config, ready, tmp_path / "run")
     assert pd.read_parquet(tmp_path / "run" / "predictions.parquet")["score"].notna().any()
@@ -467,30 +467,28 @@ def test_vqa_compares_the_frequent_answers_of_a_question_type(
         train_run(told, ready, tmp_path / "told")
 
 
-def test_shuffled_and_random_teachers_judge_pairs_wrongly(base, materials):
+def test_shuffled_and_random_teachers_judge_pairs_wrongly(base, prepared):
     """The control shows the teacher another picture for each, true or re-paired."""
     from tdlib.training.prepare import shuffled_pictures
 
-    subset = low_shot(materials.train, 0, 0)[:6]
+    subset = low_shot(prepared.train, 0, 0)[:6]
     shown = shuffled_pictures(subset, 0)
-    cache, config = materials.builder.cache, settings_of(base, arm="repair_shuffled")
-    builder = TargetBuilder(
-        cache, materials.builder.idf, config, seen_as=lambda e: replace(e, image=shown[e.id]),
+    cache, config = prepared.cache, settings_of(base, arm="repair_shuffled")
+    feature_reader = TeacherFeatureReader(
+        cache, prepared.idf, config, seen_as=lambda e: replace(e, image=shown[e.id]),
         judge=StatementJudge(cache, subset),
     )  # fmt: skip
-    builder.prepare(subset)
-    data = EncodedExamples(subset, materials.encoder, builder)
-    batch = make_targets(collate([data[i] for i in range(6)], materials.encoder), config)
+    feature_reader.prepare(subset)
+    data = EncodedExamples(subset, prepared.encoder, feature_reader)
+    batch = make_targets(collate([data[i] for i in range(6)], prepared.encoder), config)
     for row, example in enumerate(subset):
         assert batch["picture"][row] == picture_number(example.image)  # what the student sees
-        assert_close(
-            batch["image_global"][row, 0], materials.builder.cache.picture(shown[example.id]).pooled.float()
-        )
+        assert_close(batch["image_global"][row, 0], prepared.cache.picture(shown[example.id]).pooled.float())
 
 
-def test_centres_are_the_mean_tokens_of_each_modality(materials):
-    examples = materials.train[:3]
-    cache = materials.builder.cache
+def test_centres_are_the_mean_tokens_of_each_modality(prepared):
+    examples = prepared.train[:3]
+    cache = prepared.cache
     cache.add([s.text for e in examples for s in e.statements()], [e.image for e in examples])
     text, picture = token_centres(cache, [*examples, *examples])
     pictures = {example.image for example in examples}

@@ -12,7 +12,7 @@ from tdlib.method.priors import Idf
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.teacher.cache import CacheError, TeacherCache
 from tdlib.teacher.model import EXTRAS
-from tdlib.training.pipeline import TargetBuilder, Targets, teacher_tokens
+from tdlib.training.pipeline import Targets, TeacherFeatureReader, teacher_tokens
 from tdlib.training.prepare import read_split
 
 HALF = {"rtol": 0, "atol": 3e-3}
@@ -34,8 +34,10 @@ def cache(tmp_path, teacher) -> TeacherCache:
     return TeacherCache(tmp_path, teacher)
 
 
-def builder_of(cache, idf, relevance: str = "value", **options) -> TargetBuilder:
-    return TargetBuilder(cache, idf, RunConfig().model_copy(update={"relevance": relevance}), **options)
+def reader_of(cache, idf, relevance: str = "value", **options) -> TeacherFeatureReader:
+    return TeacherFeatureReader(
+        cache, idf, RunConfig().model_copy(update={"relevance": relevance}), **options
+    )
 
 
 def as_the_teacher(teacher, example) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -54,19 +56,19 @@ def assert_same(a: Targets, b: Targets, *names: str) -> None:
 
 
 def test_the_cache_has_to_be_filled_for_the_default(cache, idf, examples, teacher):
-    builder = builder_of(cache, idf)
+    feature_reader = reader_of(cache, idf)
     _, spans, boxes = as_the_teacher(teacher, examples[0])
     with pytest.raises(CacheError, match="call add"):
-        builder(examples[0], spans, boxes)
-    builder.prepare(examples)
-    assert builder(examples[0], spans, boxes).valid.any()
+        feature_reader(examples[0], spans, boxes)
+    feature_reader.prepare(examples)
+    assert feature_reader(examples[0], spans, boxes).valid.any()
     kinds = {file.name.rsplit("-", 1)[0] for file in cache.folder.glob("*.safetensors")}
     assert kinds == {"texts", "pictures"}
 
 
 @pytest.mark.parametrize("variant", RELEVANCE)
 def test_relevance_alone_differs_between_variants(variant, cache, idf, examples, teacher):
-    default, other = builder_of(cache, idf), builder_of(cache, idf, variant)
+    default, other = reader_of(cache, idf), reader_of(cache, idf, variant)
     default.prepare(examples)
     other.prepare(examples)
     _, spans, boxes = as_the_teacher(teacher, examples[0])
@@ -78,11 +80,11 @@ def test_relevance_alone_differs_between_variants(variant, cache, idf, examples,
 
 @pytest.mark.parametrize("variant", [*EXTRAS, "gradient"])
 def test_what_was_not_prepared_is_added_when_asked_for(variant, cache, idf, examples, teacher, tmp_path):
-    default, builder = builder_of(cache, idf), builder_of(cache, idf, variant)
+    default, feature_reader = reader_of(cache, idf), reader_of(cache, idf, variant)
     default.prepare(examples)  # an older cache, without the signal
     _, spans, boxes = as_the_teacher(teacher, examples[1])
-    late = builder(examples[1], spans, boxes)
-    fresh = builder_of(TeacherCache(tmp_path / "fresh", teacher), idf, variant)
+    late = feature_reader(examples[1], spans, boxes)
+    fresh = reader_of(TeacherCache(tmp_path / "fresh", teacher), idf, variant)
     fresh.prepare(examples)
     prepared = fresh(examples[1], spans, boxes)
     for name in FIELDS:  # batches of other sizes round differently
@@ -92,20 +94,20 @@ def test_what_was_not_prepared_is_added_when_asked_for(variant, cache, idf, exam
 
 @pytest.mark.parametrize("variant", [*EXTRAS, "gradient"])
 def test_prepared_signals_are_not_computed_again(variant, cache, idf, examples, teacher, monkeypatch):
-    builder = builder_of(cache, idf, variant)
-    builder.prepare(examples, part=2)
+    feature_reader = reader_of(cache, idf, variant)
+    feature_reader.prepare(examples, part=2)
     targets = as_the_teacher(teacher, examples[2])[1:]
     for name in ("encode_texts", "encode_pictures", "pair_relevance"):
         monkeypatch.delattr(type(teacher), name)
-    builder.prepare(examples)
-    assert builder(examples[2], *targets).valid.any()
+    feature_reader.prepare(examples)
+    assert feature_reader(examples[2], *targets).valid.any()
 
 
 @pytest.mark.parametrize("variant", ["attention", "rollout", "gradient"])
 def test_a_student_with_the_teachers_tokens_gets_the_teachers_scalars(variant, cache, idf, examples, teacher):
-    example, builder = examples[0], builder_of(cache, idf, variant)
+    example, feature_reader = examples[0], reader_of(cache, idf, variant)
     lengths, spans, boxes = as_the_teacher(teacher, example)
-    relevance = builder(example, spans, boxes).relevance
+    relevance = feature_reader(example, spans, boxes).relevance
     texts, picture = [s.text for s in example.statements()], open_picture(example.image)
     if variant == "gradient":
         expected = teacher.pair_relevance(texts, picture)
@@ -120,13 +122,15 @@ def test_a_student_with_the_teachers_tokens_gets_the_teachers_scalars(variant, c
 
 def test_a_control_shows_the_teacher_another_picture(cache, idf, examples, teacher):
     first, second = examples[0], next(e for e in examples[1:] if e.image != examples[0].image)
-    builder = builder_of(cache, idf, seen_as=lambda example: dataclasses.replace(example, image=second.image))
-    builder.prepare([first])
+    feature_reader = reader_of(
+        cache, idf, seen_as=lambda example: dataclasses.replace(example, image=second.image)
+    )
+    feature_reader.prepare([first])
     assert len(cache) == len(first.statements()) + 1
-    builder_of(cache, idf).prepare([first])
+    reader_of(cache, idf).prepare([first])
     _, spans, boxes = as_the_teacher(teacher, first)
-    shuffled, own = builder(first, spans, boxes), builder_of(cache, idf)(first, spans, boxes)
-    swapped = builder_of(cache, idf)(dataclasses.replace(first, image=second.image), spans, boxes)
+    shuffled, own = feature_reader(first, spans, boxes), reader_of(cache, idf)(first, spans, boxes)
+    swapped = reader_of(cache, idf)(dataclasses.replace(first, image=second.image), spans, boxes)
     assert_same(shuffled, swapped)
     text = slice(0, spans.shape[1])
     assert_close(shuffled.vectors[:, text], own.vectors[:, text])
@@ -136,12 +140,12 @@ def test_a_control_shows_the_teacher_another_picture(cache, idf, examples, teach
 
 @pytest.mark.parametrize("variant", STUDENT_RELEVANCE)
 def test_relevance_that_depends_on_the_student_is_left_to_training(variant, cache, idf, examples, teacher):
-    builder = builder_of(cache, idf, variant)
-    builder.prepare(examples)
+    feature_reader = reader_of(cache, idf, variant)
+    feature_reader.prepare(examples)
     _, spans, boxes = as_the_teacher(teacher, examples[0])
-    targets = builder(examples[0], spans, boxes)
+    targets = feature_reader(examples[0], spans, boxes)
     assert targets.relevance.eq(0).all()
-    assert_same(targets, builder_of(cache, idf)(examples[0], spans, boxes), "vectors", "valid", "prior")
+    assert_same(targets, reader_of(cache, idf)(examples[0], spans, boxes), "vectors", "valid", "prior")
 
 
 def test_teacher_tokens_stand_behind_each_other_and_are_padded_with_zeros(teacher, examples):

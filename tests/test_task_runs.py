@@ -47,18 +47,18 @@ def settings(worlds, teacher_folder, student_folder, own_cache):
 @pytest.mark.parametrize("task", ["vcr", "vcr_qar", "snli_ve", "e_snli_ve", "vqa_v2", "vqa_cp_v2"])
 def test_a_task_trains_evaluates_and_submits(settings, task, tmp_path):
     config = settings(task)
-    materials = prepare(config, [0])
+    prepared = prepare(config, [0])
     folder = tmp_path / "run"
-    metrics = train_run(config, materials, folder)
+    metrics = train_run(config, prepared, folder)
     usual = TASKS[task].evaluated
     assert usual in metrics["accuracy"] and all(0 <= v <= 1 for v in metrics["accuracy"].values())
     table = pd.read_parquet(folder / "predictions.parquet")
-    for split, examples in materials.evaluated.items():  # nothing is dropped
+    for split, examples in prepared.evaluated.items():  # nothing is dropped
         assert table[table["split"] == split]["id"].tolist() == list(examples.ids)
     tested = submission_split(task)
     if tested:
         file = folder / metrics["submission"]
-        assert TASKS[task].check_submission(file, materials.evaluated[tested]) == []
+        assert TASKS[task].check_submission(file, prepared.evaluated[tested]) == []
     else:
         assert "submission" not in metrics
     records = read_records(folder / "selections.parquet")
@@ -66,9 +66,9 @@ def test_a_task_trains_evaluates_and_submits(settings, task, tmp_path):
     summary = summarise(table.assign(arm="finetune", seed=0))
     mean = summary.set_index("split").loc[usual, "mean"]
     assert mean == pytest.approx(metrics["accuracy"][usual])
-    student = load_student(str(folder / "student"), labels=materials.labels)  # the stored head, not a new one
-    again = predict(student, EncodedExamples(materials.evaluated[usual], ViltEncoder(str(folder / "student")),
-                                             num_labels=len(materials.labels)))  # fmt: skip
+    student = load_student(str(folder / "student"), labels=prepared.labels)  # the stored head, not a new one
+    again = predict(student, EncodedExamples(prepared.evaluated[usual], ViltEncoder(str(folder / "student")),
+                                             num_labels=len(prepared.labels)))  # fmt: skip
     stored = table[table["split"] == usual]
     assert (again.argmax(1) == stored["prediction"]).mean() > 0.98
     np.testing.assert_allclose(again.max(1), stored["probability"], atol=1e-4)
@@ -77,24 +77,24 @@ def test_a_task_trains_evaluates_and_submits(settings, task, tmp_path):
 @pytest.mark.parametrize("task", ["snli_ve", "vqa_v2"])
 def test_the_teacher_may_speak_by_answer_statements(settings, task, tmp_path):
     config = settings(task, class_probabilities="statements")
-    materials = prepare(config, [0])
-    assert "probe_accuracy" not in train_run(config, materials, tmp_path / "run")
-    table = reference_scores(config, materials)
+    prepared = prepare(config, [0])
+    assert "probe_accuracy" not in train_run(config, prepared, tmp_path / "run")
+    table = reference_scores(config, prepared)
     assert set(table["arm"]) == {"teacher, zero-shot", "chance"} and table["mean"].between(0, 1).all()
 
 
 @pytest.mark.parametrize("task", ["vcr", "snli_ve", "vqa_v2", "vqa_cp_v2"])
 def test_settings_are_chosen_on_pictures_that_are_not_learned_from(settings, task, tmp_path):
     config = settings(task, held_out=0.3, submission_split="")
-    materials = prepare(config, [0])
-    ((split, aside),) = materials.evaluated.items()
+    prepared = prepare(config, [0])
+    ((split, aside),) = prepared.evaluated.items()
     assert split == f"{TASKS[task].train}_held_out"
-    assert not {e.image for e in materials.train} & {e.image for e in aside}
+    assert not {e.image for e in prepared.train} & {e.image for e in aside}
     whole = experiments.read_split(config.model_copy(update={"held_out": 0.0}), TASKS[task].train)
-    assert sorted([*materials.train.ids, *aside.ids]) == sorted(whole.ids)
+    assert sorted([*prepared.train.ids, *aside.ids]) == sorted(whole.ids)
     if task != "snli_ve":
         return
-    metrics = train_run(config, materials, tmp_path / "run")
+    metrics = train_run(config, prepared, tmp_path / "run")
     assert list(metrics["accuracy"]) == [split]
     learned = json.loads((tmp_path / "run" / "manifest.json").read_text())["ids"]
     tested = pd.read_parquet(tmp_path / "run" / "predictions.parquet")["id"]
@@ -124,21 +124,21 @@ def _pixels(item):
 @pytest.mark.parametrize("modality", ["text", "image"])
 def test_controls_see_one_modality_only(settings, modality):
     config = settings("vcr_qa", modality=modality, arm="finetune")
-    materials = prepare(config, [0], whole_splits=False)
-    examples = materials.evaluated["val"][:6]
-    items = [EncodedExamples(examples, materials.encoder, modality=kind)[0] for kind in ("both", modality)]
+    prepared = prepare(config, [0], whole_splits=False)
+    examples = prepared.evaluated["val"][:6]
+    items = [EncodedExamples(examples, prepared.encoder, modality=kind)[0] for kind in ("both", modality)]
     pixels, ids = ([value(item) for item in items] for value in (_pixels, lambda item: item["input_ids"]))
     if modality == "text":
         assert torch.equal(*ids) and pixels[0].any() and not pixels[1].any()
     else:
         assert torch.equal(*pixels) and ids[0].shape[1] > 3 >= ids[1].shape[1]
     with pytest.raises(ConfigError, match="without a teacher"):
-        train_run(settings("vcr_qa", modality=modality), materials, "unused")
+        train_run(settings("vcr_qa", modality=modality), prepared, "unused")
 
 
 def test_an_answer_outside_the_vocabulary_weighs_nothing(settings):
     config = settings("vqa_v2", vocabulary_minimum=10, submission_split="")
-    materials = prepare(config, [0])
+    prepared = prepare(config, [0])
     from torch.utils.data import DataLoader
 
     from tdlib.data.examples import low_shot
@@ -146,16 +146,16 @@ def test_an_answer_outside_the_vocabulary_weighs_nothing(settings):
     from tdlib.training.objective import TargetedDistillation
     from tdlib.training.prepare import class_logits, load_student
 
-    subset = low_shot(materials.train, config.shots, 0)
+    subset = low_shot(prepared.train, config.shots, 0)
     unknown = [i for i, example in enumerate(subset) if example.label is None]
     assert unknown, "the test needs a rare answer"
-    builder = experiments.TargetBuilder(
-        materials.builder.cache, materials.builder.idf, config, class_logits(config, materials, subset)
+    feature_reader = experiments.TeacherFeatureReader(
+        prepared.cache, prepared.idf, config, class_logits(config, prepared, subset)
     )
-    data = EncodedExamples(subset, materials.encoder, builder, num_labels=len(materials.labels))
-    module = TargetedDistillation(load_student(config, materials), config, 24)
+    data = EncodedExamples(subset, prepared.encoder, feature_reader, num_labels=len(prepared.labels))
+    module = TargetedDistillation(load_student(config, prepared), config, 24)
     batch = next(iter(DataLoader(data, len(data), collate_fn=partial(collate, encoder=data.encoder))))
-    weights = module.instance_weights(batch, torch.zeros(len(data), len(materials.labels)))
+    weights = module.instance_weights(batch, torch.zeros(len(data), len(prepared.labels)))
     assert (weights[unknown] == 0).all() and (weights[batch["labels"] >= 0] > 0).all()
     assert torch.isfinite(module(batch)["loss"])
 
@@ -183,10 +183,10 @@ def test_masked_sets_follow_a_trained_student(settings, tmp_path, monkeypatch):
 
 def test_person_tokens_are_words_of_the_student(settings, tmp_path):
     config = settings("vcr_qa", references="person_tokens", submission_split="")
-    materials = prepare(config, [0])
-    tokens = materials.encoder.tokenizer.tokenize(materials.train[0].statements()[0].text)
+    prepared = prepare(config, [0])
+    tokens = prepared.encoder.tokenizer.tokenize(prepared.train[0].statements()[0].text)
     assert any(token in vcr.PERSON_TOKENS for token in tokens)
-    train_run(config, materials, tmp_path / "run")
+    train_run(config, prepared, tmp_path / "run")
     stored = load_student(str(tmp_path / "run" / "student"))
     assert stored.config.vocab_size == len(ViltEncoder(str(tmp_path / "run" / "student")).tokenizer)
 

@@ -41,11 +41,11 @@ from tdlib.training.run import train_run
 from tdlib.training.trainer import make_trainer
 
 
-def test_finetuning_equals_a_plain_loop(base, materials, tmp_path, monkeypatch):
+def test_finetuning_equals_a_plain_loop(base, prepared, tmp_path, monkeypatch):
     """The same batches through torch's own tools, without Trainer."""
     config = apply_arm(settings_of(base, arm="finetune", epochs=2, weight_decay=0.1))
     batches = recorded(monkeypatch)
-    trainer = trained(materials, config, tmp_path)
+    trainer = trained(prepared, config, tmp_path)
     student = load_student(config.student).train()
     groups = []
     for name, parameter in student.named_parameters():
@@ -71,7 +71,7 @@ def test_finetuning_equals_a_plain_loop(base, materials, tmp_path, monkeypatch):
             assert_close(ours, plain, rtol=1e-4, atol=2e-6, msg=name)
 
 
-def test_all_arms_of_a_seed_start_alike_and_see_the_same(base, materials, tmp_path, monkeypatch):
+def test_all_arms_of_a_seed_start_alike_and_see_the_same(base, prepared, tmp_path, monkeypatch):
     """Also with dropout: neither the maps nor their start may use up the baseline's random numbers."""
     model = ViltForMultipleChoice(ViltConfig.from_pretrained(base.student, hidden_dropout_prob=0.2))
     model.save_pretrained(tmp_path / "student")
@@ -87,8 +87,8 @@ def test_all_arms_of_a_seed_start_alike_and_see_the_same(base, materials, tmp_pa
                 training, "make_trainer", lambda *args, **options: make_trainer(*args, **options, log_every=1)
             )
             patch.setattr(training, "predict", lambda _student, data: np.full((len(data), 4), 0.25))
-            train_run(config.model_copy(update={"probe_examples": 0}), materials, tmp_path / arm)
-        steps = math.ceil(len(low_shot(materials.train, base.shots, 0)) / 4)
+            train_run(config.model_copy(update={"probe_examples": 0}), prepared, tmp_path / arm)
+        steps = math.ceil(len(low_shot(prepared.train, base.shots, 0)) / 4)
         seen[arm] = (
             [batch["input_ids"].tolist() for batch in batches[-steps:]],
             histories[0]["task"],
@@ -97,29 +97,29 @@ def test_all_arms_of_a_seed_start_alike_and_see_the_same(base, materials, tmp_pa
     assert all(value == seen["finetune"] for value in seen.values())
 
 
-def test_maps_use_up_no_random_numbers_and_follow_the_seed(base, materials):
+def test_maps_use_up_no_random_numbers_and_follow_the_seed(base, prepared):
     state = torch.random.get_rng_state()
-    first, same, other = (module_of(materials, settings_of(base, seed=seed)).phi for seed in (0, 0, 1))
+    first, same, other = (module_of(prepared, settings_of(base, seed=seed)).phi for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert_same_bits(first.state_dict(), same.state_dict())
     assert not torch.equal(first["text"].weight, other["text"].weight)
 
 
-def test_the_seed_decides_the_order(base, materials, tmp_path, monkeypatch):
+def test_the_seed_decides_the_order(base, prepared, tmp_path, monkeypatch):
     orders = []
     for seed in (0, 1, 0):
         config = apply_arm(settings_of(base, arm="finetune", seed=seed))
-        dataset = EncodedExamples(materials.train[:12], materials.encoder)
+        dataset = EncodedExamples(prepared.train[:12], prepared.encoder)
         with monkeypatch.context() as patch:
             batches = recorded(patch)
-            make_trainer(module_of(materials, config), config, dataset, tmp_path).train()
+            make_trainer(module_of(prepared, config), config, dataset, tmp_path).train()
         orders.append([batch["input_ids"].tolist() for batch in batches])
     assert orders[0] != orders[1] and orders[0] == orders[2]
 
 
-def test_what_is_encoded_once_stays_the_same(base, materials):
-    kept = dataset_of(materials, base)
-    forgetful = EncodedExamples(kept.examples, kept.encoder, kept.builder, memory=0)
+def test_what_is_encoded_once_stays_the_same(base, prepared):
+    kept = dataset_of(prepared, base)
+    forgetful = EncodedExamples(kept.examples, kept.encoder, kept.feature_reader, memory=0)
     for index in range(3):
         first = kept[index]
         assert kept[index] is first and forgetful[index] is not forgetful[index]
@@ -136,11 +136,11 @@ def test_what_is_encoded_once_stays_the_same(base, materials):
             assert torch.equal(a.projected, b.projected) and torch.equal(a.value, b.value)
 
 
-def test_accumulated_batches_equal_one_large_batch(base, materials, tmp_path):
+def test_accumulated_batches_equal_one_large_batch(base, prepared, tmp_path):
     """Also in the last, smaller window, and with every term of the log."""
-    large = trained(materials, settings_of(base, batch_size=8), tmp_path)
-    small = trained(materials, settings_of(base, batch_size=4, accumulation=2), tmp_path)
-    assert len(low_shot(materials.train, base.shots, 0)) % 8 not in (0, 4)
+    large = trained(prepared, settings_of(base, batch_size=8), tmp_path)
+    small = trained(prepared, settings_of(base, batch_size=4, accumulation=2), tmp_path)
+    assert len(low_shot(prepared.train, base.shots, 0)) % 8 not in (0, 4)
     assert [entry["step"] for entry in large.history] == [entry["step"] for entry in small.history] == [1, 2]
     for one, two in zip(large.history, small.history, strict=True):
         assert one.keys() == two.keys() >= {*TERMS, "instance_weight", "selected_text", "selected_visual"}
@@ -151,9 +151,9 @@ def test_accumulated_batches_equal_one_large_batch(base, materials, tmp_path):
             assert_close(a, b, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_fitted_maps_start_nearer_to_the_targets(base, materials):
+def test_fitted_maps_start_nearer_to_the_targets(base, prepared):
     config = settings_of(base, selector="all", instance_weight="uniform")
-    module, dataset = module_of(materials, config), dataset_of(materials, config)
+    module, dataset = module_of(prepared, config), dataset_of(prepared, config)
     batch = collate([dataset[index] for index in range(len(dataset))], dataset.encoder)
     before = module.eval()(batch)["distill"].item()
     student = {name: value.clone() for name, value in module.student.state_dict().items()}
@@ -163,9 +163,9 @@ def test_fitted_maps_start_nearer_to_the_targets(base, materials):
     assert_same_bits(module.student.state_dict(), student)
 
 
-def test_fitted_maps_are_the_ridge_regression(base, materials):
+def test_fitted_maps_are_the_ridge_regression(base, prepared):
     """The same as least squares with the penalty as further rows, one modality at a time."""
-    module, dataset = module_of(materials, base), dataset_of(materials, base)
+    module, dataset = module_of(prepared, base), dataset_of(prepared, base)
     batch = module.with_targets(collate([dataset[index] for index in range(4)], dataset.encoder))
     module.fit_phi(
         DataLoader(dataset, 4, collate_fn=partial(collate, encoder=dataset.encoder)), ridge=0.1, batches=1
@@ -186,14 +186,14 @@ def test_fitted_maps_are_the_ridge_regression(base, materials):
 
 
 @pytest.mark.parametrize("layer", [3, -4])
-def test_layers_that_the_student_lacks_are_refused(base, materials, layer):
+def test_layers_that_the_student_lacks_are_refused(base, prepared, layer):
     with pytest.raises(ConfigError, match=rf"distill_layer={layer}.*-3 to 2"):
-        module_of(materials, settings_of(base, distill_layer=layer))
+        module_of(prepared, settings_of(base, distill_layer=layer))
 
 
-def test_new_layers_learn_at_their_own_rate(base, materials, tmp_path):
+def test_new_layers_learn_at_their_own_rate(base, prepared, tmp_path):
     config = settings_of(base, learning_rate=1e-4, head_learning_rate=1e-2, weight_decay=0.05)
-    trainer = make_trainer(module_of(materials, config), config, dataset_of(materials, config), tmp_path)
+    trainer = make_trainer(module_of(prepared, config), config, dataset_of(prepared, config), tmp_path)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     seen = {}
     for group in trainer.create_optimizer().param_groups:
@@ -205,22 +205,22 @@ def test_new_layers_learn_at_their_own_rate(base, materials, tmp_path):
         assert decay == (0.05 if ndim > 1 else 0)
 
 
-def test_predictions_do_not_depend_on_the_batches(base, materials):
-    student, examples = load_student(base.student), materials.train[:9]
-    dataset = EncodedExamples(examples, materials.encoder)
+def test_predictions_do_not_depend_on_the_batches(base, prepared):
+    student, examples = load_student(base.student), prepared.train[:9]
+    dataset = EncodedExamples(examples, prepared.encoder)
     one, many = predict(student, dataset, batch_size=1), predict(student, dataset, batch_size=4)
     assert_close(one, many, rtol=0, atol=1e-6)
     assert_close(one.sum(-1), np.ones(9, dtype=np.float32))
-    backwards = predict(student, EncodedExamples(examples[::-1], materials.encoder))
+    backwards = predict(student, EncodedExamples(examples[::-1], prepared.encoder))
     assert_close(backwards[::-1].copy(), one, rtol=0, atol=1e-6)
 
 
-def test_records_survive_the_file(base, materials, tmp_path):
+def test_records_survive_the_file(base, prepared, tmp_path):
     """Field by field and type by type, for labelled and unlabelled examples in one table."""
-    module = module_of(materials, base)
+    module = module_of(prepared, base)
     records = []
     for split in ("val", "test"):
-        data = EncodedExamples(materials.evaluated[split][:2], materials.encoder, materials.builder)
+        data = dataset_of(prepared, base, prepared.evaluated[split][:2])
         records += ProbeRecorder(data, module, split).record()
     assert {record.label is None for record in records} == {True, False}
     for part in (records, records[:4], records[-4:]):
@@ -235,8 +235,8 @@ def test_records_survive_the_file(base, materials, tmp_path):
                     assert type(a) is type(b) and a == b, field.name
 
 
-def test_zero_shot_equals_the_live_teacher(base, materials):
-    cache = materials.builder.cache
+def test_zero_shot_equals_the_live_teacher(base, prepared):
+    cache = prepared.cache
     examples = read_split(base, "val")[:2]
     experiments.add_to_cache(cache, examples)
     found = zero_shot(cache, examples)
@@ -249,8 +249,8 @@ def test_zero_shot_equals_the_live_teacher(base, materials):
         assert_close(torch.tensor(row), expected, rtol=0, atol=2e-3)
 
 
-def test_prediction_table_of_labelled_and_unlabelled_examples(materials):
-    examples = [materials.evaluated["val"][0], replace(materials.evaluated["val"][1], label=None)]
+def test_prediction_table_of_labelled_and_unlabelled_examples(prepared):
+    examples = [prepared.evaluated["val"][0], replace(prepared.evaluated["val"][1], label=None)]
     probabilities = np.eye(4, dtype=np.float32)[[examples[0].label, 2]]
     table = prediction_table("val", examples, probabilities)
     assert table["score"][0] == 1 and math.isnan(table["score"][1])

@@ -38,21 +38,21 @@ from tdlib.training.trainer import DistillationTrainer
 
 
 @pytest.fixture(scope="module")
-def folders(base, materials, tmp_path_factory):
+def folders(base, prepared, tmp_path_factory):
     """Run folders of two arms."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "prepare", lambda *_args: materials)
+        patch.setattr(training, "prepare", lambda *_args: prepared)
         return compare(base, ["finetune", "clip_td"], [0], tmp_path_factory.mktemp("runs"))
 
 
 # Without a teacher it is finetuning
 
 
-def test_weights_of_zero_are_plain_finetuning_bit_for_bit(base, materials, folders, tmp_path):
+def test_weights_of_zero_are_plain_finetuning_bit_for_bit(base, prepared, folders, tmp_path):
     config = settings_of(
         base, arm="clip_td", distill_weight=0.0, choice_weight=0.0, selector="random", mass=0.9
     )
-    train_run(config, materials, tmp_path / "zero")
+    train_run(config, prepared, tmp_path / "zero")
     assert_same_bits(weights_of(tmp_path / "zero"), weights_of(folders[0]))
     assert (tmp_path / "zero/history.jsonl").read_text() == (folders[0] / "history.jsonl").read_text()
     start = load_student(base.student).state_dict()
@@ -63,12 +63,12 @@ def test_weights_of_zero_are_plain_finetuning_bit_for_bit(base, materials, folde
     )
 
 
-def test_examples_that_the_teacher_cuts_are_counted(base, materials, folders):
-    first = materials.train[0]
+def test_examples_that_the_teacher_cuts_are_counted(base, prepared, folders):
+    first = prepared.train[0]
     long = replace(first, prompt=replace(first.prompt, text="word " * 60, references=()))
-    experiments.add_to_cache(materials.builder.cache, [first, long])
-    cut = materials.builder.cache.cut(long.statements()[0].text)
-    counted = count_cut([first, long], materials.builder.cache.cut)
+    experiments.add_to_cache(prepared.cache, [first, long])
+    cut = prepared.cache.cut(long.statements()[0].text)
+    counted = count_cut([first, long], prepared.cache.cut)
     assert (counted.examples, counted.cut_examples) == (2, 1) and counted.most >= cut > 0
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
     assert [found.get("teacher_cut_examples") for found in metrics] == [None, 0]
@@ -78,7 +78,7 @@ def test_examples_that_the_teacher_cuts_are_counted(base, materials, folders):
 # Runs
 
 
-def test_a_run_folder_is_complete(folders, base, materials):
+def test_a_run_folder_is_complete(folders, base, prepared):
     expected = {
         "config.json", "manifest.json", "history.jsonl", "metrics.json", "predictions.parquet",
         "environment.json", "identity.json", "student",
@@ -87,7 +87,7 @@ def test_a_run_folder_is_complete(folders, base, materials):
         assert {path.name for path in folder.iterdir()} - {"trainer"} == expected | own
     assert [folder.name for folder in folders] == ["finetune-seed0", "clip_td-seed0"]
     assert sorted(path.name for path in folders[0].parent.iterdir()) == ["clip_td-seed0", "finetune-seed0"]
-    subset = low_shot(materials.train, base.shots, 0)
+    subset = low_shot(prepared.train, base.shots, 0)
     for folder, arm in zip(folders, ("finetune", "clip_td"), strict=True):
         config = json.loads((folder / "config.json").read_text())
         assert RunConfig.from_parameters(**config) == apply_arm(settings_of(base, arm=arm))
@@ -105,7 +105,7 @@ def test_the_history_covers_every_update_of_a_short_run(folders):
     assert {*TERMS, "instance_weight"} <= history[-1].keys()
 
 
-def test_the_finished_student_is_the_baseline_and_predicts_what_is_recorded(folders, base, materials):
+def test_the_finished_student_is_the_baseline_and_predicts_what_is_recorded(folders, base, prepared):
     start = load_student(base.student).state_dict()
     for folder in folders:
         student = load_student(str(folder / "student"))
@@ -117,7 +117,7 @@ def test_the_finished_student_is_the_baseline_and_predicts_what_is_recorded(fold
         assert_same_bits(student.state_dict(), dict(again.state_dict()))
         encoder = ViltEncoder(str(folder / "student"))
         table = pd.read_parquet(folder / "predictions.parquet")
-        for split, examples in materials.evaluated.items():
+        for split, examples in prepared.evaluated.items():
             own = table[table["split"] == split]
             assert own["id"].tolist() == [example.id for example in examples]  # none left out
             found = predict(student, EncodedExamples(examples, encoder))
@@ -127,8 +127,8 @@ def test_the_finished_student_is_the_baseline_and_predicts_what_is_recorded(fold
             assert own["prediction"].tolist() == found.argmax(-1).tolist()
 
 
-def test_the_same_settings_give_the_same_run(folders, base, materials, tmp_path):
-    train_run(apply_arm(settings_of(base, arm="clip_td")), materials, tmp_path / "again")
+def test_the_same_settings_give_the_same_run(folders, base, prepared, tmp_path):
+    train_run(apply_arm(settings_of(base, arm="clip_td")), prepared, tmp_path / "again")
     assert_same_bits(weights_of(tmp_path / "again"), weights_of(folders[1]))
     for name in ("predictions.parquet", "selections.parquet"):
         pd.testing.assert_frame_equal(
@@ -143,7 +143,7 @@ def test_the_same_settings_give_the_same_run(folders, base, materials, tmp_path)
     assert found == known
 
 
-def test_half_precision_is_the_students_alone(base, materials, folders, tmp_path, monkeypatch):
+def test_half_precision_is_the_students_alone(base, prepared, folders, tmp_path, monkeypatch):
     """Its layers compute in it; losses and evaluation do not, and weights stay single."""
     seen, terms = set(), set()
     loss = training.TargetedDistillation.forward
@@ -159,7 +159,7 @@ def test_half_precision_is_the_students_alone(base, materials, folders, tmp_path
 
     monkeypatch.setattr(training.TargetedDistillation, "forward", lost)
     with register_module_forward_hook(computed):
-        train_run(apply_arm(settings_of(base, arm="clip_td", precision="bf16")), materials, tmp_path / "run")
+        train_run(apply_arm(settings_of(base, arm="clip_td", precision="bf16")), prepared, tmp_path / "run")
     assert seen == {(torch.bfloat16, True), (torch.float32, False)} and terms == {torch.float32}
     assert {value.dtype for value in weights_of(tmp_path / "run").values()} == {torch.float32}
     first, known = (
@@ -169,29 +169,29 @@ def test_half_precision_is_the_students_alone(base, materials, folders, tmp_path
         assert first[name] != known[name] and first[name] == pytest.approx(known[name], rel=0.05), name
 
 
-def test_half_precision_needs_hardware(base, materials, tmp_path):
+def test_half_precision_needs_hardware(base, prepared, tmp_path):
     with pytest.raises(ConfigError, match="precision='fp16' needs a GPU"):
         config = apply_arm(settings_of(base, arm="finetune", precision="fp16"))
-        train_run(config, materials, tmp_path / "run")
+        train_run(config, prepared, tmp_path / "run")
 
 
-def test_settings_must_be_those_of_their_arm(base, materials, tmp_path):
+def test_settings_must_be_those_of_their_arm(base, prepared, tmp_path):
     with pytest.raises(ConfigError, match=r"arm='naive' sets .*selector='all'.*use apply_arm"):
-        train_run(settings_of(base, arm="naive"), materials, tmp_path / "run")
+        train_run(settings_of(base, arm="naive"), prepared, tmp_path / "run")
 
 
-def test_a_run_of_other_settings_is_not_lost(base, materials, tmp_path, caplog):
+def test_a_run_of_other_settings_is_not_lost(base, prepared, tmp_path, caplog):
     config, folder = apply_arm(settings_of(base, arm="finetune")), tmp_path / "run"
     other = settings_of(config, seed=1)
     for changed in (config, config, other, settings_of(other, loader_workers=1)):
-        train_run(changed, materials, folder)
+        train_run(changed, prepared, folder)
     (kept,) = set(tmp_path.iterdir()) - {folder}
     found = [json.loads((place / "config.json").read_text())["seed"] for place in (kept, folder)]
     assert found == [0, 1] and kept.name.startswith("run-") and kept.name in caplog.text
 
 
 @pytest.mark.parametrize("moment", ["write_json", "write_jsonl", "save_manifest"])
-def test_an_error_leaves_no_folder_and_the_old_one_as_it_was(base, materials, tmp_path, monkeypatch, moment):
+def test_an_error_leaves_no_folder_and_the_old_one_as_it_was(base, prepared, tmp_path, monkeypatch, moment):
     config = apply_arm(settings_of(base, arm="finetune"))
     old = tmp_path / "old"
     old.mkdir()
@@ -204,13 +204,13 @@ def test_an_error_leaves_no_folder_and_the_old_one_as_it_was(base, materials, tm
     monkeypatch.setattr(DistillationTrainer, "train", lambda self: None)
     for folder in (old, tmp_path / "new"):
         with pytest.raises(RuntimeError, match="in the middle"):
-            train_run(config, materials, folder)
+            train_run(config, prepared, folder)
     assert sorted(os.listdir(tmp_path)) == ["old"]
     assert (old / "metrics.json").read_text() == "old"
 
 
 def test_a_failed_evaluation_keeps_the_student_and_is_repeated_without_training(
-    base, materials, folders, tmp_path, monkeypatch
+    base, prepared, folders, tmp_path, monkeypatch
 ):
     config, folder = apply_arm(settings_of(base, arm="clip_td")), tmp_path / "run"
     folder.mkdir()
@@ -222,7 +222,7 @@ def test_a_failed_evaluation_keeps_the_student_and_is_repeated_without_training(
     with monkeypatch.context() as patch:
         patch.setattr(training, "predict", fail)
         with pytest.raises(OSError, match="disk is gone") as failure:
-            train_run(config, materials, folder)
+            train_run(config, prepared, folder)
     assert any(str(folder) in note and "again" in note for note in failure.value.__notes__)
     (aside,) = set(tmp_path.iterdir()) - {folder}
     assert (aside / "metrics.json").read_text() == "of an older run"
@@ -231,7 +231,7 @@ def test_a_failed_evaluation_keeps_the_student_and_is_repeated_without_training(
     assert not {"metrics.json", "predictions.parquet"} & {path.name for path in folder.iterdir()}
 
     monkeypatch.setattr(DistillationTrainer, "train", fail)  # whoever trains now fails
-    metrics = train_run(config, materials, folder)
+    metrics = train_run(config, prepared, folder)
     assert {path.name for path in folder.iterdir()} == {path.name for path in folders[1].iterdir()}
     for name in ("predictions.parquet", "selections.parquet"):
         pd.testing.assert_frame_equal(pd.read_parquet(folder / name), pd.read_parquet(folders[1] / name))
@@ -239,15 +239,15 @@ def test_a_failed_evaluation_keeps_the_student_and_is_repeated_without_training(
     for found in (metrics, json.loads((folder / "metrics.json").read_text())):
         assert found["accuracy"] == expected["accuracy"] and found["updates"] == expected["updates"]
     with pytest.raises(OSError, match="disk is gone"):  # it is finished, so that this call trains anew
-        train_run(config, materials, folder)
+        train_run(config, prepared, folder)
     with monkeypatch.context() as patch:
         patch.undo()
         patch.setattr(training, "predict", fail)
         with pytest.raises(OSError):
-            train_run(config, materials, tmp_path / "other")
+            train_run(config, prepared, tmp_path / "other")
     monkeypatch.setattr(DistillationTrainer, "train", fail)
     with pytest.raises(OSError):  # a student of other settings is none of this run's
-        train_run(settings_of(config, seed=1), materials, tmp_path / "other")
+        train_run(settings_of(config, seed=1), prepared, tmp_path / "other")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
@@ -263,7 +263,7 @@ def test_a_bad_picture_of_an_evaluated_split_is_found_before_training(base, worl
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run(base, materials, tmp_path, monkeypatch, bad):
+def test_a_loss_that_is_not_finite_ends_the_run(base, prepared, tmp_path, monkeypatch, bad):
     real = TargetedDistillation.forward
 
     def forward(self, batch, window=None):
@@ -272,27 +272,19 @@ def test_a_loss_that_is_not_finite_ends_the_run(base, materials, tmp_path, monke
 
     monkeypatch.setattr(TargetedDistillation, "forward", forward)
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        train_run(apply_arm(settings_of(base, arm="finetune")), materials, tmp_path / "run")
+        train_run(apply_arm(settings_of(base, arm="finetune")), prepared, tmp_path / "run")
     assert not os.listdir(tmp_path)
-
-
-def test_a_teacher_is_needed_where_something_is_distilled(base, materials, tmp_path):
-    bare = replace(materials, builder=None)
-    with pytest.raises(ConfigError, match="needs a teacher"):
-        train_run(settings_of(base, arm="clip_td"), bare, tmp_path / "run")
-    train_run(apply_arm(settings_of(base, arm="finetune")), bare, tmp_path / "plain")
-    assert not (tmp_path / "run").exists() and (tmp_path / "plain").is_dir()
 
 
 # Records
 
 
-def test_selections_can_be_read_and_their_weights_sum_to_one(folders, base, materials):
+def test_selections_can_be_read_and_their_weights_sum_to_one(folders, base, prepared):
     records = read_records(folders[1] / "selections.parquet")
     assert len(records) == 2 * 2 * 4  # splits, probes, choices
     assert {record.split for record in records} == {"val", "test"}
     table = pd.read_parquet(folders[1] / "predictions.parquet").set_index("id")
-    chance = zero_shot(materials.builder.cache, materials.evaluated["val"][:2])
+    chance = zero_shot(prepared.cache, prepared.evaluated["val"][:2])
     for record in records:
         assert record.selected.any() and record.weight.sum() == pytest.approx(1, abs=1e-5)
         assert not record.weight[~record.selected].any() and not (record.selected & ~record.distilled).any()
@@ -306,7 +298,7 @@ def test_selections_can_be_read_and_their_weights_sum_to_one(folders, base, mate
         else:
             assert isinstance(record.label, int)
             student = table.loc[record.example_id, "probabilities"][record.label]
-            position = [example.id for example in materials.evaluated["val"]].index(record.example_id)
+            position = [example.id for example in prepared.evaluated["val"]].index(record.example_id)
             teacher = chance[position, record.label]
             assert record.student_probability == pytest.approx(student, abs=1e-6)
             assert record.teacher_probability == pytest.approx(teacher, abs=1e-5)
@@ -316,11 +308,11 @@ def test_selections_can_be_read_and_their_weights_sum_to_one(folders, base, mate
 # Comparisons
 
 
-def test_an_arms_own_targets_are_used(base, materials, tmp_path, monkeypatch):
+def test_an_arms_own_targets_are_used(base, prepared, tmp_path, monkeypatch):
     """An arm that changes only the prior must not train on the common settings' targets."""
     monkeypatch.setitem(ARMS, "no_prior", {"prior": "uniform"})
     monkeypatch.setitem(ARMS, "raw", {"relevance": "projected", "temperature": 0.01})
-    monkeypatch.setattr(training, "prepare", lambda *_args: materials)
+    monkeypatch.setattr(training, "prepare", lambda *_args: prepared)
     monkeypatch.setattr(DistillationTrainer, "train", lambda self: None)
     own = {}
     for folder in compare(base, ["clip_td", "no_prior", "raw"], [0], tmp_path):

@@ -14,7 +14,7 @@ from tdlib.training.data import UNLABELLED, EncodedExamples, collate
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pools import unlabelled_examples
 from tdlib.training.prepare import add_to_cache, class_logits, load_student, prepare
-from tdlib.training.run import _target_builder, passes_per_update, train_run
+from tdlib.training.run import feature_reader_of, passes_per_update, train_run
 
 
 def settings_of(folder, student_folder, teacher_folder, **changes) -> RunConfig:
@@ -33,20 +33,20 @@ def config(world, student_folder, teacher_folder, own_cache):
 
 
 @pytest.fixture(scope="module")
-def materials(config):
+def prepared(config):
     return prepare(config, whole_splits=False)
 
 
-def parts(config, materials):
+def parts(config, prepared):
     """The labelled subset, the unlabelled rest, and what makes the targets of both."""
-    subset = low_shot(materials.train, config.shots, config.seed)
-    builder = _target_builder(config, materials, subset)
-    return subset, unlabelled_examples(config, materials, subset, builder), builder
+    subset = low_shot(prepared.train, config.shots, config.seed)
+    feature_reader = feature_reader_of(config, prepared, subset)
+    return subset, unlabelled_examples(config, prepared, subset, feature_reader), feature_reader
 
 
-def test_others_are_drawn_and_drawn_again_alike(config, materials):
-    subset, pool, _ = parts(config.model_copy(update={"feature_share": 1.5}), materials)
-    assert {*pool.examples.examples.ids} == {*materials.train.ids} - {*subset.ids}
+def test_others_are_drawn_and_drawn_again_alike(config, prepared):
+    subset, pool, _ = parts(config.model_copy(update={"feature_share": 1.5}), prepared)
+    assert {*pool.examples.examples.ids} == {*prepared.train.ids} - {*subset.ids}
     drawn, again, other = pool.draw([1, 2, 3, 0]), pool.draw([1, 2, 3, 0]), pool.draw([2, 1, 3, 0])
     assert all(torch.equal(drawn[name], again[name]) for name in drawn)
     rows = drawn[f"{UNLABELLED}rows"]
@@ -55,22 +55,22 @@ def test_others_are_drawn_and_drawn_again_alike(config, materials):
 
 
 @pytest.mark.parametrize("arm", ["clip_td", "clip_td_features"])
-def test_the_term_is_the_distillation_of_the_others(config, materials, arm):
+def test_the_term_is_the_distillation_of_the_others(config, prepared, arm):
     """With the labels that CLIP would give, averaged over those that are drawn."""
     config = apply_arm(config.model_copy(update={"arm": arm, "feature_share": 0.5, "distill_weight": 2.0}))
-    subset, pool, builder = parts(config, materials)
-    data = EncodedExamples(subset, materials.encoder, builder)
-    batch = collate([data[row] for row in range(4)], materials.encoder, unlabelled=pool)
-    dim = materials.builder.cache.teacher.dim
-    module = TargetedDistillation(load_student(config, materials), config, dim).eval()
+    subset, pool, feature_reader = parts(config, prepared)
+    data = EncodedExamples(subset, prepared.encoder, feature_reader)
+    batch = collate([data[row] for row in range(4)], prepared.encoder, unlabelled=pool)
+    dim = prepared.cache.teacher.dim
+    module = TargetedDistillation(load_student(config, prepared), config, dim).eval()
     found = module(batch)
     items = [pool.examples[row] for row in batch[f"{UNLABELLED}rows"].tolist()]
     assert len(items) == 2
-    alone = collate(items, materials.encoder)
+    alone = collate(items, prepared.encoder)
     alone["labels"] = alone["teacher_logits"].argmax(-1)
     assert_close(found["features"], module(alone)["distill"])
     assert_close(module(batch, window=8)["features"], found["features"] / 2)
-    labelled = collate([data[row] for row in range(4)], materials.encoder)
+    labelled = collate([data[row] for row in range(4)], prepared.encoder)
     without = module(labelled)
     assert_close(found["loss"], without["loss"] + 2 * found["features"])
     assert "features" not in without and all(torch.equal(found[n], without[n]) for n in ("task", "distill"))
@@ -81,17 +81,17 @@ def test_the_term_is_the_distillation_of_the_others(config, materials, arm):
 
 
 @pytest.mark.parametrize("relevance", ["value", "disagreement"])
-def test_labels_of_the_others_change_no_number(config, materials, tmp_path, relevance):
+def test_labels_of_the_others_change_no_number(config, prepared, tmp_path, relevance):
     config = config.model_copy(update={"relevance": relevance, "distill_schedule": "learned"})
-    subset = set(low_shot(materials.train, config.shots, config.seed).ids)
+    subset = set(low_shot(prepared.train, config.shots, config.seed).ids)
 
     def other(index: int):
-        example = materials.train[index]
+        example = prepared.train[index]
         return example if example.id in subset else replace(example, label=(example.label + 1) % 4)
 
-    train = Examples(materials.train.ids, materials.train.strata, other)
-    assert any(one.label != two.label for one, two in zip(train, materials.train, strict=True))
-    for name, ready in (("true", materials), ("false", replace(materials, train=train))):
+    train = Examples(prepared.train.ids, prepared.train.strata, other)
+    assert any(one.label != two.label for one, two in zip(train, prepared.train, strict=True))
+    for name, ready in (("true", prepared), ("false", replace(prepared, train=train))):
         metrics = train_run(config, ready, tmp_path / name)
         assert metrics["passes_per_update"] == 2
     one, two = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("true", "false"))
@@ -105,16 +105,16 @@ def test_soft_labels_do_not_travel(worlds, student_folder, teacher_folder, own_c
         worlds["vqa_v2"], student_folder, teacher_folder, task="vqa_v2", vocabulary_minimum=1
     )
     ready = prepare(config, whole_splits=False)
-    subset, pool, builder = parts(config, ready)
-    assert builder.class_logits is not None and class_logits(config, ready, subset) is not None
+    subset, pool, feature_reader = parts(config, ready)
+    assert feature_reader.class_logits is not None and class_logits(config, ready, subset) is not None
     assert "soft" in pool.examples[0] and f"{UNLABELLED}soft" not in pool.draw([0, 1])
 
 
-def test_there_must_be_others_and_a_term(config, materials):
+def test_there_must_be_others_and_a_term(config, prepared):
     with pytest.raises(ConfigError, match="shots=0"):
-        parts(config.model_copy(update={"shots": 0}), materials)
+        parts(config.model_copy(update={"shots": 0}), prepared)
     off = apply_arm(config.model_copy(update={"arm": "finetune"}))
     assert not off.distils_unlabelled and passes_per_update(off) == 1
     usual = config.model_copy(update={"feature_pool": "subset"})
-    add_to_cache(materials.builder.cache, low_shot(materials.train, usual.shots, 0))
-    assert parts(usual, materials)[1] is None
+    add_to_cache(prepared.cache, low_shot(prepared.train, usual.shots, 0))
+    assert parts(usual, prepared)[1] is None

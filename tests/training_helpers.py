@@ -9,7 +9,7 @@ from tdlib.students.registry import load_student
 from tdlib.training import trainer as trainer_module
 from tdlib.training.data import EncodedExamples
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.pipeline import TargetBuilder
+from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.trainer import DistillationTrainer, make_trainer
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -22,19 +22,19 @@ def settings_of(base: RunConfig, **changes) -> RunConfig:
     return RunConfig.from_parameters(**{**base.model_dump(), **changes})
 
 
-def dataset_of(materials, config: RunConfig, examples=None) -> EncodedExamples:
-    builder = TargetBuilder(materials.builder.cache, materials.builder.idf, config)
-    examples = low_shot(materials.train, config.shots, config.seed) if examples is None else examples
-    return EncodedExamples(examples, materials.encoder, builder)
+def dataset_of(prepared, config: RunConfig, examples=None) -> EncodedExamples:
+    feature_reader = TeacherFeatureReader(prepared.cache, prepared.idf, config)
+    examples = low_shot(prepared.train, config.shots, config.seed) if examples is None else examples
+    return EncodedExamples(examples, prepared.encoder, feature_reader)
 
 
-def module_of(materials, config: RunConfig) -> TargetedDistillation:
+def module_of(prepared, config: RunConfig) -> TargetedDistillation:
     student = load_student(config.student, seed=config.seed)
-    return TargetedDistillation(student, config, materials.builder.cache.teacher.dim)
+    return TargetedDistillation(student, config, prepared.cache.teacher.dim)
 
 
-def trained(materials, config: RunConfig, folder, log_every: int = 1) -> DistillationTrainer:
-    module, dataset = module_of(materials, config), dataset_of(materials, config)
+def trained(prepared, config: RunConfig, folder, log_every: int = 1) -> DistillationTrainer:
+    module, dataset = module_of(prepared, config), dataset_of(prepared, config)
     trainer = make_trainer(module, config, dataset, folder, log_every=log_every)
     trainer.train()
     return trainer

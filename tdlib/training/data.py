@@ -16,14 +16,14 @@ from tdlib.data.examples import Example, TextPart
 from tdlib.students.base import EncodedText, StudentEncoder, pad_last
 from tdlib.teacher.probe import soft_target
 from tdlib.training.judging import PicturePool, drawn, picture_number
-from tdlib.training.pipeline import TargetBuilder
+from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.targets import TeacherFeatures, pack
 
 UNLABELLED = "unlabelled."  # begins the names of a batch's entries that are a batch of ``UnlabelledExamples``
 
 
 class EncodedExamples(Dataset):
-    """Examples as the student's inputs, with what targets are made of if a builder is given.
+    """Examples as the student's inputs, with what targets are made of if a feature_reader is given.
 
     What was encoded once is kept while it fits into ``memory`` bytes (of each process that makes
     batches); the rest is encoded anew in every epoch. Its text is not kept apart from it: that of four
@@ -37,12 +37,12 @@ class EncodedExamples(Dataset):
         self,
         examples: Sequence[Example],
         encoder: StudentEncoder,
-        builder: TargetBuilder | None = None,
+        feature_reader: TeacherFeatureReader | None = None,
         memory: int = 2**29,
         num_labels: int = 0,
         modality: str = "both",
     ):
-        self.examples, self.encoder, self.builder = examples, encoder, builder
+        self.examples, self.encoder, self.feature_reader = examples, encoder, feature_reader
         self.num_labels, self.modality = num_labels, modality
         self._kept: dict[int, dict[str, Any]] = {}
         self._memory = self._room = memory
@@ -85,8 +85,8 @@ class EncodedExamples(Dataset):
         if self.modality == "text":
             visual = self.encoder.blank(visual)
         teacher = None
-        if self.builder is not None:
-            teacher = self.builder.features(example, text.spans, self.encoder.visual_boxes(visual))
+        if self.feature_reader is not None:
+            teacher = self.feature_reader.features(example, text.spans, self.encoder.visual_boxes(visual))
         label = -1 if example.label is None else example.label
         item = {**vars(text), "visual": visual, "label": label, "teacher": teacher}
         if teacher is not None and teacher.statements is not None:
@@ -106,7 +106,7 @@ class UnlabelledExamples:
     """Training examples beside the labelled ones, whose tokens are distilled too; no label of theirs is read.
 
     Args:
-        examples: with a builder of targets.
+        examples: with a feature_reader of targets.
         seed: of the draws, see ``judging.drawn``.
         share: how many are drawn for each example of a batch.
     """

@@ -60,7 +60,7 @@ def launch(
 ) -> dict[str, Any]:
     """Trains one run by ``config.processes`` processes on this machine; returns its metrics.
 
-    They prepare the materials for themselves, from the settings and the filled ``cache``. They end with
+    They prepare the data for themselves, from the settings and the filled ``cache``. They end with
     this process, and if one of them fails all do: what it raised is raised here, or a RuntimeError with the
     end of what they printed.
     """
@@ -182,8 +182,8 @@ def train(config_file: Path, folder: Path, cache: Path | None = None, show_progr
     # The first may have a large cache to fill.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
     with state.main_process_first():
-        materials = experiments.prepare(config, whole_splits=False)
-    train_run(config, materials, folder, show_progress)
+        prepared = experiments.prepare(config, whole_splits=False)
+    train_run(config, prepared, folder, show_progress)
     state.destroy_process_group()
 
 

@@ -73,7 +73,7 @@ def teacher_tokens(
     )  # fmt: skip
 
 
-class TargetBuilder:
+class TeacherFeatureReader:
     """Makes the targets of examples from cached teacher features.
 
     Args:
@@ -106,7 +106,7 @@ class TargetBuilder:
     def prepare(self, examples: Sequence[Example], part: int = 5_000) -> None:
         """Computes in one go what the relevance variant needs of examples and the cache lacks.
 
-        Not needed, but calling the builder adds them one by one, which is far slower.
+        Not needed, but calling the feature_reader adds them one by one, which is far slower.
 
         Args:
             examples: statements and pictures of these.

@@ -1,6 +1,6 @@
 """What runs need before they train: data read, teacher's features cached, encoder and student opened.
 
-Owns the materials that the arms of a comparison share, and the student and the teacher's class logits of
+Owns the data that the arms of a comparison share, and the student and the teacher's class logits of
 one run.
 """
 
@@ -33,7 +33,6 @@ from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import Teacher
 from tdlib.teacher.probe import ClassProbe, answer_statements, statement_logits
 from tdlib.training.data import EncodedExamples
-from tdlib.training.pipeline import TargetBuilder
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +46,14 @@ PREPARED = parameters_with(prepares="arm")  # each combination is prepared by it
 
 
 @dataclass(frozen=True)
-class Materials:
+class PreparedData:
     """What the arms of one comparison share: data, encoder and cached teacher."""
 
     train: Examples
     evaluated: dict[str, Examples]
     encoder: StudentEncoder
-    builder: TargetBuilder | None
+    cache: TeacherCache
+    idf: Idf  # of the training split
     encoded: dict[str, EncodedExamples]
     labels: tuple[str, ...] = ()  # the label set, where examples have no choices
 
@@ -100,7 +100,7 @@ def teacher_cache(config: RunConfig) -> TeacherCache:
     return open_cache(config.teacher, config.teacher_pretrained, drawn)
 
 
-def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = True) -> Materials:
+def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = True) -> PreparedData:
     """Reads the data, opens the teacher's cache and fills it with what the runs will need.
 
     Args:
@@ -131,11 +131,13 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         encoder.prepare(examples)
         encoded[split].check_pictures()  # a bad example, picture or region is found now, not after training
         add_to_cache(cache, examples if whole_splits else examples[: config.probe_examples], worded)
-    return Materials(
+    _ = cache.teacher.logit_scale  # computed once, before runs side by side are forked from this process
+    return PreparedData(
         train=train,
         evaluated=evaluated,
         encoder=encoder,
-        builder=TargetBuilder(cache, fit_idf(train), config),
+        cache=cache,
+        idf=fit_idf(train),
         encoded=encoded,
         labels=labels,
     )
@@ -182,39 +184,38 @@ def add_to_cache(cache: TeacherCache, examples: Sequence[Example], labels: Seque
         cache.add(texts=texts, pictures=pictures)
 
 
-def load_student(config: RunConfig, materials: Materials) -> PreTrainedModel:
+def load_student(config: RunConfig, prepared: PreparedData) -> PreTrainedModel:
     """The untrained student of a run, with the head of its task and room for added tokens."""
     student: Any
     if config.student == "teacher":
         source = config.teacher, config.teacher_pretrained
-        student = open_teacher_as_student(*source, config.seed, materials.labels)
+        student = open_teacher_as_student(*source, config.seed, prepared.labels)
     else:
-        student = students.load_student(config.student, config.seed, materials.labels)
-    tokens = len(materials.encoder.tokenizer)
+        student = students.load_student(config.student, config.seed, prepared.labels)
+    tokens = len(prepared.encoder.tokenizer)
     if tokens > student.config.vocab_size:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             student.resize_token_embeddings(tokens)
-    if isinstance(materials.encoder, RegionEncoder) and materials.encoder.foreign:
+    if isinstance(prepared.encoder, RegionEncoder) and prepared.encoder.foreign:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            student.renew_visual(materials.encoder.regions.dim)
+            student.renew_visual(prepared.encoder.regions.dim)
     if task_of(config).has_soft_labels:
         head = [layer for layer in student.classifier.modules() if isinstance(layer, nn.Linear)][-1]
-        nn.init.constant_(head.bias, -math.log(max(1, len(materials.labels) - 1)))  # one answer of all
+        nn.init.constant_(head.bias, -math.log(max(1, len(prepared.labels) - 1)))  # one answer of all
     return student
 
 
 def class_logits(
-    config: RunConfig, materials: Materials, subset: Sequence[Example]
+    config: RunConfig, prepared: PreparedData, subset: Sequence[Example]
 ) -> Callable[..., Tensor] | None:
     """The teacher's logits over the label set for one run; None where examples have choices."""
-    if not materials.labels or materials.builder is None:
+    if not prepared.labels:
         return None
-    cache = materials.builder.cache
     if config.class_probabilities == "probe":
-        return ClassProbe(cache, subset, len(materials.labels), config.seed)
-    return partial(statement_logits, cache, materials.labels)
+        return ClassProbe(prepared.cache, subset, len(prepared.labels), config.seed)
+    return partial(statement_logits, prepared.cache, prepared.labels)
 
 
 def shuffled_pictures(examples: Sequence[Example], seed: int) -> dict[str, Path]:
@@ -223,8 +224,3 @@ def shuffled_pictures(examples: Sequence[Example], seed: int) -> dict[str, Path]
     order = np.random.default_rng(seed).permutation(len(pictures))
     following = {pictures[a]: pictures[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
     return {example.id: following[example.image] for example in examples}
-
-
-def shared_cache(materials: Materials) -> Path | None:
-    """The folder of all teachers' caches, where the materials have one."""
-    return materials.builder.cache.folder.parent if materials.builder else None

@@ -20,8 +20,8 @@ from tdlib.students.base import student_inputs
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.judging import StatementJudge
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.pipeline import TargetBuilder
-from tdlib.training.prepare import Materials, class_logits, load_student
+from tdlib.training.pipeline import TeacherFeatureReader
+from tdlib.training.prepare import PreparedData, class_logits, load_student
 from tdlib.training.repairing import asks_truth
 
 
@@ -172,7 +172,7 @@ class RecordTargets(TrainerCallback):
 
 
 def preview_targets(
-    config: RunConfig, materials: Materials, examples: Sequence[Example], student: Any = None
+    config: RunConfig, prepared: PreparedData, examples: Sequence[Example], student: Any = None
 ) -> list[TargetRecord]:
     """What the method would target in examples before any training: one record per statement.
 
@@ -180,16 +180,14 @@ def preview_targets(
     ``student`` is ``load_student``'s for these settings, which is loaded if none is given; what the cache
     lacks is added to it. Any example will do, also one of your own (``Example`` with a picture and a text).
     """
-    assert materials.builder is not None
-    shared = materials.builder
-    subset = low_shot(materials.train, config.shots, config.seed)
-    builder = TargetBuilder(
-        shared.cache, shared.idf, config, class_logits(config, materials, subset),
-        judge=StatementJudge(shared.cache, subset, materials.labels) if config.asks_judge else None,
+    subset = low_shot(prepared.train, config.shots, config.seed)
+    feature_reader = TeacherFeatureReader(
+        prepared.cache, prepared.idf, config, class_logits(config, prepared, subset),
+        judge=StatementJudge(prepared.cache, subset, prepared.labels) if config.asks_judge else None,
     )  # fmt: skip
-    builder.prepare(examples)
-    materials.encoder.prepare(examples)
-    probes = EncodedExamples(examples, materials.encoder, builder, num_labels=len(materials.labels))
-    student = student if student is not None else load_student(config, materials)
-    module = TargetedDistillation(student, config, shared.cache.teacher.dim)
+    feature_reader.prepare(examples)
+    prepared.encoder.prepare(examples)
+    probes = EncodedExamples(examples, prepared.encoder, feature_reader, num_labels=len(prepared.labels))
+    student = student if student is not None else load_student(config, prepared)
+    module = TargetedDistillation(student, config, prepared.cache.teacher.dim)
     return ProbeRecorder(probes, module).record()

@@ -11,7 +11,7 @@ from tdlib.data.examples import Example, low_shot
 from tdlib.data.tasks import score, task_of
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import choice_logits
-from tdlib.training.prepare import Materials, class_logits
+from tdlib.training.prepare import PreparedData, class_logits
 
 
 def zero_shot(cache: TeacherCache, examples: Sequence[Example]) -> np.ndarray:
@@ -25,31 +25,30 @@ def zero_shot(cache: TeacherCache, examples: Sequence[Example]) -> np.ndarray:
     return np.stack(rows)
 
 
-def reference_scores(config: RunConfig, materials: Materials) -> pd.DataFrame:
+def reference_scores(config: RunConfig, prepared: PreparedData) -> pd.DataFrame:
     """What the teacher makes of the evaluated splits without a student, and what guessing reaches.
 
     Columns arm, split, mean. The teacher chooses zero-shot where examples have choices; else a
     linear probe on its global embeddings, fitted on the subset of the config's seed. Guessing is as in
     ``data.chance``. Task "vcr" is left out: its figure is joint.
     """
-    assert materials.builder is not None
     rows: list[dict] = []
-    subset = low_shot(materials.train, config.shots, config.seed)
-    logits = class_logits(config, materials, subset)
-    constant = constant_answer(materials.train)
-    for split, examples in materials.evaluated.items():
+    subset = low_shot(prepared.train, config.shots, config.seed)
+    logits = class_logits(config, prepared, subset)
+    constant = constant_answer(prepared.train)
+    for split, examples in prepared.evaluated.items():
         if not examples.labelled or task_of(config).has_parts:
             continue
         if logits is None:
-            name, chosen = "teacher, zero-shot", zero_shot(materials.builder.cache, examples).argmax(1)
+            name, chosen = "teacher, zero-shot", zero_shot(prepared.cache, examples).argmax(1)
         else:
             name = "teacher, probe" if config.class_probabilities == "probe" else "teacher, zero-shot"
             chosen = np.array([int(logits(example).argmax()) for example in examples])
         scores = [
-            score(example, int(prediction), materials.labels)
+            score(example, int(prediction), prepared.labels)
             for example, prediction in zip(examples, chosen, strict=True)
         ]
-        guesses = chance_scores(examples, constant, materials.labels)
+        guesses = chance_scores(examples, constant, prepared.labels)
         rows.append({"arm": name, "split": split, "mean": float(np.mean(scores))})
         rows.append({"arm": "chance", "split": split, "mean": float(np.mean(guesses))})
     return pd.DataFrame(rows, columns=["arm", "split", "mean"])

@@ -46,17 +46,16 @@ from tdlib.training.distributed import launch, must_launch, place_among_processe
 from tdlib.training.evaluation import predict, prediction_table
 from tdlib.training.judging import StatementJudge, asks_truth
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.pipeline import TargetBuilder, token_centres
+from tdlib.training.pipeline import TeacherFeatureReader, token_centres
 from tdlib.training.pools import picture_pool, unlabelled_examples
 from tdlib.training.prepare import (
     PREPARED,
     SHARED,
-    Materials,
+    PreparedData,
     add_to_cache,
     class_logits,
     load_student,
     prepare,
-    shared_cache,
     shuffled_pictures,
 )
 from tdlib.training.provenance import data_manifest
@@ -107,15 +106,15 @@ def compare(
             raise ConfigError(
                 f"arm {run.arm!r} changes {', '.join(changed)}, which all arms of a comparison share"
             )
-    materials: dict[tuple, Materials] = {}
+    prepared: dict[tuple, PreparedData] = {}
     for run in runs:  # all before the first training: what is missing is found now
-        if _prepared(run) not in materials:
-            materials[_prepared(run)] = prepare(run, seeds)
+        if _prepared(run) not in prepared:
+            prepared[_prepared(run)] = prepare(run, seeds)
     folders = {f"{run.arm}-seed{run.seed}": run for run in runs}
     jobs = []
     # The longest first, so that no core waits for the other at the end.
     for name, run in sorted(folders.items(), key=lambda item: -passes_per_update(item[1]) * (workers > 1)):
-        place, own = Path(folder) / name, materials[_prepared(run)]
+        place, own = Path(folder) / name, prepared[_prepared(run)]
         subset = low_shot(own.train, run.shots, run.seed)
         if reuse and (metrics := checkpoints.finished(place, run_identity(run, subset))) is not None:
             if on_run:
@@ -133,7 +132,7 @@ def _prepared(config: RunConfig) -> tuple:
 
 
 def train_run(
-    config: RunConfig, materials: Materials, folder: Path, show_progress: bool = False
+    config: RunConfig, prepared: PreparedData, folder: Path, show_progress: bool = False
 ) -> dict[str, Any]:
     """Trains one arm with one seed, evaluates it and writes the run folder.
 
@@ -154,20 +153,20 @@ def train_run(
     trains nothing.
 
     Raises:
-        ConfigError: settings that do not fit each other or the materials, or checkpoints of another run.
+        ConfigError: settings that do not fit each other or the prepared data, or checkpoints of another run.
         FloatingPointError: a loss or gradient was not finite; names term and examples.
     """
     check_arm(config)
-    subset = low_shot(materials.train, config.shots, config.seed)
+    subset = low_shot(prepared.train, config.shots, config.seed)
     if (pending := _unevaluated(folder, config, subset)) is not None:
-        return _evaluate_again(config, materials, folder, pending)
+        return _evaluate_again(config, prepared, folder, pending)
     if must_launch(config):
-        return launch(config, folder, shared_cache(materials), show_progress)
+        return launch(config, folder, prepared.cache.folder.parent, show_progress)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if not show_progress:
         transformers.utils.logging.disable_progress_bar()
-    run = _Run(config, materials, subset, checkpoints.checkpoints_of(folder))
+    run = _Run(config, prepared, subset, checkpoints.checkpoints_of(folder))
     log.info("%s, seed %d: %d examples, %d epochs", config.arm, config.seed, len(subset), config.epochs)
     if place_among_processes() > 0:  # it helps to train; the first process evaluates and writes
         return run.help_train(show_progress)
@@ -197,41 +196,39 @@ def train_run(
 class _Run:
     """One run from its parts to the trained student; ``train`` and ``write`` are its stages."""
 
-    def __init__(self, config: RunConfig, materials: Materials, subset: Examples, home: Path):
+    def __init__(self, config: RunConfig, prepared: PreparedData, subset: Examples, home: Path):
         self.started = time.time()
-        self.config, self.materials, self.subset, self.checkpoints = config, materials, subset, home
-        self.student = load_student(config, materials)
-        shared = materials.builder  # its cache and word statistics; the settings are this arm's
-        self.builder = _target_builder(config, materials, subset)
+        self.config, self.prepared, self.subset, self.checkpoints = config, prepared, subset, home
+        self.student = load_student(config, prepared)
+        self.feature_reader = feature_reader_of(config, prepared, subset)
         self.encode = partial(
             EncodedExamples,
-            encoder=materials.encoder,
-            num_labels=len(materials.labels),
+            encoder=prepared.encoder,
+            num_labels=len(prepared.labels),
             modality=config.modality,
         )
-        self.dataset = self.encode(subset, builder=self.builder)
-        self.pool = picture_pool(config, materials, subset, self.builder)
-        self.unlabelled = unlabelled_examples(config, materials, subset, self.builder)
-        dim = shared.cache.teacher.dim if shared else None
-        self.module = TargetedDistillation(self.student, config, dim)
+        self.dataset = self.encode(subset, feature_reader=self.feature_reader)
+        self.pool = picture_pool(config, prepared, subset, self.feature_reader)
+        self.unlabelled = unlabelled_examples(config, prepared, subset, self.feature_reader)
+        self.module = TargetedDistillation(self.student, config, prepared.cache.teacher.dim)
         self.seconds_before = 0.0  # of training before the last interruption
         self.metrics: dict[str, Any] = {
             "arm": config.arm, "seed": config.seed, "train_examples": len(subset)
         }  # fmt: skip
-        if self.builder is not None and isinstance(self.builder.class_logits, ClassProbe):
-            self.metrics["probe_accuracy"] = self.builder.class_logits.held_out_accuracy
+        if self.feature_reader is not None and isinstance(self.feature_reader.class_logits, ClassProbe):
+            self.metrics["probe_accuracy"] = self.feature_reader.class_logits.held_out_accuracy
 
     def _count_cut_texts(self) -> None:
         """Counts what teacher and student cut; after the checkpoint's run has been held against this one."""
-        if self.builder is not None:
-            seen = map(self.builder.seen_as, self.subset)
-            cut = count_cut(seen, self.builder.cache.cut, self.builder.labels)
+        if self.feature_reader is not None:
+            seen = map(self.feature_reader.seen_as, self.subset)
+            cut = count_cut(seen, self.feature_reader.cache.cut, self.feature_reader.labels)
             self.metrics["teacher_cut_examples"] = cut.cut_examples
             if cut.cut_examples:
                 log.warning("%s", cut)
-        texts = {"train": self.subset, **self.materials.evaluated}
+        texts = {"train": self.subset, **self.prepared.evaluated}
         self.metrics["student_cut_texts"] = {
-            split: report_cut(self.materials.encoder, examples, split) for split, examples in texts.items()
+            split: report_cut(self.prepared.encoder, examples, split) for split, examples in texts.items()
         }
 
     def train(self, partial: Path, show_progress: bool) -> None:
@@ -286,8 +283,8 @@ class _Run:
         if not targets or not self.config.probe_examples:
             return []
         probes = {
-            split: self.encode(examples[: self.config.probe_examples], builder=self.builder)
-            for split, examples in self.materials.evaluated.items()
+            split: self.encode(examples[: self.config.probe_examples], feature_reader=self.feature_reader)
+            for split, examples in self.prepared.evaluated.items()
         }
         return [ProbeRecorder(examples, self.module, split) for split, examples in probes.items()]
 
@@ -308,26 +305,25 @@ class _Run:
         save_manifest(partial / "manifest.json", self.subset, config.shots, config.seed)
         shutil.rmtree(partial / "trainer", ignore_errors=True)  # the Trainer's own folder: nothing is in it
         self.student.save_pretrained(partial / "student")
-        self.materials.encoder.save(partial / "student")
+        self.prepared.encoder.save(partial / "student")
 
     def evaluate(self, partial: Path) -> None:
         """Evaluates the trained student and writes metrics, predictions and the model card."""
-        self.metrics |= evaluate(self.config, self.materials, self.student, partial)
+        self.metrics |= evaluate(self.config, self.prepared, self.student, partial)
         self.metrics["seconds"] = round(self.seconds_before + time.time() - self.started, 2)
         finish(self.config, self.metrics, self.student, partial)
 
 
-def _target_builder(config: RunConfig, materials: Materials, subset: Examples) -> TargetBuilder | None:
+def feature_reader_of(
+    config: RunConfig, prepared: PreparedData, subset: Examples
+) -> TeacherFeatureReader | None:
     """What makes the targets of a run's examples; None for an arm without a teacher."""
-    shared = materials.builder
     repairs = config.asks_judge
     if not (config.distill_weight > 0 or config.choice_weight > 0 or repairs):
         return None
-    if shared is None:
-        raise ConfigError(f"arm={config.arm!r} needs a teacher, but the materials were prepared without one")
     if config.modality != "both":
         raise ConfigError(f"modality={config.modality!r} is for arms without a teacher, not {config.arm!r}")
-    if config.truth_weight > 0 and materials.labels and not asks_truth(materials.labels):
+    if config.truth_weight > 0 and prepared.labels and not asks_truth(prepared.labels):
         raise ConfigError(
             f"truth_weight={config.truth_weight:g}: the student of task={config.task!r} reads a question "
             "without an answer, which is neither true nor false; set truth_weight=0"
@@ -335,26 +331,26 @@ def _target_builder(config: RunConfig, materials: Materials, subset: Examples) -
     shown = {}
     if config.teacher_control == "shuffled_images":
         every = config.repair_pool == "train" or config.distils_unlabelled
-        shown = shuffled_pictures(materials.train if every else subset, config.seed)
+        shown = shuffled_pictures(prepared.train if every else subset, config.seed)
 
     def seen_as(example: Example) -> Example:
         return replace(example, image=shown[example.id]) if example.id in shown else example
 
     seen = [seen_as(example) for example in subset] if shown else subset
-    worded = materials.labels if config.class_probabilities == "statements" else ()
-    logits = class_logits(config, materials, seen)
-    cache = shared.cache
+    worded = prepared.labels if config.class_probabilities == "statements" else ()
+    logits = class_logits(config, prepared, seen)
+    cache = prepared.cache
     if (config.repair_pool == "train" and repairs) or config.distils_unlabelled:
         texts = worded if config.distils_unlabelled else ()
-        add_to_cache(cache, [seen_as(example) for example in materials.train], texts)
-    builder = TargetBuilder(
-        cache, shared.idf, config, logits, seen_as, worded,
-        StatementJudge(cache, subset, materials.labels) if repairs else None,
+        add_to_cache(cache, [seen_as(example) for example in prepared.train], texts)
+    feature_reader = TeacherFeatureReader(
+        cache, prepared.idf, config, logits, seen_as, worded,
+        StatementJudge(cache, subset, prepared.labels) if repairs else None,
         token_centres(cache, seen) if config.centred_targets else None,
     )  # fmt: skip
     if config.relevance in (*EXTRAS, "gradient"):
-        builder.prepare(materials.train if config.distils_unlabelled else subset)
-    return builder
+        feature_reader.prepare(prepared.train if config.distils_unlabelled else subset)
+    return feature_reader
 
 
 def passes_per_update(config: RunConfig) -> float:
@@ -369,21 +365,21 @@ UNEVALUATED = "unevaluated.json"  # marks a run folder whose student is trained 
 
 
 def evaluate(
-    config: RunConfig, materials: Materials, student: PreTrainedModel, folder: Path
+    config: RunConfig, prepared: PreparedData, student: PreTrainedModel, folder: Path
 ) -> dict[str, Any]:
     """Writes predictions of all evaluated splits (and a submission) to ``folder``; returns the figures."""
     figures: dict[str, Any] = {"accuracy": {}, "measures": {}, "detail": {}}
     frames = []
-    constant = constant_answer(materials.train)
-    for split, examples in materials.evaluated.items():
-        encoded = materials.encoded[split]
+    constant = constant_answer(prepared.train)
+    for split, examples in prepared.evaluated.items():
+        encoded = prepared.encoded[split]
         if config.modality != "both":
             encoded = EncodedExamples(
-                examples, materials.encoder, memory=0, num_labels=len(materials.labels),
+                examples, prepared.encoder, memory=0, num_labels=len(prepared.labels),
                 modality=config.modality,
             )  # fmt: skip
         probabilities = predict(student, encoded)
-        table = prediction_table(split, examples, probabilities, materials.labels, constant)
+        table = prediction_table(split, examples, probabilities, prepared.labels, constant)
         if examples.labelled:
             of_split = task_of(config).measures(table)
             figures["accuracy"][split] = next(iter(of_split.values()))
@@ -391,7 +387,7 @@ def evaluate(
             known = strata_of(data_folder(config), split).reindex(table["question"]).fillna("")
             figures["detail"][split] = detail(table.assign(**known.reset_index(drop=True)), STRATA)
         if split == config.submission_split:
-            path = write_submission(config, folder, examples, probabilities, materials.labels)
+            path = write_submission(config, folder, examples, probabilities, prepared.labels)
             figures["submission"] = path.name
         frames.append(table)
     pd.concat(frames).to_parquet(folder / "predictions.parquet", index=False)
@@ -421,16 +417,16 @@ def _unevaluated(folder: Path, config: RunConfig, subset: Examples) -> dict[str,
 
 
 def _evaluate_again(
-    config: RunConfig, materials: Materials, folder: Path, metrics: dict[str, Any]
+    config: RunConfig, prepared: PreparedData, folder: Path, metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """Evaluates the trained student of a run folder, and takes its mark away."""
     if place_among_processes() > 0:
         return metrics
     log.info("%s: is trained already and only evaluated now", folder)
     began = time.time()
-    student = students.load_student(str(folder / "student"), config.seed, materials.labels)
+    student = students.load_student(str(folder / "student"), config.seed, prepared.labels)
     student.to(usual_device())
-    metrics |= evaluate(config, materials, student, folder)
+    metrics |= evaluate(config, prepared, student, folder)
     metrics["seconds"] = round(metrics["train_seconds"] + time.time() - began, 2)
     finish(config, metrics, student, folder)
     (folder / UNEVALUATED).unlink()

@@ -1,6 +1,6 @@
 """Several small runs side by side, one thread each: two cores train two students in the time of one.
 
-Processes are forked, so that they have the materials, and the functions that a notebook has registered,
+Processes are forked, so that they have the prepared data, and the functions that a notebook has registered,
 without preparing or importing anything again.
 """
 

@@ -27,7 +27,7 @@ from tdlib.teacher import attention as teacher_attentions
 from tdlib.teacher.cache import TeacherCache
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.pipeline import teacher_tokens
-from tdlib.training.prepare import Materials, encoder_of, prepare, read_split, teacher_cache
+from tdlib.training.prepare import PreparedData, encoder_of, prepare, read_split, teacher_cache
 from tdlib.training.recording import preview_targets
 from tdlib.views.alignment import alignment_view, teacher_positions, tokens_of
 from tdlib.views.attention import attention_view, heads_view, relevance_view, rollout_view
@@ -366,23 +366,23 @@ def own_example(picture: Path | str, text: str, answers: Sequence[str] = ()) -> 
     )  # fmt: skip
 
 
-def own_view(run: Run, example: Example, materials: Materials | None = None) -> View:
+def own_view(run: Run, example: Example, prepared: PreparedData | None = None) -> View:
     """What a run's method selects in an example of yours (``own_example``), with the run's trained student.
 
-    ``materials`` are of ``training.prepare.prepare`` with the run's settings; made if None. A task that has a
+    ``prepared`` are of ``training.prepare.prepare`` with the run's settings; made if None. A task that has a
     label set takes a statement alone: an ExplorerError if there are answers.
     """
-    materials = materials or materials_of(run)
-    if materials.labels and example.choices:
+    prepared = prepared or prepared_data_of(run)
+    if prepared.labels and example.choices:
         raise ExplorerError(
-            f"task {run.config.task} chooses from {len(materials.labels)} labels: give a text without answers"
+            f"task {run.config.task} chooses from {len(prepared.labels)} labels: give a text without answers"
         )
     config = run.config.model_copy(update={"student": str(run.folder / "student")})
-    records = preview_targets(config, materials, [example])
-    return comparison(records, method=f"{run.name}, trained student", labels=materials.labels)
+    records = preview_targets(config, prepared, [example])
+    return comparison(records, method=f"{run.name}, trained student", labels=prepared.labels)
 
 
 @lru_cache(maxsize=2)
-def materials_of(run: Run) -> Materials:
+def prepared_data_of(run: Run) -> PreparedData:
     """What a run needed before it trained, prepared again: data, encoder, cache, word statistics."""
     return prepare(run.config, whole_splits=False)
