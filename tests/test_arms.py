@@ -26,6 +26,7 @@ from tdlib.training.adversarial import moved_words, symmetric_divergence
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.evaluation import predict
 from tdlib.training.objective import TargetedDistillation
+from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.prepare import prepare
 from tdlib.training.run import compare, train_run
 from tdlib.training.trainer import make_trainer

@@ -7,6 +7,7 @@ import pytest
 import torch
 from html_page import problems
 from records import SIZE, SPANS, drawn_record
+from training_helpers import dataset_of
 from transformers import VisualBertConfig
 
 from tdlib.core.records import TargetRecord

@@ -317,7 +317,7 @@ class _Run:
 def feature_reader_of(
     config: RunConfig, prepared: PreparedData, subset: Examples
 ) -> TeacherFeatureReader | None:
-    """What makes the targets of a run's examples; None for an arm without a teacher."""
+    """Opens the reader of the teacher's features for a run's examples; None for an arm without a teacher."""
     repairs = config.asks_judge
     if not (config.distill_weight > 0 or config.choice_weight > 0 or repairs):
         return None
