@@ -1,6 +1,7 @@
 """What all students share: their classifiers, the texts that they cut, files that are not read."""
 
 import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.testing import assert_close
 from tdlib.data.examples import Reference, TextPart
 from tdlib.data.vcr import VcrReader
 from tdlib.regions.computed import Regions
-from tdlib.students.base import StudentError, text_lengths
+from tdlib.students.base import StudentError, report_cut
 from tdlib.students.clip import ClipFusionEncoder
 from tdlib.students.convert import main as convert_command
 from tdlib.students.region_student import RegionEncoder
@@ -141,7 +142,7 @@ def test_each_statement_is_encoded_as_if_it_were_alone(short_encoder, examples, 
 
 
 @pytest.mark.parametrize("kind", ["vilt", "uniter", "clip"])
-def test_what_is_cut_is_counted(kind, student_folder, uniter_folder, teacher, examples):
+def test_what_is_cut_is_counted(kind, student_folder, uniter_folder, teacher, examples, caplog, monkeypatch):
     encoder = (
         ClipFusionEncoder(teacher)
         if kind == "clip"
@@ -153,22 +154,23 @@ def test_what_is_cut_is_counted(kind, student_folder, uniter_folder, teacher, ex
     long = replace(short, choices=(TextPart("rain"), TextPart("rain " * 30)))
     whole = [int(mask.sum()) for mask in encoder.text(short).attention_mask]
     assert encoder.lengths(short) == whole
-    found = text_lengths(encoder, [short, long])
-    assert (found.statements, found.cut) == (4, 1) and found.longest > 40
+    assert report_cut(encoder, [short, long], "val") == 1
+    assert "1 of 4 statements of split val" in caplog.text
     assert int(encoder.text(long).attention_mask[1].sum()) == 40
     encoder.max_text_tokens = max(whole)
-    assert text_lengths(encoder, [short]).cut == 0
+    caplog.clear()
+    assert report_cut(encoder, [short], "val") == report_cut(encoder, [], "val") == 0 and not caplog.text
     encoder.max_text_tokens -= 1
-    assert text_lengths(encoder, [short]).cut == 1
-    assert text_lengths(encoder, [short] * 5, most=2).statements == 4
-    assert text_lengths(encoder, []).statements == 0
+    assert report_cut(encoder, [short], "val") == 1
+    monkeypatch.setattr("tdlib.students.base.MOST_MEASURED", 2)
+    assert report_cut(encoder, [short] * 5, "val") == 2
 
 
-def test_what_clips_context_cuts_is_counted(teacher, examples):
+def test_what_clips_context_cuts_is_counted(teacher, examples, caplog):
     """The teacher of these tests reads 48 tokens."""
     long = replace(examples[0], prompt=TextPart("rain " * 60), choices=(TextPart("rain"),))
-    found = text_lengths(ClipFusionEncoder(teacher, 1000), [long])
-    assert found.cut == 1 and found.longest >= 63
+    assert report_cut(ClipFusionEncoder(teacher, 1000), [long], "val") == 1
+    assert int(re.search(r"longest has (\d+) tokens", caplog.text)[1]) >= 63
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tdlib.core.records import TargetRecord
+from tdlib.students.base import student_inputs
 from tdlib.teacher.attention import Attention, AttentionError, chosen_layers
 from tdlib.teacher.towers import attention_weights, relevancy
 
@@ -76,11 +77,11 @@ def readout_position(student: Any, batch: Mapping[str, Tensor], choice: int = 0)
     return int(batch["attention_mask"][0, choice].sum()) - 2
 
 
-def _inputs(student: Any, batch: Mapping[str, Tensor], record: TargetRecord) -> dict[str, Tensor]:
+def _inputs(student: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if len(batch["input_ids"]) != 1:
         raise AttentionError(f"a batch of {len(batch['input_ids'])} examples; expected one, the record's")
     device = next(student.parameters()).device
-    return {name: batch[name].to(device) for name in student.inputs}
+    return {name: value.to(device) for name, value in student_inputs(student, batch).items()}
 
 
 def _check_tokens(maps: Sequence[Tensor], record: TargetRecord) -> None:
@@ -129,10 +130,10 @@ def student_attention(
 
     Args:
         student: any student with self-attention over text and picture; evaluation mode.
-        batch: one example as the student's inputs, from ``training.collate`` of one item.
+        batch: one example as the student's inputs, from ``training.data.collate`` of one item.
         record: of the same example and student; its choice is the statement.
         layers: which, negative ones from the last; None: all.
-        name: of the student, in figures.
+        name: names the student in figures.
         tokenizer: the encoder's, to name special tokens in figures.
 
     Raises:
@@ -141,7 +142,7 @@ def student_attention(
     """
     modules = attention_modules(student)
     chosen = chosen_layers(layers, len(modules), type(student).__name__)
-    inputs = _inputs(student, batch, record)
+    inputs = _inputs(student, batch)
     student.eval()
     with _explicit([modules[layer] for layer in chosen]) as maps, torch.inference_mode():
         student(**inputs)
@@ -162,7 +163,7 @@ def gradient_relevance(student: Any, batch: Mapping[str, Tensor], record: Target
     Arguments and errors as in ``student_attention``.
     """
     modules = attention_modules(student)
-    inputs = _inputs(student, batch, record)
+    inputs = _inputs(student, batch)
     answer = record.prediction if record.label is None else record.label
     target = record.choice if batch["input_ids"].shape[1] > 1 else answer
     student.eval()

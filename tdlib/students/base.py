@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,8 +28,8 @@ from tdlib.method.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
-
 LONGEST = 40  # tokens of a statement, as runs read them by default
+MOST_MEASURED = 20_000  # examples whose statements are tokenized to count cut ones; all of VCR takes minutes
 
 
 class StudentError(ValueError):
@@ -173,8 +173,8 @@ def _referred_objects(statement: TextPart, spans: Sequence[tuple[int, int]]) -> 
     return found
 
 
-def student_inputs(student: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a student's ``forward`` takes of a batch."""
+def student_inputs(student: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Selects what a student's ``forward`` reads from a batch."""
     return {name: batch[name] for name in student.inputs}
 
 
@@ -191,7 +191,7 @@ class StudentEncoder(ABC):
 
     kind: ClassVar[str]  # what messages call the student
 
-    def __init__(self, name: str, max_text_tokens: int = 40):
+    def __init__(self, name: str, max_text_tokens: int = LONGEST):
         self.name = resolve(name)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name)
@@ -245,36 +245,20 @@ class StudentEncoder(ABC):
         self.tokenizer.save_pretrained(folder)
 
 
-@dataclass(frozen=True)
-class TextLengths:
-    """How many ``statements`` were measured, how many of them are ``cut``, and the tokens of the longest."""
+def report_cut(encoder: StudentEncoder, examples: Sequence[Example], split: str) -> int:
+    """Counts the statements of a split that the student reads cut short; warns in the log if there are any.
 
-    statements: int
-    cut: int
-    longest: int
-
-
-def text_lengths(encoder: StudentEncoder, examples: Sequence[Example], most: int = 20_000) -> TextLengths:
-    """Measures the statements of examples as a student reads them, of at most ``most`` examples.
-
-    Where there are more, every n-th one is measured: all of VCR's would take minutes.
+    Of a split with more than ``MOST_MEASURED`` examples every n-th one is measured.
     """
-    step = -(-len(examples) // most) or 1
+    step = -(-len(examples) // MOST_MEASURED) or 1
     lengths = [n for index in range(0, len(examples), step) for n in encoder.lengths(examples[index])]
     cut = sum(length > encoder.max_text_tokens for length in lengths)
-    return TextLengths(len(lengths), cut, max(lengths, default=0))
-
-
-def report_cut(encoder: StudentEncoder, examples: Sequence[Example], split: str) -> int:
-    """How many statements of a split the student reads without their end; also says so in the log."""
-    texts = text_lengths(encoder, examples)
-    if texts.cut:
+    if cut:
         log.warning(
             "%d of %d statements of split %s are longer than max_text_tokens=%d and lose their end (the "
-            "longest has %d tokens)", texts.cut, texts.statements, split, encoder.max_text_tokens,
-            texts.longest,
+            "longest has %d tokens)", cut, len(lengths), split, encoder.max_text_tokens, max(lengths),
         )  # fmt: skip
-    return texts.cut
+    return cut
 
 
 def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ()) -> Any:
@@ -385,33 +369,6 @@ def fit_classifier(
         model._init_weights(model.classifier[-1])
 
 
-def read_checkpoint(path: Path | str, key: str) -> dict[str, Tensor]:
-    """The tensors of a file that ``torch.save`` wrote, or those that it keeps under ``key``."""
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch lets through what zipfile, pickle and the system raise
-        raise StudentError(
-            f"checkpoint {path} cannot be read ({why_unreadable(error)}); expected a file of tensors that "
-            "torch.save wrote"
-        ) from error
-    if isinstance(state, dict):
-        state = state.get(key, state)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise StudentError(f"checkpoint {path} is not a state dict; expected tensors by parameter name")
-    return state
-
-
-def mismatches(problems: Mapping[str, Collection[str]]) -> str:
-    """How many parameters are what, and the first three names of each; "" where there are none."""
-    return "; ".join(
-        f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in problems.items()
-        if names
-    )
-
-
 class FusedAttention:
     """Self-attention by torch's fused kernel, for stock modules that write it out; stands before one.
 
@@ -456,19 +413,6 @@ def drawn_linear(inputs: int, outputs: int) -> nn.Linear:
     nn.init.normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def pair_spans(encoding, row: int, shift: int) -> list[tuple[int, int]]:
-    """Character spans of a tokenized pair in the statement "first second".
-
-    ``shift`` is where the second part starts. Special tokens get (0, 0).
-    """
-    return [
-        (start + part * shift, end + part * shift) if part is not None else (0, 0)
-        for (start, end), part in zip(
-            encoding["offset_mapping"][row], encoding.sequence_ids(row), strict=True
-        )
-    ]
 
 
 def pad_last(rows: list[Tensor], length: int, dim: int = 1, value: float = 0) -> Tensor:

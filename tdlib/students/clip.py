@@ -20,6 +20,7 @@ from tdlib.core.paths import resolve
 from tdlib.data.examples import Example
 from tdlib.data.pictures import open_picture
 from tdlib.students.base import (
+    LONGEST,
     EncodedText,
     StudentEncoder,
     StudentError,
@@ -226,7 +227,7 @@ class ClipFusionEncoder(StudentEncoder):
     config: Any
     tokenizer: Any
 
-    def __init__(self, source: str | Teacher, max_text_tokens: int = 40):
+    def __init__(self, source: str | Teacher, max_text_tokens: int = LONGEST):
         if isinstance(source, Teacher):
             self.name, self.config = source.name, fusion_config(source)
             self.preprocess, self.tokenize = source.preprocess, source.tokenize
@@ -249,7 +250,6 @@ class ClipFusionEncoder(StudentEncoder):
             ) from error
 
     def text(self, example: Example) -> EncodedText:
-        """Ids and spans of the statements (prompt with each choice, or the prompt) of one example."""
         statements = example.statements()
         read = [self._cut(*self.tokenize(statement.text)) for statement in statements]
         rows = [(ids, [0] * len(ids), spans) for ids, spans in read]

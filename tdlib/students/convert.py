@@ -9,7 +9,7 @@ and only lack a tokenizer. Foreign files are read with ``weights_only=True``: no
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, BertConfig
 
-from tdlib.core.files import write_folder
+from tdlib.core.files import why_unreadable, write_folder
 from tdlib.core.paths import resolve
 from tdlib.data.vcr import PERSON_TOKENS
-from tdlib.students.base import StudentError, load_checkpoint, mismatches, read_checkpoint
+from tdlib.students.base import StudentError, load_checkpoint
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
 from tdlib.students.visual_bert import VisualBertForMultipleChoice
 from tdlib.students.vlbert import (
@@ -155,6 +155,24 @@ def convert(
     return left_out
 
 
+def read_checkpoint(path: Path | str, key: str) -> dict[str, Tensor]:
+    """The tensors of a file that ``torch.save`` wrote, or those that it keeps under ``key``."""
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch lets through what zipfile, pickle and the system raise
+        raise StudentError(
+            f"checkpoint {path} cannot be read ({why_unreadable(error)}); expected a file of tensors that "
+            "torch.save wrote"
+        ) from error
+    if isinstance(state, dict):
+        state = state.get(key, state)
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise StudentError(f"checkpoint {path} is not a state dict; expected tensors by parameter name")
+    return state
+
+
 def official_weights(
     source: Format, state: Mapping[str, Tensor], where: str, drop: Sequence[str] = ()
 ) -> tuple[Any, dict[str, Tensor], list[str]]:
@@ -187,6 +205,15 @@ def official_weights(
             "that are unknown and not needed in drop (--drop NAME of the command)"
         )
     return config, weights, sorted(left_out)
+
+
+def mismatches(problems: Mapping[str, Collection[str]]) -> str:
+    """How many parameters are what, and the first three names of each; "" where there are none."""
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in problems.items()
+        if names
+    )
 
 
 def _config_of(source: Format, weights: Mapping[str, Tensor], where: str) -> BertConfig:

@@ -170,7 +170,6 @@ class UniterEncoder(RegionEncoder):
     region_width = "img_dim"
 
     def text(self, example: Example) -> EncodedText:
-        """Ids and spans of one example's statements."""
         encoded = super().text(example)
         if int(encoded.token_type_ids.max()) >= self.config.type_vocab_size:
             raise StudentError(

@@ -21,6 +21,7 @@ from tdlib.data.examples import DataError, Example
 from tdlib.data.pictures import open_picture
 from tdlib.method.tokens import grid_boxes, grid_cells
 from tdlib.students.base import (
+    LONGEST,
     EncodedText,
     FusedAttention,
     StudentEncoder,
@@ -28,7 +29,6 @@ from tdlib.students.base import (
     StudentOutput,
     encoded_text,
     fuse_attention,
-    pair_spans,
     placed_output,
 )
 
@@ -161,7 +161,9 @@ def hidden_states(output: BaseModelOutputWithPooling) -> tuple[Tensor, ...]:
     return (*output.hidden_states[:-1], output.last_hidden_state)
 
 
-LONGEST = 1333 / 800  # the longest side that the image processor leaves, per pixel of the shortest it makes
+ELONGATION = (
+    1333 / 800
+)  # the longest side that the image processor leaves, per pixel of the shortest it makes
 
 
 class ViltEncoder(StudentEncoder):
@@ -169,7 +171,7 @@ class ViltEncoder(StudentEncoder):
 
     kind = "ViLT"
 
-    def __init__(self, name: str, max_text_tokens: int = 40):
+    def __init__(self, name: str, max_text_tokens: int = LONGEST):
         super().__init__(name, max_text_tokens)
         self.patch_size = self.config.patch_size
         self.divisor = getattr(self.image_processor, "size_divisor", None) or 1
@@ -183,7 +185,6 @@ class ViltEncoder(StudentEncoder):
         self.image_processor = AutoImageProcessor.from_pretrained(self.name)
 
     def text(self, example: Example) -> EncodedText:
-        """Ids and spans of the statements (prompt with each choice, or the prompt) of one example."""
         prompt = example.prompt.text
         choices = [choice.text for choice in example.choices]
         rows = max(1, len(choices))
@@ -216,7 +217,7 @@ class ViltEncoder(StudentEncoder):
         A picture so long and thin that the processor would leave no row of patches of it is widened
         first, until there is one: places are shares of its sides, so that all stay what they are.
         """
-        longest = int(LONGEST * (self.image_processor.size["shortest_edge"] or 0))
+        longest = int(ELONGATION * (self.image_processor.size["shortest_edge"] or 0))
         if longest and int(longest * min(picture.size) / max(picture.size) + 0.5) < self.divisor:
             least = math.ceil(max(picture.size) * self.divisor / longest)
             picture = picture.resize((max(least, picture.width), max(least, picture.height)))
@@ -234,6 +235,19 @@ class ViltEncoder(StudentEncoder):
     def save(self, folder: Path | str) -> None:
         super().save(folder)
         self.image_processor.save_pretrained(folder)
+
+
+def pair_spans(encoding, row: int, shift: int) -> list[tuple[int, int]]:
+    """Character spans of a tokenized pair in the statement "first second".
+
+    ``shift`` is where the second part starts. Special tokens get (0, 0).
+    """
+    return [
+        (start + part * shift, end + part * shift) if part is not None else (0, 0)
+        for (start, end), part in zip(
+            encoding["offset_mapping"][row], encoding.sequence_ids(row), strict=True
+        )
+    ]
 
 
 def pad_pictures(pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
