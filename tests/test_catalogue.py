@@ -27,7 +27,6 @@ from tdlib.data.tasks import (
     splits_of,
     submission_split,
     task_of,
-    write_submission,
 )
 from tdlib.data.vcr_results import SUBMISSION_COLUMNS, check_submission
 
@@ -271,7 +270,7 @@ def probabilities(chosen: list[int], classes: int) -> np.ndarray:
 def test_a_vcr_submission_is_the_leaderboards(tmp_path):
     run = config("vcr", put_vcr(tmp_path / "vcr"))
     examples = reader(run, submission_split("vcr")).open()
-    path = write_submission(run, tmp_path, examples, probabilities([0, 1, 2, 3, 0] * 2, 4), ())
+    path = task_of(run).write_submission(tmp_path, examples, probabilities([0, 1, 2, 3, 0] * 2, 4), ())
     assert path == tmp_path / "submission.csv" and check_submission(path, ["test-0", "test-1"]) == []
     header, row, _ = csv.reader(path.read_text().splitlines())
     assert tuple(header) == SUBMISSION_COLUMNS and row[0] == "test-0"
@@ -284,19 +283,17 @@ def test_half_of_vcr_has_no_submission(tmp_path):
     for task in ("vcr_qa", "vcr_qar"):
         examples = reader(config(task, tmp_path / "vcr"), "test").open()
         with pytest.raises(ConfigError, match="half of what the leaderboard asks for; use task='vcr'"):
-            write_submission(
-                config(task), tmp_path, examples, probabilities([0] * len(examples), 4), ()
-            )  # fmt: skip
+            TASKS[task].write_submission(tmp_path, examples, probabilities([0] * len(examples), 4), ())
     run = config("vcr", tmp_path / "vcr")
     examples = reader(run, "val").open()  # has labels: no rationales given each answer
     with pytest.raises(DataError, match="predict the test split"):
-        write_submission(run, tmp_path, examples, probabilities([0] * len(examples), 4), ())
+        task_of(run).write_submission(tmp_path, examples, probabilities([0] * len(examples), 4), ())
 
 
 @pytest.mark.parametrize("task", ["snli_ve", "e_snli_ve"])
 def test_an_entailment_submission_has_a_line_per_pair(tmp_path, task):
     examples = Examples(["x", "y"], ["all"] * 2, lambda _: example(), False)
-    path = write_submission(config(task), tmp_path, examples, probabilities([2, 0], 3), LABELS)
+    path = TASKS[task].write_submission(tmp_path, examples, probabilities([2, 0], 3), LABELS)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"pairID": "x", "label": "neutral"},
         {"pairID": "y", "label": "contradiction"},
@@ -306,7 +303,7 @@ def test_an_entailment_submission_has_a_line_per_pair(tmp_path, task):
 @pytest.mark.parametrize("task", ["vqa_v2", "vqa_cp_v2"])
 def test_a_vqa_submission_is_the_servers(tmp_path, task):
     examples = Examples(["70", "9"], ["all"] * 2, lambda _: example(), False)
-    path = write_submission(config(task), tmp_path, examples, probabilities([1, 0], 2), ("yes", "no"))
+    path = TASKS[task].write_submission(tmp_path, examples, probabilities([1, 0], 2), ("yes", "no"))
     assert json.loads(path.read_text()) == [
         {"question_id": 70, "answer": "no"}, {"question_id": 9, "answer": "yes"},
     ]  # fmt: skip
@@ -316,5 +313,5 @@ def test_a_vqa_submission_is_the_servers(tmp_path, task):
 def test_predictions_must_cover_the_split(tmp_path, task):
     examples = Examples(["1", "2"], ["all"] * 2, lambda _: example(), False)
     with pytest.raises(DataError, match="1 predictions for 2 examples"):
-        write_submission(config(task), tmp_path, examples, probabilities([0], 4), LABELS)
+        TASKS[task].write_submission(tmp_path, examples, probabilities([0], 4), LABELS)
     assert list(tmp_path.iterdir()) == []

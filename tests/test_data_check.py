@@ -57,15 +57,15 @@ def test_equal_choices_and_empty_texts_are_found(tmp_path):
     metadata = {"names": ["person"] * 3, "boxes": [[0, 0, 20, 20, 1]] * 3, "width": 40, "height": 20}
     (vcr / "vcr1images" / "a.json").write_text(json.dumps(metadata))
     (vcr / "val.jsonl").write_text(lines(namesakes))
-    assert reader(config("vcr_qa", vcr, references="category"), "val").problems() == []
+    assert reader(config("vcr_qa", vcr, references="category"), "val").examine().problems == []
 
 
 def test_a_byte_order_mark_and_a_doubled_column_of_csv(tmp_path):
     path = put_snli_ve(tmp_path) / "esnlive_dev.csv"
     path.write_text(path.read_text(), encoding="utf-8-sig")
-    assert reader(config("e_snli_ve", tmp_path), "dev").problems() == []
+    assert reader(config("e_snli_ve", tmp_path), "dev").examine().problems == []
     path.write_text("pairID,hypothesis,gold_label,hypothesis\n1.jpg#1,A dog.,neutral,A cat.\n")
-    (problem,) = reader(config("e_snli_ve", tmp_path), "dev").problems()
+    (problem,) = reader(config("e_snli_ve", tmp_path), "dev").examine().problems
     assert ":1: column 'hypothesis' stands there twice" in problem
 
 

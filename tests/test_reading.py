@@ -331,11 +331,11 @@ class Three(Reader):
 def test_problems_are_all_listed_once(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
     (tmp_path / "2.png").write_bytes(b"no picture")
-    assert list(Three(tmp_path).problems()) == ["line 9: left out", "question 1 is bad"]
-    first, second, third = Three(tmp_path).problems(decode=True)
+    assert list(Three(tmp_path).examine().problems) == ["line 9: left out", "question 1 is bad"]
+    first, second, third = Three(tmp_path).examine(decode=True).problems
     assert (first, second) == ("line 9: left out", "question 1 is bad")
     assert third.startswith(f"{tmp_path / '2.png'}: not a picture that can be decoded")
-    assert list(Three(tmp_path, fails_at_the_end=True).problems()) == ["line 9: left out", "mixed"]
+    assert list(Three(tmp_path, fails_at_the_end=True).examine().problems) == ["line 9: left out", "mixed"]
     with pytest.raises(DataError, match="question 1 is bad"):
         Three(tmp_path).read()
 

@@ -215,7 +215,7 @@ def test_a_bad_record_fails_with_its_line(tmp_path, name):
     record, reason = BAD_RECORDS[name]
     message = failure(write(tmp_path, RECORD, record, another(3)))
     assert message.startswith(f"{tmp_path / 'snli_ve_dev.jsonl'}:2") and reason in message
-    *others, last = SnliVeReader(tmp_path, "dev").problems()
+    *others, last = SnliVeReader(tmp_path, "dev").examine().problems
     assert others == [] and last == message
 
 
@@ -265,7 +265,7 @@ def assert_examples_or_data_error(folder: Path, **options: Any) -> None:
         example.prompt.text.encode("utf-8")
         assert example.label in (None, 0, 1, 2) and example.image.is_file()
         assert all(0 <= start < end <= len(example.prompt.text) for start, end in example.prompt.relevant)
-    assert list(SnliVeReader(folder, "dev", **options).problems()) == []
+    assert list(SnliVeReader(folder, "dev", **options).examine().problems) == []
 
 
 @settings(deadline=None, max_examples=80)

@@ -141,7 +141,7 @@ def test_exchanged_width_and_height_are_refused(tmp_path):
     write(tmp_path)
     picture_of(tmp_path, (800, 1920))
     assert "width=1920, height=800, but the picture has 800 x 1920 pixels" in failure(tmp_path)
-    (problem,) = VcrReader(tmp_path, "train").problems()
+    (problem,) = VcrReader(tmp_path, "train").examine().problems
     assert "width and height are exchanged" in problem
 
 

@@ -268,7 +268,7 @@ def test_a_bad_record_fails_with_its_place(tmp_path, name):
     annotations = [ANNOTATIONS[1], ANNOTATIONS[2] | in_annotation]
     message = failure(write(tmp_path, questions, annotations))
     assert message.startswith(str(tmp_path)) and "2" in message.partition(": ")[0] and reason in message
-    assert message in VqaReader(tmp_path, "train2014").problems()
+    assert message in VqaReader(tmp_path, "train2014").examine().problems
 
 
 @pytest.mark.parametrize("side", ["questions", "annotations"])
@@ -322,7 +322,7 @@ def assert_examples_or_data_error(folder: Path) -> None:
         examples = read(folder)
     except DataError as error:
         assert str(folder) in str(error)
-        assert list(VqaReader(folder, "train2014").problems()) != []
+        assert list(VqaReader(folder, "train2014").examine().problems) != []
         return
     for example in examples:
         example.prompt.text.encode("utf-8")

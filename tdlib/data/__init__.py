@@ -1,4 +1,4 @@
 """Examples and where they come from: the official files of each task, their metrics, submissions and shifts.
 
-It owns what an ``Example`` is and how VCR, SNLI-VE and VQA files become some. It knows no model.
+It defines ``Example`` and reads VCR, SNLI-VE and VQA files as examples. It knows no model.
 """

@@ -1,10 +1,9 @@
-"""Chance, for every table of the project: what a predictor scores that sees neither picture nor text.
+"""Computes chance, for every table: the score of a predictor that sees neither picture nor text.
 
-Where examples have choices it takes one of them at random: 1 / choices. Where there is a label set it
-always gives one answer, the one with the best mean score on the training split, and is scored on the
-tested split as any prediction is (VQA by its soft accuracy). It knows nothing of the tested split, so
-where that has other frequencies (VQA-CP) chance is lower there. Q->AR needs two right choices: the
-product of both.
+If examples have choices, it takes one at random: 1 / choices. If there is a label set, it always gives one
+answer, the one with the best mean score on the training split, and is scored on the tested split like any
+prediction (VQA by its soft accuracy). It knows nothing of the tested split, so chance is lower where answers
+have other frequencies (VQA-CP). Q->AR needs two right choices, so its chance is the product of both.
 """
 
 from collections import defaultdict
@@ -13,13 +12,13 @@ from collections.abc import Sequence
 from tdlib.data.examples import Example, Examples
 from tdlib.data.tasks import score
 
-MOST = 20_000  # training examples that are looked at; of larger splits, these at even distances
+MOST = 20_000  # training examples that are read; from larger splits about so many, at even distances
 
 
 def constant_answer(train: Examples) -> int | None:
-    """The label that scores best if it is always given, by the training split; of equals, the first.
+    """Finds the label that scores best on the training split if it is always given; of equals, the first.
 
-    None where examples have choices, or where none has a label.
+    Returns None if examples have choices, or if none has a label.
     """
     totals: dict[int, float] = defaultdict(float)
     for index in range(0, len(train), max(1, len(train) // MOST)):
@@ -37,7 +36,7 @@ def constant_answer(train: Examples) -> int | None:
 def chance_scores(
     examples: Sequence[Example], constant: int | None, labels: Sequence[str] = ()
 ) -> list[float]:
-    """Score of guessing on each example of a tested split, in [0, 1]; nan where nothing can be scored.
+    """Computes the score of guessing on each example of a tested split, in [0, 1]; nan without a label.
 
     ``constant`` is the ``constant_answer`` of the training split, ``labels`` the label set, if there is one.
     """

@@ -1,4 +1,4 @@
-"""Finds out before the expensive step whether data, and files for a benchmark, are as they must be."""
+"""Validates data sets, and files for a benchmark, before hours of work depend on them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from tdlib.data.tasks import TASKS, reader
 
 
 class SplitReport(NamedTuple):
-    """Findings of ``check_folder`` about one split; ``notes`` are no faults, but good to know."""
+    """Findings of ``check_folder`` about one split; ``notes`` are worth knowing but are no faults."""
 
     task: str
     split: str
@@ -29,7 +29,7 @@ def check_folder(
     Args:
         folder: a data set, or a folder of data sets.
         decode: also decode every picture.
-        look: gives further notes on the examples of a split without problems.
+        look: returns further notes on the examples of a split without problems.
 
     Raises:
         DataError: no split of any task is there.
@@ -71,7 +71,7 @@ def _check_split(
     report = SplitReport(task, split, seen.examples, list(seen.problems), [])
     for other, before in earlier.items():
         if _source(split) == _source(other):
-            continue  # a shifted set asks its source's questions
+            continue  # a shifted set asks the questions of its source, so shared ids are expected
         if both := seen.questions & before.questions:
             report.problems.append(
                 f"{split}: {len(both)} of {len(seen.questions)} ids are those of questions in {other!r} too "
@@ -83,12 +83,12 @@ def _check_split(
 
 
 def _source(split: str) -> str:
-    """The split that a set is a part or a rewording of: val_shortcut of val, test-dev2015 of test2015."""
+    """Names the split of which a set is a part or a rewording: val of val_shortcut, test2015 of test-dev2015."""
     return split.partition("_")[0].replace("test-dev", "test")
 
 
 def check_submission(path: Path, folder: Path, split: str = "") -> list[str]:
-    """All that is wrong with a file for a benchmark, given the data set whose test split it answers.
+    """Lists all faults of a file for a benchmark, given the data set whose test split it answers.
 
     Raises:
         ConfigError: the file is of no known kind, or the folder holds no such test split.

@@ -1,7 +1,4 @@
-"""The one example type of all tasks, and subsets of examples: few per stratum, or by picture.
-
-The readers know the file formats; students and teacher know what becomes of an example.
-"""
+"""Defines the one example type of all tasks, and subsets of examples: few per stratum, or by picture."""
 
 import hashlib
 import logging
@@ -15,11 +12,11 @@ from tdlib.core.places import GROUND_TRUTH, Box, Reference, Span
 
 log = logging.getLogger(__name__)
 
-MANY_FOLDERS = 50  # pictures in so many folders are set aside folder by folder
+MANY_FOLDERS = 50  # if pictures lie in so many folders, whole folders are set aside
 
 
 class DataError(ValueError):
-    """Bad input data. The message says where, what was expected, and the remedy."""
+    """Bad input data; the message names the place, what was expected there, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,8 @@ class Example:
     "" where it is the only one: then its own id counts (``Examples.questions``).
     ``annotators`` are the answers that people gave (VQA), ``answer_type`` their kind, and
     ``soft_label`` what each of the vocabulary's answers is worth, as (index, score in [0, 1]).
-    ``given`` is where in the prompt the given answer starts (VCR's QA->R), 0 where none is given.
-    ``truth`` says what the relevant spans and boxes are: ground truth, or what stands in for it
-    (``tasks.truth``).
+    ``given`` is the character of the prompt at which a given answer starts (VCR's QA->R), 0 without one.
+    ``truth`` names the origin of the relevant spans and boxes: ground truth, or a proxy (``data.truth``).
     """
 
     id: str
@@ -80,15 +76,15 @@ class Example:
     part: str = ""
 
     def statements(self) -> tuple[TextPart, ...]:
-        """The texts that are read about the picture: the prompt with each choice, or the prompt alone."""
+        """Lists the texts that are read with the picture: the prompt with each choice, or the prompt alone."""
         return tuple(join_parts(self.prompt, choice) for choice in self.choices) or (self.prompt,)
 
 
 class Examples(Sequence[Example]):
-    """Examples that are made when asked for; ids and strata are known at once.
+    """A sequence of examples that are made only when they are accessed; ids and strata are there at once.
 
-    ``make`` gives the example at a position. A test split is not ``labelled``. ``questions`` are ids of the
-    questions that the examples are ``parts`` of (see ``Example.part``); None where each is a whole one.
+    ``make`` makes the example at a position. A test split is not ``labelled``. ``questions`` are ids of the
+    questions of which the examples are ``parts`` (see ``Example.part``); None if each is a whole question.
     """
 
     def __init__(
@@ -106,7 +102,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Examples":
-        """Wraps examples that are made already."""
+        """Wraps examples that exist already."""
         if isinstance(examples, Examples):
             return examples
         return cls(
@@ -133,7 +129,7 @@ class Examples(Sequence[Example]):
         return (self._make(index) for index in range(len(self)))
 
     def at(self, positions: Sequence[int]) -> "Examples":
-        """The examples at these positions, in this order."""
+        """Selects the examples at these positions, in this order."""
         return Examples(
             [self.ids[i] for i in positions], [self.strata[i] for i in positions],
             lambda i: self._make(positions[i]), self.labelled,
@@ -142,10 +138,10 @@ class Examples(Sequence[Example]):
 
 
 def path_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each path that no other of these paths has, and that is the same on every machine.
+    """Gives each path a name that no other of these paths has, and that is the same on every machine.
 
-    The file's name where it is the only one of that name, else as many of the last folders with it as
-    tell those of one name apart: "clipA/000.jpg" and "clipB/000.jpg".
+    It is the file's name if no other path has it, else preceded by as many of the last folders as are needed
+    to tell the paths apart: "clipA/000.jpg" and "clipB/000.jpg".
     """
     same: dict[str, set[Path]] = {}
     for path in paths:
@@ -162,9 +158,10 @@ def path_names(paths: Sequence[Path]) -> list[str]:
 def divide_by_picture(examples: Examples, share: float) -> tuple[Examples, Examples]:
     """Divides examples into those to learn from and those of about ``share`` of the pictures, set aside.
 
-    The same for every seed and on every machine: a hash of a picture's name (``path_names``) decides, or
-    of its folder's where pictures lie in ``MANY_FOLDERS`` or more (VCR's lie in one for each film clip,
-    and a clip's pictures look alike). Makes every example once to know its picture.
+    The division is the same for every seed and on every machine: a hash of the picture's name
+    (``path_names``) decides, or of its folder's name if pictures lie in ``MANY_FOLDERS`` or more. (VCR has a
+    folder for each film clip, and a clip's pictures look alike.) Every example is made once to get its
+    picture.
     """
     pictures = [example.image for example in examples]
     by_folder = len({picture.parent for picture in pictures}) >= MANY_FOLDERS
@@ -182,19 +179,19 @@ def divide_by_picture(examples: Examples, share: float) -> tuple[Examples, Examp
 
 
 def _rank(seed: int, question: str) -> bytes:
-    """Sorts examples into a seed's order, in which the parts of one question stand together."""
+    """Returns the sort key of a question in a seed's order; the parts of one question share it."""
     return hashlib.sha256(f"{seed}:{question}".encode()).digest()
 
 
 def low_shot(examples: Sequence[Example], shots: int | float, seed: int) -> Examples:
-    """A seeded subset: ``shots`` per stratum (int), a fraction of each stratum (float), or all (0).
+    """Selects a seeded subset: ``shots`` per stratum (int), a fraction of each (float), or all (0).
 
-    A stratum with fewer examples gives all that it has, with a warning: VQA's rare question types
-    must not decide how many of the others are learned from.
+    All examples of a stratum with fewer are taken, with a warning: VQA's rare question types must not limit
+    the number of the others.
 
     Subsets of one seed are nested: a larger one contains every smaller one, and adding examples
     to the data set never reorders the others (each is ranked by a hash of seed and question). No example
-    is made to choose them.
+    needs to be made for the choice.
 
     Raises:
         ValueError: ``shots`` is out of range.

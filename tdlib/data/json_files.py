@@ -1,4 +1,4 @@
-"""Large JSON files as sequences of records: byte positions are held, a record is parsed when asked for."""
+"""Reads large JSON files as sequences of records: only byte positions are in memory, parsing is on access."""
 
 import codecs
 import json
@@ -14,11 +14,11 @@ from tdlib.data.examples import DataError
 
 _CHUNK = 2**22
 _SPACE = " \t\n\r"
-_MARK = codecs.BOM_UTF8  # some editors and spreadsheets put these three bytes before the text
+_MARK = codecs.BOM_UTF8  # some editors and spreadsheets write these three bytes before the text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; Python would keep the last of two members of one name without a word."""
+    """Makes a JSON object; refuses two members of one name, of which Python would silently keep the last."""
     members = dict(pairs)
     if len(members) != len(pairs):
         names = [name for name, _ in pairs]
@@ -31,7 +31,7 @@ _decode_json = json.JSONDecoder(object_pairs_hook=_unique).decode
 
 
 def parse_json(raw: bytes) -> Any:
-    """JSON text in UTF-8, with or without a byte order mark.
+    """Parses JSON text in UTF-8, with or without a byte order mark.
 
     Raises:
         ValueError: it is not UTF-8 or not JSON, an object names a member twice, or a string holds half
@@ -39,13 +39,13 @@ def parse_json(raw: bytes) -> Any:
         RecursionError: it is nested too deeply.
     """
     value = _decode_json(raw.removeprefix(_MARK).decode("utf-8"))
-    if b"\\u" in raw:
+    if b"\\u" in raw:  # only an escape can hold half of a surrogate pair; encoding finds it
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
 def read_json(path: Path, where: str = "", remedy: str = "copy it again") -> Any:
-    """The value of a small JSON file; DataError if it is missing or not JSON in UTF-8."""
+    """Reads a small JSON file; raises DataError if it is missing or not JSON in UTF-8."""
     try:
         return parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -56,8 +56,8 @@ class Records(Sequence[dict[str, Any]]):
     """The objects of one JSON file: lines of a JSONL file, or entries of an array.
 
     The file must not change while it is in use. ``spans`` (records, 2) are the first byte and the end of each
-    record; ``places`` is what stands before a record's number (from 1) in messages, and ``numbers`` are those
-    of lines where they differ from the position + 1.
+    record. Messages name a record by the path, ``places`` and its number from 1; ``numbers`` are line numbers
+    if they differ from the position + 1.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Records(Sequence[dict[str, Any]]):
 
     @classmethod
     def lines(cls, path: Path, what: str) -> "Records":
-        """The non-empty lines of a JSONL file."""
+        """Reads the non-empty lines of a JSONL file."""
         _need_file(path, "a JSONL file with one example per line")
         starts, ends, base = [np.zeros(1, np.int64)], [], 0
         with path.open("rb") as file:
@@ -80,6 +80,7 @@ class Records(Sequence[dict[str, Any]]):
                 base += len(chunk)
         spans = np.stack([np.concatenate(starts), np.concatenate([*ends, [base]])], axis=1)
         spans[0, 0] = _start_of_text(path)
+        # A line of white space alone is empty too; longer ones are taken for records without reading them.
         keep = spans[:, 1] > spans[:, 0]
         with path.open("rb") as file:
             for index in np.flatnonzero(keep & (spans[:, 1] - spans[:, 0] < 16)):
@@ -90,7 +91,7 @@ class Records(Sequence[dict[str, Any]]):
 
     @classmethod
     def entries(cls, path: Path, key: str | None, what: str) -> "Records":
-        """The objects of the array ``key`` of a JSON object, or of a top-level array (None).
+        """Reads the objects of the array ``key`` of a JSON object, or of a top-level array (None).
 
         Raises:
             DataError: there is no such file or array, or the file is truncated or no JSON.
@@ -103,12 +104,12 @@ class Records(Sequence[dict[str, Any]]):
         return len(self.spans)
 
     def where(self, index: int) -> str:
-        """File and line (or entry) of a record, counted from 1."""
+        """Names the file and the line (or entry) of a record, counted from 1."""
         number = index + 1 if self._numbers is None else int(self._numbers[index])
         return f"{self.path}{self._places}{number}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
-        """One record; DataError if it is not valid JSON in UTF-8, or no object."""
+        """Parses one record; raises DataError if it is not valid JSON in UTF-8, or no object."""
         start, end = self.spans[index]
         try:
             raw = os.pread(self._file.fileno(), int(end - start), int(start))
@@ -138,9 +139,9 @@ def _start_of_text(path: Path) -> int:
 
 
 class _JsonStream:
-    """JSON text of a file read in pieces, so that the file is never whole in memory.
+    """Reads the JSON text of a file in pieces, so that the file is never in memory as a whole.
 
-    ``text`` is what is at hand, ``position`` the next character in it, and ``base`` the byte of the
+    ``text`` is the present piece, ``position`` the next character in it, and ``base`` the byte of the
     file at which ``text`` starts.
     """
 
@@ -161,7 +162,7 @@ class _JsonStream:
     def more(self) -> bool:
         """Drops what was read and appends the next piece; False at the end of the file."""
         try:
-            # A value that does not fit is tried again with twice as much.
+            # A value that does not end in the present piece is parsed again with twice as much text.
             piece = self.file.read(max(_CHUNK, len(self.text) - self.position))
             added = self._decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
@@ -200,7 +201,7 @@ class _JsonStream:
                     raise self.bad(f"not valid JSON ({error})") from None
                 continue
             length = end - self.position
-            if len(self.text) - end < 3 and self.more():  # a number may go on, as the 1 of 1e+5
+            if len(self.text) - end < 3 and self.more():  # a number may continue, as the 1 of 1e+5
                 continue
             start, self.position = self.position, self.position + length
             return value, start

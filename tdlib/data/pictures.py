@@ -45,7 +45,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read_header(path: Path) -> PictureHeader:
-    """Size and orientation, without decoding the picture."""
+    """Reads size and orientation without decoding the picture."""
     try:
         with Image.open(path) as image:
             return PictureHeader(*image.size, _orientation(image))
@@ -56,10 +56,10 @@ def read_header(path: Path) -> PictureHeader:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """An upright RGB picture of 8 bits per channel, transparency laid over white.
+    """Opens a picture upright, in RGB of 8 bits per channel, with transparent parts white.
 
-    16-bit values are divided by 257. Floats in [0, 1] are multiplied by 255 and others taken as they
-    are, as are whole numbers of 32 bits (above 255 they count as 16-bit values).
+    16-bit values are divided by 257. Floats in [0, 1] are multiplied by 255, larger ones kept. Integers of
+    32 bits are kept too; if one is above 255, all are taken for 16-bit values.
 
     Raises:
         DataError: the file is missing, does not decode, or has values outside of these ranges.
@@ -144,7 +144,7 @@ def _difference(first: tuple[float, float], second: tuple[float, float]) -> floa
 
 
 def _turned(box: Box, orientation: int) -> Box:
-    """A box of the stored pixels in the upright picture (EXIF 2.32, tag Orientation)."""
+    """Moves a box of the stored pixels to the upright picture (EXIF 2.32, tag Orientation)."""
     corners = []
     for x, y in ((box[0], box[1]), (box[2], box[3])):
         corners.append(

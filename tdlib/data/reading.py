@@ -12,7 +12,7 @@ from tdlib.data.pictures import open_picture, read_header
 
 
 def need(record: dict[str, Any], key: str, kind: type, where: str, what: str) -> Any:
-    """A field of a record; DataError if it is missing or of another type."""
+    """Returns a field of a record; raises DataError if it is missing or of another type."""
     if key not in record:
         raise DataError(f"{where}: field {key!r} is missing; is this a {what} file?")
     value = record[key]
@@ -43,11 +43,11 @@ def index_records(
     check: Callable[[dict[str, Any], Identifier, str], Checked],
     report: Callable[[str], None] | None = None,
 ) -> dict[Identifier, tuple[int, Checked]]:  # fmt: skip
-    """By the ids of one file's records: the position of each, and what ``check`` returns for it.
+    """Indexes the records of one file by id: the position of each, and the result of ``check`` for it.
 
-    No two records may share the id, a ``kind`` under ``key``. ``check`` is given a record, its id and where
-    it stands, and raises DataError for a bad one. Bad records are told to ``report`` and left out; without
-    it the first is raised.
+    The id is a ``kind`` under ``key``, which no two records may share. ``check`` gets a record, its id and its
+    place in the file, and raises DataError for a bad one. Bad records are left out and passed to ``report``;
+    without it the first error is raised.
     """
     index: dict[Identifier, tuple[int, Checked]] = {}
     for number in range(len(records)):
@@ -66,7 +66,7 @@ def index_records(
 
 
 def all_labelled(path: Path, records: Located, labels: dict[str, tuple[int, Any]], key: str) -> bool:
-    """Whether records have labels, of an index of these; DataError if only some have, or there are none."""
+    """True if all records of an index have labels, False if none has; DataError for a mix or no records."""
     if not labels:
         raise DataError(f"{path}: the file has no examples; copy it again")
     lacking = [name for name, (_, label) in labels.items() if label is None]
@@ -87,7 +87,7 @@ _SLACK = 0.01  # detectors round outwards; boxes may leave the picture by this s
 
 
 def normalise_boxes(boxes: Any, width: float, height: float, where: str) -> tuple[Box, ...]:
-    """Boxes [x1, y1, x2, y2, ...] in pixels as xyxy in [0, 1], checked against the picture's size."""
+    """Converts boxes [x1, y1, x2, y2, ...] in pixels to xyxy in [0, 1], checked against the picture's size."""
     if not isinstance(boxes, list):
         raise DataError(f"{where}: boxes is {type(boxes).__name__}, expected a list of [x1, y1, x2, y2]")
     scale = (width, height, width, height)
@@ -107,7 +107,11 @@ def normalise_boxes(boxes: Any, width: float, height: float, where: str) -> tupl
 
 
 class SideFile:
-    """A file beside a split with one line per example, found by position if the order agrees, else by id."""
+    """A file beside a split with one line per example.
+
+    A line is looked up at the example's position, and only if another example's line is there by id: the
+    generator writes both files in one order, and an index of all ids takes time and memory.
+    """
 
     def __init__(self, path: Path, key: str, what: str):
         self.key = key
@@ -115,7 +119,7 @@ class SideFile:
         self._places: dict[Any, tuple[int, None]] | None = None
 
     def find(self, identifier: Any, position: int) -> tuple[dict[str, Any], str] | None:
-        """The line of an example and where it stands; None where there is none."""
+        """Returns the line of an example and its place in the file; None if there is none."""
         if self.records is None:
             return None
         if position < len(self.records):
@@ -129,7 +133,7 @@ class SideFile:
 
 
 def relevant_part(text: str, marks: tuple[dict[str, Any], str] | None) -> TextPart:
-    """A text with the character spans that a line of a relevance file marks."""
+    """Adds to a text the character spans that a line of a relevance file marks."""
     if marks is None:
         return TextPart(text)
     spans = marks[0].get("spans", [])
@@ -147,7 +151,7 @@ def relevant_part(text: str, marks: tuple[dict[str, Any], str] | None) -> TextPa
 
 
 def picture_boxes(marks: tuple[dict[str, Any], str] | None, image: Path) -> tuple[Box, ...]:
-    """The boxes that a relevance line marks in pixels of the upright picture, normalised by its size."""
+    """Normalises the boxes that a relevance line marks, in pixels of the upright picture."""
     if marks is None or not marks[0].get("boxes"):
         return ()
     width, height = read_header(image).upright
@@ -155,7 +159,7 @@ def picture_boxes(marks: tuple[dict[str, Any], str] | None, image: Path) -> tupl
 
 
 def missing_file(path: Path, pattern: str, expected: str) -> DataError:
-    """The error of a split whose file is not there; lists the files that are, by ``pattern``."""
+    """Makes the error for a split without its file; it lists the files by ``pattern`` that are there."""
     there = sorted(other.name for other in path.parent.glob(pattern)) if path.parent.is_dir() else []
     return DataError(
         f"{path}: no such file; {expected} (found here: {', '.join(there) or 'nothing'}); check data_dir and "
@@ -164,10 +168,10 @@ def missing_file(path: Path, pattern: str, expected: str) -> DataError:
 
 
 class Reader(ABC):
-    """One split of one data set: indexes its files, and makes examples of its records.
+    """One split of one data set: indexes its files and makes examples from its records.
 
-    Opening reads every record once (their ids, strata and labels are checked) and keeps positions,
-    ids and strata; an example itself is made, and checked, when it is asked for.
+    Opening reads every record once, checks ids, strata and labels, and keeps positions, ids and strata. The
+    rest of an example is read and checked when it is accessed.
     """
 
     what: str
@@ -175,29 +179,25 @@ class Reader(ABC):
 
     @abstractmethod
     def open(self, report: Callable[[str], None] | None = None) -> Examples:
-        """The split's examples, made when asked for.
+        """Opens the split; its examples are made when they are accessed.
 
         Args:
-            report: is told what is wrong with single records, which are then left out; without it
-                the first problem is raised. (For checking a data set, not for training.)
+            report: is called with each problem of a single record, which is then left out; without it the
+                first problem is raised. (It serves to check a data set, not to train.)
 
         Raises:
-            DataError: a file is not as published; says which line of which file.
+            DataError: a file is not as published; the message names file and line.
         """
 
     def read(self) -> list[Example]:
-        """All examples, each checked, in file order."""
+        """Makes, and so checks, all examples, in the order of the file."""
         return list(self.open())
 
-    def problems(self, decode: bool = False) -> list[str]:
-        """Everything that is wrong with the split, one message per example at most; see ``examine``."""
-        return self.examine(decode).problems
-
     def examine(self, decode: bool = False) -> "Examined":
-        """Reads the whole split and finds all that is wrong with it.
+        """Reads the whole split and lists all its problems, one message per example at most.
 
-        Beside what would stop a run this finds what makes an example useless: equal choices. With ``decode``
-        every picture is decoded too, which is slow.
+        These are errors that would stop a run, and examples that are useless because of equal choices. With
+        ``decode`` every picture is decoded too, which is slow.
         """
         problems: list[str] = []
         try:
@@ -217,7 +217,7 @@ class Reader(ABC):
                     open_picture(example.image)
             except DataError as error:
                 message = str(error)
-            # The parts of one question, which stand together, fail alike.
+            # The parts of one question follow each other and share their error, which is listed once.
             if message and message not in problems[-1:]:
                 problems.append(message)
         return Examined(len(examples), problems, set(examples.questions), pictures)

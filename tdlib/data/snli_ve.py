@@ -1,4 +1,4 @@
-"""Visual entailment from its official files (SNLI-VE, Xie et al. 2019; e-SNLI-VE, Kayser et al. 2021).
+"""Reads visual entailment from its official files (SNLI-VE, Xie et al. 2019; e-SNLI-VE, Kayser et al. 2021).
 
 The hypothesis (``sentence2``) is read about the Flickr30k picture; the premise caption
 (``sentence1``) is no input, as in the task's definition.
@@ -36,11 +36,12 @@ log = logging.getLogger(__name__)
 # LAVIS (contradiction, neutral, entailment), MMF (entailment, neutral, contradiction).
 LABELS = ("contradiction", "entailment", "neutral")
 IMAGE_FOLDERS = ("flickr30k_images", "flickr30k-images", "images")
-IMAGE_KEYS = ("Flikr30kID", "Flickr30K_ID", "Flickr30kID")  # released, by the generator, of e-SNLI-VE
+# Of the released files (misspelt), of those that the authors' generator writes, and of e-SNLI-VE.
+IMAGE_KEYS = ("Flikr30kID", "Flickr30K_ID", "Flickr30kID")
 
 
 def image_id(record: dict[str, Any], where: str) -> str:
-    """The Flickr30k id of a record's picture, by whichever key it has, else from its pairID."""
+    """Returns the Flickr30k id of a record's picture, under whichever key it has, else from its pairID."""
     for key in IMAGE_KEYS:
         if record.get(key) not in (None, ""):
             name = str(record[key]).strip().removesuffix(".jpg")
@@ -128,7 +129,7 @@ class SnliVeReader(Reader):
 
 
 class _Rows(list[dict[str, Any]]):
-    """The rows of e-SNLI-VE's table, each with the line that it ends in."""
+    """The rows of e-SNLI-VE's table, each with the line of the file in which it ends."""
 
     what = SnliVeReader.what
 
@@ -145,7 +146,7 @@ def _csv_rows(
     path: Path, columns: Sequence[str] = ("pairID", "hypothesis"),
     of: str = "e-ViL's columns pairID, Flickr30kID, hypothesis, gold_label, explanation",
 ) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
-    """Rows of a CSV that needs these columns, with the line each ends in."""
+    """Iterates over the rows of a CSV that must have these columns, with the line in which each ends."""
     csv.field_size_limit(2**24)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -175,14 +176,14 @@ _MARKED = [f"Sentence2_marked_{annotator}" for annotator in (1, 2, 3)]  # train 
 
 
 def with_highlights(examples: Sequence[Example], folder: Path) -> list[Example]:
-    """The words of e-SNLI's annotators in place of relevant spans and boxes, named in ``truth``.
+    """Replaces relevant spans and boxes by the words that e-SNLI's annotators highlighted; sets ``truth``.
 
-    Read from every ``esnli_*.csv`` in the folder by pairID (SNLI-VE splits SNLI's pairs anew, so that
-    a split's highlights lie in several of them). Words between stars in ``Sentence2_marked_*`` are
-    highlighted; the files' ``Sentence2_Highlighted_*`` are ignored, as their authors ask. A word
+    The words are looked up by pairID in every ``esnli_*.csv`` in the folder, because SNLI-VE divides SNLI's
+    pairs into other splits. Words between stars in ``Sentence2_marked_*`` are highlighted; the files'
+    ``Sentence2_Highlighted_*`` are ignored, as their authors advise. A word
     counts if at least half of the annotators of the pair marked it, without the punctuation that was
     highlighted along with it (our reading). A pair that no file has, whose hypothesis has no such
-    word, or whose text differs has no relevant span; how many differ is logged.
+    word, or whose text differs has no relevant span; the number of pairs that differ is logged.
     """
     paths = sorted(folder.glob("esnli_*.csv"))
     if not paths:
@@ -190,33 +191,33 @@ def with_highlights(examples: Sequence[Example], folder: Path) -> list[Example]:
             f"{folder}: no esnli_*.csv; the highlights are in e-SNLI's esnli_train_1.csv, esnli_train_2.csv, "
             "esnli_dev.csv and esnli_test.csv: put them beside SNLI-VE's files"
         )
-    wanted = {example.id for example in examples}
+    pairs = {example.id for example in examples}
     marked: dict[str, list[str]] = {}
     for path in paths:
         for _, row in _csv_rows(path, ("pairID", _MARKED[0]), "e-SNLI's columns pairID, Sentence2_marked_1"):
-            if row["pairID"] in wanted:
+            if row["pairID"] in pairs:
                 marked[row["pairID"]] = [row[name] for name in _MARKED if row.get(name, "").strip()]
-    found, different = [], []
+    with_truth, different = [], []
     for example in examples:
         spans = highlighted(example.prompt.text, marked.get(example.id, []))
         if spans is None:
             different.append(example.id)
         prompt = replace(example.prompt, relevant=spans or ())
-        found.append(replace(example, prompt=prompt, relevant_boxes=(), truth=HIGHLIGHTS))
+        with_truth.append(replace(example, prompt=prompt, relevant_boxes=(), truth=HIGHLIGHTS))
     if different:
         log.warning(
             "%s: %d of %d pairs have another text than their highlights, which are not used (first: %s)",
             folder, len(different), len(examples), different[0],
         )  # fmt: skip
-    return found
+    return with_truth
 
 
 def highlighted(text: str, marked: Sequence[str]) -> tuple[Span, ...] | None:
-    """Spans of the words that at least half of the annotators put between stars; None if a text differs."""
+    """Finds the words that at least half of the annotators put between stars; None if a text differs."""
     words = [match.span() for match in re.finditer(r"\S+", text)]
     votes = [0] * len(words)
-    for own in marked:
-        theirs = own.split()
+    for annotated in marked:
+        theirs = annotated.split()
         plain = [word[1:-1] if _starred(word) else word for word in theirs]
         if plain != [text[start:end] for start, end in words]:
             return None
@@ -236,7 +237,7 @@ def _without_punctuation(text: str, span: Span) -> Span:
 
 
 def write_submission(path: Path, labels: dict[str, int]) -> int:
-    """Writes one line per pair, {"pairID", "label"}; SNLI-VE has no server, this is ours."""
+    """Writes one line per pair, {"pairID", "label"}: our format, as SNLI-VE has no server."""
     if not labels:
         raise DataError(f"{path}: no predictions to write")
     with whole_file(path) as file:
@@ -246,7 +247,7 @@ def write_submission(path: Path, labels: dict[str, int]) -> int:
 
 
 def check_submission(path: Path, pairs: Sequence[str]) -> list[str]:
-    """All that is wrong with a file of ``write_submission`` for these pairs."""
+    """Lists all faults of a file of ``write_submission`` for these pairs."""
     problems: list[str] = []
     wanted = set(pairs)
 

@@ -1,9 +1,8 @@
-"""The tasks. All that differs between them stands here, so that nothing else needs to know.
+"""Defines the tasks: all differences between them are here, so that no other module needs to know them.
 
-A task is an object: where the files of its splits lie and how they are read, its label set, its
-scores, the shifts that apply and its submission. To add one, write a reader and an entry of ``TASKS``, in
-a notebook too: whoever names a task looks there.
-A shift is evaluated as one more split, named after its source: "val" under "shortcut" is
+A task is an object with the files of its splits and their reader, its label set, its scores, the shifts that
+apply and its submission. To add one, write a reader and an entry of ``TASKS``; this works in a notebook too,
+because every use of a task's name looks it up there. A shift is evaluated as one more split, named after its source: "val" under "shortcut" is
 "val_shortcut".
 """
 
@@ -29,7 +28,7 @@ from tdlib.data.vqa_metric import Vocabulary
 
 SHIFTED_FILES = ROOT / "data" / "shifts"  # sets that are generated from a user's own files
 
-# What each shift changes. The first five come as files (the MiniWorld writes them), the others are
+# Each shift, with what it changes. The first five come as files that the MiniWorld writes, the others are
 # made from any VCR file.
 SHIFTS = {
     "shortcut": "words that went with the right answer in training go with the wrong ones",
@@ -50,16 +49,16 @@ HELD_OUT = "_held_out"  # ends the name of the part of a training split that set
 
 @dataclass(frozen=True)
 class Task:
-    """One task, and what a task with a fixed label set and one label per example does.
+    """One task; the methods defined here suit one with a fixed label set and one label per example.
 
     Attributes:
         data_set: name of the data set's folder, which tasks may share.
-        benchmark: what the literature calls the task that it is, or is a part of.
-        train, evaluated, test: names of its splits; ``test`` is what the benchmark's submission is of.
-        metric: what ``score`` averages to, as tables call it.
+        benchmark: name in the literature of the task, or of the task of which it is a part.
+        train, evaluated, test: names of its splits; the benchmark takes predictions of ``test``.
+        metric: name in tables of the mean of ``score``.
         shifts: the shifts that apply.
-        shift: what is evaluated unless another shift is asked for: the first where the data are the
-            MiniWorld's, the second on a user's own; "" for none.
+        shift: the default shifts, the first for the MiniWorld's data, the second for a user's data; ""
+            for none.
         files: matches the name of a split's file; its group is the split's name. None where another
             task reads the same files.
     """
@@ -76,22 +75,22 @@ class Task:
     submission: ClassVar[str]  # name of the file for the benchmark
 
     def reader(self, config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
-        """The reader of a split. Raises DataError if the data set lacks it."""
+        """Opens the reader of a split. Raises DataError if the data set lacks it."""
         raise NotImplementedError
 
     @property
     def has_choices(self) -> bool:
-        """True where each example brings its own candidate answers; False where all share a label set."""
+        """True if each example has separate candidate answers; False if all share a label set."""
         return False
 
     @property
     def has_soft_labels(self) -> bool:
-        """True where several labels of a set are right to some degree: each is decided by itself."""
+        """True if several labels can be right to some degree, so that each is decided separately."""
         return False
 
     @property
     def has_parts(self) -> bool:
-        """True where a question is several examples, which are scored together."""
+        """True if a question is several examples, which are scored together."""
         return False
 
     @property
@@ -100,15 +99,15 @@ class Task:
         return self.test
 
     def vocabulary(self, config: RunConfig) -> Vocabulary | None:
-        """The answers that a model chooses from; None where it has no vocabulary."""
+        """Returns the answers from which a model chooses; None if the task has no vocabulary."""
         return None
 
     def labels(self, config: RunConfig) -> tuple[str, ...]:
-        """The label set; empty where examples have choices."""
+        """Returns the label set; empty if examples have choices."""
         return ()
 
     def measures(self, predictions: pd.DataFrame) -> dict[str, float]:
-        """The figures of one split as shares, the main one first.
+        """Computes the figures of one split as shares, the main one first.
 
         ``predictions`` has a row per example, with columns ``question``, ``part`` and ``score``.
         """
@@ -119,26 +118,42 @@ class Task:
     ) -> Path:
         """Writes the predictions of a whole split as the benchmark wants them; returns the file.
 
+        Args:
+            folder: where the file ``submission`` is written.
+            examples: the whole split.
+            probabilities: (examples, choices or labels).
+            labels: the label set; empty where examples have choices.
+
         Raises:
             DataError: the predictions do not cover the split.
-            ConfigError: the task has no submission.
+            ConfigError: the benchmark takes no predictions of this task alone.
         """
+        if len(examples) != len(probabilities):
+            raise DataError(f"{folder}: {len(probabilities)} predictions for {len(examples)} examples")
+        path = folder / self.submission
+        self.fill_submission(path, examples, probabilities, labels)
+        return path
+
+    def fill_submission(
+        self, path: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
+    ) -> None:
+        """Writes the file of ``write_submission``, which has checked the number of predictions."""
         raise NotImplementedError
 
     def check_submission(self, path: Path, examples: Examples) -> list[str]:
-        """All that is wrong with a submission for these examples, which someone may have made elsewhere."""
+        """Lists all faults of a submission for these examples, which may have been made elsewhere."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class VcrTask(Task):
-    """VCR or one of its halves; ``subtask`` as in ``VcrReader``."""
+    """VCR, whose submission is the leaderboard's CSV, or one of its halves; ``subtask`` as in ``VcrReader``."""
 
     subtask: str = "both"
     submission: ClassVar[str] = "submission.csv"
 
     def reader(self, config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
-        """Also of a rule-based set of Ye and Kovashka: one that is not there is made from its source."""
+        """Opens a split; a rule-based set of Ye and Kovashka that is not there is made from its source."""
         folder = data_folder(config)
         return vcr.VcrReader(folder, split, self.subtask, config.references, file=_generated(folder, split))
 
@@ -164,14 +179,12 @@ class VcrTask(Task):
             TASKS["vcr_qar"].metric: float(np.mean(scores[rationale])),
         }
 
-    def write_submission(
-        self, folder: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
-    ) -> Path:
+    def fill_submission(
+        self, path: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
+    ) -> None:
         if not self.has_parts:
             raise ConfigError(f"{self.metric} is half of what the leaderboard asks for; use task='vcr'")
-        path = folder / self.submission
         vcr_results.write_submission(path, examples, probabilities.tolist())
-        return path
 
     def check_submission(self, path: Path, examples: Examples) -> list[str]:
         return vcr_results.check_submission(path, examples.questions)
@@ -179,7 +192,7 @@ class VcrTask(Task):
 
 @dataclass(frozen=True)
 class EntailmentTask(Task):
-    """SNLI-VE; with ``explained``, e-SNLI-VE from its CSV files."""
+    """SNLI-VE, whose submission has a line per pair; with ``explained``, e-SNLI-VE from its CSV files."""
 
     explained: bool = False
     submission: ClassVar[str] = "submission.jsonl"
@@ -190,12 +203,11 @@ class EntailmentTask(Task):
     def labels(self, config: RunConfig) -> tuple[str, ...]:
         return snli_ve.LABELS
 
-    def write_submission(
-        self, folder: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
-    ) -> Path:
-        path, chosen = folder / self.submission, (int(i) for i in probabilities.argmax(-1))
+    def fill_submission(
+        self, path: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
+    ) -> None:
+        chosen = map(int, probabilities.argmax(-1))
         snli_ve.write_submission(path, dict(zip(examples.ids, chosen, strict=True)))
-        return path
 
     def check_submission(self, path: Path, examples: Examples) -> list[str]:
         return snli_ve.check_submission(path, examples.ids)
@@ -203,7 +215,7 @@ class EntailmentTask(Task):
 
 @dataclass(frozen=True)
 class VqaTask(Task):
-    """VQA v2; with ``changing_priors``, VQA-CP v2."""
+    """VQA v2, whose submission is the server's JSON; with ``changing_priors``, VQA-CP v2."""
 
     changing_priors: bool = False
     submission: ClassVar[str] = "submission.json"
@@ -216,25 +228,24 @@ class VqaTask(Task):
         return True
 
     def vocabulary(self, config: RunConfig) -> Vocabulary:
-        """A given file, else the frequent answers of the training split."""
+        """Returns the vocabulary of a named file, else the frequent answers of the training split."""
         if config.vocabulary:
             return Vocabulary.load(Path(resolve(config.vocabulary)).expanduser())
         folder, (train, _) = data_folder(config), splits_of(config)
         annotations = vqa.files(folder, train, self.changing_priors)[1]
-        found = annotations.stat() if annotations.is_file() else None
-        state = (found.st_size, found.st_mtime_ns) if found else None
+        status = annotations.stat() if annotations.is_file() else None
+        state = (status.st_size, status.st_mtime_ns) if status else None
         return _frequent_answers(folder, train, config.vocabulary_minimum, self.changing_priors, state)
 
     def labels(self, config: RunConfig) -> tuple[str, ...]:
         return self.vocabulary(config).answers
 
-    def write_submission(
-        self, folder: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
-    ) -> Path:
-        path, ids = folder / self.submission, [int(identifier) for identifier in examples.ids]
+    def fill_submission(
+        self, path: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
+    ) -> None:
+        ids = [int(identifier) for identifier in examples.ids]
         answers = {i: labels[int(row.argmax())] for i, row in zip(ids, probabilities, strict=True)}
         vqa_metric.write_submission(path, answers, ids)
-        return path
 
     def check_submission(self, path: Path, examples: Examples) -> list[str]:
         return vqa_metric.check_submission(path, [int(identifier) for identifier in examples.ids])
@@ -244,6 +255,7 @@ class VqaTask(Task):
 def _frequent_answers(
     folder: Path, split: str, minimum: int, changing_priors: bool, _state: tuple[int, int] | None
 ) -> Vocabulary:
+    """Builds a vocabulary once; ``_state`` makes the cache miss when the annotations have changed."""
     return vqa.build_vocabulary(folder, [split], minimum, changing_priors)
 
 
@@ -281,7 +293,7 @@ TASKS: dict[str, Task] = {
 
 
 def task_of(config: RunConfig) -> Task:
-    """The task of a run."""
+    """Returns the task of a run."""
     return TASKS[config.task]
 
 
@@ -294,9 +306,9 @@ def data_folder(config: RunConfig) -> Path:
 
 
 def splits_of(config: RunConfig) -> tuple[str, list[str]]:
-    """Training split and evaluated splits of a run: named ones, else the task's own and its shift.
+    """Returns a run's training split and evaluated splits: those it names, else the task's and its shift.
 
-    With ``held_out`` the pictures set aside are all that is evaluated: settings are not chosen on tests.
+    With ``held_out`` only the pictures set aside are evaluated, because settings are not chosen on tests.
 
     Raises:
         ConfigError: the shift is unknown, or does not apply to the task; or tests are named beside
@@ -326,22 +338,22 @@ def splits_of(config: RunConfig) -> tuple[str, list[str]]:
 
 
 def submission_split(task: str) -> str:
-    """The split whose predictions the task's benchmark takes; "" for half a task (VCR's Q->A alone)."""
+    """Returns the split whose predictions the task's benchmark takes; "" for half a task (VCR's Q->A alone)."""
     return TASKS[task].submitted
 
 
 def class_labels(config: RunConfig) -> tuple[str, ...]:
-    """The fixed label set of a task: classes, or the answer vocabulary; empty where examples have choices."""
+    """Returns a task's fixed label set, classes or the answer vocabulary; empty if examples have choices."""
     return task_of(config).labels(config)
 
 
 def reader(config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
-    """The reader of a split; a rule-based VCR set that is not there is made from its source."""
+    """Opens the reader of a split; a rule-based VCR set that is not there is made from its source."""
     return task_of(config).reader(config, split, vocabulary)
 
 
 def _generated(folder: Path, split: str) -> Path | None:
-    """A set of Ye and Kovashka that the folder lacks; rule-based ones are written when first needed."""
+    """Finds a set of Ye and Kovashka that the folder lacks; writes a rule-based one when first needed."""
     shift = next((name for name in VCR_SHIFTS if split.endswith(f"_{name}")), "")
     source = folder / f"{split.removesuffix(f'_{shift}')}.jsonl"
     if not shift or (folder / f"{split}.jsonl").is_file() or not source.is_file():
@@ -359,7 +371,7 @@ def _generated(folder: Path, split: str) -> Path | None:
 
 
 def generated_file(source: Path, shift: str) -> Path:
-    """Returns where the set made from a VCR file is kept: under data/shifts/, by place, size and time."""
+    """Returns the path of the set made from a VCR file: under data/shifts/, by its path, size and time."""
     state = source.stat()
     key = hashlib.sha256(f"{source.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()[:16]
     return SHIFTED_FILES / key / f"{source.stem}_{shift}.jsonl"
@@ -376,25 +388,8 @@ def score(example: Example, prediction: int, labels: Sequence[str]) -> float:
     return float("nan") if example.label is None else float(prediction == example.label)
 
 
-def write_submission(
-    config: RunConfig, folder: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
-) -> Path:
-    """Writes the predictions of a whole split as its benchmark wants them; returns the file.
-
-    VCR: the leaderboard's CSV (needs task="vcr"). SNLI-VE: one line per pair. VQA: the server's
-    JSON. Incomplete predictions are refused.
-
-    Raises:
-        DataError: the predictions do not cover the split.
-        ConfigError: the task has no submission.
-    """
-    if len(examples) != len(probabilities):
-        raise DataError(f"{folder}: {len(probabilities)} predictions for {len(examples)} examples")
-    return task_of(config).write_submission(folder, examples, probabilities, labels)
-
-
 def detail(table: pd.DataFrame, by: Sequence[str] = ()) -> dict[str, float]:
-    """Mean scores per stratum (question type or class), answer type (VQA), and column named ``by``."""
+    """Averages scores per stratum (question type or class), answer type (VQA), and column in ``by``."""
     means = {}
     for column in ("stratum", "answer_type", *by):
         for group, value in table.groupby(column, sort=True)["score"].mean().items():

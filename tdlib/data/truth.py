@@ -1,7 +1,7 @@
 """Proxies for ground truth of relevance, which real data lack; always marked as such.
 
 Each proxy replaces an example's relevant spans and boxes and names itself in ``Example.truth``, which
-records, tables and legends carry on. ``snli_ve`` knows the files of highlights, ``vcr`` references.
+records, tables and legends repeat. ``snli_ve`` reads the files of highlights, ``vcr`` the references.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from tdlib.data import snli_ve, vcr
 from tdlib.data.examples import Example
 from tdlib.data.tasks import data_folder, task_of
 
-OWN = "own"  # the data's own ground truth, as the MiniWorld's side files hold it
+OWN = "own"  # ground truth that comes with the data, as in the MiniWorld's side files
 
 # By name: the data set, and what marks its examples, given the data set's folder.
 Marker = Callable[[Sequence[Example], Path], list[Example]]
@@ -24,12 +24,12 @@ PROXIES: dict[str, tuple[str, Marker]] = {
 
 
 def with_truth(config: RunConfig, examples: Sequence[Example], truth: str = OWN) -> list[Example]:
-    """Those of the examples whose relevant words or places are known, from one kind of truth.
+    """Selects the examples whose relevant words or boxes are known from one kind of truth.
 
     Args:
         config: names the task and its folder.
         examples: of the task.
-        truth: "own": as the data state them; "highlights": words that e-SNLI's annotators marked, read
+        truth: "own" is what the data state; "highlights": words that e-SNLI's annotators marked, read
             from its ``esnli_*.csv`` beside SNLI-VE's files; "referred": boxes of the objects that VCR's
             question and right answer refer to, a proxy.
 

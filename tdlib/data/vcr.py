@@ -1,8 +1,8 @@
-"""Visual Commonsense Reasoning from its official files (Zellers et al. 2019).
+"""Reads Visual Commonsense Reasoning from its official files (Zellers et al. 2019).
 
 Reads ``{split}.jsonl`` and ``vcr1images/`` (pictures and metadata JSON); renders references as
-text. Also reads the MiniWorld's side files where they lie beside a split: ``*.relevance.jsonl`` (token
-indices and boxes that decide) and ``*.types.jsonl`` (question types).
+text. Also reads the MiniWorld's side files if they lie beside a split: ``*.relevance.jsonl`` (token
+indices and boxes that decide the answer) and ``*.types.jsonl`` (question types).
 """
 
 import os
@@ -62,14 +62,15 @@ def render(
     scheme: str = "names",
     decisive: Sequence[int] = (),
 ) -> TextPart:
-    """A mixed token list as one string, with the characters of every reference and decisive token.
+    """Renders a mixed token list as one string, with the characters of references and decisive tokens.
 
-    The names of a token that lists several objects are joined as the scheme says; each name is a
-    reference to its own object, and what joins them refers to nothing (VL-BERT's and VisualBERT's
-    authors do so). A masked object (10,000 + its index, as in Ye and Kovashka's sets) becomes "[MASK]"
-    and refers to nothing. Raises
-    ``IndexError`` for an object or a decisive token that does not exist and ``TypeError`` for a
-    token that is neither.
+    The names of a token that lists several objects are joined by the scheme's words; each name refers to its
+    object and the words between to nothing, as in the code of VL-BERT's and VisualBERT's authors. A masked
+    object (10,000 + its index, as in Ye and Kovashka's sets) becomes "[MASK]" and refers to nothing.
+
+    Raises:
+        IndexError: an object or a decisive token does not exist.
+        TypeError: a token is neither a string nor a list of object indices.
     """
     name_of, between = REFERENCE_SCHEMES[scheme]
     text = ""
@@ -105,7 +106,7 @@ def render(
 
 
 def _merge(spans: Sequence[Span], text: str) -> list[Span]:
-    """Neighbouring spans (with only white space between) as one."""
+    """Merges neighbouring spans that have only white space between them."""
     merged: list[Span] = []
     for start, end in spans:
         if merged and not text[merged[-1][1] : start].strip():
@@ -145,13 +146,13 @@ class _Picture:
             raise DataError(f"{where}: {len(names)} names but {len(boxes)} boxes; expected one name per box")
         try:
             header = read_header(image)
-        except DataError:  # whoever opens the picture says so; until then its metadata are believed
+        except DataError:  # opening the picture will raise this; its metadata can be used without it
             header = PictureHeader(int(width), int(height), 1)
         boxes = upright_boxes(boxes, (width, height), header, where)
         return cls(image, header, (width, height), tuple(names), boxes)
 
     def places(self, boxes: list[Any], where: str) -> tuple[Box, ...]:
-        """Boxes in pixels of the metadata's size as ``self.boxes`` are."""
+        """Normalises boxes in pixels of the metadata's size, as ``self.boxes`` are."""
         return upright_boxes(normalise_boxes(boxes, *self.size, where), self.size, self.header, where)
 
 
@@ -283,8 +284,8 @@ class VcrReader(Reader):
         def make(index: int) -> Example:
             position = positions[index // len(parts)]
             record, where = records[position], records.where(position)
-            found = relevance.find(record["annot_id"], position)
-            marks = _Relevance.parse(*found) if found else _UNMARKED
+            line = relevance.find(record["annot_id"], position)
+            marks = _Relevance.parse(*line) if line else _UNMARKED
             part = of_question[index]
             example = self._example(record, where, marks, strata[index], part)
             return replace(example, id=ids[index], part=part if several else "")
@@ -292,7 +293,7 @@ class VcrReader(Reader):
         return Examples(ids, strata, make, labelled, questions, of_question if several else None)
 
     def _types(self) -> dict[str, str]:
-        """Question types by annot_id; a reworded split (val_shortcut) shares those of its source (val)."""
+        """Reads question types by annot_id; a reworded split (val_shortcut) has those of its source (val)."""
         for stem in (self.path.stem, self.path.stem.split("_")[0]):
             path = self.folder / f"{stem}.types.jsonl"
             if path.is_file():
@@ -305,7 +306,7 @@ class VcrReader(Reader):
         return sys.intern(need(record, "type", str, where, self.what))
 
     def _file(self, record: dict[str, Any], key: str, where: str) -> Path:
-        """A file of ``vcr1images/`` that a record names."""
+        """Resolves a file of ``vcr1images/`` that a record names."""
         name = need(record, key, str, where, self.what)
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise DataError(f"{where}: {key}={name!r} leads out of {self.images}; expected a path inside it")
@@ -317,10 +318,10 @@ class VcrReader(Reader):
         return path
 
     def _picture(self, record: dict[str, Any], where: str) -> _Picture:
-        """A record's picture with its metadata, checked against each other and the record's objects."""
+        """Reads a record's picture and metadata; checks them against each other and the record's objects."""
         paths = self._file(record, "metadata_fn", where), self._file(record, "img_fn", where)
         if paths not in self._pictures:
-            if len(self._pictures) >= 4096:
+            if len(self._pictures) >= 4096:  # bounds memory; questions about one picture follow each other
                 self._pictures.clear()
             self._pictures[paths] = _Picture.read(*paths, where)
         picture = self._pictures[paths]
@@ -392,7 +393,7 @@ class VcrReader(Reader):
 
 
 def parts_of(subtask: str, labelled: bool) -> tuple[str, ...]:
-    """The examples that one question gives: "" its answers, "r" its rationales, "rK" given answer K."""
+    """Lists the parts of one question: "" its answers, "r" its rationales, "rK" those given answer K."""
     rationales = ("r",) if labelled else ("r0", "r1", "r2", "r3")
     return {"qa": ("",), "qar": rationales, "both": ("", *rationales)}[subtask]
 
@@ -401,11 +402,11 @@ REFERRED_OBJECTS = "referred objects"
 
 
 def with_referred_objects(example: Example) -> Example:
-    """The boxes of the objects that the right statement refers to, in place of relevant spans and boxes.
+    """Replaces relevant spans and boxes by the boxes of the objects to which the right statement refers.
 
-    A proxy for what decides (our reading), named in ``truth``: VCR's annotators tagged the objects that
-    question and right answer are about, which real VCR says of every question; what in them decides, and
-    which words do, nobody has marked. Without a label, or without references, nothing is relevant.
+    This is a proxy for what decides the answer (our reading), and sets ``truth``. VCR's annotators tagged the
+    objects of every question and right answer, but nobody has marked which words or which of these objects
+    decide. Without a label, or without references, nothing is relevant.
     """
     objects: set[int] = set()
     if example.label is not None:

@@ -13,11 +13,11 @@ from tdlib.data.vcr import parts_of
 
 
 def joint_scores(predictions: pd.DataFrame, keys: Sequence[str] = ()) -> pd.DataFrame:
-    """Q->AR: a row per question, right if answer and rationale both are (r2c, eval_q2ar.py).
+    """Computes Q->AR: a row per question, right if answer and rationale both are (r2c, eval_q2ar.py).
 
     Args:
         predictions: rows of answers and rationales with columns ``question``, ``part`` and ``score``;
-            ``chance``, where it is there, is multiplied.
+            ``chance``, if it is there, is multiplied.
         keys: columns that tell predictions of one question apart, such as the run.
 
     Raises:
@@ -43,7 +43,7 @@ SUBMISSION_COLUMNS = (
 def write_submission(path: Path, examples: Examples, probabilities: Sequence[Sequence[float]]) -> int:
     """Writes the leaderboard's CSV (annot_id and 20 columns); returns the number of questions.
 
-    Numbers are written so that reading them gives the same again: with fewer digits small ones tie.
+    Numbers are written in full, so that reading them gives the same values: rounded, small ones would tie.
 
     Args:
         path: the file, written under a temporary name first.
@@ -53,14 +53,14 @@ def write_submission(path: Path, examples: Examples, probabilities: Sequence[Seq
     Raises:
         DataError: a question lacks its answers or its rationales given one of the answers.
     """
-    found: dict[str, dict[str, Sequence[float]]] = {}
+    by_question: dict[str, dict[str, Sequence[float]]] = {}
     for question, part, numbers in zip(examples.questions, examples.parts, probabilities, strict=True):
-        found.setdefault(question, {})[part] = numbers
-    if not found:
+        by_question.setdefault(question, {})[part] = numbers
+    if not by_question:
         raise DataError(f"{path}: no predictions to write")
     wanted = parts_of("both", labelled=False)
     rows = []
-    for question, by_part in found.items():
+    for question, by_part in by_question.items():
         for part in wanted:
             what = f"the {'rationales' if part else 'answers'} of {question!r}" + (
                 f" given answer {part[1:]}" if part else ""
@@ -82,7 +82,7 @@ def write_submission(path: Path, examples: Examples, probabilities: Sequence[Seq
 
 
 def check_submission(path: Path, identifiers: Iterable[str]) -> list[str]:
-    """All problems of a leaderboard CSV, given the ids of the test questions."""
+    """Lists all faults of a leaderboard CSV, given the ids of the test questions."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file))

@@ -1,10 +1,10 @@
-"""VCR's shifted validation sets of Ye and Kovashka (AAAI 2021), from raw VCR lines.
+"""Makes VCR's shifted validation sets of Ye and Kovashka (AAAI 2021) from raw VCR lines.
 
-"A Case Study of the Shortcut Effects in Visual Commonsense Reasoning" rewords the choices so that
-what a model can learn without the picture stops paying: by rule (no model needed), or by masking
-the tokens that a trained model leans on. Follows github.com/yekeren/VCR-shortcut-effects-study at
-4d0151d in every quirk: no cases ("near he waves"), no agreement of verbs. Works on lines as
-``json`` gives them and touches nothing but the choices. Does not read pictures or run models.
+"A Case Study of the Shortcut Effects in Visual Commonsense Reasoning" rewords the choices so that shortcuts
+that a model can learn without the picture stop working: by rule (no model needed), or by masking the tokens
+on which a trained model relies. This follows github.com/yekeren/VCR-shortcut-effects-study at 4d0151d in every
+quirk: pronouns have no cases ("near he waves"), verbs do not agree. It takes lines as ``json`` reads them and
+changes only the choices. It neither reads pictures nor runs models.
 """
 
 import json
@@ -19,7 +19,7 @@ from tdlib.data.examples import DataError
 from tdlib.data.json_files import Records
 from tdlib.data.reading import index_records, is_number, need
 
-Record = dict[str, Any]
+Line = dict[str, Any]  # of a VCR file, or of a file of shortcut scores
 Token = str | list[int]  # a word, or a reference to objects of the picture
 Score = Callable[[Sequence[Token], list[list[Token]]], Sequence[float]]
 
@@ -31,7 +31,7 @@ _HE = ("he", "his", "him", "He", "His", "Him")
 _SHE = ("she", "her", "hers", "She", "Her", "Hers")
 
 
-def _check(record: Record, labels: bool = True) -> None:
+def _check(record: Line, labels: bool = True) -> None:
     """Raises ``ValueError`` where a line is not as VCR publishes it."""
     objects = record.get("objects")
     if not (isinstance(objects, list) and all(isinstance(name, str) for name in objects)):
@@ -64,8 +64,8 @@ def _check(record: Record, labels: bool = True) -> None:
                     )
 
 
-def _with_choices(record: Record, change: Callable[[str, int, list[Token]], list[Token]]) -> Record:
-    """A copy in which ``change(part, index, choice)`` takes each choice's place."""
+def _with_choices(record: Line, change: Callable[[str, int, list[Token]], list[Token]]) -> Line:
+    """Copies a line, with each choice replaced by ``change(part, index, choice)``."""
     changed = {}
     for part in _PARTS:
         choices = [change(part, index, choice) for index, choice in enumerate(record[f"{part}_choices"])]
@@ -83,7 +83,7 @@ def _to_tag(
 
 
 def _to_pronoun(choice: Sequence[Token], tag: list[int] | None, pronoun: str) -> list[Token]:
-    """The pronoun is capitalised where it comes first."""
+    """Replaces a tag by a pronoun, capitalised if it comes first."""
     return [
         token if token != tag else pronoun if index else pronoun.capitalize()
         for index, token in enumerate(choice)
@@ -91,12 +91,12 @@ def _to_pronoun(choice: Sequence[Token], tag: list[int] | None, pronoun: str) ->
 
 
 def _people(tokens: Sequence[Token], objects: Sequence[str]) -> list[int]:
-    """The persons referred to, each once."""
+    """Lists the persons to whom tokens refer, each once."""
     return sorted({tag for tag in _tags(tokens) if objects[tag] == "person"})
 
 
 def _pronoun(choice: Sequence[Token], question: Sequence[Token]) -> str:
-    """The choice's prevalent gender, on a tie with the question counted in, on another tie "he"."""
+    """Picks the choice's prevalent gender; on a tie the question is counted too, on another tie "he"."""
     balance = 0
     for tokens in (choice, question):
         balance += sum((token in _HE) - (token in _SHE) for token in tokens)
@@ -105,12 +105,12 @@ def _pronoun(choice: Sequence[Token], question: Sequence[Token]) -> str:
     return "she" if balance < 0 else "he"
 
 
-def rule_singular(record: Record) -> Record | None:
-    """Rule-Singular: None unless the question refers to exactly one person (other objects do not count).
+def rule_singular(record: Line) -> Line | None:
+    """Applies Rule-Singular; None unless the question refers to exactly one person (objects do not count).
 
-    Changes choices with one person or one pronoun out of he and she, not more: in wrong ones it
-    becomes the question's person, in the right one the person becomes a pronoun. A reference to a
-    person together with an object stays. tools/rephrase_choice_singular.py.
+    Changes choices with exactly one person or one of the pronouns he and she: in wrong ones it becomes
+    the question's person, in the right one the person becomes a pronoun. A reference to a
+    person together with an object is kept. tools/rephrase_choice_singular.py.
     """
     _check(record)
     objects, question = record["objects"], record["question"]
@@ -131,19 +131,20 @@ def rule_singular(record: Record) -> Record | None:
 
 
 def _group(tokens: Sequence[Token], objects: Sequence[str]) -> list[int] | None:
-    """The only reference, sorted, if it is to several objects and all are persons."""
+    """Returns the only reference, sorted, if it is to several objects that are all persons; else None."""
     references = [token for token in tokens if isinstance(token, list)]
     if len(references) != 1 or len(references[0]) < 2:
         return None
     return sorted(references[0]) if all(objects[tag] == "person" for tag in references[0]) else None
 
 
-def rule_plural(record: Record) -> Record | None:
-    """Rule-Plural: None unless the question's only reference is to several persons.
+def rule_plural(record: Line) -> Line | None:
+    """Applies Rule-Plural; None unless the question's only reference is to several persons.
 
-    Changes choices of which the same is true, or that say "they": in wrong ones both become the
-    question's group, in the right one the group becomes "they". A group whose numbers are not in
-    order stays, as it is compared with its sorted self. tools/rephrase_choice_plural.py.
+    Changes choices whose only reference is to several persons too, or that contain "they": in wrong ones
+    both become the question's group, in the right one the group becomes "they". A group whose numbers are
+    not in order is kept, because the original compares it with the sorted one.
+    tools/rephrase_choice_plural.py.
     """
     _check(record)
     asked = _group(record["question"], record["objects"])
@@ -163,7 +164,7 @@ def rule_plural(record: Record) -> Record | None:
 
 
 def expand(tokens: Sequence[Token]) -> list[str | int]:
-    """Words and single tags: a reference to several objects becomes one tag each."""
+    """Expands tokens to words and single tags: a reference to several objects becomes one tag for each."""
     return [part for token in tokens for part in ([token] if isinstance(token, str) else token)]
 
 
@@ -186,8 +187,8 @@ def mask_tokens(tokens: Sequence[Token], masked: Collection[int]) -> list[Token]
 
 
 def _mask_by(
-    record: Record, scores: Record, count: int, chosen: Callable[[Sequence[float]], list[int]]
-) -> Record:
+    record: Line, scores: Line, count: int, chosen: Callable[[Sequence[float]], list[int]]
+) -> Line:
     _check(record, labels=False)
     if count < 1:
         raise ValueError(f"count={count}: expected a number of tokens, at least 1")
@@ -211,7 +212,7 @@ def _mask_by(
     return _with_choices(record, mask)
 
 
-def rm_top(record: Record, scores: Record, count: int = 1) -> Record:
+def rm_top(record: Line, scores: Line, count: int = 1) -> Line:
     """AdvTop: masks the ``count`` tokens of largest loss in every choice, the first ones on ties.
 
     ``scores`` is the example's line of a shortcut-scores file. tools/merge_adversarial_annotations.py.
@@ -221,25 +222,25 @@ def rm_top(record: Record, scores: Record, count: int = 1) -> Record:
     )
 
 
-def keep_top(record: Record, scores: Record, count: int) -> Record:
-    """KeepTop: masks all but the ``count`` tokens of largest loss in every choice.
+def keep_top(record: Line, scores: Line, count: int) -> Line:
+    """KeepTop: masks all but the ``count`` tokens of largest loss in every choice, otherwise like ``rm_top``.
 
-    Keeps the last ones on ties, as numpy's stable argsort; the original's default one leaves ties to
-    numpy's version and the processor. Otherwise like ``rm_top``.
+    On ties it keeps the last ones, as numpy's stable argsort does. The original uses the default argsort, whose
+    order of ties depends on numpy's version and the processor.
     """
     return _mask_by(
         record, scores, count, lambda losses: sorted(range(len(losses)), key=losses.__getitem__)[:-count]
     )
 
 
-def shortcut_scores(record: Record, score: Score) -> Record:
-    """One line of a shortcut-scores file: how much a scorer misses each token of each choice.
+def shortcut_scores(record: Line, score: Score) -> Line:
+    """Makes one line of a shortcut-scores file: the loss of a scorer without each token of each choice.
 
-    ``score(prompt, variants)`` gives a logit per variant, a choice with one token masked (as
+    ``score(prompt, variants)`` returns a logit per variant, a choice with one token masked (as
     ``mask_tokens`` does); it is called once for the answers and once for the rationales, whose
     prompt is the question and the right answer. Token i's loss is ``log(1 + exp(-z_i))`` for the
     right choice and ``log(1 + exp(z_i))`` for a wrong one, z_i the logit without the token.
-    ``*_tokens`` are for people to read (the study has a name there for each person, not
+    ``*_tokens`` are for human readers (the study's files have a name for each person instead of
     "person_0"). modeling/shortcut_main.py.
     """
     _check(record)
@@ -247,7 +248,7 @@ def shortcut_scores(record: Record, score: Score) -> Record:
         raise ValueError(f"annot_id is {record.get('annot_id')!r}, expected a string; is this a VCR file?")
     question, objects = record["question"], record["objects"]
     prompts = (question, [*question, *record["answer_choices"][record["answer_label"]]])
-    line: Record = {"annot_id": record["annot_id"]}
+    line: Line = {"annot_id": record["annot_id"]}
     for part, prompt in zip(_PARTS, prompts, strict=True):
         label, choices = record[f"{part}_label"], [expand(choice) for choice in record[f"{part}_choices"]]
         variants = [
@@ -277,10 +278,10 @@ def _sigmoid_cross_entropy(logit: float, right: bool) -> float:
     return max(logit, 0.0) - logit * right + math.log1p(math.exp(-abs(logit)))
 
 
-def read_scores(path: Path | str) -> dict[str, Record]:
-    """The lines of a shortcut-scores file by annot_id; DataError says which line is bad, and why."""
+def read_scores(path: Path | str) -> dict[str, Line]:
+    """Reads the lines of a shortcut-scores file by annot_id; DataError names a bad line and its fault."""
 
-    def check(line: Record, _identifier: str, where: str) -> Record:
+    def check(line: Line, _identifier: str, where: str) -> Line:
         for part in _PARTS:
             values: list[Any] = [line.get(f"{part}_{field}") for field in ("label", "tokens", "losses")]
             label, tokens, losses = values
@@ -315,11 +316,11 @@ def _tags(tokens: Sequence[Token]) -> set[int]:
 
 # Files
 
-RULES: dict[str, Callable[[Record], Record | None]] = {
+RULES: dict[str, Callable[[Line], Line | None]] = {
     "rule_singular": rule_singular,
     "rule_plural": rule_plural,
 }
-MASKINGS: dict[str, Callable[[Record, Record], Record]] = {
+MASKINGS: dict[str, Callable[[Line, Line], Line]] = {
     "rmtop1": rm_top,
     "keeptop1": partial(keep_top, count=1),
     "keeptop3": partial(keep_top, count=3),
@@ -333,13 +334,13 @@ def write_shifted(source: Path | str, target: Path | str, name: str, scores: Pat
 
     Args:
         source: a VCR split with labels, read line by line.
-        target: appears when it is complete; an older file is replaced only then. Rules may leave none
-            of the examples: then it is empty.
+        target: written as a whole; until then an older file stays. It is empty if the rule applies to no
+            example.
         name: one of ``SHIFTS``.
         scores: a file of ``shortcut_scores`` lines; the masked sets need it, the others ignore it.
 
     Raises:
-        DataError: an unknown name, missing scores, or a bad line; says which file and line.
+        DataError: an unknown name, missing scores, or a bad line, whose file and number it names.
     """
     source, target = Path(source), Path(target)
     if name not in RULES and name not in MASKINGS:
@@ -355,7 +356,7 @@ def write_shifted(source: Path | str, target: Path | str, name: str, scores: Pat
 
     records = Records.lines(source, "VCR")
 
-    def shift(record: Record, where: str) -> Record | None:
+    def shift(record: Line, where: str) -> Line | None:
         identifier = need(record, "annot_id", str, where, "VCR")
         if name in MASKINGS and identifier not in scores_of:
             raise DataError(

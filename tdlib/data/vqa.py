@@ -1,7 +1,7 @@
-"""VQA from its official files: VQA v2 (Goyal et al. 2017), VQA-CP v2 (Agrawal et al. 2018).
+"""Reads VQA from its official files: VQA v2 (Goyal et al. 2017), VQA-CP v2 (Agrawal et al. 2018).
 
 A question's label is an index into an answer vocabulary; evaluation compares answer strings with
-those of the annotators, whether or not they are in the vocabulary.
+those of the annotators, even if these are not in the vocabulary.
 """
 
 import os
@@ -47,7 +47,7 @@ def files(folder: Path, split: str, changing_priors: bool = False) -> tuple[Path
 
 
 def image_file(folder: Path, subtype: str, image_id: int) -> Path:
-    """A COCO picture: test-dev2015 uses those of test2015, a shifted set those of its source."""
+    """Returns a COCO picture's path: test-dev2015 uses those of test2015, a shifted set its source's."""
     subtype = subtype.partition("_")[0].replace("test-dev", "test")
     return folder / subtype / f"COCO_{subtype}_{image_id:012d}.jpg"
 
@@ -59,7 +59,7 @@ def _records(path: Path, key: str, changing_priors: bool) -> Records:
 def build_vocabulary(
     folder: Path, splits: Sequence[str], minimum: int = 9, changing_priors: bool = False
 ) -> Vocabulary:
-    """The answers that occur often enough as ``multiple_choice_answer`` of these splits' annotations.
+    """Collects the answers that occur often enough as ``multiple_choice_answer`` in these splits.
 
     3,129 for VQA v2's train2014 and val2014 with 9 occurrences or more (Teney et al. 2018).
     """
@@ -85,7 +85,7 @@ class VqaReader(Reader):
     Args:
         folder: holds the JSON files and the picture folders (train2014/, val2014/, test2015/).
         split: see ``files``.
-        vocabulary: the answers that models choose from; without it no example has a label.
+        vocabulary: the answers from which models choose; without it no example has a label.
         changing_priors: VQA-CP, whose files are plain lists and name each picture's folder.
 
     Raises:
@@ -139,7 +139,7 @@ class VqaReader(Reader):
     def _index(
         self, questions: Records, annotations: Records | None, report: Callable[[str], None] | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-        """Of each question: its id, its position, that of its annotation, and its question type."""
+        """Lists for each question its id, its position, that of its annotation, and its question type."""
         answered = self._answered(annotations, report) if annotations is not None else {}
 
         def stratum(record: dict[str, Any], identifier: int, where: str) -> str:
@@ -172,7 +172,7 @@ class VqaReader(Reader):
     def _answered(
         self, annotations: Records, report: Callable[[str], None] | None
     ) -> dict[int, tuple[int, str]]:
-        """By question id: the position of its annotation, and its question type."""
+        """Indexes annotations by question id: the position of each, and its question type."""
 
         def kind(record: dict[str, Any], identifier: int, where: str) -> str:
             return sys.intern(need(record, "question_type", str, where, self.what))
@@ -217,7 +217,7 @@ class VqaReader(Reader):
         )  # fmt: skip
 
     def _answers(self, record: dict[str, Any], where: str, image_id: int) -> tuple[tuple[str, ...], str]:
-        """The annotators' answers and the answer type of one annotation."""
+        """Reads the annotators' answers and the answer type of one annotation."""
         if need(record, "image_id", int, where, self.what) != image_id:
             raise DataError(
                 f"{where}: image_id={record['image_id']}, but its question is about {image_id}; "

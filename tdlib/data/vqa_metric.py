@@ -1,8 +1,8 @@
 """The official accuracy of VQA v2, the answer vocabulary with its soft targets, and the submission file.
 
-Accuracy: as vqaEval.py of GT-Vision-Lab/VQA (a013f00, 2021; Agrawal et al. 2015) computes it under
-Python 3, quirks and rounding included. Vocabulary: as compute_softscore.py of
-hengyuan-hu/bottom-up-attention-vqa, in UNITER's file form.
+The accuracy is that of vqaEval.py of GT-Vision-Lab/VQA (a013f00, 2021; Agrawal et al. 2015) under Python 3,
+with its quirks and rounding. The vocabulary is that of compute_softscore.py of
+hengyuan-hu/bottom-up-attention-vqa, in UNITER's file format.
 """
 
 import operator
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # apostrophe, colon, $, % and & are not in it
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# The original's look-behind is mistyped, "(?!<=\d)", and holds before any period.
+# The original's look-behind is mistyped as "(?!<=\d)", which is true before any period, so it is left out.
 _PERIOD = re.compile(r"\.(?!\d)")
 _NUMBERS = {"none": "0", "zero": "0"} | {
     word: str(number)
@@ -30,7 +30,7 @@ _NUMBERS = {"none": "0", "zero": "0"} | {
 }
 _ARTICLES = {"a", "an", "the"}
 # The map of vqaEval.py, all 120 entries: those in capitals never apply, for the text is in lower
-# case by then; "somebody'd" goes the wrong way round.
+# case by then; "somebody'd" is mapped the wrong way round.
 # fmt: off
 _CONTRACTIONS = {
     "aint": "ain't", "arent": "aren't", "cant": "can't", "couldve": "could've", "couldnt": "couldn't",
@@ -78,7 +78,7 @@ def normalise(text: str) -> str:
         if mark in text:
             beside_space = f"{mark} " in text or f" {mark}" in text
             marked = marked.replace(mark, "" if vanish or beside_space else " ")
-    # The original passes re.UNICODE where the count belongs: no more than 32 periods go.
+    # The original passes re.UNICODE as the count by mistake, so at most 32 periods are removed.
     plain = _PERIOD.sub("", marked, count=int(re.UNICODE))
     words = (_NUMBERS.get(word, word) for word in plain.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
@@ -104,7 +104,7 @@ def question_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The answers that a classifier chooses from; the label of an answer is its position.
+    """The answers from which a classifier chooses; the label of an answer is its position.
 
     Raises ValueError if there are none or if one is there twice.
     """

@@ -32,13 +32,13 @@ from tdlib.core.provenance import code_version, digest, git_version
 from tdlib.core.records import END, write_records
 from tdlib.data.chance import constant_answer
 from tdlib.data.examples import Example, Examples, low_shot, save_manifest
-from tdlib.data.tasks import data_folder, detail, task_of, write_submission
+from tdlib.data.tasks import data_folder, detail, task_of
 from tdlib.method.registry import own_functions
 from tdlib.miniworld.worlds import STRATA, strata_of
 from tdlib.students import registry as students
 from tdlib.students.base import report_cut
-from tdlib.teacher.model import EXTRAS
 from tdlib.teacher.probe import ClassProbe, count_cut
+from tdlib.teacher.towers import EXTRAS
 from tdlib.training import checkpoints
 from tdlib.training.card import model_card
 from tdlib.training.data import EncodedExamples
@@ -387,7 +387,7 @@ def evaluate(
             known = strata_of(data_folder(config), split).reindex(table["question"]).fillna("")
             figures["detail"][split] = detail(table.assign(**known.reset_index(drop=True)), STRATA)
         if split == config.submission_split:
-            path = write_submission(config, folder, examples, probabilities, prepared.labels)
+            path = task_of(config).write_submission(folder, examples, probabilities, prepared.labels)
             figures["submission"] = path.name
         frames.append(table)
     pd.concat(frames).to_parquet(folder / "predictions.parquet", index=False)
