@@ -73,7 +73,7 @@ class RunConfig(BaseModel):
     )
     regions: str = _model(
         "boxes+grid:data/models/mini-detector",
-        "region features for students that read them, KIND:WHERE (regions.computed.open_regions)",
+        "region features for students that read them, KIND:WHERE (regions.sources.open_regions)",
         "arm",
     )
     max_text_tokens: int = _model(40, "longer statements are cut", "all", ge=8, le=512)

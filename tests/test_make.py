@@ -22,7 +22,7 @@ from tdlib.make.pretraining import PHASES, StudentJob, matching_loss
 from tdlib.make.students import check_reader, make_student
 from tdlib.make.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer
 from tdlib.miniworld.worlds import Size, scene_at
-from tdlib.regions.computed import open_regions
+from tdlib.regions.sources import open_regions
 from tdlib.students.base import StudentError, check_tokenizer, tokenizer_digest
 from tdlib.students.registry import load_student
 

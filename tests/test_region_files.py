@@ -15,10 +15,10 @@ import torch
 from torch.testing import assert_close
 
 from tdlib.data.examples import DataError, Example, TextPart
-from tdlib.regions.computed import open_regions
 from tdlib.regions.convert import convert
 from tdlib.regions.convert import main as convert_command
 from tdlib.regions.files import picture_keys
+from tdlib.regions.sources import open_regions
 
 DIM, WIDTH, HEIGHT = 8, 640, 480
 NAMES = {  # file name of the picture -> COCO's number

@@ -24,7 +24,8 @@ from tdlib.regions.backbones import (
     pool_regions,
     save_detector,
 )
-from tdlib.regions.computed import BackboneRegions, CachedRegions, ClipGridRegions, Regions, open_regions
+from tdlib.regions.computed import BackboneRegions, CachedRegions, ClipGridRegions, Regions
+from tdlib.regions.sources import open_regions
 from tdlib.teacher.cache import TeacherCache
 
 # RoIAlign
@@ -75,9 +76,10 @@ def resnet(tmp_path_factory) -> tuple[torch.nn.Module, Path]:
     return model, path
 
 
-def test_a_torchvision_backbone_reads_the_last_map(resnet):
+def test_a_torchvision_backbone_reads_the_last_map(resnet, monkeypatch):
     model, path = resnet
-    backbone = TorchvisionBackbone("resnet18", path, size=224)
+    monkeypatch.setattr("tdlib.regions.backbones.SHORTER_SIDE", 224)
+    backbone = TorchvisionBackbone("resnet18", path)
     assert backbone.dim == 512
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (224, 224, 3), np.uint8))
     mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -95,7 +97,8 @@ def test_a_torchvision_backbone_reads_the_last_map(resnet):
 )
 def test_pictures_keep_their_shape_up_to_a_stride(resnet, size, expected, monkeypatch):
     """The shorter side has 224 pixels unless the longer one would have more than 5/3 of that."""
-    backbone, shapes = TorchvisionBackbone("resnet18", resnet[1], size=224), []
+    monkeypatch.setattr("tdlib.regions.backbones.SHORTER_SIDE", 224)
+    backbone, shapes = TorchvisionBackbone("resnet18", resnet[1]), []
     monkeypatch.setattr(
         backbone, "feature_map", lambda pixels: shapes.append(pixels.shape) or pixels[:, :, ::32, ::32]
     )
@@ -144,7 +147,7 @@ def detector_folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("layout", ["boxes", "grid", "boxes+grid"])
 def test_the_whole_picture_comes_first_then_boxes_then_cells(detector_folder, example, layout):
-    source = open_regions(f"{layout}:{detector_folder}", grid=(2, 3))
+    source = BackboneRegions(DetectorBackbone(load_detector(detector_folder)), layout, (2, 3))
     regions = source(example)
     own, number = torch.tensor(example.boxes), len(example.boxes)
     expected, objects = [torch.tensor([[0.0, 0, 1, 1]])], [-1]
@@ -333,7 +336,7 @@ def test_features_that_are_not_finite_are_not_stored(pictures, tmp_path):
 def test_a_backbone_and_its_layout_are_part_of_the_fingerprint(detector_folder, tmp_path, example):
     sources = [
         open_regions(f"boxes:{detector_folder}"), open_regions(f"grid:{detector_folder}"),
-        open_regions(f"grid:{detector_folder}", grid=(2, 2)),
+        BackboneRegions(DetectorBackbone(load_detector(detector_folder)), "grid", (2, 2)),
     ]  # fmt: skip
     changed = load_detector(detector_folder)
     with torch.no_grad():

@@ -13,7 +13,8 @@ from tdlib.miniworld.worlds import Size
 from tdlib.miniworld.write_snli_ve import write_snli_ve
 from tdlib.miniworld.write_vcr import write_vcr
 from tdlib.miniworld.writers import captions
-from tdlib.regions.computed import CachedRegions, open_regions
+from tdlib.regions.computed import CachedRegions
+from tdlib.regions.sources import open_regions
 from tdlib.students.base import LONGEST, StudentEncoder, check_tokenizer
 from tdlib.students.registry import architecture, load_student, open_encoder
 from tdlib.teacher.cache import TeacherCache

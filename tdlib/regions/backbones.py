@@ -1,6 +1,6 @@
-"""Networks that give features of boxes of a picture: torchvision's classifiers and the mini detector.
+"""Networks that compute features of boxes of a picture: torchvision's classifiers and the mini detector.
 
-The mini detector plays the part of the Faster R-CNN behind the region features of UNITER or VL-BERT
+The mini detector takes the role of the Faster R-CNN behind the region features of UNITER or VL-BERT
 (Anderson et al. 2018: trained on names and attributes of objects), without proposing boxes.
 ``tdlib.make.detector`` trains it on the MiniWorld.
 """
@@ -29,7 +29,7 @@ from tdlib.data.examples import DataError
 
 
 class Backbone(Protocol):
-    """Features (regions, dim) of the boxes (regions, 4), normalised xyxy, of one picture."""
+    """Computes features (regions, dim) of the boxes (regions, 4), normalised xyxy, of one picture."""
 
     dim: int
     fingerprint: str
@@ -43,7 +43,7 @@ def pool_regions(feature_maps: Tensor, boxes: Sequence[Tensor], bins: int) -> Te
     Args:
         feature_maps: (batch, dim, rows, columns), each covering a whole picture.
         boxes: per picture (regions, 4), normalised xyxy.
-        bins: along each side; each is the mean of enough samples to see all of its area.
+        bins: number along each side; each bin is the mean of enough samples to cover its area.
     """
     rows, columns = feature_maps.shape[2:]
     scale = feature_maps.new_tensor([columns, rows, columns, rows])
@@ -52,31 +52,33 @@ def pool_regions(feature_maps: Tensor, boxes: Sequence[Tensor], bins: int) -> Te
 
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-_HEADS = ("fc", "classifier", "head", "aux1", "aux2", "AuxLogits")  # what stands behind the map
+_HEADS = ("fc", "classifier", "head", "aux1", "aux2", "AuxLogits")  # modules after the last map
+
+
+SHORTER_SIDE = 448  # pixels: twice the 224 of the classifiers' training, as objects are small
 
 
 class TorchvisionBackbone:
-    """The last feature map of a convolutional classifier of torchvision's, RoIAligned and averaged.
+    """Averages the last feature map of one of torchvision's convolutional classifiers over each box.
 
-    Pictures are resized so that the shorter side has ``size`` pixels and the longer one at most 5/3 of
-    it (600 and 1000 in Faster R-CNN, Ren et al. 2015), both to multiples of the map's stride.
+    Pictures are resized so that the shorter side has ``SHORTER_SIDE`` pixels and the longer one at most
+    5/3 of it (600 and 1000 in Faster R-CNN, Ren et al. 2015), both to multiples of the map's stride.
 
     Args:
         name: a model of torchvision's that ends in ``avgpool`` ("resnet50", "convnext_tiny", ...).
-        weights: its state dict, ``.pth`` or ``.safetensors``; the classifier's need not be there.
-        size: pixels of the shorter side.
+        weights: its state dict, ``.pth`` or ``.safetensors``, with or without the classifier.
         device: where it runs.
 
     Raises:
         DataError: the model is unknown or has no such map, or the weights do not fit.
     """
 
-    def __init__(self, name: str, weights: Path | str, size: int = 448, device: str = "cpu"):
+    def __init__(self, name: str, weights: Path | str, device: str = "cpu"):
         known = torchvision.models.list_models(torchvision.models)
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known, 3)) or "resnet50"
             raise DataError(f"backbone {name!r}: not a model of torchvision's; expected one such as {near}")
-        with torch.random.fork_rng():  # the caller's random numbers stay what they are
+        with torch.random.fork_rng():  # initialising the weights must not change the caller's random numbers
             self.model = torchvision.models.get_model(name, weights=None).eval().requires_grad_(False)
         if not hasattr(self.model, "avgpool"):
             raise DataError(f"backbone {name!r} has no map before an avgpool; take resnet50")
@@ -84,15 +86,15 @@ class TorchvisionBackbone:
             if hasattr(self.model, head):
                 setattr(self.model, head, nn.Identity())
         load_weights(self.model, name, Path(resolve(str(weights))))
-        self.device, self.size = torch.device(device), size
+        self.device = torch.device(device)
         self.model.to(self.device)
         feature_map = self.feature_map(torch.zeros(1, 3, 256, 256, device=self.device))
         self.dim, self.stride = feature_map.shape[1], 256 // feature_map.shape[2]
-        self.fingerprint = fingerprint(self.model, size=size, torchvision=torchvision.__version__)
+        self.fingerprint = fingerprint(self.model, size=SHORTER_SIDE, torchvision=torchvision.__version__)
 
     @torch.no_grad()
     def feature_map(self, pixels: Tensor) -> Tensor:
-        """What enters ``avgpool``, (1, dim, rows, columns), of pixels (1, 3, height, width)."""
+        """Captures the input of ``avgpool``, (1, dim, rows, columns), for pixels (1, 3, height, width)."""
         seen: list[Tensor] = []
         hook = self.model.avgpool.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
         try:
@@ -103,7 +105,7 @@ class TorchvisionBackbone:
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image, boxes: Tensor) -> Tensor:
-        scale = min(self.size / min(picture.size), self.size * 5 / 3 / max(picture.size))
+        scale = min(SHORTER_SIDE / min(picture.size), SHORTER_SIDE * 5 / 3 / max(picture.size))
         size = [max(1, round(side * scale / self.stride)) * self.stride for side in picture.size]
         resized = picture.resize((size[0], size[1]), Image.Resampling.BILINEAR)
         pixels = normalize(to_tensor(resized), _MEAN, _DEVIATION)
@@ -141,7 +143,7 @@ class MiniDetector(nn.Module):
     """A feature map of stride 8, RoIAlign with 3 x 3 bins, one linear map, and a classifier per attribute.
 
     Args:
-        attributes: what it is asked of a box, each with the values that it can have.
+        attributes: names of the attributes of a box, each with its possible values.
         size: pictures are squashed to ``size`` x ``size`` pixels.
         dim: width of the map and of the region features.
     """
@@ -157,7 +159,7 @@ class MiniDetector(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(dim, len(v)) for name, v in attributes.items()})
 
     def forward(self, pixels: Tensor, boxes: list[Tensor]) -> Tensor:
-        """Features (all regions, dim), not negative, picture after picture.
+        """Computes features (all regions, dim), not negative, picture after picture.
 
         ``pixels`` (batch, 3, size, size), 0 to 255; per picture ``boxes`` (regions, 4), normalised xyxy.
         """
@@ -166,17 +168,17 @@ class MiniDetector(nn.Module):
         return F.relu(self.region(pool_regions(feature_map, boxes, BINS).flatten(1)))
 
     def logits(self, features: Tensor) -> dict[str, Tensor]:
-        """Per attribute (regions, values)."""
+        """Classifies regions: per attribute logits (regions, values)."""
         return {name: head(features) for name, head in self.heads.items()}
 
     def pixels(self, picture: Image.Image) -> Tensor:
-        """The network's input, (3, size, size) uint8."""
+        """Resizes a picture to the network's input, (3, size, size) uint8."""
         image = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class DetectorBackbone:
-    """A mini detector as a backbone: the features of given boxes of one picture."""
+    """Uses a mini detector as a backbone."""
 
     def __init__(self, detector: MiniDetector, device: str = "cpu"):
         self.detector = detector.eval().requires_grad_(False).to(device)
@@ -203,7 +205,7 @@ def save_detector(detector: MiniDetector, folder: Path) -> None:
 
 
 def load_detector(name: Path | str) -> MiniDetector:
-    """The mini detector of a folder, in single precision, for inference."""
+    """Loads the mini detector of a folder, in single precision, for inference."""
     folder = Path(resolve(str(name)))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -211,7 +213,7 @@ def load_detector(name: Path | str) -> MiniDetector:
             raise ValueError("its model_type is another")
         detector = MiniDetector(**config)
         detector.load_state_dict(load_file(folder / "model.safetensors"))
-    except Exception as error:  # json, safetensors and torch raise what they like
+    except Exception as error:  # torch lets through what json and safetensors raise
         raise DataError(
             f"{folder}: not a mini detector ({str(error)[:300]}); expected a folder with config.json and "
             "model.safetensors that tdlib.make.detector wrote, or MODEL@WEIGHTS (resnet50@resnet50.pth)"
@@ -219,9 +221,9 @@ def load_detector(name: Path | str) -> MiniDetector:
     return detector.eval()
 
 
-def open_backbone(name: str, device: str = "") -> Backbone:
-    """MODEL@WEIGHTS of torchvision's, or the folder of a mini detector; on ``usual_device`` if that is ""."""
-    device = device or usual_device()
+def open_backbone(name: str) -> Backbone:
+    """Opens MODEL@WEIGHTS of torchvision's, or the folder of a mini detector, on ``usual_device``."""
+    device = usual_device()
     model, at, weights = name.partition("@")
     if at and not Path(resolve(name)).is_dir():
         return TorchvisionBackbone(model, weights, device=device)

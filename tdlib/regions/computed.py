@@ -1,7 +1,7 @@
-"""Region features: what a detector, or a grid, saw in each picture.
+"""Defines regions, and computes their features with a backbone on this machine.
 
-It says what regions are and computes them: RoIAlign over given boxes or a grid, from a backbone on this
-machine (``backbones``), kept on disk. ``files`` and ``lmdb`` read those that others made.
+Regions are the example's boxes or the cells of a grid; a backbone (``backbones``) gives their features by
+RoIAlign, and ``CachedRegions`` stores them. ``files`` and ``lmdb`` read features that others have made.
 """
 
 import hashlib
@@ -14,12 +14,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from tdlib.core.paths import resolve
 from tdlib.core.store import EXACT, CacheError, Column, FileDigests, Store, record_key
-from tdlib.data.examples import DataError, Example
+from tdlib.data.examples import Example
 from tdlib.data.pictures import open_picture
 from tdlib.method.tokens import grid_boxes
-from tdlib.regions.backbones import Backbone, open_backbone
+from tdlib.regions.backbones import Backbone
 from tdlib.teacher.cache import TeacherCache
 
 Layout = Literal["boxes", "grid", "boxes+grid"]
@@ -31,7 +30,7 @@ class Regions:
 
     ``features`` (regions, dim) float32; ``boxes`` (regions, 4) xyxy normalised to the picture;
     ``objects`` (regions,) the index of the example's object that each region is, -1 where it is none;
-    ``size`` width and height of the picture in pixels, where the source knows them.
+    ``size`` width and height of the picture in pixels, None if the source does not have them.
     """
 
     features: Tensor
@@ -49,16 +48,16 @@ class RegionSource(Protocol):
 
 
 class ComputedRegions(RegionSource, Protocol):
-    """Computes regions from the picture and the example's boxes alone; ``fingerprint`` says how."""
+    """Computes regions from the picture and the example's boxes alone; ``fingerprint`` identifies the way."""
 
     fingerprint: str
 
 
 class BackboneRegions:
-    """Regions from a backbone, for people without a detector.
+    """Computes regions with a backbone, for users without a detector.
 
-    The whole picture comes first, then, as ``layout`` says, the example's own boxes in their order
-    (``objects`` 0, 1, ...) and the cells of a grid, row by row. An example without boxes has none.
+    The whole picture comes first, then, depending on ``layout``, the example's boxes in their order
+    (``objects`` 0, 1, ...) and the cells of a grid, row by row. No boxes are proposed.
 
     Args:
         backbone: gives the features of boxes of a picture.
@@ -91,11 +90,12 @@ class BackboneRegions:
 
 
 class ClipGridRegions:
-    """CLIP's patch tokens in the joint space as regions, read from the teacher's cache.
+    """Reads CLIP's patch tokens in the joint space as regions, from the teacher's cache.
 
-    The arm ``clip_input``: CLIP's grid is the student's visual input (CLIP-ViL, Shen et al. 2021; they
+    In the arm ``clip_input`` CLIP's grid is the student's visual input (CLIP-ViL, Shen et al. 2021; they
     take a ResNet's grid before projection). Patches that lie wholly outside the picture are left out.
-    No student was pretrained with these: its projection of features is drawn anew (``foreign``).
+    No student was pretrained with these features, so its projection of features is re-initialised
+    (``foreign``).
     """
 
     foreign = True
@@ -115,13 +115,13 @@ _LAYOUT = {
         "features": Column(), "boxes": EXACT, "objects": EXACT, "size": Column(half=False, ragged=False),
     }
 }  # fmt: skip
-_TOGETHER = 1024  # records of a shard
+_TOGETHER = 1024  # records that are computed, and written as one shard, at a time
 
 
 class CachedRegions:
-    """Computed regions, stored once per picture and boxes: a verified ``Store`` in ``folder/<fingerprint>``.
+    """Stores computed regions once per picture and boxes: a verified ``Store`` in ``folder/<fingerprint>``.
 
-    A record's key is the SHA-256 of the picture file's bytes and of the example's boxes; features are kept
+    A record's key is the SHA-256 of the picture file's bytes and of the example's boxes; features are stored
     in half precision.
 
     Args:
@@ -129,7 +129,7 @@ class CachedRegions:
         folder: where caches of all sources lie.
 
     Raises:
-        CacheError: a shard is damaged, or an example is asked for that was never added.
+        CacheError: a shard is damaged, or a requested example was never added.
     """
 
     def __init__(self, source: ComputedRegions, folder: Path | str):
@@ -145,20 +145,20 @@ class CachedRegions:
         try:
             return record_key(self._digests(example.image), json.dumps(example.boxes))
         except FileNotFoundError:
-            open_picture(example.image)  # raises with the remedy
+            open_picture(example.image)  # raises DataError, whose message has the remedy
             raise
 
     def add(self, examples: Sequence[Example]) -> None:
-        """Computes and stores what is not there yet."""
-        wanted = {self._key(example): example for example in examples}
-        missing = self.store.missing("regions", wanted)
+        """Computes and stores the regions that are not stored yet."""
+        examples_by_key = {self._key(example): example for example in examples}
+        missing = self.store.missing("regions", examples_by_key)
         for start in range(0, len(missing), _TOGETHER):
             keys = missing[start : start + _TOGETHER]
             records = []
             for key in keys:
-                regions = self.source(wanted[key])
+                regions = self.source(examples_by_key[key])
                 records.append(vars(regions) | {"size": torch.tensor(regions.size or (0, 0)).float()})
-            self.store.append("regions", keys, records, [str(wanted[key].image) for key in keys])
+            self.store.append("regions", keys, records, [str(examples_by_key[key].image) for key in keys])
 
     def __call__(self, example: Example) -> Regions:
         try:
@@ -170,59 +170,3 @@ class CachedRegions:
             ) from None
         width, height = record.pop("size").tolist()
         return Regions(**record, size=(width, height) if width else None)
-
-
-def listed_paths(where: str) -> list[str]:
-    """The paths of a list with commas; a path with a comma in its name is one if it is there."""
-    parts, paths = where.split(","), []
-    while parts:
-        whole = (",".join(parts[:length]).strip() for length in range(len(parts), 1, -1))
-        path = next((path for path in whole if Path(resolve(path)).exists()), parts[0].strip())
-        del parts[: path.count(",") + 1]
-        paths += [path] if path else []
-    return paths
-
-
-def open_regions(
-    spec: str, *, cache: TeacherCache | None = None, grid: tuple[int, int] = (6, 6), device: str = ""
-) -> RegionSource:
-    """The region source that a spec "KIND:WHERE" names.
-
-    Files of a detector: "lmdb:FOLDER[,FOLDER]" (UNITER's), "npz:FOLDER[,FOLDER]"; other files become NPZ by
-    ``python -m tdlib.regions.convert``. Computed here: "boxes:BACKBONE", "grid:BACKBONE",
-    "boxes+grid:BACKBONE", where BACKBONE is the folder of a ``MiniDetector`` or MODEL@WEIGHTS, a model of
-    torchvision's with its local file. "clip": the teacher's patches.
-
-    Args:
-        spec: see above.
-        cache: of the teacher, for "clip".
-        grid: rows and columns, for "grid".
-        device: where a backbone runs; "" for this process's GPU, or the processor where there is none.
-
-    Raises:
-        DataError: the spec is malformed, or what it names is not there or not in its layout.
-        ImportError: the kind needs a package of the extra ``regions``.
-    """
-    from tdlib.regions.files import NpzRegions
-    from tdlib.regions.lmdb import LmdbRegions
-
-    kind, _, where = spec.partition(":")
-    readers = {"lmdb": LmdbRegions, "npz": NpzRegions}
-    if kind in readers and where:
-        return readers[kind](*listed_paths(where))
-    if kind in ("boxes", "grid", "boxes+grid") and where:
-        return BackboneRegions(open_backbone(where, device), kind, grid)  # type: ignore[arg-type]
-    if kind == "clip" and not where:
-        if cache is None:
-            raise DataError("regions='clip' are read from the teacher's cache, and none is given")
-        return ClipGridRegions(cache)
-    if kind in ("tsv", "lxmert", "hdf5"):
-        raise DataError(
-            f"regions={spec!r}: make a folder of NPZ files of it, once: python -m tdlib.regions.convert "
-            f"{kind} {where or 'FILE'} FOLDER; then give npz:FOLDER"
-        )
-    raise DataError(
-        f"regions={spec!r}; expected lmdb:FOLDER[,FOLDER], npz:FOLDER[,FOLDER], boxes:BACKBONE, "
-        "grid:BACKBONE, boxes+grid:BACKBONE (BACKBONE: a mini detector's folder, or MODEL@WEIGHTS such as "
-        "resnet50@resnet50.pth), or clip"
-    )

@@ -1,9 +1,9 @@
-"""Other files of region features as a folder of NPZ, one per picture, which ``npz:FOLDER`` reads.
+"""Converts other files of region features to a folder of NPZ, one per picture, for ``npz:FOLDER``.
 
 ``python -m tdlib.regions.convert tsv trainval_36.tsv FOLDER`` (bottom-up attention, Anderson et al. 2018),
 ``lxmert train2014_obj36.tsv`` (Tan and Bansal 2019), ``hdf5 train36.hdf5`` (bottom-up-attention-vqa). One
-picture is in memory at a time. What a file holds is checked as on reading; files that are there already
-are left alone, so that a conversion that was interrupted goes on. Nothing is unpickled.
+picture is in memory at a time. Regions are checked as when they are read; NPZ files that exist already are
+left alone, so that an interrupted conversion can be continued. Nothing is unpickled.
 """
 
 import argparse
@@ -18,9 +18,10 @@ import numpy as np
 from tdlib.core.files import whole_path
 from tdlib.core.paths import resolve
 from tdlib.data.examples import DataError
-from tdlib.regions.files import Record, checked, library
+from tdlib.regions.files import RawRegions, checked, library
 
-COLUMNS = {  # without a header; boxes in pixels, xyxy; boxes and features in base64 of float32
+# The files have no header; boxes are xyxy in pixels; boxes and features are base64 of float32.
+COLUMNS = {
     "tsv": ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features"),
     "lxmert": (
         "img_id", "img_h", "img_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf", "num_boxes",
@@ -29,8 +30,8 @@ COLUMNS = {  # without a header; boxes in pixels, xyxy; boxes and features in ba
 }  # fmt: skip
 
 
-def tsv_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Record]]:
-    """Picture and record of each line."""
+def tsv_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, RawRegions]]:
+    """Iterates over the lines: the picture's name and its regions."""
     image = columns[0].removesuffix("_id")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -53,14 +54,18 @@ def tsv_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Rec
                     f"{where}: sizes are not integers, or boxes and features not base64 of float32, a row "
                     f"per box ({error}); copy the file again"
                 ) from None
-            yield row[columns[0]].decode(errors="replace"), Record(where, features, boxes, (width, height))
+            yield (
+                row[columns[0]].decode(errors="replace"),
+                RawRegions(where, features, boxes, (width, height)),
+            )
 
 
-def hdf5_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """Picture and record of each row of image_features (n, k, dim) and normalised spatial_features (n, k, 6).
+def hdf5_records(path: Path) -> Iterator[tuple[str, RawRegions]]:
+    """Iterates over the rows of image_features (n, k, dim) and normalised spatial_features (n, k, 6).
 
-    Which row is whose: the file's dataset ``image_ids``, or a JSON file {image id: row} beside it,
-    ``train36_imgid2idx.json`` of ``train36.hdf5``. (The official mapping is a pickle, which could run code.)
+    The picture of a row is named by the file's dataset ``image_ids``, or by a JSON file {image id: row}
+    beside it, ``train36_imgid2idx.json`` of ``train36.hdf5``. (The official mapping is a pickle, which could
+    run code.)
     """
     beside = path.with_name(f"{path.stem}_imgid2idx.json")
     try:
@@ -79,7 +84,7 @@ def hdf5_records(path: Path) -> Iterator[tuple[str, Record]]:
         ):
             raise ValueError(f"{beside} maps no image ids to rows 0 to {len(features) - 1}")
         for key, row in rows.items():
-            yield key, Record(f"{path}: image {key!r} in row {row}", features[row], spatial[row, :, :4])
+            yield key, RawRegions(f"{path}: image {key!r} in row {row}", features[row], spatial[row, :, :4])
     except FileNotFoundError:
         raise DataError(
             f"{path}: which row is which picture's? It has no dataset image_ids, and there is no {beside}. "
@@ -94,15 +99,15 @@ def hdf5_records(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def convert(kind: str, path: Path | str, folder: Path | str) -> int:
-    """Writes ``folder/<picture>.npz`` for every record of a file that is not there yet; returns how many."""
+    """Writes ``folder/<picture>.npz`` for each picture of a file that has none yet; returns their number."""
     path, folder, dim, written = Path(resolve(str(path))), Path(folder), 0, 0
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected one of the kind {kind!r}")
     folder.mkdir(parents=True, exist_ok=True)
-    found = False
+    empty = True
     records = hdf5_records(path) if kind == "hdf5" else tsv_records(path, COLUMNS[kind])
     for key, record in records:
-        found = True
+        empty = False
         target = folder / f"{Path(key).name}.npz"
         if not target.exists():
             dim = dim or np.shape(record.features)[-1]
@@ -114,7 +119,7 @@ def convert(kind: str, path: Path | str, folder: Path | str) -> int:
                     image_h=height,
                 )  # fmt: skip
             written += 1
-    if not found:
+    if empty:
         raise DataError(f"{path}: holds no records of pictures; copy it again")
     return written
 

@@ -1,7 +1,8 @@
-"""Region features that a detector wrote to files: a folder of NPZ; and what readers of files share.
+"""Reads region features from files of a detector: the base class of such readers, and folders of NPZ.
 
-A record is read when its picture is asked for. Every reader can be pickled and shared by the workers of a
-DataLoader. Nothing is unpickled. ``lmdb`` reads UNITER's databases, ``convert`` makes NPZ of other files.
+A picture's regions are read when they are needed. Every reader can be pickled and shared by the workers of
+a DataLoader. No foreign data are unpickled. ``lmdb`` reads UNITER's databases, ``convert`` makes NPZ of other
+files.
 """
 
 import importlib
@@ -21,13 +22,18 @@ from tdlib.core.paths import resolve
 from tdlib.data.examples import DataError, Example
 from tdlib.regions.computed import Regions
 
-_OVERHANG = 0.1  # how far boxes may reach out of the picture, as a share of its size, before it is an error
+# Detected boxes may reach out of the picture by this share of its size, and are then clipped; one that
+# reaches further belongs to another picture or layout.
+_OVERHANG = 0.1
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a file holds of one picture; ``boxes`` (regions, 4) in pixels, normalised without ``size``."""
+class RawRegions:
+    """The content of a file for one picture, unchecked; ``boxes`` (regions, 4) are in pixels.
+
+    Without ``size`` they are normalised.
+    """
 
     where: str
     features: np.ndarray  # (regions, dim)
@@ -35,11 +41,13 @@ class Record:
     size: tuple[float, float] | None = None  # width and height of the picture in pixels, if the file has them
 
 
-def checked(record: Record, dim: int) -> tuple[Tensor, Tensor]:
-    """Features (regions, dim) and boxes (regions, 4), xyxy normalised and clipped to the picture.
+def checked(record: RawRegions, dim: int) -> tuple[Tensor, Tensor]:
+    """Checks a file's regions; returns features (regions, dim) and boxes (regions, 4).
+
+    Boxes are xyxy normalised, clipped to the picture.
 
     Raises:
-        DataError: shapes, width, numbers or boxes are not what they should be.
+        DataError: a shape, the width of features, a number or a box is wrong.
     """
     try:
         features, boxes = np.array(record.features, np.float32), np.array(record.boxes, np.float32)
@@ -82,13 +90,13 @@ _NUMBERED = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{1,20})")
 
 
 def picture_keys(image: Path) -> list[str]:
-    """Names under which files know a picture: its stem, and COCO's or Flickr30k's number without zeros."""
-    number = _NUMBERED.fullmatch(image.stem)
-    return list(dict.fromkeys([image.stem, str(int(number[1]))] if number else [image.stem]))
+    """Lists the names that files may use for a picture: its stem, COCO's or Flickr30k's bare number."""
+    match = _NUMBERED.fullmatch(image.stem)
+    return list(dict.fromkeys([image.stem, str(int(match[1]))] if match else [image.stem]))
 
 
 def library(name: str, what: str) -> Any:
-    """A package that only some readers need."""
+    """Imports a package that only some readers need; the error has the command that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -99,17 +107,19 @@ def library(name: str, what: str) -> Any:
 
 
 class FileRegions(ABC):
-    """Regions from files that are asked in turn; ``objects`` are -1, a detector knows no tags.
+    """Reads regions from the first of several paths that has the picture.
+
+    ``objects`` are -1: a detector does not know which region is an example's object.
 
     Args:
         paths: files, or folders; relative ones may be relative to the project.
 
     Raises:
-        DataError: nothing is there, or it is not in the expected layout. Asking for a picture that
-            is in none of the files, or whose record is damaged, raises it too.
+        DataError: nothing is there, or it is not in the expected layout. A call raises it for a picture
+            that is in none of the files, or whose record is damaged.
     """
 
-    what: ClassVar[str]  # what messages call one of the paths
+    what: ClassVar[str]  # describes one of the paths in messages
     dim: int  # width of the features: that of the first record
 
     def __init__(self, *paths: Path | str):
@@ -121,8 +131,8 @@ class FileRegions(ABC):
             raise DataError(f"no file of regions given; expected {self.what}")
 
     @abstractmethod
-    def find(self, image: Path) -> Record | None:
-        """The record of a picture, None where there is none."""
+    def find(self, image: Path) -> RawRegions | None:
+        """Finds the regions of a picture; None if no path has them."""
 
     def __call__(self, example: Example) -> Regions:
         record = self.find(example.image)
@@ -139,16 +149,16 @@ class FileRegions(ABC):
         )
 
     def names(self, image: Path) -> list[str]:
-        """What is looked for."""
+        """Lists the names under which a picture is looked up."""
         return picture_keys(image)
 
 
 class NpzRegions(FileRegions):
-    """A folder with one NPZ per picture, as bottom-up-attention.pytorch and MCAN have it.
+    """Reads folders with one NPZ per picture, as bottom-up-attention.pytorch and MCAN write them.
 
-    Arrays x (regions, dim) or (dim, regions), bbox (pixels, xyxy), num_bbox, image_h, image_w; of a
-    picture whose size is not known, bbox is normalised, and both sizes are 1. Files are named by the
-    picture: its stem, its whole name, or its number.
+    Arrays: x (regions, dim) or (dim, regions), bbox (pixels, xyxy), num_bbox, image_h, image_w. If the size
+    of the picture is not known, bbox is normalised and both sizes are 1. A file's name is the picture's stem,
+    full name, or number.
     """
 
     what = "a folder with one NPZ of regions per picture"
@@ -163,11 +173,11 @@ class NpzRegions(FileRegions):
     def names(self, image: Path) -> list[str]:
         return [f"{key}.npz" for key in (*picture_keys(image), image.name)]
 
-    def find(self, image: Path) -> Record | None:
+    def find(self, image: Path) -> RawRegions | None:
         files = (folder / name for folder in self.paths for name in self.names(image))
         return next((self._read(file) for file in files if file.is_file()), None)
 
-    def _read(self, path: Path) -> Record:
+    def _read(self, path: Path) -> RawRegions:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 count, width, height = (int(arrays[name]) for name in ("num_bbox", "image_w", "image_h"))
@@ -178,6 +188,6 @@ class NpzRegions(FileRegions):
                 "image_w; extract this picture again"
             ) from None
         if features.ndim == 2 and len(features) != count == features.shape[1]:
-            features = features.T
+            features = features.T  # MCAN's files hold (dim, regions)
         size = (width, height) if (width, height) != (1, 1) else None  # normalised: the size is not known
-        return Record(str(path), features, boxes, size)
+        return RawRegions(str(path), features, boxes, size)

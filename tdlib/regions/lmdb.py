@@ -1,4 +1,4 @@
-"""UNITER's LMDBs of region features, for COCO, Flickr30k and VCR (annotated boxes and detected ones)."""
+"""Reads UNITER's LMDBs of region features for COCO, Flickr30k and VCR (annotated and detected boxes)."""
 
 import io
 import re
@@ -14,24 +14,24 @@ from torch import Tensor
 
 from tdlib.data.examples import DataError, Example
 from tdlib.regions.computed import Regions
-from tdlib.regions.files import UNREADABLE, FileRegions, Record, checked, library
+from tdlib.regions.files import UNREADABLE, FileRegions, RawRegions, checked, library
 
 
 @dataclass(frozen=True)
 class _Database:
-    """One LMDB of UNITER's: how its keys start, and how many regions count."""
+    """One LMDB of UNITER's: the beginning of its keys, and how many regions of a picture are used."""
 
     path: Path
     prefix: str
     limit: int
-    whole: bool  # it holds all regions: those with enough confidence count
+    uncut: bool  # it holds all regions of a picture; those with enough confidence are used
 
     @property
     def ground_truth(self) -> bool:
         return self.prefix.startswith("vcr_gt_")
 
     def key(self, image: Path) -> str | None:
-        """A picture's key, None where it cannot be in this database."""
+        """Returns a picture's key; None if the picture cannot be in this database."""
         stem = image.stem
         if self.prefix.startswith("coco_"):
             return f"{stem.lower()}.npz" if stem.lower().startswith(f"{self.prefix}_") else None
@@ -41,14 +41,14 @@ class _Database:
 
 
 class LmdbRegions(FileRegions):
-    """The LMDBs that UNITER and VILLA read (Chen et al. 2020), compressed or not.
+    """Reads the LMDBs of UNITER and VILLA (Chen et al. 2020), compressed or not.
 
     A folder per split (``coco_train2014``, ``flickr30k``, ``vcr_train``, ``vcr_gt_train``, ...) holds
     ``feat_th0.2_max100_min10``, ``feat_numbb36`` or ``all``; keys are ``coco_train2014_000000000009.npz``,
-    ``flickr30k_000123456789.npz``, ``vcr_gt_train_<stem>.npz``. Of ``all``, as many regions count as
-    have a confidence above 0.2, but at least 10 and at most 100; the others were cut when written.
-    Regions of ``vcr_gt_*`` come first and are the example's objects; where both kinds are given, an
-    example needs both.
+    ``flickr30k_000123456789.npz``, ``vcr_gt_train_<stem>.npz``. From ``all`` those
+    regions are used whose confidence is above 0.2, but at least 10 and at most 100; the other databases were
+    cut so when they were written. Regions of ``vcr_gt_*`` come first and are the example's objects; if
+    databases of both kinds are given, an example needs both.
 
     Args:
         paths: folders of splits, or the databases themselves.
@@ -66,10 +66,10 @@ class LmdbRegions(FileRegions):
     def names(self, image: Path) -> list[str]:
         return [key for database in self._databases if (key := database.key(image))]
 
-    def find(self, image: Path) -> Record | None:
+    def find(self, image: Path) -> RawRegions | None:
         return self._find(image, ground_truth=False)
 
-    def _find(self, image: Path, ground_truth: bool) -> Record | None:
+    def _find(self, image: Path, ground_truth: bool) -> RawRegions | None:
         for database in self._databases:
             key = database.key(image)
             if database.ground_truth == ground_truth and key:
@@ -100,10 +100,10 @@ class LmdbRegions(FileRegions):
 
 
 def _check_objects(where: str, boxes: Tensor, example: Example) -> None:
-    """The annotated boxes have to be the example's, in its order: tags refer to them."""
-    own = torch.tensor(example.boxes).reshape(-1, 4)[: len(boxes)]
-    enough = len(boxes) >= min(len(example.boxes), 100)
-    if not enough or len(boxes) > len(own) or (own - boxes).abs().max() > 0.05:
+    """Refuses annotated boxes that are not the example's in its order, because tags refer to them."""
+    expected = torch.tensor(example.boxes).reshape(-1, 4)[: len(boxes)]
+    enough = len(boxes) >= min(len(example.boxes), 100)  # UNITER stores at most 100
+    if not enough or len(boxes) > len(expected) or (expected - boxes).abs().max() > 0.05:
         raise DataError(
             f"{where}: {len(boxes)} annotated boxes, which are not the {len(example.boxes)} objects of "
             f"example {example.id} in order; use features made from the same VCR, or leave vcr_gt out"
@@ -112,14 +112,14 @@ def _check_objects(where: str, boxes: Tensor, example: Example) -> None:
 
 @cache
 def environment(path: str) -> Any:
-    """The open LMDB: one per path, as the library wants it; without locks it also serves forked workers."""
+    """Opens an LMDB, once per path as the library demands; without locks, so that forked workers share it."""
     return library("lmdb", "UNITER's LMDB").open(
         path, readonly=True, lock=False, create=False, readahead=False
     )
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values, without the list of keys."""
+    """Iterates over keys and values, without UNITER's list of all keys."""
     with environment(str(path)).begin() as transaction:
         yield from (item for item in transaction.cursor() if item[0] != b"__keys__")
 
@@ -128,16 +128,16 @@ _PREFIX = re.compile(rb"((?:coco|vcr_gt|vcr)_(?:train|val|test)(?:2014|2015)?|fl
 
 
 def _open_database(folder: Path) -> _Database:
-    found = (
+    databases = (
         [folder] if (folder / "data.mdb").is_file() else sorted(p.parent for p in folder.glob("*/data.mdb"))
     )
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "no LMDB (data.mdb)"
+    if len(databases) != 1:
+        names = ", ".join(path.name for path in databases) or "no LMDB (data.mdb)"
         raise DataError(
             f"{folder}: holds {names}; expected one LMDB such as feat_th0.2_max100_min10. Name the one to "
             "read, or unpack it again"
         )
-    path = found[0].resolve()  # the library opens each database once
+    path = databases[0].resolve()  # lmdb opens a database once per process, known by this path
     error_type = library("lmdb", "UNITER's LMDB").Error
     try:
         key = next((key for key, _ in _records(path)), b"")
@@ -153,21 +153,21 @@ def _open_database(folder: Path) -> _Database:
     return _Database(path, prefix[1].decode(), int(limit[1]) if limit else 100, path.name.startswith("all"))
 
 
-def _decode(where: str, value: bytes, database: _Database) -> Record:
-    """A record of an LMDB: NPZ bytes, or a dictionary as msgpack_numpy writes it."""
+def _decode(where: str, value: bytes, database: _Database) -> RawRegions:
+    """Decodes a value of an LMDB: NPZ bytes, or a dictionary as msgpack_numpy writes it."""
     try:
         if value[:2] == b"PK":
             with np.load(io.BytesIO(value), allow_pickle=False) as arrays:
-                names = ("features", "norm_bb", *(["conf"] if database.whole else []))
+                names = ("features", "norm_bb", *(["conf"] if database.uncut else []))
                 fields = {name: arrays[name] for name in names}
         else:
             msgpack = library("msgpack", "UNITER's LMDB")
             fields = msgpack.loads(value, raw=False, object_hook=_array, strict_map_key=False)
         features, boxes = fields["features"], fields["norm_bb"]
         count = database.limit
-        if database.whole:
+        if database.uncut:
             count = min(max(int((fields["conf"] > 0.2).sum()), 10), database.limit)
-        return Record(where, features[:count], boxes[:count, :4])
+        return RawRegions(where, features[:count], boxes[:count, :4])
     except (*UNREADABLE, TypeError, IndexError) as error:
         raise DataError(
             f"{where}: not a record of region features ({error!r}); expected an NPZ or a msgpack dictionary "
@@ -176,11 +176,11 @@ def _decode(where: str, value: bytes, database: _Database) -> Record:
 
 
 def _array(value: dict) -> Any:
-    """msgpack_numpy's dictionaries as arrays; its pickled objects are refused."""
-    found = {key.decode() if isinstance(key, bytes) else key: item for key, item in value.items()}
-    if found.get("nd") is not True:
+    """Converts msgpack_numpy's dictionaries to arrays; refuses its pickled objects."""
+    fields = {key.decode() if isinstance(key, bytes) else key: item for key, item in value.items()}
+    if fields.get("nd") is not True:
         return value
-    kind = np.dtype(found["type"])
+    kind = np.dtype(fields["type"])
     if kind.hasobject:
         raise ValueError("an array of Python objects, which is not unpickled")
-    return np.frombuffer(found["data"], kind).reshape(found["shape"])
+    return np.frombuffer(fields["data"], kind).reshape(fields["shape"])

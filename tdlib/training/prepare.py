@@ -24,7 +24,8 @@ from tdlib.data.tasks import HELD_OUT, class_labels, reader, splits_of, task_of
 from tdlib.data.vcr import PERSON_TOKENS
 from tdlib.method.priors import Idf
 from tdlib.miniworld.writers import ensure_data
-from tdlib.regions.computed import BackboneRegions, CachedRegions, RegionSource, open_regions
+from tdlib.regions.computed import BackboneRegions, CachedRegions, RegionSource
+from tdlib.regions.sources import open_regions
 from tdlib.students import registry as students
 from tdlib.students.base import StudentEncoder
 from tdlib.students.clip import ClipFusionEncoder, open_teacher_as_student
@@ -150,7 +151,7 @@ def encoder_of(config: RunConfig, cache: TeacherCache | None = None, student: st
     """
 
     def regions() -> RegionSource:
-        source = open_regions(config.regions, cache=cache)
+        source = open_regions(config.regions, cache)
         return (
             CachedRegions(source, CACHE_ROOT / "regions") if isinstance(source, BackboneRegions) else source
         )
