@@ -16,7 +16,8 @@ from tdlib.data.examples import DataError
 from tdlib.data.pictures import open_picture
 from tdlib.teacher import cache as module
 from tdlib.teacher.cache import CacheError, TeacherCache
-from tdlib.teacher.model import EXTRAS, Teacher, TeacherError
+from tdlib.teacher.model import Teacher
+from tdlib.teacher.towers import EXTRAS, TeacherError
 
 TEXTS = [
     "a red umbrella",

@@ -32,7 +32,8 @@ from tdlib.students.clip import (
 )
 from tdlib.students.registry import load_student
 from tdlib.students.vilt import ViltForMultipleChoice
-from tdlib.teacher.model import Teacher, TeacherError
+from tdlib.teacher.model import Teacher
+from tdlib.teacher.towers import TeacherError
 from tdlib.training.data import EncodedExamples, collate
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}

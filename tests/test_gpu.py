@@ -20,11 +20,14 @@ from tdlib.config import RunConfig, apply_arm
 from tdlib.core.paths import ROOT
 from tdlib.data.examples import low_shot
 from tdlib.data.pictures import open_picture
-from tdlib.regions.computed import open_regions
+from tdlib.regions.backbones import DetectorBackbone, load_detector
+from tdlib.regions.computed import BackboneRegions
+from tdlib.regions.sources import open_regions
 from tdlib.runs.batch import Batch
 from tdlib.runs.engines import visible_gpus
 from tdlib.teacher.cache import TeacherCache
-from tdlib.teacher.model import EXTRAS, Teacher
+from tdlib.teacher.model import Teacher
+from tdlib.teacher.towers import EXTRAS
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TeacherFeatureReader
@@ -91,7 +94,7 @@ def test_the_teacher_is_there_and_sees_the_same(teacher_folder, world, tmp_path)
 
 def test_regions_are_computed_there(prepared):
     source = open_regions("boxes+grid:data/models/mini-detector")
-    other = open_regions("boxes+grid:data/models/mini-detector", device="cpu")
+    other = BackboneRegions(DetectorBackbone(load_detector("data/models/mini-detector"), "cpu"), "boxes+grid")
     one, two = source(prepared.train[0]), other(prepared.train[0])
     torch.testing.assert_close(one.features, two.features, rtol=0.02, atol=0.02)
 

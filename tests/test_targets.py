@@ -11,7 +11,7 @@ from tdlib.data.pictures import open_picture
 from tdlib.method.priors import Idf
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.teacher.cache import CacheError, TeacherCache
-from tdlib.teacher.model import EXTRAS
+from tdlib.teacher.towers import EXTRAS
 from tdlib.training.pipeline import Targets, TeacherFeatureReader, teacher_tokens
 from tdlib.training.prepare import read_split
 

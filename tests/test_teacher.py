@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tdlib.teacher.model import Teacher, TeacherError, choice_logits, encode_text_tokens, patch_boxes
+from tdlib.teacher.model import Teacher, choice_logits, patch_boxes
+from tdlib.teacher.towers import TeacherError
 
 TEXTS = [
     "a person in a red shirt holds an umbrella",
@@ -67,21 +68,22 @@ def test_projected_tokens_are_projected_normed_intermediates(teacher, pictures):
 def test_the_projected_end_and_class_tokens_are_the_pooled_features(teacher, pictures):
     model, ids = teacher.model, full_ids(teacher, TEXTS)
     with torch.inference_mode():
-        pooled, tokens = encode_text_tokens(model, ids)
+        pooled, signals = teacher.text.encode(ids)
         output = model.visual.forward_intermediates(
             pixels_of(teacher, pictures), indices=1, normalize_intermediates=True, output_fmt="NLC",
             output_extra_tokens=True,
         )  # fmt: skip
         image = model.encode_image(pixels_of(teacher, pictures))
-    assert_close(tokens[torch.arange(len(ids)), ids.argmax(-1)], pooled, **TOLERANCE)
+    assert_close(signals["projected"][torch.arange(len(ids)), ids.argmax(-1)], pooled, **TOLERANCE)
     assert_close(output["image_intermediates_prefix"][-1][:, 0] @ model.visual.proj, image, **TOLERANCE)
 
 
-def test_batches_keep_the_order_and_give_the_same(teacher, pictures):
-    for small, large in (
-        (teacher.encode_texts(TEXTS, batch_size=1), teacher.encode_texts(TEXTS)),
-        (teacher.encode_pictures(pictures, batch_size=2), teacher.encode_pictures(pictures)),
-    ):
+def test_batches_keep_the_order_and_give_the_same(teacher, pictures, monkeypatch):
+    whole = teacher.encode_texts(TEXTS), teacher.encode_pictures(pictures)
+    monkeypatch.setattr("tdlib.teacher.model.TEXTS_AT_ONCE", 1)
+    monkeypatch.setattr("tdlib.teacher.model.PICTURES_AT_ONCE", 2)
+    parts = teacher.encode_texts(TEXTS), teacher.encode_pictures(pictures)
+    for small, large in zip(parts, whole, strict=True):
         for a, b in zip(small, large, strict=True):
             assert_close(a.positions, b.positions)
             assert_close(a.projected, b.projected, **TOLERANCE)

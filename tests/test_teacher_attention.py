@@ -9,8 +9,8 @@ from teacher_families import TEXTS, TOLERANCE, pixels_of, readable, teacher_of, 
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tdlib.teacher.model import EXTRAS, Teacher, TeacherError
-from tdlib.teacher.towers import Tower, attention_weights, take_apart
+from tdlib.teacher.model import Teacher
+from tdlib.teacher.towers import EXTRAS, TeacherError, Tower, attention_weights, take_apart
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tdlib.teacher.families import text_tower
-from tdlib.teacher.model import Teacher, TeacherError, choice_logits, patch_boxes
-from tdlib.teacher.towers import Tower
+from tdlib.teacher.model import Teacher, choice_logits, patch_boxes
+from tdlib.teacher.towers import TeacherError, Tower
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-from tdlib.teacher.model import Teacher, TeacherError
+from tdlib.teacher.model import Teacher
 from tdlib.teacher.text import TextTokenizer, open_tokenizer, spans_in_raw
+from tdlib.teacher.towers import TeacherError
 
 TEXTS = [
     "a person in a red shirt holds an umbrella",

@@ -26,7 +26,7 @@ from tdlib.core.files import write_folder, write_json
 from tdlib.make import corpus
 from tdlib.make.loop import Position, mixed_precision, provenance, train
 from tdlib.miniworld.writers import VERSION
-from tdlib.teacher.families import encode_text_tokens
+from tdlib.teacher.families import encode_text_ids
 
 MINI_CLIP: dict[str, Any] = {
     "embed_dim": 128,
@@ -165,7 +165,7 @@ class ClipJob:
                 for caption in reading.T:
                     ids = self.texts.ids[rows, caption]
                     ids = ids[:, : int((ids != self.pad).sum(1).max())].astype(np.int64)
-                    text = encode_text_tokens(self.model, self.put(ids))[0]
+                    text = encode_text_ids(self.model, self.put(ids))
                     terms.append(contrastive_loss(image, text, scale))
                 contrast = torch.stack(terms).mean()
                 figures["contrast"] = contrast.detach()

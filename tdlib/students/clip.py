@@ -28,13 +28,14 @@ from tdlib.students.base import (
     encoded_text,
 )
 from tdlib.teacher.families import image_tower, text_tower
-from tdlib.teacher.model import Preprocess, Teacher, TextTokenizer, blueprint, choice_logits, patch_boxes
+from tdlib.teacher.model import Preprocess, Teacher, blueprint, choice_logits, patch_boxes
+from tdlib.teacher.text import TextTokenizer
 
 
 class ClipFusionConfig(PreTrainedConfig):
-    """What rebuilds an open_clip model and its preprocessing, and sizes by the names that students share.
+    """Holds what rebuilds an open_clip model and its preprocessing, and sizes as all students name them.
 
-    ``clip`` is what open_clip_config.json holds, ``grid`` rows and columns of patches, ``patch`` their
+    ``clip`` is the content of open_clip_config.json, ``grid`` rows and columns of patches, ``patch`` their
     height and width in pixels (where the tower cuts patches), ``hidden_size`` the width of the joint
     space (teacher_dim), ``max_position_embeddings`` the text context.
     """
@@ -55,7 +56,7 @@ AutoConfig.register(ClipFusionConfig.model_type, ClipFusionConfig)
 
 
 def fusion_config(teacher: Teacher, labels: Sequence[str] = ()) -> ClipFusionConfig:
-    """The configuration of a student that is this teacher; ``labels`` names its classes, if any."""
+    """Makes the configuration of a student that copies this teacher; ``labels`` names its classes, if any."""
     blank = Image.new("RGB", (64, 64))
     height, width = teacher.preprocess(blank).shape[1:]
     patches = len(teacher.encode_pictures([blank])[0].positions)
@@ -119,7 +120,7 @@ class ClipFusionForMultipleChoice(PreTrainedModel):
                 nn.init.zeros_(module.bias)
 
     def train(self, mode: bool = True) -> Self:
-        """As usual, but batch norms (ResNets) keep CLIP's statistics: those of a small batch are worse."""
+        """Leaves batch norms (ResNets) in evaluation mode: CLIP's statistics beat those of a small batch."""
         super().train(mode)
         for module in self.clip.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -154,7 +155,7 @@ class ClipFusionForMultipleChoice(PreTrainedModel):
         if length > context:
             raise StudentError(f"texts of {length} tokens are longer than CLIP's context of {context}")
         tower = text_tower(self.clip, self.config.model_type)
-        if not tower.cut:  # it reads its padding too
+        if not tower.cut:  # this tower reads its padding too, so it needs the full context
             input_ids = F.pad(input_ids, (0, context - length), value=self.config.pad_token_id)
         return F.normalize(tower.run(input_ids.flatten(0, 1))[0], dim=-1).unflatten(0, input_ids.shape[:2])
 
@@ -179,7 +180,7 @@ class ClipFusionForClassification(ClipFusionForMultipleChoice):
 
 
 def _store_buffers(model: nn.Module) -> nn.Module:
-    """Makes a checkpoint hold every buffer: loading leaves those that it lacks (masks) uninitialised."""
+    """Puts every buffer into checkpoints: transformers leaves one that is not there uninitialised."""
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, buffer)
@@ -189,7 +190,7 @@ def _store_buffers(model: nn.Module) -> nn.Module:
 def open_teacher_as_student(
     name: str, pretrained: str = "", seed: int = 0, labels: Sequence[str] = ()
 ) -> ClipFusionForMultipleChoice:
-    """A student that is a teacher's trainable copy, in float32, with a head drawn from ``seed``."""
+    """Makes a student that is a trainable copy of a teacher, in float32, with a head drawn from ``seed``."""
     teacher = Teacher(name, pretrained, device="cpu")
     kind = ClipFusionForClassification if labels else ClipFusionForMultipleChoice
     with torch.random.fork_rng(devices=[]):
@@ -200,7 +201,7 @@ def open_teacher_as_student(
 
 
 class _Tokenizer:
-    """What users of a student's tokenizer need of a teacher's."""
+    """Gives a teacher's tokenizer the few attributes that the project uses of a student's."""
 
     def __init__(self, tokenize: TextTokenizer):
         self.pad_token_id = tokenize.padding
@@ -289,5 +290,7 @@ class ClipFusionEncoder(StudentEncoder):
         """Writes open_clip's configuration of model and preprocessing, and the tokenizer's files."""
         write_json(Path(folder) / "open_clip_config.json", self.config.clip)
         tokenizer = self.tokenize.tokenizer
-        if hasattr(tokenizer, "save_pretrained"):  # open_clip's own tokenizer comes with it
+        if hasattr(
+            tokenizer, "save_pretrained"
+        ):  # SimpleTokenizer has no files here: open_clip contains them
             tokenizer.save_pretrained(folder)

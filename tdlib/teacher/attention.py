@@ -1,8 +1,8 @@
-"""Attention within one sequence of tokens, and a teacher's in a text or a picture.
+"""Reads attention within one sequence of tokens: a teacher's in a text or a picture.
 
-Attention is computed anew in the layers asked for, as softmax(q k^T / sqrt(head_dim) + mask), from the
-layers' parameters and inputs: kernels that keep no weights (sdpa, flash) need no other loading of the model,
-which is left as it was. Layers are counted from 0.
+Kernels that keep no weights (sdpa, flash) do not return attention, so it is recomputed from the layers'
+parameters and inputs, as softmax(q k^T / sqrt(head_dim) + mask). The model is left as it was. Layers are
+counted from 0.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from tdlib.teacher.towers import Tower, rolled_out, take_apart
 
 
 class AttentionError(ValueError):
-    """Attention cannot be read: says of which model or layer, and the remedy."""
+    """Attention cannot be read; the message names the model or layer and the remedy."""
 
 
 @dataclass(frozen=True)
 class Attention:
     """Attention within one sequence of tokens.
 
-    ``maps`` (layers, heads, tokens, tokens): how much a token (row) takes of each (column); rows sum to
-    1. ``layers`` are the layers they are of. ``record`` has the tokens' places; where it was made from
-    another model's tokens, only those, its text and its picture mean anything. ``readout`` is the token
-    that the model's answer is read from. ``model`` names it in figures.
+    ``maps`` (layers, heads, tokens, tokens): the weight of each token (column) for a token (row); rows sum
+    to 1. ``layers`` are their numbers. ``record`` has the tokens' places; if it was made from another model's
+    tokens, only these, its text and its picture are meaningful. ``readout`` is the token from which the
+    model's answer is read. ``model`` names the model in figures.
     """
 
     maps: np.ndarray
@@ -39,13 +39,13 @@ class Attention:
     model: str
 
     def row(self, query: int | None = None, head: int | None = None) -> np.ndarray:
-        """What one token takes of each, (tokens,), averaged over the layers (and heads); sums to 1."""
+        """Averages a token's weights of all tokens over layers (and heads): (tokens,), sums to 1."""
         maps = self.maps if head is None else self.maps[:, head : head + 1]
         return maps[:, :, self.readout if query is None else query].mean((0, 1))
 
 
 def rollout(maps: np.ndarray, query: int) -> np.ndarray:
-    """The query's row of ``prod_l (A_l + I) / 2``, heads averaged (Abnar & Zuidema 2020), (tokens,).
+    """Returns the query's row of ``prod_l (A_l + I) / 2``, heads averaged (Abnar & Zuidema 2020), (tokens,).
 
     ``maps`` (layers, heads, tokens, tokens), first layer first. Sums to 1.
     """
@@ -55,35 +55,35 @@ def rollout(maps: np.ndarray, query: int) -> np.ndarray:
 
 
 def chosen_layers(layers: Sequence[int] | None, count: int, model: str) -> tuple[int, ...]:
-    """The layers asked for, from 0, negative ones from the last; None: all."""
-    wanted = range(count) if layers is None else layers
-    outside = [layer for layer in wanted if not -count <= layer < count]
-    if outside or not wanted:
+    """Resolves the numbers of layers: from 0, negative ones from the last; None for all."""
+    requested = range(count) if layers is None else layers
+    outside = [layer for layer in requested if not -count <= layer < count]
+    if outside or not requested:
         raise AttentionError(
-            f"{model} has layers 0 to {count - 1} (or -{count} to -1); layers={list(wanted)} were asked for"
+            f"{model} has layers 0 to {count - 1} (or -{count} to -1), but layers={list(requested)}"
         )
-    return tuple(sorted({layer % count for layer in wanted}))
+    return tuple(sorted({layer % count for layer in requested}))
 
 
 def teacher_attention(
     teacher: Teacher, record: TargetRecord, tower: str, layers: Sequence[int] | None = None
 ) -> Attention:
-    """A teacher's attention in one text or one picture.
+    """Computes a teacher's attention in one text or one picture.
 
     Args:
         teacher: the teacher.
-        record: its text, or its picture, is looked at.
+        record: gives the text or the picture.
         tower: "text" or "image".
-        layers: which blocks, negative ones from the last; None: all.
+        layers: numbers of the blocks, negative ones from the last; None for all.
 
     Returns:
-        Maps over the tower's positions; special ones (class, start, end, padding that it reads) have
-        no place. A pooling that attends (SigLIP, CoCa, ResNet) is one more layer, behind the blocks: its
-        rows are all the pooled query's. ``readout`` is the position that is pooled (the first of most
-        weight, where several are).
+        Maps over the tower's positions; special ones (class, start, end, padding that the tower reads) have
+        no place. A pooling that attends (SigLIP, CoCa, ResNet) is one more layer, after the blocks: all its
+        rows are that of the pooled query. ``readout`` is the position that is pooled, the first one of the
+        largest weight if several are.
 
     Raises:
-        AttentionError: the tower's attention is not read here, or a layer does not exist.
+        AttentionError: the tower's attention cannot be read here, or a layer does not exist.
         DataError: the picture cannot be read.
     """
     if tower not in ("text", "image"):
@@ -95,11 +95,11 @@ def teacher_attention(
             f"teacher {reader.name}: the {tower} tower has no attention that is read here; its tokens' "
             "relevance can be looked at instead (tdlib.method.relevance: projected, value)"
         )
-    given, placed = _input(teacher, record, tower)
+    inputs, placed = _input(teacher, record, tower)
     chosen = chosen_layers(layers, count, f"teacher {reader.name} ({tower})")
     with torch.inference_mode():
         # A pooling that attends has one query for the whole sequence; as a layer, every row of it is that.
-        seen = reader.see(given, len(reader.blocks))
+        seen = reader.see(inputs, len(reader.blocks))
         pooled = reader.pooling.weights(seen.hidden, seen.given)  # (1, heads, positions)
         every = pooled[0].unsqueeze(1).expand(-1, pooled.shape[-1], -1)
         maps = [
@@ -120,7 +120,7 @@ def teacher_attention(
 
 
 def _input(teacher: Teacher, record: TargetRecord, tower: str) -> tuple[Tensor, TargetRecord]:
-    """Ids or pixels, and a record over the tower's positions, without padding."""
+    """Prepares ids or pixels, and a record over the tower's positions without padding."""
     if tower == "text":
         ids, spans = teacher.tokenize(record.text)
         names = [record.text[a:b] or f"[{i}]" for i, (a, b) in enumerate(spans)]
@@ -138,7 +138,7 @@ def _input(teacher: Teacher, record: TargetRecord, tower: str) -> tuple[Tensor, 
 
 
 def _placed(record: TargetRecord, names: Sequence[str], spans: np.ndarray, boxes: np.ndarray) -> TargetRecord:
-    """The record's text and picture with another model's tokens, of which nothing else is known."""
+    """Replaces the record's tokens by another model's, without scores, weights and selection."""
     zeros = np.zeros(len(names))
     none = zeros.astype(bool)
     return replace(
@@ -148,10 +148,10 @@ def _placed(record: TargetRecord, names: Sequence[str], spans: np.ndarray, boxes
 
 
 def teacher_relevance(teacher: Teacher, record: TargetRecord) -> tuple[np.ndarray, TargetRecord]:
-    """What brings the record's text and picture together in the teacher (Chefer et al. 2021).
+    """Measures what brings the record's text and picture together in the teacher.
 
-    Returns values (tokens,) in [0, 1], the largest of each modality 1, and a record over the teacher's
-    text tokens and patches; see ``Teacher.pair_relevance``.
+    See ``Teacher.pair_relevance``. Returns values (tokens,) in [0, 1], the largest of each modality being 1,
+    and a record over the teacher's text tokens and patches.
     """
     picture = open_picture(record.image)
     words, patches = teacher.pair_relevance([record.text], picture)[0]

@@ -1,10 +1,10 @@
-"""The teacher's features on disk: each distinct picture and text once, verified, never silently wrong.
+"""Stores the teacher's features on disk: each distinct picture and text once, verified when opened.
 
-A cache folder belongs to one teacher (its name carries the fingerprint of weights, preprocessing,
-tokenizer and layer) and is a ``core.store``, which owns files, checksums and the index in memory. A
-record's key is the SHA-256 of the picture file's bytes or of the raw text. What only some relevance
-variants read lies in shards of its own, under the same keys: nobody else computes it, and asking for it
-later adds it to what is there. Relevance that belongs to a text and a picture together has a key of both.
+A cache folder belongs to one teacher (its name is the fingerprint of weights, preprocessing and tokenizer)
+and is a ``core.store``, which owns files, checksums and the index in memory. A record's key is the SHA-256
+of the picture file's bytes or of the raw text. Signals that only some relevance variants read lie in
+separate shards under the same keys: they are computed only when a variant needs them, and are added to the
+records that are there. Relevance of a text together with a picture has a key made of both keys.
 """
 
 import logging
@@ -20,12 +20,13 @@ from torch import Tensor
 from tdlib.core.devices import in_threads
 from tdlib.core.store import EXACT, CacheError, Column, FileDigests, NotFiniteError, Store, record_key
 from tdlib.data.pictures import open_picture
-from tdlib.teacher.model import EXTRAS, Teacher, TeacherError, TeacherRecord
+from tdlib.teacher.model import Teacher, TeacherRecord
+from tdlib.teacher.towers import EXTRAS, TeacherError
 
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 2**28  # computed features are written when they take this much memory
-STEP = {"texts": 512, "pictures": 128, "pairs": 512}  # sources in memory at once
+STEP = {"texts": 512, "pictures": 128, "pairs": 512}  # texts, decoded pictures or pairs in memory at once
 SAMPLE = 4  # stored records of each kind that are computed again on opening
 
 _BASE = {"projected": Column(), "value": Column(), "positions": EXACT, "pooled": Column(ragged=False)}
@@ -46,7 +47,7 @@ def pair_key(text_key: bytes, picture_key: bytes) -> bytes:
 
 
 def _agree(name: str, stored: Tensor, live: Tensor) -> bool:
-    """Whether a stored tensor is the live one up to half precision and the machine's rounding."""
+    """True if a stored tensor equals the live one up to half precision and the machine's rounding."""
     if stored.shape != live.shape:
         return False
     if name in ("positions", "cut"):
@@ -88,7 +89,7 @@ class TeacherCache:
         return self.store.count("texts") + self.store.count("pictures")
 
     def _check_records(self, kind: str) -> None:
-        """Computes some records anew whose source is still at hand; the live teacher must agree."""
+        """Recomputes some stored records whose source is still there; the live teacher must agree."""
         drawn = self.store.sample(kind, 4 * SAMPLE)
         sample = [(key, source) for key, source in drawn if self._at_hand(kind, key, source)][:SAMPLE]
         if not sample:
@@ -104,7 +105,7 @@ class TeacherCache:
                 )
 
     def _at_hand(self, kind: str, key: bytes, source: Any) -> bool:
-        """Whether the picture that a record was made of is still there, unchanged."""
+        """True if the picture that a record was made from is still there, unchanged."""
         if kind.startswith("texts"):
             return True
         path = Path(source[1] if kind == "pairs" else source)
@@ -116,7 +117,7 @@ class TeacherCache:
     def _compute(
         self, kind: str, sources: Sequence[Any], extras: Sequence[str] = ()
     ) -> list[dict[str, Tensor]]:
-        """Records of one kind, with further signals beside them."""
+        """Computes records of one kind, with further signals beside them."""
         kind, _, extra = kind.partition(":")
         if kind == "pairs":
             return self._compute_pairs(sources)
@@ -138,11 +139,11 @@ class TeacherCache:
         return [{"gradient": relevance[row]} for row in range(len(sources))]
 
     def picture_key(self, path: Path) -> bytes:
-        """SHA-256 of a picture file; remembered while size and time of change stay the same."""
+        """Returns the SHA-256 of a picture file; remembered while size and time of change stay the same."""
         try:
             return bytes.fromhex(self._digests(path))
         except FileNotFoundError:
-            open_picture(path)  # raises with the remedy
+            open_picture(path)  # raises DataError, whose message has the remedy
             raise
 
     def add(
@@ -153,7 +154,7 @@ class TeacherCache:
         Args:
             texts: raw strings.
             pictures: files.
-            extras: further signals to store, of ``teacher.EXTRAS``.
+            extras: further signals to store, of ``towers.EXTRAS``.
 
         Raises:
             TeacherError: the teacher cannot give one of ``extras``, or makes numbers that are not finite
@@ -161,14 +162,15 @@ class TeacherCache:
         """
         for extra in extras:
             self.teacher.check(extra)
-        wanted: dict[str, dict[bytes, str]] = {
+        sources_of: dict[str, dict[bytes, str]] = {
             "texts": {text_key(text): text for text in texts},
             "pictures": {self.picture_key(path): str(path) for path in dict.fromkeys(pictures)},
         }
-        for kind, sources in wanted.items():
+        for kind, sources in sources_of.items():
             parts = [kind, *(f"{kind}:{extra}" for extra in extras)]
             absent = {part: set(self.store.missing(part, sources)) for part in parts}
-            groups = defaultdict(list)  # of keys that lack the same
+            # Keys that lack the same signals are computed together, all of their signals in one pass.
+            groups = defaultdict(list)
             for key in sources:
                 if lacking := tuple(part for part in parts if key in absent[part]):
                     groups[lacking].append(key)
@@ -188,9 +190,9 @@ class TeacherCache:
         self._fill(["pairs"], keys, [sources[key] for key in keys])
 
     def _fill(self, kinds: Sequence[str], keys: Sequence[bytes], sources: Sequence[Any]) -> None:
-        """Computes records once; a shard of each kind is written whenever enough of them are in memory.
+        """Computes records once; writes a shard of each kind whenever enough of them are in memory.
 
-        A thread writes it while the next one's records are computed, so two may be in memory together.
+        A thread writes a shard while records of the next one are computed, so two may be in memory together.
         """
         extras = [kind.partition(":")[2] for kind in kinds if ":" in kind]
         base = kinds[0].partition(":")[0]
@@ -208,19 +210,19 @@ class TeacherCache:
                             writing.result()
                         writing = writer.submit(self._write, kinds, keys[first:], held, sources[first:])
                         first, held, size = first + len(held), [], 0
-            finally:  # what was computed is kept, whatever stopped it
+            finally:  # whatever stopped the loop, records that were computed are kept
                 if writing is not None:
                     wait([writing])
                 if held:
                     self._write(kinds, keys[first:], held, sources[first:])
             if writing is not None:
-                writing.result()
+                writing.result()  # raises what the thread raised
 
     def _write(
         self, kinds: Sequence[str], keys: Sequence[bytes], records: Sequence[Mapping[str, Tensor]],
         sources: Sequence[Any],
     ) -> None:  # fmt: skip
-        """Stores records under the first of these keys; refuses those that are not finite after the rest."""
+        """Stores records under the first of these keys, all finite ones before it raises for the others."""
         refused: NotFiniteError | None = None
         for kind in kinds:
             rows = list(range(len(records)))
@@ -254,9 +256,9 @@ class TeacherCache:
         )
 
     def text(self, text: str, extras: Sequence[str] = (), as_stored: bool = False) -> TeacherRecord:
-        """The stored features of a text, with further signals if asked for.
+        """Reads the stored features of a text, and the further signals ``extras``.
 
-        ``as_stored``: in half precision, as they lie on the disk; else in single.
+        ``as_stored`` keeps them in half precision, as on the disk; else they are converted to single.
 
         Raises:
             CacheError: it, or one of ``extras``, was never added.
@@ -264,11 +266,11 @@ class TeacherCache:
         return self._record("texts", text_key(text), text, extras, as_stored)
 
     def picture(self, path: Path, extras: Sequence[str] = (), as_stored: bool = False) -> TeacherRecord:
-        """The stored features of a picture file, with further signals if asked for; as for ``text``."""
+        """Reads the stored features of a picture file; arguments and errors as in ``text``."""
         return self._record("pictures", self.picture_key(path), str(path), extras, as_stored)
 
     def pair(self, text: str, path: Path) -> Tensor:
-        """The stored gradient relevance of a text's tokens and then the picture's, in [0, 1]."""
+        """Reads the stored gradient relevance of a text's tokens, then of the picture's, in [0, 1]."""
         try:
             return self.store.read("pairs", pair_key(text_key(text), self.picture_key(path)))["gradient"]
         except KeyError:
@@ -278,7 +280,7 @@ class TeacherCache:
             ) from None
 
     def cut(self, text: str) -> int:
-        """How many tokens of a text the teacher has not seen, for want of room."""
+        """Returns how many tokens of a text the teacher has not read, being beyond its context."""
         return int(self._read("texts", text_key(text), text, ["cut"])["cut"])
 
     def _record(

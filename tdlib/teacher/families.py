@@ -1,7 +1,7 @@
-"""The image and text towers of open_clip's model families, taken apart for ``towers.Tower``.
+"""Takes the image and text towers of open_clip's model families apart, as ``towers.Tower``.
 
-Every family is a function that says what the blocks are and how the tower pools. ``check_tower`` compares
-this reading with the model's own output, so a family that pools in another way is refused, never misread.
+One function per family names the blocks and the way of pooling. ``check_tower`` compares this reading with
+the model's output, so a family that pools in another way is refused instead of misread.
 """
 
 from collections.abc import Callable
@@ -63,12 +63,11 @@ def check_tower(tower: Tower, given: Tensor) -> None:
         seen = tower.see(given)
         pooled = tower.pooling.pool(seen.hidden, tower.pooling.weights(seen.hidden, given)).float()
         tokens = tower.encode(given)[1]["value"]
-        tolerance = (
-            0.02 * float(seen.pooled.float().norm()) + 1e-6
-        )  # a half-precision model is 100 times closer
+        # Half precision alone differs a hundred times less than this.
+        tolerance = 0.02 * float(seen.pooled.float().norm()) + 1e-6
         wrong = "" if (pooled - seen.pooled.float()).norm() <= tolerance else "it pools in another way"
         wrong = wrong or ("" if tokens.dim() == 3 else f"its tokens have shape {tuple(tokens.shape)}")
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # a RuntimeError too, but not a matter of the family
         raise
     except (AttributeError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         wrong = f"{type(error).__name__}: {error}"
@@ -122,7 +121,7 @@ def _vision_transformer(visual: VisionTransformer, name: str) -> Tower:
 
 
 def _attentional_pooling(pooler: AttentionalPooler, finish: Callable[[Tensor], Tensor]) -> Pooling:
-    """CoCa's pooling, of which the first query makes the pooled embedding."""
+    """Reads CoCa's pooling; its first query makes the pooled embedding, the others feed the text decoder."""
     attention = pooler.attn
     if attention.in_proj_weight is not None:
         matrices = attention.in_proj_weight.chunk(3)
@@ -203,7 +202,7 @@ def _timm_transformer(visual: TimmModel, name: str) -> Tower:
 def _latent_pooling(
     norm: nn.Module, pool: AttentionPoolLatent, head: Callable[[Tensor], Tensor], skipped: int
 ) -> Pooling:
-    """SigLIP's attention pooling by a learned query, with output projection and MLP residual."""
+    """Reads SigLIP's attention pooling by a learned query, with output projection and MLP residual."""
 
     def weights(hidden: Tensor, _given: Tensor) -> Tensor:
         q = pool.q_norm(by_heads(pool.q(pool.latent), pool.num_heads))
@@ -218,7 +217,7 @@ def _latent_pooling(
 
 
 def _timm_map(visual: TimmModel, name: str) -> Tower:
-    """Trunks that end in a map (ConvNeXt, FastViT, Swin): its cells, each through the head alone."""
+    """Reads trunks that end in a map (ConvNeXt, FastViT, Swin): each cell passes the head alone."""
     trunk = visual.trunk
     pool = getattr(getattr(trunk, "head", trunk), "global_pool", getattr(trunk, "global_pool", None))
     last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
@@ -261,22 +260,22 @@ def text_tower(model: nn.Module, name: str) -> Tower:
 
     pooling = Pooling(text.ln_final, weights, _linear(text.text_projection))
     return Tower(
-        name, lambda ids: (encode_text_tokens(model, ids)[0], None), text.transformer.resblocks, pooling,
+        name, lambda ids: (encode_text_ids(model, ids), None), text.transformer.resblocks, pooling,
         cut=text.attn_mask is not None and pool_type != "last",
     )  # fmt: skip
 
 
 def _eos_of(text: Any) -> int | None:
-    """The end token's id of a text tower, which pool_type 'eos' looks for."""
+    """Returns the end token's id of a text tower; pool_type 'eos' pools there."""
     return text.text_eos_id if isinstance(text, open_clip.CLIP) else text.eos_id
 
 
-def encode_text_tokens(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled and per-token text features before L2 normalisation, of open_clip's own text towers.
+def encode_text_ids(model: nn.Module, ids: Tensor) -> Tensor:
+    """Pooled text features (batch, teacher_dim) of open_clip's own text towers, before L2 normalisation.
 
-    ``ids`` is (batch, tokens) with the padding id behind the end token. Where the tower is causal and
-    pools at the end token, they may be cut to the longest: padding changes nothing. Returns
-    (batch, teacher_dim) and (batch, tokens, teacher_dim), both after ``ln_final`` and the projection.
+    ``ids`` is (batch, tokens) with the padding id behind the end token. open_clip's ``encode_text`` takes
+    the full context only; here ids may be cut to the longest text where the tower is causal and pools at
+    the end token, because padding then changes nothing.
     """
     text: Any = getattr(model, "text", model)
     length = ids.shape[1]
@@ -284,12 +283,12 @@ def encode_text_tokens(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     hidden = text.token_embedding(ids) + text.positional_embedding[:length]
     hidden = text.ln_final(text.transformer(hidden, attn_mask=mask))
     pool_type = text.text_pool_type if isinstance(text, open_clip.CLIP) else text.pool_type
-    project = _linear(text.text_projection)
-    return project(text_global_pool(hidden, ids, pool_type, eos_token_id=_eos_of(text))), project(hidden)
+    pooled = text_global_pool(hidden, ids, pool_type, eos_token_id=_eos_of(text))
+    return _linear(text.text_projection)(pooled)
 
 
 def _appended_class(text: Any, name: str) -> Tower:
-    """CoCa's text tower, which appends a class token and pools it."""
+    """Reads CoCa's text tower, which appends a class token and pools it."""
 
     def weights(hidden: Tensor, _ids: Tensor) -> Tensor:
         return _one_hot(hidden.new_full((len(hidden),), hidden.shape[1] - 1, dtype=torch.long), hidden)

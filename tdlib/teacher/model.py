@@ -1,7 +1,7 @@
 """The frozen teacher: per-token features of any open_clip model, in its joint space.
 
-Loading, encoding and the boxes of patches are here; ``text`` knows the characters of text tokens,
-``families`` how the towers of each family give tokens, ``cache`` how features are stored.
+This module loads a model, encodes texts and pictures, and places patches. ``text`` finds the characters of
+text tokens, ``families`` takes the towers of each model family apart, ``cache`` stores features.
 """
 
 import copy
@@ -24,15 +24,17 @@ from tdlib.core.paths import resolve
 from tdlib.core.store import fingerprint
 from tdlib.method.tokens import grid_cells
 from tdlib.teacher.families import check_tower, image_tower, text_tower
-from tdlib.teacher.families import encode_text_tokens as encode_text_tokens
 from tdlib.teacher.text import TextTokenizer, open_tokenizer
-from tdlib.teacher.towers import EXTRAS as EXTRAS
-from tdlib.teacher.towers import Seen, Tower
-from tdlib.teacher.towers import TeacherError as TeacherError
+from tdlib.teacher.towers import Seen, TeacherError, Tower
 
 log = logging.getLogger(__name__)
 
-FEATURES = 2  # changes when this package makes other features, or other spans, of the same model
+# Raise it when this package computes other features or spans from the same model: it is part of the
+# fingerprint, so caches with the old ones are left alone.
+FEATURES = 2
+
+# Batch sizes. A pair needs the graphs of both towers for its gradients, so fewer fit.
+TEXTS_AT_ONCE, PICTURES_AT_ONCE, PAIRS_AT_ONCE = 256, 128, 8
 
 Preprocess = Callable[[Image.Image], Tensor]  # a picture as pixels (3, height, width)
 
@@ -43,9 +45,9 @@ class TeacherRecord:
 
     ``positions`` are character spans (tokens, 2) of the raw string, or boxes (tokens, 4) normalised
     to the original picture. ``pooled`` is CLIP's global embedding. ``vv``, ``attention`` and ``rollout``
-    (``EXTRAS``) are there only if asked for; scalars are divided by the record's largest, so they lie in
-    [0, 1]. ``cut`` counts the tokens of a text that its context has no room for: where it is not 0, the
-    record is that of a shorter text.
+    (``EXTRAS``) are None unless they were requested; scalars are divided by the record's largest, so they lie
+    in [0, 1]. ``cut`` counts the tokens of a text beyond the teacher's context: if it is not 0, the record
+    describes a shortened text.
     """
 
     projected: Tensor  # (tokens, teacher_dim)
@@ -65,7 +67,7 @@ def patch_boxes(
     resize_mode: str,
     patch: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Where the teacher's patches lie in the original picture, (rows * columns, 4) normalised xyxy.
+    """Places the teacher's patches in the original picture, (rows * columns, 4) normalised xyxy.
 
     Args:
         size: width and height of the original picture, pixels.
@@ -73,7 +75,8 @@ def patch_boxes(
         grid: rows and columns of patches.
         resize_mode: open_clip's "shortest" (resize the shorter side, crop the centre), "squash"
             (stretch), or "longest" (resize the longer side, pad the centre).
-        patch: height and width of a patch, pixels, where patches may leave a margin of the input out.
+        patch: height and width of a patch, pixels; None if the grid fills the input. (Patches of a fixed
+            size may leave a margin out.)
     """
     input_height, input_width = input_size
     width, height = _resized(size, (input_width, input_height), resize_mode)
@@ -86,7 +89,7 @@ def patch_boxes(
 
 
 def _resized(size: tuple[int, int], input_size: tuple[int, int], resize_mode: str) -> tuple[int, int]:
-    """Width and height after open_clip's resizing, before crop or padding; rounds as its transforms do."""
+    """Computes width and height after open_clip's resizing, before crop or padding, rounded as it rounds."""
     if resize_mode == "squash":
         return input_size
     (width, height), (input_width, input_height) = size, input_size
@@ -98,7 +101,7 @@ def _resized(size: tuple[int, int], input_size: tuple[int, int], resize_mode: st
 
 
 def _crop_start(resized: int, wanted: int) -> int:
-    """Where a centre crop starts in the resized picture, pixels; negative where it pads."""
+    """Computes where a centre crop starts in the resized picture, pixels; negative if it pads."""
     return round((resized - wanted) / 2) if resized >= wanted else -((wanted - resized) // 2)
 
 
@@ -113,8 +116,8 @@ class Teacher:
         name: an open_clip model name ("ViT-B-16"), "local-dir:FOLDER" or "hf-hub:ORG/REPO".
         pretrained: an open_clip tag ("openai") or a checkpoint file; "" for folders and hubs.
         device: where it runs; "" for this process's GPU, or the processor where there is none.
-        random_weights: a seed; the weights are then drawn as open_clip draws them before training,
-            the control of a teacher that knows nothing. Architecture, preprocessing and tokenizer stay.
+        random_weights: a seed; the weights are then drawn as open_clip draws them before training. This
+            is the control of an untrained teacher. Architecture, preprocessing and tokenizer stay.
 
     Raises:
         TeacherError: the model is unknown, its weights are missing or of another shape, or its
@@ -164,7 +167,7 @@ class Teacher:
 
     @cached_property
     def logit_scale(self) -> float:
-        """What the model multiplies cosines with before a softmax (or, SigLIP, a sigmoid)."""
+        """The factor of cosines before the model's softmax (in SigLIP a sigmoid)."""
         return float(self.model.logit_scale.exp())
 
     def _fingerprint(self) -> str:
@@ -172,7 +175,7 @@ class Teacher:
         heads = [m.num_heads for m in self.model.modules() if isinstance(getattr(m, "num_heads", None), int)]
         return fingerprint(
             self.model,
-            without="text_decoder.",  # CoCa's, which no feature passes
+            without="text_decoder.",  # CoCa's; no feature depends on it
             heads=heads,
             towers=self._tower_settings(),
             preprocess=str(self.preprocess),
@@ -183,7 +186,7 @@ class Teacher:
         )
 
     def _tower_settings(self) -> list[dict[str, Any]]:
-        """What neither weights nor module names tell: kinds of pooling, masks, prefix tokens."""
+        """Lists settings that change features but no weights: kinds of pooling, masks, prefix tokens."""
         model, visual = self.model, self.model.visual
         text = getattr(model, "text", model)
         settings = [
@@ -201,7 +204,7 @@ class Teacher:
         ]  # fmt: skip
 
     def text_ids(self, encoded: Sequence[Sequence[int]]) -> Tensor:
-        """Ids of texts as the text tower takes them, padded as far as its features depend on it."""
+        """Pads ids of texts for the text tower: to the longest one if padding changes nothing, else fully."""
         length = max(map(len, encoded)) if self.text.cut else self.tokenize.tokenizer.context_length
         ids = torch.full((len(encoded), length), self.tokenize.padding)
         for row, tokens in enumerate(encoded):
@@ -209,41 +212,42 @@ class Teacher:
         return ids.to(self.device)
 
     @torch.inference_mode()
-    def encode_texts(
-        self, texts: Sequence[str], batch_size: int = 256, extras: Sequence[str] = ()
-    ) -> list[TeacherRecord]:
-        """Per-token features of texts; ``extras`` names further signals (``EXTRAS``)."""
+    def encode_texts(self, texts: Sequence[str], extras: Sequence[str] = ()) -> list[TeacherRecord]:
+        """Computes per-token features of texts; ``extras`` names further signals (``EXTRAS``)."""
         encoded = [self.tokenize.read(text) for text in texts]
+        # Texts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids))
         records: dict[int, TeacherRecord] = {}
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for start in range(0, len(order), TEXTS_AT_ONCE):
+            chosen = order[start : start + TEXTS_AT_ONCE]
             pooled, signals = _fetched(
                 *self.text.encode(self.text_ids([encoded[i].ids for i in chosen]), extras)
             )
             for row, i in enumerate(chosen):
                 spans = torch.tensor(encoded[i].spans)
                 real = spans[:, 1] > spans[:, 0]
-                own = {name: signal[row, : len(spans)][real] for name, signal in signals.items()}
-                records[i] = _record(own, spans[real], pooled[row], encoded[i].cut)
+                of_text = {name: signal[row, : len(spans)][real] for name, signal in signals.items()}
+                records[i] = _record(of_text, spans[real], pooled[row], encoded[i].cut)
         return [records[i] for i in range(len(texts))]
 
     @torch.inference_mode()
     def encode_pictures(
-        self, pictures: Sequence[Image.Image], batch_size: int = 128, extras: Sequence[str] = ()
+        self, pictures: Sequence[Image.Image], extras: Sequence[str] = ()
     ) -> list[TeacherRecord]:
-        """Per-patch features of pictures; ``extras`` names further signals (``EXTRAS``)."""
+        """Computes per-patch features of pictures; ``extras`` names further signals (``EXTRAS``)."""
         records = []
         boxes_of: dict[tuple[int, int], Tensor] = {}  # by the size of the picture
-        for start in range(0, len(pictures), batch_size):
-            chosen = pictures[start : start + batch_size]
+        for start in range(0, len(pictures), PICTURES_AT_ONCE):
+            chosen = pictures[start : start + PICTURES_AT_ONCE]
             pixels = torch.stack(in_threads(self.preprocess, chosen)).to(self.device)
             pooled, signals = _fetched(*self.image.encode(pixels, extras))
             for row, picture in enumerate(chosen):
-                own = {name: signal[row] for name, signal in signals.items()}
+                of_picture = {name: signal[row] for name, signal in signals.items()}
                 if picture.size not in boxes_of:
-                    boxes_of[picture.size] = self._boxes(picture.size, pixels.shape, len(own["projected"]))
-                records.append(_record(own, boxes_of[picture.size], pooled[row]))
+                    boxes_of[picture.size] = self._boxes(
+                        picture.size, pixels.shape, len(of_picture["projected"])
+                    )
+                records.append(_record(of_picture, boxes_of[picture.size], pooled[row]))
         return records
 
     def _boxes(self, size: tuple[int, int], shape: torch.Size, tokens: int) -> Tensor:
@@ -257,14 +261,12 @@ class Teacher:
         self.text.check(relevance)
         self.image.check(relevance)
 
-    def pair_relevance(
-        self, texts: Sequence[str], picture: Image.Image, batch_size: int = 8
-    ) -> list[tuple[Tensor, Tensor]]:
-        """How much each token brings a text and a picture together (Chefer et al. 2021, ICCV).
+    def pair_relevance(self, texts: Sequence[str], picture: Image.Image) -> list[tuple[Tensor, Tensor]]:
+        """Measures how much each token contributes to the cosine of a text and a picture.
 
-        The gradient of their cosine with respect to each attention map, times the map, positive part,
-        mean over heads, accumulated through the layers; the pooled position's row, divided by its
-        largest entry (our reading: so that all variants have one scale).
+        As in Chefer et al. (2021, ICCV): the gradient of the cosine with respect to each attention map, times
+        the map, positive part, mean over heads, accumulated through the layers. The pooled position's row is
+        divided by its largest entry (our reading: so that all variants have one scale).
 
         Returns for each text (text_tokens,) and (patches,), in [0, 1], in the order of the records.
         """
@@ -275,8 +277,8 @@ class Teacher:
             seen_picture = self.image.see(
                 self.preprocess(picture)[None].to(self.device), len(self.image.blocks)
             )
-        for start in range(0, len(texts), batch_size):
-            chosen = encoded[start : start + batch_size]
+        for start in range(0, len(texts), PAIRS_AT_ONCE):
+            chosen = encoded[start : start + PAIRS_AT_ONCE]
             ids = self.text_ids([tokens for tokens, _ in chosen])
             with torch.no_grad():
                 seen_text = self.text.see(ids, len(self.text.blocks))
@@ -285,13 +287,13 @@ class Teacher:
             )
             for row, (_, spans) in enumerate(chosen):
                 real = torch.tensor([end > begin for begin, end in spans])
-                own = words[row, : len(spans)].cpu()[real]
-                pairs.append((_largest_is_one(own), _largest_is_one(patches[row].cpu())))
+                of_words = words[row, : len(spans)].cpu()[real]
+                pairs.append((_largest_is_one(of_words), _largest_is_one(patches[row].cpu())))
         return pairs
 
 
 def _activation(name: str, pretrained: str) -> dict[str, Any]:
-    """Options of open_clip's factory that give weights the activation they were trained with."""
+    """Chooses the options of open_clip's factory for the activation that the weights were trained with."""
     tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
     quick = (open_clip.get_model_config(name) or {}).get("quick_gelu", False) if pretrained else False
     if tag:
@@ -319,12 +321,12 @@ def _archive_hint(error: Exception) -> str:
 
 
 def _largest_is_one(scalars: Tensor) -> Tensor:
-    """Scalars of at least 0, divided by the largest; all 0 if it is 0."""
+    """Divides scalars of at least 0 by the largest one; leaves them if all are 0."""
     return scalars / scalars.max() if scalars.numel() and scalars.max() > 0 else scalars
 
 
 def _fetched(pooled: Tensor, signals: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """A batch's embeddings and vectors, of unit length, and scalars, each fetched from the device at once."""
+    """Normalises a batch's embeddings and vectors; fetches each signal from the device in one transfer."""
     scaled = {
         name: F.normalize(signal, dim=-1) if signal.dim() == 3 else signal for name, signal in signals.items()
     }
@@ -332,7 +334,7 @@ def _fetched(pooled: Tensor, signals: dict[str, Tensor]) -> tuple[Tensor, dict[s
 
 
 def _record(signals: dict[str, Tensor], positions: Tensor, pooled: Tensor, cut: int = 0) -> TeacherRecord:
-    """A record of one text's or picture's signals, see ``_fetched``."""
+    """Makes the record of one text or picture from its signals, which ``_fetched`` has normalised."""
     scaled = {
         name: signal if signal.dim() == 2 else _largest_is_one(signal) for name, signal in signals.items()
     }
@@ -340,15 +342,15 @@ def _record(signals: dict[str, Tensor], positions: Tensor, pooled: Tensor, cut: 
 
 
 def _relevancies(text: Tower, seen_text: Seen, image: Tower, seen_image: Seen) -> tuple[Tensor, Tensor]:
-    """Relevancy of pairs for their cosines, (batch, text positions) and (batch, patches)."""
+    """Computes the relevancy of pairs for their cosines, (batch, text positions) and (batch, patches)."""
     with torch.enable_grad():
         words, patches = text.attend(seen_text), image.attend(seen_image)
-        cosines = F.cosine_similarity(words.pooled, patches.pooled, dim=-1).sum()  # pairs do not mix
+        cosines = F.cosine_similarity(words.pooled, patches.pooled, dim=-1).sum()  # a sum: pairs do not mix
         return text.relevancy(words, cosines), image.relevancy(patches, cosines)
 
 
 def choice_logits(image_pooled: Tensor, text_pooled: Tensor, logit_scale: float) -> Tensor:
-    """Zero-shot logits of statements: scaled cosines of (..., dim) with (..., choices, dim).
+    """Computes zero-shot logits of statements: scaled cosines of (..., dim) with (..., choices, dim).
 
     They go through a softmax over the choices. A sigmoid model's bias (``logit_bias``, as SigLIP has it) is
     left out: it is the same for every choice and cancels.
@@ -359,10 +361,10 @@ def choice_logits(image_pooled: Tensor, text_pooled: Tensor, logit_scale: float)
 def blueprint(
     source: Teacher | dict[str, Any],
 ) -> tuple[dict[str, Any], Callable[[], nn.Module], Callable[[str], tuple[Preprocess, TextTokenizer]]]:
-    """What rebuilds a teacher's model, preprocessing and tokenizer without it.
+    """Describes a teacher so that its model, preprocessing and tokenizer can be rebuilt without it.
 
-    Returns what open_clip_config.json says of them, a function that makes such a model with random
-    weights, and one that opens preprocessing and tokenizer, whose files lie in the folder it is given.
+    Returns the content of open_clip_config.json, a function that makes such a model with random
+    weights, and one that opens preprocessing and tokenizer from the folder that it is given.
     ``source`` is a teacher, or such a configuration.
     """
     if isinstance(source, Teacher):

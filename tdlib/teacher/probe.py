@@ -1,7 +1,7 @@
-"""The teacher's class probabilities where examples have no choices: a cross-fitted linear probe.
+"""The teacher's class probabilities for tasks without choices: a cross-fitted linear probe.
 
-Owns the probe on CLIP's global embeddings (method, step 7). No training example is scored by a
-probe that saw it, so the teacher's certainty is not its memory.
+The probe reads CLIP's global embeddings (method, step 8). No training example is scored by a probe that was
+fitted on it, so the teacher's certainty does not come from memory.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import choice_logits
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-MOST = 20_000  # examples of a fit
+MOST = 20_000  # examples that are fitted on at most
 FOLDS = 5  # parts of the subset, whole pictures; each is scored by a probe fitted on the others
 
 
 def probe_features(
     image: Float[Tensor, "examples dim"], text: Float[Tensor, "examples dim"]
 ) -> Float[Tensor, "examples features"]:
-    """Both global embeddings (unit length) and their product: (examples, 3 * dim)."""
+    """Joins both global embeddings (unit length) and their product: (examples, 3 * dim)."""
     # The product of two unit vectors has entries of 1 / dim; the factor gives it the size of the others.
     return torch.cat([image, text, image * text * image.shape[-1] ** 0.5], dim=-1)
 
@@ -36,12 +36,13 @@ def fit_logistic(
     penalty: float,
     steps: int = 60,
 ) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression on soft targets (rows sum to 1) by L-BFGS; weights and bias.
+    """Fits a multinomial logistic regression on soft targets by L-BFGS; returns weights and bias.
 
-    ``penalty`` is the squared weights' share beside the mean cross-entropy.
+    Minimises the mean cross-entropy plus ``penalty`` times the sum of squared weights. Rows of ``targets``
+    sum to 1.
     """
     weight = torch.zeros(features.shape[1], targets.shape[1], requires_grad=True)
-    # Starting at the classes' frequencies, so that the few steps are spent on what the features tell.
+    # The bias starts at the classes' frequencies, so that the few steps are spent on the features.
     bias = targets.mean(0).clamp_min(1e-4).log().requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
 
@@ -65,8 +66,8 @@ class ClassProbe:
         seed: of the folds.
 
     At most ``MOST`` examples are fitted on, the first in a seeded order. The penalty is the one of
-    ``PENALTIES`` with the least cross-entropy on the held-out folds: one number in which every example has
-    its small say.
+    ``PENALTIES`` with the least cross-entropy on the held-out folds. It is the only quantity through which an
+    example influences its own held-out prediction.
 
     Raises:
         ValueError: labelled examples of fewer pictures than folds.
@@ -74,24 +75,25 @@ class ClassProbe:
 
     def __init__(self, cache: TeacherCache, examples: Sequence[Example], num_labels: int, seed: int):
         self.cache = cache
-        found = [example for example in examples if example.label is not None]
-        # An order that depends on the seed and the id alone, not on the subset's own.
-        found.sort(key=lambda e: hashlib.sha256(f"{seed} {e.id}".encode()).digest())
-        found = found[:MOST]
-        # Whole pictures: with two questions about one picture in two folds, the probe would know the picture.
-        pictures = {picture: place for place, picture in enumerate(dict.fromkeys(e.image for e in found))}
+        labelled = [example for example in examples if example.label is not None]
+        # The order depends on the seed and the ids alone, whatever the order of the subset.
+        labelled.sort(key=lambda e: hashlib.sha256(f"{seed} {e.id}".encode()).digest())
+        labelled = labelled[:MOST]
+        # Folds are of whole pictures: if two questions about one picture were in two folds, the probe would
+        # know the picture.
+        pictures = {image: place for place, image in enumerate(dict.fromkeys(e.image for e in labelled))}
         if len(pictures) < FOLDS:
             raise ValueError(
                 f"labelled examples of {len(pictures)} pictures cannot be split into {FOLDS} folds; "
                 "raise shots, or set class_probabilities='statements'"
             )
         # Divided by sqrt(features), rows have about length 1: one range of penalties suits every teacher.
-        raw = self._raw(found)
+        raw = self._raw(labelled)
         self._mean, self._scale = raw.mean(0), raw.std(0).clamp_min(1e-3) * raw.shape[1] ** 0.5
         features = self._standard(raw)
-        targets = torch.stack([soft_target(example, num_labels) for example in found])
+        targets = torch.stack([soft_target(example, num_labels) for example in labelled])
         targets = targets / targets.sum(1, keepdim=True)
-        fold = torch.tensor([pictures[example.image] % FOLDS for example in found])
+        fold = torch.tensor([pictures[example.image] % FOLDS for example in labelled])
         held_out: dict[float, Tensor] = {}
         for penalty in PENALTIES:
             logits = torch.empty_like(targets)
@@ -105,7 +107,7 @@ class ClassProbe:
         # Training examples get the logits of a probe that did not see them: on its own examples a probe is
         # always right, and instance weights would take the teacher to be surer than it is on any other.
         logits = held_out[self.penalty]
-        self._held_out = {example.id: logits[i] for i, example in enumerate(found)}
+        self._held_out = {example.id: logits[i] for i, example in enumerate(labelled)}
         self.held_out_accuracy = float((logits.argmax(1) == targets.argmax(1)).float().mean())
 
     def _raw(self, examples: Sequence[Example]) -> Tensor:
@@ -117,14 +119,14 @@ class ClassProbe:
         return (raw - self._mean) / self._scale
 
     def __call__(self, example: Example) -> Float[Tensor, " classes"]:
-        """Logits over the label set; of the probe that did not see it, for an example of the fit."""
+        """Computes logits over the label set, for an example of the fit by the probe that did not see it."""
         if example.id in self._held_out:
             return self._held_out[example.id]
         return (self._standard(self._raw([example])) @ self.weight + self.bias)[0]
 
 
 def statement_logits(cache: TeacherCache, labels: Sequence[str], example: Example) -> Tensor:
-    """Zero-shot logits over the label set: scaled cosines of the picture with answer statements.
+    """Computes zero-shot logits over the label set: scaled cosines of the picture with answer statements.
 
     The statements must be in the cache, see ``answer_statements``.
     """
@@ -134,7 +136,7 @@ def statement_logits(cache: TeacherCache, labels: Sequence[str], example: Exampl
 
 
 def answer_statements(example: Example, labels: Sequence[str]) -> list[str]:
-    """What the picture would show if each label were right (our wording).
+    """Words a statement for each label that fits the picture if the label is right (our wording).
 
     Entailment classes become the hypothesis, its negation and its doubt; answers follow the question.
     """
@@ -149,16 +151,16 @@ def answer_statements(example: Example, labels: Sequence[str]) -> list[str]:
 
 
 def compared_texts(example: Example, labels: Sequence[str] = ()) -> list[str]:
-    """The texts whose likeness to the picture makes the teacher's distribution for an example.
+    """Lists the texts that are compared with the picture for the teacher's distribution over answers.
 
-    With ``labels`` the answer statements, else the statements with each choice (or the only one).
+    With ``labels`` these are the answer statements, else the statements with each choice (or the only one).
     """
     return answer_statements(example, labels) if labels else [s.text for s in example.statements()]
 
 
 @dataclass(frozen=True)
 class CutTexts:
-    """How many examples a teacher cannot read whole, and the one of which it misses most."""
+    """The number of examples that a teacher cannot read in full, and the one of which it misses most."""
 
     examples: int
     cut_examples: int
@@ -190,7 +192,7 @@ def count_cut(examples: Iterable[Example], cut: Callable[[str], int], labels: Se
 
 
 def soft_target(example: Example, num_labels: int) -> Float[Tensor, " classes"]:
-    """What each label is worth for an example, in [0, 1]: its soft label, or 1 for its label."""
+    """Returns the worth of each label for an example, in [0, 1]: its soft label, or 1 for its label."""
     target = torch.zeros(num_labels)
     if example.soft_label:
         for index, value in example.soft_label:

@@ -1,9 +1,9 @@
-"""The teacher's text tokens: ids as open_clip makes them, and which characters of the raw text each holds.
+"""Tokenizes texts for the teacher as open_clip does, and finds the characters of the raw text in each token.
 
 open_clip's tokenizers clean a text first (ftfy repairs characters and composes marks, white space is
-collapsed, some lower-case it or strip punctuation) and say nothing of where a token came from. Spans are
-found in the cleaned text and carried back to the raw one by matching both, letter by letter, in a form in
-which they agree whatever was composed, reordered, widened or capitalised.
+collapsed, some lower-case it or strip punctuation) and do not report where a token came from. So spans are
+found in the cleaned text and mapped back to the raw one by matching both letter by letter, in a normal form
+that does not depend on composition, order of marks, width or case.
 """
 
 import difflib
@@ -29,7 +29,7 @@ class TeacherText(NamedTuple):
 
 
 def _letters(text: str) -> tuple[list[str], list[Span], list[Span]]:
-    """The letters of a text in a form that survives cleaning.
+    """Splits a text into letters in a form that survives cleaning.
 
     Returns the letters (compatibility decomposition, case folded; UAX 15), for each the span of its
     character with all combining marks on it, and for each character of the text the run of its letters.
@@ -53,10 +53,10 @@ def _letters(text: str) -> tuple[list[str], list[Span], list[Span]]:
 
 
 def spans_in_raw(raw: str, cleaned: str, spans: Sequence[Span]) -> list[Span]:
-    """Character spans of a cleaned-up text as spans of the raw text it came from.
+    """Maps character spans of a cleaned text to spans of the raw text.
 
-    Letters without a counterpart take the unmatched stretch in their place, or, where cleaning has
-    added them, the letter before. A character's span includes its combining marks.
+    Letters without a counterpart get the unmatched stretch at their place or, if cleaning has added them,
+    the letter before. A character's span includes its combining marks.
     """
     if len(raw) == len(cleaned) and raw.casefold() == cleaned.casefold():
         return list(spans)
@@ -74,14 +74,14 @@ def spans_in_raw(raw: str, cleaned: str, spans: Sequence[Span]) -> list[Span]:
             places[start:end] = [(raw_spans[raw_from][0], raw_spans[raw_to - 1][1])] * (end - start)
 
     def in_raw(start: int, end: int) -> Span:
-        own = places[runs[start][0] : runs[end - 1][1]] if end > start else []
-        return (own[0][0], own[-1][1]) if own else (0, 0)
+        within = places[runs[start][0] : runs[end - 1][1]] if end > start else []
+        return (within[0][0], within[-1][1]) if within else (0, 0)
 
     return [in_raw(*span) for span in spans]
 
 
 class TextTokenizer:
-    """Ids of an open_clip tokenizer together with the characters that each id holds."""
+    """Tokenizes with an open_clip tokenizer and finds the characters of each token."""
 
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, name: str):
         kind = type(tokenizer).__name__
@@ -100,12 +100,12 @@ class TextTokenizer:
         self.padding = 0 if isinstance(tokenizer, SimpleTokenizer) else tokenizer.tokenizer.pad_token_id or 0
 
     def __call__(self, text: str) -> tuple[list[int], list[Span]]:
-        """Ids with start and end token, and their spans in ``text`` ((0, 0) for special tokens)."""
+        """Returns ids with start and end token, and their spans in ``text`` ((0, 0) for special tokens)."""
         ids, spans, _ = self.read(text)
         return ids, spans
 
     def read(self, text: str) -> TeacherText:
-        """A text as the teacher reads it."""
+        """Tokenizes a text; see ``TeacherText``."""
         clean = " ".join(self.tokenizer.clean_fn(text).split())
         simple = isinstance(self.tokenizer, SimpleTokenizer)
         ids, spans, cut = self._simple(clean) if simple else self._fast(clean)
@@ -149,20 +149,21 @@ class TextTokenizer:
 
 
 def _without_space(text: str, start: int, end: int) -> Span:
-    """A span without the white space that some tokenizers count to the word behind it."""
+    """Removes the leading white space that some tokenizers include in a word's span."""
     while start < end and text[start].isspace():
         start += 1
     return start, end
 
 
 def open_tokenizer(name: str) -> TextTokenizer:
-    """The tokenizer of a teacher, without its weights.
+    """Opens the tokenizer of a teacher without loading its weights.
 
     Raises:
         TeacherError: the teacher is unknown, its files are missing, or it gives no offsets.
     """
     try:
-        if ":" not in name and open_clip.get_model_config(name) is None:  # open_clip would take its default
+        # For an unknown name open_clip would return its default tokenizer.
+        if ":" not in name and open_clip.get_model_config(name) is None:
             raise ValueError("open_clip knows no architecture of this name")
         tokenizer = open_clip.get_tokenizer(resolve(name, prefix="local-dir:"))
     except Exception as error:  # open_clip lets through what json and transformers raise

@@ -1,4 +1,4 @@
-"""What a tower of a CLIP tells of its tokens, in one reading for all families.
+"""Reads tokens from a tower of a CLIP, in one way for all model families.
 
 A tower's blocks turn positions into hidden states; its pooling mixes what it reads at the positions
 and a head carries the mixture into the joint space. The vector of a token is what the tower would
@@ -21,12 +21,12 @@ from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EXTRAS = ("vv", "attention", "rollout")  # signals that are computed only when asked for
+EXTRAS = ("vv", "attention", "rollout")  # signals that are computed only on request
 SURGERY_BLOCKS = 6  # depth of the value-value path, as in CLIP Surgery's code
 
 
 class TeacherError(ValueError):
-    """The teacher cannot be loaded or used: says which model, why, and the remedy."""
+    """A teacher cannot be loaded or used; the message names the model, the reason and the remedy."""
 
 
 # Blocks
@@ -145,13 +145,13 @@ def value_path(block: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
 
 
 def each_alone(block: nn.Module, hidden: Tensor) -> Tensor:
-    """The value path of any block: every token is run as a sequence of its own, (batch, positions, width).
+    """The value path of any block: runs every token as a separate sequence, (batch, positions, width).
 
-    A softmax over one key is 1, so attention passes the token's own value.
+    A softmax over one key is 1, so attention passes on that token's value.
     """
     if isinstance(block, ResidualAttentionBlock):
         return value_path(block, hidden)
-    if isinstance(block, RelPosBlock | ResPostRelPosBlock):  # its position biases fit a whole picture only
+    if isinstance(block, RelPosBlock | ResPostRelPosBlock):  # position biases need all of a picture's tokens
         with _passing_values(block.attn):
             return block(hidden)
     options = {"attention_mask": None} if _is_hugging_face(block) else {}
@@ -161,7 +161,7 @@ def each_alone(block: nn.Module, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def _passing_values(attention: RelPosAttention) -> Iterator[None]:
-    """Lets an attention pass every token's own value."""
+    """Makes an attention pass on every token's value, as if it attended to itself alone."""
 
     def forward(x: Tensor, **_options: Any) -> Tensor:
         return attention.proj(attention.qkv(x).chunk(3, dim=-1)[2])
@@ -182,11 +182,11 @@ def _is_hugging_face(block: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Pooling:
-    """How a tower pools: ``head(sum_j weights[j] values[j])``, the sum by heads of its own attention.
+    """The pooling of a tower: ``head(sum_j weights[j] values[j])``, summed per attention head.
 
     ``values`` reads (batch, positions, width) as (batch, positions, inner); ``weights`` takes the same
     and the tower's input and gives (batch, heads, positions) that sum to 1; ``head`` maps (..., inner)
-    to (..., teacher_dim). ``attends`` says that the weights are an attention, not a fixed choice.
+    to (..., teacher_dim). ``attends`` is True if the weights are an attention, not a fixed choice.
     """
 
     values: Callable[[Tensor], Tensor]
@@ -195,11 +195,11 @@ class Pooling:
     attends: bool = False
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Each position in the joint space, pooled as if it stood alone."""
+        """Maps each position to the joint space, as if it were pooled alone."""
         return self.head(self.values(hidden))
 
     def pool(self, hidden: Tensor, weights: Tensor) -> Tensor:
-        """The pooled embedding with given weights, (batch, teacher_dim)."""
+        """Computes the pooled embedding (batch, teacher_dim) with these weights."""
         values = by_heads(self.values(hidden), weights.shape[1])
         return self.head((weights.unsqueeze(-2) @ values).flatten(1))
 
@@ -209,15 +209,15 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Seen:
-    """What happened in a tower: hidden states that entered blocks (with masks) and left the last, pooled."""
+    """Hidden states of one pass through a tower: at the entry of its last blocks, and before pooling."""
 
     given: Tensor  # pixels or ids
-    entered: list[tuple[Tensor, Tensor | None]]  # of the last blocks, as many as were asked for
+    entered: list[tuple[Tensor, Tensor | None]]  # hidden states and mask at the entry of each watched block
     hidden: Tensor  # (batch, positions, width)
-    pooled: Tensor  # (batch, teacher_dim), the model's own
+    pooled: Tensor  # (batch, teacher_dim), as the model computes it
 
     def repeated(self, times: int) -> "Seen":
-        """The same input ``times`` over; of a batch of one without masks."""
+        """Repeats a batch of one, which has no masks, ``times`` times."""
 
         def expand(x: Tensor) -> Tensor:
             return x.expand(times, *x.shape[1:])
@@ -230,9 +230,9 @@ class Seen:
 class Tower:
     """A tower taken apart.
 
-    ``run`` is the model's own forward: the pooled embedding, and the hidden states where no block
-    gives them. ``prefix`` leading positions are no tokens (class, registers, a ResNet's mean).
-    ``patch`` is height and width of an image tower's patches, pixels, where it cuts patches.
+    ``run`` is the model's forward pass: it returns the pooled embedding, and the hidden states before pooling
+    if the tower has no blocks to watch. ``prefix`` leading positions are no tokens (class, registers, a
+    ResNet's mean). ``patch`` is height and width of an image tower's patches in pixels, None if it has none.
     """
 
     name: str
@@ -242,15 +242,15 @@ class Tower:
     prefix: int = 0
     patch: tuple[int, int] | None = None
     value_value: Callable[[Tensor], Tensor] | None = None  # of the pooling, where there are no blocks
-    cut: bool = False  # a text tower that gives the same without padding
+    cut: bool = False  # True for a text tower that gives the same features without padding
 
     @property
     def surgery_blocks(self) -> int:
-        """Depth of the value-value path: six blocks as published, half of them where they are under 12."""
+        """Depth of the value-value path: six blocks as published, half of them in towers of under 12."""
         return min(SURGERY_BLOCKS, (len(self.blocks) + 1) // 2)
 
     def grid(self, height: int, width: int, tokens: int) -> tuple[int, int]:
-        """Rows and columns of an image tower's tokens for an input of this many pixels."""
+        """Returns rows and columns of an image tower's tokens for an input of this many pixels."""
         if self.patch is not None:
             rows, columns = height // self.patch[0], width // self.patch[1]
         else:
@@ -288,7 +288,7 @@ class Tower:
         return Seen(given, watched.entered, watched.left if hidden is None else hidden, pooled)
 
     def encode(self, given: Tensor, extras: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pooled embeddings and signals of tokens, not normalised.
+        """Computes pooled embeddings and signals of tokens, not normalised.
 
         Returns (batch, teacher_dim), and under "projected", "value" and "vv" (batch, tokens, teacher_dim),
         under "attention" and "rollout" (batch, tokens).
@@ -298,7 +298,7 @@ class Tower:
         depth = {"vv": self.surgery_blocks, "rollout": len(self.blocks)}
         seen = self.see(given, max([1, *(depth.get(extra, 1) for extra in extras)]))
         signals = {"projected": self.pooling.project(seen.hidden[:, self.prefix :])}
-        # A ResNet has no block to pass values through: its tokens are local already.
+        # A ResNet has no attention block before its pooling, so its tokens are local already.
         signals["value"] = self._value(seen) if self.blocks else signals["projected"]
         for extra in extras:
             signals[extra] = getattr(self, f"_{extra}")(seen)[:, self.prefix :]
@@ -327,10 +327,9 @@ class Tower:
         return self.pooling.project(path)
 
     def _attention(self, seen: Seen) -> Tensor:
-        """The pooled position's attention in the last layer, heads averaged, (batch, positions).
+        """Computes the pooled position's attention in the last layer, heads averaged, (batch, positions).
 
-        The last layer is the pooling itself where it attends; a tower that averages its tokens
-        averages their rows.
+        A pooling that attends is itself the last layer. A tower that averages its tokens averages their rows.
         """
         row = self.pooling.weights(seen.hidden, seen.given).mean(dim=1)
         if self.pooling.attends:
@@ -338,13 +337,13 @@ class Tower:
         return (row.unsqueeze(1) @ self.attention_map(seen, -1).mean(dim=1)).squeeze(1)
 
     def _rollout(self, seen: Seen) -> Tensor:
-        """The pooled position's row of the rollout through all blocks, (batch, positions)."""
+        """Computes the pooled position's row of the rollout through all blocks, (batch, positions)."""
         row = self.pooling.weights(seen.hidden, seen.given).mean(dim=1)
         layers = reversed(range(len(self.blocks)))
         return rolled_out(row, (self.attention_map(seen, layer) for layer in layers))
 
     def attention_map(self, seen: Seen, layer: int) -> Tensor:
-        """The attention of one block, (batch, heads, positions, positions)."""
+        """Recomputes the attention of one block, (batch, heads, positions, positions)."""
         parts = self._parts(self.blocks[layer])
         hidden, mask = seen.entered[layer]
         q, k, _ = parts.qkv(parts.norm(hidden))
@@ -356,7 +355,7 @@ class Tower:
         return parts
 
     def attend(self, seen: Seen) -> "Attended":
-        """Computes the pooled embedding anew, through attention maps that a gradient can be taken of."""
+        """Recomputes the pooled embedding through attention maps for which a gradient can be taken."""
         maps = []
         hidden = seen.entered[0][0] if self.blocks else seen.hidden
         for block, (_, mask) in zip(self.blocks, seen.entered, strict=True):
@@ -370,11 +369,11 @@ class Tower:
         return Attended(self.pooling.pool(hidden, weights), maps, weights)
 
     def relevancy(self, attended: "Attended", goal: Tensor) -> Tensor:
-        """How much each token brings about a scalar, (batch, tokens): the pooled row of ``relevancy``.
+        """Measures each token's contribution to a scalar, (batch, tokens): the pooled row of ``relevancy``.
 
         A pooling that attends is the last layer, with the same product of gradient and weights.
         """
-        # The graph is kept: text and picture are asked for the same cosine, one after the other.
+        # The graph is kept because both towers take gradients of the same cosine, one after the other.
         *gradients, last = torch.autograd.grad(goal, [*attended.maps, attended.weights], retain_graph=True)
         row = attended.weights
         # A fixed pooling (class token, mean) is where the reading starts; one that attends is a layer that

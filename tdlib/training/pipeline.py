@@ -17,8 +17,9 @@ from tdlib.method.clip_td import ScoredTokens, token_prior
 from tdlib.method.priors import Idf
 from tdlib.method.tokens import TeacherTokens, Tokens
 from tdlib.teacher.cache import TeacherCache, text_key
-from tdlib.teacher.model import EXTRAS, TeacherRecord, choice_logits
+from tdlib.teacher.model import TeacherRecord, choice_logits
 from tdlib.teacher.probe import compared_texts
+from tdlib.teacher.towers import EXTRAS
 from tdlib.training.judging import StatementJudge
 from tdlib.training.targets import TeacherFeatures, make_targets, pack
 
