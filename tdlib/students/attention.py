@@ -1,7 +1,7 @@
-"""A student's attention in one statement: its maps, and what they bring about (gradient relevance).
+"""Reads a student's attention in one statement: its maps, and the gradient relevance that follows from them.
 
-Nothing of the student is changed: the layers asked for compute their attention openly for one forward,
-whatever kernel they were loaded with.
+The student stays as it is: for one forward pass its layers compute attention explicitly, whatever kernel
+they were loaded with.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from tdlib.teacher.towers import attention_weights, relevancy
 
 
 def attention_modules(student: nn.Module) -> list[Any]:
-    """The self-attention of each layer of a student, first to last."""
+    """Finds the self-attention module of each layer of a student, first to last."""
     parts = ("query", "key", "value", "num_attention_heads")
     modules = [module for module in student.modules() if all(hasattr(module, part) for part in parts)]
     if not modules:
@@ -33,7 +33,7 @@ def attention_modules(student: nn.Module) -> list[Any]:
 
 @contextmanager
 def _explicit(modules: Sequence[Any]) -> Iterator[list[Tensor]]:
-    """Lets these modules compute attention openly and collects their maps (batch, heads, tokens, tokens)."""
+    """Makes these modules compute attention explicitly; yields their maps (batch, heads, tokens, tokens)."""
     maps: list[Tensor] = []
 
     def forward_of(module: Any) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -49,7 +49,7 @@ def _explicit(modules: Sequence[Any]) -> Iterator[list[Tensor]]:
 
         return forward
 
-    # On the instance, not its class: other students of the kind, and this one afterwards, stay as they are.
+    # Patches the instances, not their class: other students of the class stay as they are.
     try:
         for module in modules:
             module.forward = forward_of(module)
@@ -60,7 +60,7 @@ def _explicit(modules: Sequence[Any]) -> Iterator[list[Tensor]]:
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Any attention's mask as one that is added: boolean (sdpa), (batch, keys) (flash), or added already."""
+    """Makes an additive mask of any attention's: boolean (sdpa), (batch, keys) (flash), or additive."""
     if mask is None or (mask.dim() == 4 and mask.dtype != torch.bool):
         return mask
     kept = mask.bool() if mask.dim() == 4 else mask.bool()[:, None, None]
@@ -68,9 +68,10 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def readout_position(student: Any, batch: Mapping[str, Tensor], choice: int = 0) -> int:
-    """The token that a student's head reads: [CLS], or the [MASK] before the last text token.
+    """Returns the position of the token that a student's head reads.
 
-    The latter in classifiers without a pooler (VL-BERT, VisualBERT).
+    It is [CLS], or in classifiers without a pooler (VL-BERT, VisualBERT) the [MASK] before the last text
+    token.
     """
     if getattr(student, "with_pooler", True):
         return 0
@@ -85,7 +86,7 @@ def _inputs(student: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_tokens(maps: Sequence[Tensor], record: TargetRecord) -> None:
-    """[END] (VL-BERT) stands behind the record's tokens."""
+    """Refuses maps over other tokens than the record's; one more is VL-BERT's [END], behind the others."""
     if not 0 <= maps[0].shape[-1] - len(record.tokens) <= 1:
         raise AttentionError(
             f"{record.example_id}: the student has {maps[0].shape[-1]} tokens, the record "
@@ -96,7 +97,7 @@ def _check_tokens(maps: Sequence[Tensor], record: TargetRecord) -> None:
 def named_record(
     record: TargetRecord, batch: Mapping[str, Tensor], tokenizer: Any, tokens: int
 ) -> TargetRecord:
-    """The record with names for tokens that have no place, such as [CLS]; ``tokens`` long."""
+    """Names the record's tokens that have no place, such as [CLS], and extends it to ``tokens`` tokens."""
     ids = batch["input_ids"][0, record.choice].tolist()
     words = tokenizer.convert_ids_to_tokens(list(ids)) if tokenizer is not None else ["[special]"] * len(ids)
     names = [
@@ -109,7 +110,7 @@ def named_record(
 
 
 def longer(record: TargetRecord, tokens: int) -> TargetRecord:
-    """The record with [END] behind its tokens, if there are more of them."""
+    """Appends [END] to the record's tokens until there are ``tokens``."""
     more = tokens - len(record.tokens)
     arrays: dict[str, Any] = {}
     for name in ("spans", "boxes", "distilled", "relevance", "prior", "score", "selected", "weight"):
@@ -126,19 +127,19 @@ def student_attention(
     name: str = "student",
     tokenizer: Any = None,
 ) -> Attention:
-    """A student's attention in one statement.
+    """Computes a student's attention maps in one statement.
 
     Args:
         student: any student with self-attention over text and picture; evaluation mode.
         batch: one example as the student's inputs, from ``training.data.collate`` of one item.
         record: of the same example and student; its choice is the statement.
-        layers: which, negative ones from the last; None: all.
+        layers: numbers of the layers, negative ones from the last; None for all.
         name: names the student in figures.
         tokenizer: the encoder's, to name special tokens in figures.
 
     Raises:
-        AttentionError: no attention is known in this student; a layer does not exist; the batch holds
-            other tokens than the record.
+        AttentionError: the student has no attention that can be read here; a layer does not exist; the
+            batch has other tokens than the record.
     """
     modules = attention_modules(student)
     chosen = chosen_layers(layers, len(modules), type(student).__name__)
@@ -147,18 +148,19 @@ def student_attention(
     with _explicit([modules[layer] for layer in chosen]) as maps, torch.inference_mode():
         student(**inputs)
     _check_tokens(maps, record)
-    found = torch.stack([part[record.choice] for part in maps]).float().cpu().numpy()
-    named = named_record(record, batch, tokenizer, found.shape[-1])
-    return Attention(found, chosen, named, readout_position(student, batch, record.choice), name)
+    of_statement = torch.stack([layer[record.choice] for layer in maps]).float().cpu().numpy()
+    named = named_record(record, batch, tokenizer, of_statement.shape[-1])
+    return Attention(of_statement, chosen, named, readout_position(student, batch, record.choice), name)
 
 
 def gradient_relevance(student: Any, batch: Mapping[str, Tensor], record: TargetRecord) -> np.ndarray:
-    """How much each token brings about a logit (Chefer et al. 2021, eq. 5 and 6), (tokens,), largest 1.
+    """Measures how much each token contributes to a logit (Chefer et al. 2021, eq. 5 and 6).
 
-    The logit of the record's choice, or of its label (else prediction) where the task has a label set.
+    It is the logit of the record's choice or, if the task has a label set, of its label (else prediction).
 
-    ``R = I; R += mean_heads((gradient * A)+) R`` over all layers; the row of the token that the head
-    reads, without the token itself. All 0 where no attention speaks for the logit.
+    ``R = I; R += mean_heads((gradient * A)+) R`` over all layers. Returns the row (tokens,) of the token that
+    the head reads, without that token's initial 1, scaled so that the largest entry is 1; all 0 if no
+    attention contributes.
 
     Arguments and errors as in ``student_attention``.
     """
@@ -179,6 +181,6 @@ def gradient_relevance(student: Any, batch: Mapping[str, Tensor], record: Target
     mine = [attention[record.choice][None] for attention in maps]
     theirs = [None if gradient is None else gradient[record.choice][None] for gradient in gradients]
     row = relevancy(start, mine, theirs)[0].detach().float()
-    row[query] -= 1  # the identity that R starts from, which says nothing of this statement
+    row[query] -= 1  # the identity that R starts from: it is the same for every statement
     values = row.clamp_min(0).cpu().numpy()
     return values / values.max() if values.max() > 0 else values

@@ -1,4 +1,4 @@
-"""What every student has in common: its inputs, its one output type, and how it is loaded.
+"""Defines what every student shares: its inputs, its one output type, and loading.
 
 A student is a ``PreTrainedModel``; which tokens it sees where (characters, boxes) is part of its
 output, so that the method never needs to know the architecture.
@@ -33,13 +33,13 @@ MOST_MEASURED = 20_000  # examples whose statements are tokenized to count cut o
 
 
 class StudentError(ValueError):
-    """The student cannot be loaded or used: says which, why, and the remedy."""
+    """A student cannot be loaded or used; the message names the student, the reason and the remedy."""
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """What tells tokenizers apart: SHA-256 over pieces, their ids and how texts are cut into them."""
+    """Identifies a tokenizer: SHA-256 over its pieces, their ids and the rules that cut texts into them."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for key in ("truncation", "padding"):  # set by every call
+    for key in ("truncation", "padding"):  # every call sets these, so they are no property of the tokenizer
         state.pop(key, None)
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
@@ -47,24 +47,24 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
 def check_tokenizer(folder: Path | str, required: bool = False) -> str:
     """Refuses a model folder whose tokenizer is not the one that its weights were trained with.
 
-    Such a model looks perfect in training and is at chance in a run. The makers of mini models note the
-    digest of their tokenizer in ``provenance.json``; models from elsewhere have no such file and are refused
-    only where a digest is ``required``. Returns the digest that is named, "" if none is.
+    Such a model looks perfect in training and is at chance in a run. The makers of mini models write the
+    digest of their tokenizer to ``provenance.json``. Models from elsewhere have no such file; they are
+    refused only if a digest is ``required``. Returns the digest in that file, "" if it has none.
     """
     path = Path(folder) / "provenance.json"
-    made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    expected = made.get("tokenizer", "")
+    provenance = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    expected = provenance.get("tokenizer", "")
     if not expected:
         if required:
             raise StudentError(
                 f"{folder}: does not say with which tokenizer it was trained (made by "
-                f"{made.get('made_by', 'nobody who says so')}); make it anew with python -m tdlib.make"
+                f"{provenance.get('made_by', 'nobody who says so')}); make it anew with python -m tdlib.make"
             )
         return ""
-    found = tokenizer_digest(PreTrainedTokenizerFast.from_pretrained(str(folder)))
-    if found != expected:
+    digest = tokenizer_digest(PreTrainedTokenizerFast.from_pretrained(str(folder)))
+    if digest != expected:
         raise StudentError(
-            f"{folder}: its tokenizer ({found[:12]}) is not the one that its weights were trained with "
+            f"{folder}: its tokenizer ({digest[:12]}) is not the one that its weights were trained with "
             f"({expected[:12]}): it would read other words; put that one back, or make the model anew"
         )
     return expected
@@ -101,11 +101,11 @@ def placed_output(
     logits: Tensor, states: Sequence[Tensor], attention_mask: Tensor, visual_mask: Tensor,
     spans: Tensor | None, visual_boxes: Tensor,
 ) -> StudentOutput:  # fmt: skip
-    """The output of a student that says where its tokens are.
+    """Builds a student's output, with the place of every token.
 
-    ``states`` (batch * choices, tokens or more, width): tokens without a place (VL-BERT's [END]) stand behind
-    the others. Masks as in ``sequence_mask``; ``spans`` of text tokens, 0 where None; ``visual_boxes``
-    (batch, visual, 4).
+    ``states`` (batch * choices, tokens or more, width): tokens without a place (VL-BERT's [END]) come after
+    the others and are dropped. Masks are as in ``sequence_mask``; ``spans`` are those of text tokens, 0 if
+    None; ``visual_boxes`` (batch, visual, 4).
     """
     mask = sequence_mask(attention_mask, visual_mask)
     batch, choices, tokens = mask.shape
@@ -141,16 +141,14 @@ Row = tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int]]]  # of one s
 
 
 def encoded_text(rows: Sequence[Row], padding: int, statements: Sequence[TextPart]) -> EncodedText:
-    """The rows of an example's statements, padded to the longest; ``padding`` is the id that pads.
-
-    Lists are padded and each becomes a tensor once: an example's text is encoded at every step where
-    memory does not keep it.
-    """
+    """Pads the rows of an example's statements to the longest; ``padding`` is the id that pads."""
     length = max(len(ids) for ids, _, _ in rows)
 
     def padded(values: Iterable[Sequence[Any]], value: Any) -> Tensor:
-        whole = [[*row, *[value] * (length - len(row))] for row in values]
-        return torch.from_numpy(np.array(whole, dtype=np.int64))  # a third of torch.tensor's time
+        rectangle = [[*row, *[value] * (length - len(row))] for row in values]
+        # Through numpy this takes a third of torch.tensor's time, and it runs at every step of a training
+        # whose texts do not fit into memory.
+        return torch.from_numpy(np.array(rectangle, dtype=np.int64))
 
     ids, types, spans = zip(*rows, strict=True)
     return EncodedText(
@@ -163,14 +161,14 @@ def encoded_text(rows: Sequence[Row], padding: int, statements: Sequence[TextPar
 
 
 def _referred_objects(statement: TextPart, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The first object that each token refers to (by the last reference, of several), -1 for none."""
-    found = [-1] * len(spans)
+    """Returns the first object that each token refers to, -1 for none; a later reference overrides."""
+    objects = [-1] * len(spans)
     for reference in statement.references:
         if reference.objects:
             for place, (start, end) in enumerate(spans):
                 if start < reference.end and end > reference.start:
-                    found[place] = reference.objects[0]
-    return found
+                    objects[place] = reference.objects[0]
+    return objects
 
 
 def student_inputs(student: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -211,37 +209,37 @@ class StudentEncoder(ABC):
         self.max_text_tokens = max_text_tokens
 
     def load_processor(self) -> None:  # noqa: B027 (not every student has one)
-        """Loads what else the encoder needs from ``self.name``."""
+        """Loads whatever else the encoder needs from ``self.name``, such as an image processor."""
 
     def prepare(self, examples: Sequence[Example]) -> None:  # noqa: B027 (most students need nothing)
-        """Computes and stores what encoding these examples reads, where it is not read from files."""
+        """Computes and stores what encoding these examples will read, such as region features."""
 
     @abstractmethod
     def text(self, example: Example) -> EncodedText:
-        """Ids and spans of the statements (prompt with each choice, or the prompt) of one example."""
+        """Encodes the statements (prompt with each choice, or the prompt alone) of one example."""
 
     @abstractmethod
     def lengths(self, example: Example) -> list[int]:
-        """How many tokens each statement of one example has before it is cut, special ones counted."""
+        """Counts the tokens of each statement of one example before it is cut, with special ones."""
 
     @abstractmethod
     def visual(self, example: Example) -> dict[str, Tensor]:
-        """The visual side of one example."""
+        """Reads the picture of one example, as tensors that ``pad_visual`` puts into a batch."""
 
     @abstractmethod
     def visual_boxes(self, visual: dict[str, Tensor]) -> Tensor:
-        """Boxes (visual_tokens, 4) of the visual tokens that this becomes; without area: no place."""
+        """Returns the boxes (visual_tokens, 4) of visual tokens; one without area has no place."""
 
     @abstractmethod
     def pad_visual(self, visuals: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The visual side of a batch, padded, as the student's ``forward`` names it."""
+        """Pads the pictures of a batch to one size, under the names of the student's ``forward``."""
 
     def blank(self, visual: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same without what is seen (control: what can be answered without the picture?)."""
+        """Removes what the picture shows (a control: how much can be answered without seeing it?)."""
         return {name: torch.zeros_like(value) for name, value in visual.items()}
 
     def save(self, folder: Path | str) -> None:
-        """Writes what loading needs beside the student's weights."""
+        """Writes the files that loading needs beside the student's weights."""
         self.tokenizer.save_pretrained(folder)
 
 
@@ -262,7 +260,7 @@ def report_cut(encoder: StudentEncoder, examples: Sequence[Example], split: str)
 
 
 def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ()) -> Any:
-    """A student in float32; parameters of its head that are not stored are drawn from ``seed``.
+    """Loads a student in float32; parameters of its head that are not stored are drawn from ``seed``.
 
     Args:
         kind: the student's class, a ``PreTrainedModel``; a checkpoint need not hold its ``may_lack``.
@@ -284,7 +282,7 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
     model, report, stored = _from_pretrained(kind, name, seed, labels, what)
     missing = [key for key in report["missing_keys"] if not key.startswith(kind.may_lack)]
     mismatched = [str(key) for key in report["mismatched_keys"]]
-    if labels:  # a head for other labels may go
+    if labels:  # a stored head for other labels is replaced, not an error
         mismatched = [key for key in mismatched if "classifier." not in key]
     if missing or mismatched:
         raise StudentError(
@@ -295,7 +293,7 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
     if labels and last not in report["missing_keys"]:
         if any(last in str(key) for key in report["mismatched_keys"]):
             named = not all(str(label).startswith("LABEL_") for label in stored.values())
-            log.log(  # a head that scores choices has no named outputs, and nobody expects it to stay
+            log.log(  # a head that scored choices has no named outputs, so nobody expects it to be kept
                 logging.WARNING if named else logging.INFO,
                 "student %s: its head has another number of outputs than the %d labels, so its last layer is "
                 "drawn anew", name, len(labels),
@@ -308,12 +306,12 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
 def _from_pretrained(
     kind: Any, name: str, seed: int, labels: Sequence[str], what: str
 ) -> tuple[Any, dict[str, Any], Mapping[int, str]]:
-    """The model, transformers' report on its parameters, and the names that its outputs were stored with."""
+    """Returns the model, transformers' report on its parameters, and the stored names of its outputs."""
     options: dict[str, Any] = {}
     if labels:
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: index for index, label in enumerate(labels)}
-    chatter = transformers.utils.logging.get_verbosity()
+    verbosity = transformers.utils.logging.get_verbosity()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformers.utils.logging.set_verbosity_error()  # the caller checks what is missing
@@ -332,18 +330,18 @@ def _from_pretrained(
                 f"a {what}"
             ) from error
         finally:
-            transformers.utils.logging.set_verbosity(chatter)
+            transformers.utils.logging.set_verbosity(verbosity)
     return model, report, stored
 
 
 def fit_classifier(
     model: Any, stored: Mapping[int, str], labels: Sequence[str], seed: int, where: str
 ) -> None:
-    """Gives every label the output that was trained for it; says so in the log where that changes anything.
+    """Gives every label the output that was trained for it; a change of the order is logged.
 
     An output belongs to the label of its name, whatever its number: two runs, or an official checkpoint,
-    may list the same labels in another order. Where the names are not the same ones (capitals aside), what
-    the outputs mean is not known, and the last layer is drawn from ``seed``.
+    may list the same labels in another order. If the names differ (capitals aside), nobody knows what
+    the outputs mean, so the last layer is drawn from ``seed``.
     """
     names = [str(stored.get(index)) for index in range(len(labels))]
     if names == list(labels):
@@ -370,9 +368,9 @@ def fit_classifier(
 
 
 class FusedAttention:
-    """Self-attention by torch's fused kernel, for stock modules that write it out; stands before one.
+    """Computes self-attention by torch's fused kernel; a mixin before a stock module that writes it out.
 
-    Where a module is asked for its attention maps, which no fused kernel keeps, it computes as always.
+    No fused kernel keeps attention maps. A call that asks for them runs the stock module instead.
     """
 
     query: nn.Module
@@ -400,15 +398,15 @@ class FusedAttention:
 
 
 def fuse_attention(model: nn.Module, kind: type[FusedAttention]) -> None:
-    """Lets a stock model compute its attention as ``kind`` does; ``kind`` is based on the stock module."""
-    stock = kind.__mro__[2]
+    """Makes a stock model compute its attention as ``kind`` does; ``kind`` is based on the stock module."""
+    stock = kind.__mro__[2]  # kind, FusedAttention, then the stock module
     for module in model.modules():
         if type(module) is stock:
             module.__class__ = kind  # type: ignore[assignment]
 
 
 def drawn_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer as BERT starts them: weights from N(0, 0.02), no bias."""
+    """Creates a linear layer as BERT does: weights from N(0, 0.02), bias 0."""
     layer = nn.Linear(inputs, outputs)
     nn.init.normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)

@@ -1,10 +1,10 @@
-"""The authors' checkpoints of students, as folders that ``load_student`` reads, in float32.
+"""Converts the authors' checkpoints of students to folders that ``load_student`` reads, in float32.
 
 ``python -m tdlib.students.convert uniter uniter-base.pt FOLDER --tokenizer bert-base-cased --vcr``
 
 UNITER and VILLA (``uniter-base.pt``) and VL-BERT (``vl-bert-base-prec.model``) come as files of tensors by
-the authors' names; ``FORMATS`` says what is theirs in each. VisualBERT's are on the hub in the stock format
-and only lack a tokenizer. Foreign files are read with ``weights_only=True``: no code of theirs runs.
+the authors' names; ``FORMATS`` describes each. VisualBERT's are on the hub in the stock format and only lack
+a tokenizer. Foreign files are read with ``weights_only=True``, so that no code in them can run.
 """
 
 import argparse
@@ -36,9 +36,9 @@ from tdlib.students.vlbert import (
 
 @dataclass(frozen=True)
 class Format:
-    """How the authors of one architecture wrote its weights, and what VCR needs beside them.
+    """Describes how the authors of one architecture wrote its weights, and what VCR needs beside them.
 
-    ``sizes`` names the matrices that tell a checkpoint's sizes: rows of "words" (by the hidden size),
+    ``sizes`` names the matrices whose shapes give a checkpoint's sizes: rows of "words" (by the hidden size),
     "positions" and "types", the rows of "intermediate", and the columns of "regions" less ``geometry``.
     """
 
@@ -47,23 +47,23 @@ class Format:
     models: tuple[Any, ...]  # a checkpoint may have parameters of each of them
     key: str  # of the state dict in the file
     rename: Callable[[str], str]  # the authors' name of a parameter as ours
-    left_out: tuple[str, ...]  # beginnings of (our) names of what finetuning does not start from
+    left_out: tuple[str, ...]  # parameters whose (our) names begin so are not where finetuning starts from
     sizes: Mapping[str, str]
-    width: str  # what the configuration calls the width of region features
-    types: Mapping[int, tuple[int, ...]]  # of so many token types: the one that each of VCR's starts as
+    width: str  # name of the width of region features in the configuration
+    types: Mapping[int, tuple[int, ...]]  # by the number of token types: which one each of VCR's copies
     tokenizer: str  # what the authors pretrained with
     geometry: int = 0
     people: Sequence[str] = field(default=(), repr=False)  # tokens that VCR adds
 
 
 def _uniter_name(name: str) -> str:
-    """Older files say ``bert.`` for ``uniter.``, and ``gamma`` and ``beta`` for a norm's parameters."""
+    """Renames a parameter: older files have ``bert.`` for ``uniter.``, ``gamma`` and ``beta`` in norms."""
     name = re.sub(r"^bert\.", "uniter.", name)
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
 
 
 def _vlbert_name(name: str) -> str:
-    """Without ``module.`` of several GPUs and ``_module.`` of VCR.
+    """Removes ``module.`` (training on several GPUs) and ``_module.`` (VCR) from a parameter's name.
 
     The transform of the word predictor is kept under the name of the classifier, which starts from it.
     """
@@ -115,7 +115,7 @@ def convert(
             hub id, such as ``uclanlp/visualbert-vcr-coco-pre``.
         folder: where to write; must not exist or be empty.
         tokenizer: folder or hub id of the tokenizer that it was pretrained with.
-        vcr: whether to prepare it for VCR as the authors do at the start of finetuning: token types of
+        vcr: prepare it for VCR as the authors do at the start of finetuning: token types of
             answers (and of UNITER's rationales) start as those of questions, and UNITER's tokens of people
             (``person_0`` ...) get rows from N(0, 0.02). What pretraining on VCR has learned is kept.
         seed: of the new rows.
@@ -132,7 +132,7 @@ def convert(
     if folder.is_dir() and any(folder.iterdir()):
         raise StudentError(f"{folder} is not empty; remove it or choose another folder to write to")
     source, left_out = FORMATS.get(kind), list[str]()
-    if source is None:  # the stock format: all but the head, which is drawn
+    if source is None:  # the stock format; its head is drawn in a run, so it is not written
         model = load_checkpoint(VisualBertForMultipleChoice, str(checkpoint), seed=0)
         config, state = model.config, model.state_dict()
         weights = {name: value for name, value in state.items() if not name.startswith("classifier.")}
@@ -156,7 +156,7 @@ def convert(
 
 
 def read_checkpoint(path: Path | str, key: str) -> dict[str, Tensor]:
-    """The tensors of a file that ``torch.save`` wrote, or those that it keeps under ``key``."""
+    """Reads the tensors of a file that ``torch.save`` wrote, at its top or under ``key``."""
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch lets through what zipfile, pickle and the system raise
@@ -176,7 +176,7 @@ def read_checkpoint(path: Path | str, key: str) -> dict[str, Tensor]:
 def official_weights(
     source: Format, state: Mapping[str, Tensor], where: str, drop: Sequence[str] = ()
 ) -> tuple[Any, dict[str, Tensor], list[str]]:
-    """Configuration, parameters by our names, and the names left out of an official state dict."""
+    """Reads an official state dict: configuration, parameters by our names, and the names left out."""
     weights, left_out = {}, []
     for name, value in state.items():
         new = source.rename(name)
@@ -188,7 +188,7 @@ def official_weights(
     with torch.device("meta"):
         models = [model(config) for model in source.models]
     shapes = {name: value.shape for model in models for name, value in model.state_dict().items()}
-    if len(models) == 1:  # its head is drawn
+    if len(models) == 1:  # a run draws its head, so a checkpoint need not have one
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith("classifier.")}
     problems = {
         "missing": {name for name in shapes if not name.startswith(models[0].may_lack)} - weights.keys(),
@@ -199,16 +199,16 @@ def official_weights(
             if name in weights and weights[name].shape != shape
         },
     }
-    if found := mismatches(problems):
+    if listed := mismatches(problems):
         raise StudentError(
-            f"checkpoint {where} is not a {source.name}: parameters {found}; name the beginnings of those "
+            f"checkpoint {where} is not a {source.name}: parameters {listed}; name the beginnings of those "
             "that are unknown and not needed in drop (--drop NAME of the command)"
         )
     return config, weights, sorted(left_out)
 
 
 def mismatches(problems: Mapping[str, Collection[str]]) -> str:
-    """How many parameters are what, and the first three names of each; "" where there are none."""
+    """Summarises problems for a message: the number of parameters and three names of each; "" for none."""
     return "; ".join(
         f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in problems.items()
@@ -217,7 +217,7 @@ def mismatches(problems: Mapping[str, Collection[str]]) -> str:
 
 
 def _config_of(source: Format, weights: Mapping[str, Tensor], where: str) -> BertConfig:
-    """Sizes are those of the tensors; a head of attention is 64 wide, as in every BERT."""
+    """Reads the sizes from the tensors' shapes; an attention head is 64 wide, as in every BERT."""
     bad = [
         f"{name} {tuple(weights[name].shape)}" if name in weights else name
         for name in source.sizes.values()
@@ -248,7 +248,7 @@ def _fit_tokenizer(
     source: Format | None, name: Path | str, config: Any, weights: dict[str, Tensor], where: str, vcr: bool,
     seed: int,
 ) -> Any:  # fmt: skip
-    """The tokenizer, with VCR's people where they are wanted; ``weights`` get a row for each that is new."""
+    """Loads the tokenizer, for ``vcr`` with tokens of people; ``weights`` get a row for each new token."""
     people = source.people if vcr and source else ()
     expected = source.tokenizer if source else "bert-base-uncased (30,522)"
     try:

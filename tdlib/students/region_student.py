@@ -1,8 +1,9 @@
-"""What students that read region features beside text have in common: UNITER, VL-BERT, VisualBERT.
+"""Shared parts of the students that read region features beside text: UNITER, VL-BERT, VisualBERT.
 
-One forward pass for all of them (``RegionStudent``): an architecture only says what its hidden states are
-and what its head reads. Padding is masked, where the authors move regions up to the end of each text; the
-result is the same. One encoder (``RegionEncoder``), and the one of the two that read BERT's pairs.
+``RegionStudent`` is their one forward pass: an architecture only defines its hidden states and the vector
+that its head reads. Padding is masked; the authors move regions up to the end of each text instead, which
+gives the same result. ``RegionEncoder`` makes their inputs, ``BertPairEncoder`` those of VL-BERT and
+VisualBERT, which read texts as BERT's pairs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,11 +33,11 @@ Piece = tuple[int, tuple[int, int]]  # a token and its span
 def bert_states(
     layers: Iterable[nn.Module], config: Any, embeddings: Tensor, tokens: Tensor
 ) -> tuple[Tensor, ...]:
-    """Hidden states of BERT's layers, ``embeddings`` (rows, tokens, width) first.
+    """Runs BERT's layers; returns hidden states, ``embeddings`` (rows, tokens, width) first.
 
-    ``tokens`` (rows, tokens) is 1 on real ones. transformers makes the mask: a boolean one for its fused
-    attention. To ask whether nothing is padded would be to wait for the device, at every pass.
+    ``tokens`` (rows, tokens) is 1 on real ones.
     """
+    # Without the skip: checking whether anything is padded would wait for the device in every pass.
     mask = create_bidirectional_mask(config, embeddings, tokens, allow_is_bidirectional_skip=False)
     states = [embeddings]
     for layer in layers:
@@ -45,7 +46,7 @@ def bert_states(
 
 
 def referents(objects: Tensor, region_objects: Tensor) -> Tensor:
-    """Which regions each token refers to: (batch, choices, text_tokens, regions), boolean.
+    """Marks the regions that each token refers to: (batch, choices, text_tokens, regions), boolean.
 
     ``objects`` (batch, choices, text_tokens) and ``region_objects`` (batch, regions) are indices of
     an example's objects, -1 for none.
@@ -54,7 +55,9 @@ def referents(objects: Tensor, region_objects: Tensor) -> Tensor:
 
 
 def answer_slot(state: Tensor, attention_mask: Tensor) -> Tensor:
-    """The text token before the last, [MASK] in a ``BertPairEncoder``'s question: (batch * choices, width).
+    """Returns the state of the text token before the last one, (batch * choices, width).
+
+    In a question that ``BertPairEncoder`` has encoded this is [MASK], from which the answer is read.
 
     ``state`` (batch * choices, tokens, width), ``attention_mask`` (batch, choices, text_tokens) with
     padding at the end.
@@ -64,9 +67,9 @@ def answer_slot(state: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 class RegionStudent:
-    """Scores statements about a picture that is given as regions; stands before ``PreTrainedModel``.
+    """Scores statements about a picture that is given as regions; a mixin before ``PreTrainedModel``.
 
-    An architecture defines ``states`` and ``summary``, ``renew_visual`` and its ``classifier``.
+    An architecture defines ``states``, ``summary``, ``renew_visual`` and ``classifier``.
     """
 
     inputs: ClassVar[tuple[str, ...]] = (
@@ -76,18 +79,19 @@ class RegionStudent:
     classifier: nn.Module
 
     def states(self, *args: Any, **inputs: Any) -> tuple[Tensor, ...]:
-        """Hidden states, embeddings first, each (batch * choices, text_tokens + regions or more, width).
+        """Computes hidden states, each (batch * choices, text_tokens + regions or more, width).
 
-        ``inputs`` are those of ``forward``; what has no place (VL-BERT's [END]) stands at the end.
+        Embeddings come first. ``inputs`` are those of ``forward``. Tokens without a place (VL-BERT's [END])
+        come last.
         """
         raise NotImplementedError
 
     def summary(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        """What the head reads of the last ``state``: (batch * choices, width)."""
+        """Selects the vector (batch * choices, width) that the head reads from the last ``state``."""
         raise NotImplementedError
 
     def renew_visual(self, dim: int) -> None:
-        """Draws the projection of region features anew, for features of width ``dim``."""
+        """Re-initialises the projection of region features, for features of width ``dim``."""
         raise NotImplementedError
 
     def forward(
@@ -157,11 +161,11 @@ class RegionEncoder(StudentEncoder):
 
     @property
     def foreign(self) -> bool:
-        """Whether no student was pretrained with features of this kind."""
+        """True if no student was pretrained with features of this kind."""
         return getattr(self.regions, "foreign", False)
 
     def _parts(self, example: Example) -> list[list[tuple[str, int, int]]]:
-        """Per statement its parts: text, where it starts in the statement, and its token type."""
+        """Splits each statement into parts: text, its start in the statement, and its token type."""
         prompt, given, types = example.prompt.text, example.given, self.token_types
         asked = [(prompt, 0, types["question"])]
         if given:
@@ -178,7 +182,7 @@ class RegionEncoder(StudentEncoder):
         return encoded_text(rows, self.tokenizer.pad_token_id, example.statements())
 
     def _row(self, parts: Sequence[tuple[str, int, int]], pieces: list[list[Piece]]) -> Row:
-        """Ids, token types and spans of one statement, of at most ``max_text_tokens``."""
+        """Builds ids, token types and spans of one statement, of at most ``max_text_tokens``."""
         room = self.max_text_tokens - 1 - len(parts)
         while sum(map(len, pieces)) > room:
             max(pieces, key=len).pop()
@@ -190,9 +194,9 @@ class RegionEncoder(StudentEncoder):
         return ids, types, spans
 
     def _pieces(self, statements: Sequence[Sequence[tuple[str, int, int]]]) -> list[list[list[Piece]]]:
-        """Ids and spans in the statement of each part of each statement.
+        """Tokenizes each part of each statement: ids and spans in the statement.
 
-        The statements share their question: each distinct part is read once, all in one call.
+        The statements of an example share their question, so each distinct part is tokenized once.
         """
         texts = [*dict.fromkeys(text for parts in statements for text, _, _ in parts)]
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -215,7 +219,7 @@ class RegionEncoder(StudentEncoder):
                 self.regions.add(examples[start : start + part])
 
     def arrange(self, regions: Regions, example: Example) -> Regions:
-        """The regions of an example as the architecture wants them."""
+        """Rearranges the regions of an example as the architecture needs them."""
         return regions
 
     def visual(self, example: Example) -> dict[str, Tensor]:
@@ -229,7 +233,7 @@ class RegionEncoder(StudentEncoder):
         return visual["region_boxes"]
 
     def blank(self, visual: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One region without content: that something is there tells something too."""
+        """Leaves one region without content: even the number and places of regions would tell something."""
         return {
             "region_features": torch.zeros_like(visual["region_features"][:1]),
             "region_boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
@@ -258,7 +262,7 @@ class BertPairEncoder(RegionEncoder):
     def __init__(self, name: str, max_text_tokens: int, regions: RegionSource):
         super().__init__(name, max_text_tokens, regions)
         config = self.config
-        # Where a folder has no tokenizer, transformers makes one that knows no words.
+        # transformers does not fail if a folder has no tokenizer: it makes one that knows no words.
         if len(self.tokenizer) != config.vocab_size:
             raise StudentError(
                 f"student {name!r} has {config.vocab_size} words, but its tokenizer {len(self.tokenizer)}; "

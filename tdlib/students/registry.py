@@ -1,4 +1,4 @@
-"""The students by architecture: how each is fed and loaded, found by its ``config.json``."""
+"""Lists the architectures of students, with their encoders and models; ``config.json`` names a student's."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from tdlib.students.vlbert import VlBertEncoder, VlBertForClassification, VlBert
 
 @dataclass(frozen=True)
 class Architecture:
-    """How students of one architecture are fed, and their models for choices and for labels."""
+    """The encoder of one architecture, and its models for choices and for a label set."""
 
     encoder: Callable[..., StudentEncoder]
     choices: Any
@@ -42,10 +42,10 @@ ARCHITECTURES = {  # by model_type
 
 
 def architecture(name: str) -> Architecture:
-    """The architecture of a student.
+    """Looks up the architecture of a student.
 
     Raises:
-        StudentError: there is no readable configuration, or it is of no architecture known here.
+        StudentError: there is no readable configuration, or its architecture is not in ``ARCHITECTURES``.
     """
     try:
         kind = AutoConfig.from_pretrained(resolve(name)).model_type
@@ -62,7 +62,7 @@ def architecture(name: str) -> Architecture:
 def open_encoder(
     name: str, max_text_tokens: int, regions: Callable[[], RegionSource] | None = None
 ) -> StudentEncoder:
-    """The encoder of a student; ``regions`` opens the region features if the student reads them."""
+    """Opens the encoder of a student; ``regions`` is called only if the student reads region features."""
     kind = architecture(name)
     if not kind.reads_regions:
         return kind.encoder(name, max_text_tokens)
@@ -72,6 +72,6 @@ def open_encoder(
 
 
 def load_student(name: str, seed: int = 0, labels: Sequence[str] = ()) -> Any:
-    """A student with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
+    """Loads a student with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
     kind = architecture(name)
     return load_checkpoint(kind.labels if labels else kind.choices, name, seed, labels)

@@ -65,7 +65,7 @@ class UniterImageEmbeddings(nn.Module):
 
 
 class UniterPreTrainedModel(BertPreTrainedModel):
-    """What transformers needs to know to load and save UNITERs."""
+    """Tells transformers how to load and save UNITERs."""
 
     config_class = UniterConfig
     base_model_prefix = "uniter"

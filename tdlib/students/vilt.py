@@ -81,10 +81,10 @@ def embed_patches(vilt: ViltModel, pixel_values: Tensor, pixel_mask: Tensor) -> 
 
 
 def mask_of_attention(_module, _inputs, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The embeddings' mask (rows, tokens) as attention adds it to its scores, (rows, 1, 1, tokens).
+    """Turns the embeddings' mask (rows, tokens) into the one that attention adds, (rows, 1, 1, tokens).
 
-    The stock model leaves such a mask as it is. Of one with two axes it asks whether nothing is padded,
-    which is to wait for the device, at every pass.
+    The stock model leaves such a mask as it is. Given one with two axes it checks whether anything is padded,
+    and so waits for the device in every pass.
     """
     embeddings, tokens = output
     mask = torch.where(tokens.bool(), 0.0, torch.finfo(embeddings.dtype).min).to(embeddings.dtype)
@@ -156,14 +156,12 @@ class ViltForClassification(ViltForMultipleChoice):
 
 
 def hidden_states(output: BaseModelOutputWithPooling) -> tuple[Tensor, ...]:
-    """All layers' outputs, the last one after the final norm."""
+    """Returns the output of each layer, embeddings first; the last one is taken after the final norm."""
     assert output.hidden_states is not None and output.last_hidden_state is not None
     return (*output.hidden_states[:-1], output.last_hidden_state)
 
 
-ELONGATION = (
-    1333 / 800
-)  # the longest side that the image processor leaves, per pixel of the shortest it makes
+ELONGATION = 1333 / 800  # the image processor caps the longer side at so many times the shorter one
 
 
 class ViltEncoder(StudentEncoder):
@@ -205,17 +203,17 @@ class ViltEncoder(StudentEncoder):
         picture = open_picture(example.image)
         try:
             return {"pixels": self.picture(picture)}
-        except (ValueError, RuntimeError) as error:  # what the image processor raises
+        except (ValueError, RuntimeError) as error:  # the image processor raises either
             raise DataError(
                 f"{example.image}: a picture of {picture.width} x {picture.height} pixels cannot be made "
                 f"ViLT's input ({error}); pad it to a less extreme shape, or leave the example out"
             ) from None
 
     def picture(self, picture: Image.Image) -> Tensor:
-        """Pixel values (3, height, width) of one picture.
+        """Makes the pixel values (3, height, width) of one picture.
 
-        A picture so long and thin that the processor would leave no row of patches of it is widened
-        first, until there is one: places are shares of its sides, so that all stay what they are.
+        A picture so long and thin that the processor would leave no row of patches is widened first, until
+        there is one. Boxes are shares of a picture's sides, so they stay valid.
         """
         longest = int(ELONGATION * (self.image_processor.size["shortest_edge"] or 0))
         if longest and int(longest * min(picture.size) / max(picture.size) + 0.5) < self.divisor:
@@ -238,9 +236,10 @@ class ViltEncoder(StudentEncoder):
 
 
 def pair_spans(encoding, row: int, shift: int) -> list[tuple[int, int]]:
-    """Character spans of a tokenized pair in the statement "first second".
+    """Returns the character spans of a tokenized pair in the statement "first second".
 
-    ``shift`` is where the second part starts. Special tokens get (0, 0).
+    The tokenizer counts characters from the start of each part; ``shift`` is where the second one starts in
+    the statement. Special tokens get (0, 0).
     """
     return [
         (start + part * shift, end + part * shift) if part is not None else (0, 0)
@@ -251,9 +250,9 @@ def pair_spans(encoding, row: int, shift: int) -> list[tuple[int, int]]:
 
 
 def pad_pictures(pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pixel values (batch, 3, height, width) of pictures of several sizes, and mask (batch, height, width).
+    """Pads pictures to pixel values (batch, 3, height, width), with a mask (batch, height, width).
 
-    The mask is (batch, 1, 1), ones, where all are as large, see ``embed_patches``.
+    If all pictures have one size, the mask is (batch, 1, 1) ones, see ``embed_patches``.
     """
     height, width = max(p.shape[1] for p in pictures), max(p.shape[2] for p in pictures)
     values = torch.stack([F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures])

@@ -1,4 +1,4 @@
-"""VL-BERT (Su et al. 2020, arXiv 1908.08530) as a student: every token has a word and something seen.
+"""VL-BERT (Su et al. 2020, arXiv 1908.08530) as a student: every token has a word and a visual feature.
 
 Parameters carry the names of the authors' code (jackroos/VL-BERT), so that their checkpoints fit key for
 key; ``convert`` turns one into a folder. All regions share the position after the text. Features come
@@ -45,7 +45,7 @@ AutoConfig.register(VlBertConfig.model_type, VlBertConfig)
 
 
 def geometry(boxes: Tensor) -> Tensor:
-    """Sines and cosines of places and sizes: (..., 2048) of normalised xyxy ``boxes`` (..., 4).
+    """Encodes places and sizes as sines and cosines: (..., 2048) of normalised xyxy ``boxes`` (..., 4).
 
     Each number p of 100 * (centre x, centre y, width, height) becomes sin(p / 1000^(i / 256)), i = 0 ... 255,
     and then the cosines (section 3.2, and the authors' ``coordinate_embeddings``).
@@ -240,10 +240,10 @@ class VlBertEncoder(BertPairEncoder):
 
 
 def whole_picture_first(regions: Regions) -> Regions:
-    """The same regions with the whole picture as region 0, where texts without an object look.
+    """Makes the whole picture region 0, which text tokens without an object show.
 
     The first region that is no object and covers the picture (to 1 % of its sides) is moved there.
-    Where there is none, the mean of all features is put there, as the authors do for precomputed ones.
+    If there is none, the mean of all features is inserted, as the authors do for precomputed features.
     """
     boxes, objects, features = regions.boxes, regions.objects, regions.features
     covering = (boxes[:, :2] <= 0.01).all(1) & (boxes[:, 2:] >= 0.99).all(1) & (objects < 0)
@@ -261,7 +261,7 @@ def whole_picture_first(regions: Regions) -> Regions:
 
 
 def within_pixels(boxes: Tensor, size: tuple[float, float]) -> Tensor:
-    """Normalised xyxy ``boxes`` (..., 4) cut where the authors cut theirs: at (0, 0, width - 1, height - 1).
+    """Clips normalised xyxy ``boxes`` (..., 4) as the authors do: to (0, 0, width - 1, height - 1).
 
     They count pixels from 0 to width - 1, so that in their code the whole picture ends at 1 - 1 / width
     and 1 - 1 / height. ``size`` is width and height in pixels.
@@ -270,7 +270,7 @@ def within_pixels(boxes: Tensor, size: tuple[float, float]) -> Tensor:
 
 
 def picture_size(path: Path) -> tuple[int, int] | None:
-    """Width and height of a picture in pixels, upright; None where there is no such file.
+    """Reads the width and height of a picture in pixels, upright; None if there is no such file.
 
     Features that came with a data set can be used without its pictures.
     """
