@@ -36,6 +36,7 @@ ATTRIBUTES = {
     "place": [name for name, place in PLACES.items() if place.curated],
     "weather": ["indoors", *(name for name, weather in WEATHER.items() if weather.curated)],
 }  # what the curated corpus knows
+WORKERS = 2  # processes that draw scenes
 _MOST = 14  # boxes of one picture: itself, three people with face, hat and held thing, or fewer and things
 
 
@@ -88,15 +89,15 @@ def render_boxes(job: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray
     return pictures, boxes, labels
 
 
-def boxes_corpus(seed: int, number: int, size: int, workers: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def boxes_corpus(seed: int, number: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Curated scenes as pictures (number, 3, size, size) uint8, with boxes and what is true of them.
 
     Boxes (number, 14, 4) are normalised xyxy. Labels (number, 14, attributes) are indices into the values
     of ``ATTRIBUTES``, -1 where nothing is asked; rows of -1 only are no boxes.
     """
-    step = max(1, min(500, -(-number // workers)))
+    step = max(1, min(500, -(-number // WORKERS)))
     jobs = [(seed, start, min(start + step, number), size) for start in range(0, number, step)]
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(WORKERS) as pool:
         parts = list(pool.map(render_boxes, jobs))
     pictures, boxes, labels = (
         torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)
