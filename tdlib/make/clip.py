@@ -45,7 +45,7 @@ _SORTED = 4  # batches whose captions are sorted by length together
 
 
 class BatchFirstAttention(nn.MultiheadAttention):
-    """The attention of open_clip's blocks without the copies that torch's own makes in training.
+    """The attention of open_clip's blocks without the copies that torch's module makes in training.
 
     Torch turns (batch, tokens, width) round and copies query, key and value apart. On one CPU core a step of
     this image tower takes 0.73 times as long without (2.36 and 1.73 s for 256 pictures).
@@ -55,7 +55,7 @@ class BatchFirstAttention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """Attends to itself: all three are one tensor; a mask is the causal one (only text has any)."""
+        """Computes self-attention: all three are one tensor; a mask is causal (only text has one)."""
         assert query is key is value and not need_weights
         batch, tokens, width = query.shape
         projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
@@ -66,7 +66,7 @@ class BatchFirstAttention(nn.MultiheadAttention):
 
 
 def fast_clip(config: dict[str, Any]) -> open_clip.CLIP:
-    """An open_clip model with ``BatchFirstAttention``; its parameters have their usual names."""
+    """Makes an open_clip model with ``BatchFirstAttention``; its parameters have their usual names."""
     model = open_clip.CLIP(**config)
     for part in model.modules():
         if isinstance(part, nn.MultiheadAttention):
@@ -75,14 +75,14 @@ def fast_clip(config: dict[str, Any]) -> open_clip.CLIP:
 
 
 def patch_words(visual: VisionTransformer, pixels: Tensor, word_head: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Picture features (batch, dim), and log-odds of words (batch, words) of the surest patch."""
+    """Computes picture features (batch, dim), and log-odds of words (batch, words) from the surest patch."""
     output = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
     votes = word_head(output["image_intermediates"][-1] @ visual.proj)
     return output["image_features"], votes.float().amax(dim=1)
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """Mean of the cross-entropies of both directions, nats (Radford et al. 2021, figure 3).
+    """Averages the cross-entropies of both directions, nats (Radford et al. 2021, figure 3).
 
     ``images`` and ``texts`` (batch, dim) need not be normalised; row i of both belongs together;
     ``scale`` multiplies cosines.
@@ -132,7 +132,7 @@ class ClipJob:
         return torch.from_numpy(array).to(self.device)
 
     def rows(self, phase: str, place: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scenes of a batch and which of their captions are read: (batch,) and (batch, captions)."""
+        """Chooses the scenes of a batch and their captions: (batch,) and (batch, captions)."""
         number = [name for name, _ in self.phases].index(phase)
         group, member = divmod(place, _SORTED)
         size = self.batch[phase]

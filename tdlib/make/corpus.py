@@ -1,7 +1,7 @@
-"""Corpora as arrays on disk: drawn, tokenized and seen by the detector once, then memory-mapped by makers.
+"""Prepares corpora as arrays on disk: drawn, tokenized and read by the detector once, then memory-mapped.
 
-Every folder names what it was made from, and is made anew where that differs. Arrays of token ids carry
-the digest of their tokenizer, which lies beside them: a maker writes that one into the model's folder.
+Every folder records from what it was made, and is made again if that differs. Arrays of token ids carry the
+digest of their tokenizer, which lies beside them: a maker copies that one into the model's folder.
 """
 
 import json
@@ -34,7 +34,7 @@ from tdlib.students.base import LONGEST, tokenizer_digest
 
 SIZE = 96  # pixels of a side, as all mini models see pictures
 CLIP_LONGEST = 48
-WEB_FIRST = 1_000_000  # web scenes start here: no other use of the stream comes so far
+WEB_FIRST = 1_000_000  # web scenes start here, beyond any other use of the stream
 READINGS = {"curated": CURATED_READINGS, "web": 5}  # captions of a scene
 GRID = (6, 6)
 MOST_OBJECTS = 6  # people, held things and things of a curated scene; people and things are at most three
@@ -45,7 +45,7 @@ _CHUNK = 250  # scenes that a process makes at a time
 
 
 def read_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of a folder that ``write_arrays`` wrote, memory-mapped."""
+    """Opens the arrays of a folder that ``write_arrays`` wrote, memory-mapped."""
     return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
 
 
@@ -58,17 +58,17 @@ def write_arrays(
     workers: int,
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> dict[str, np.ndarray]:
-    """Arrays of ``number`` rows each, made by processes, one chunk of rows after the other.
+    """Makes arrays of ``number`` rows each in processes, one chunk of rows after the other.
 
-    A folder whose ``made.json`` says the same as ``made`` is read, not made. ``work`` gives the rows [start,
-    stop) of every array; it is called with ``given``, start and stop. ``beside`` writes other files there.
+    A folder whose ``made.json`` equals ``made`` is only read. ``work`` returns the rows [start, stop) of
+    every array; it is called with ``given``, start and stop. ``beside`` writes other files to the folder.
     """
     made = json.loads(json.dumps(made | {"rows": number}))
     try:
         if json.loads((folder / "made.json").read_text(encoding="utf-8")) == made:
             return read_arrays(folder)
     except (OSError, ValueError):
-        pass  # nothing there, or nothing whole
+        pass  # there is no such folder, or it is damaged
 
     def fill(partial: Path) -> None:
         arrays: dict[str, np.ndarray] = {}
@@ -109,9 +109,9 @@ def _draw_curated(seed: int, start: int, stop: int) -> dict[str, np.ndarray]:
 
 
 def pictures(kind: str, home: Path, seed: int, number: int, workers: int = 2) -> dict[str, np.ndarray]:
-    """``pictures`` (number, 3, 96, 96) uint8 of a corpus; of the curated one also boxes and labels.
+    """Prepares ``pictures`` (number, 3, 96, 96) uint8 of a corpus; of the curated one also boxes and labels.
 
-    These are as ``boxes_corpus`` gives them.
+    Boxes and labels are as in ``boxes_corpus``.
     """
     work = {"web": _draw_web, "curated": _draw_curated}[kind]
     made = {"what": f"{kind} pictures", "world": VERSION, "seed": seed, "size": SIZE}
@@ -135,13 +135,13 @@ def check_tokens(tokenizer: PreTrainedTokenizerFast, digest: str, where: str) ->
 def tokenize(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], longest: int = LONGEST
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Texts as students read a question and a choice: [CLS] question [SEP] answer [SEP].
+    """Tokenizes texts as students read a question and a choice: [CLS] question [SEP] answer [SEP].
 
     A text without a question is one part: [CLS] text [SEP]. Longer ones are cut, the longest part first.
 
     Returns:
-        Ids (texts, longest) uint16, padded; which person each token names (texts, longest) int8, -1
-        where it names none: captions call person i by the i-th neutral name.
+        Ids (texts, longest) uint16, padded; the person that each token names (texts, longest) int8, -1
+        if none: captions call person i by the i-th neutral name.
     """
     parts = [part for text in texts for part in two_parts(text)]
     encoded = tokenizer(parts, add_special_tokens=False, return_offsets_mapping=True, padding=False)
@@ -170,7 +170,7 @@ def tokenize(
 
 
 def replaced_words(true: Sequence[int], false: Sequence[int]) -> np.ndarray:
-    """Which tokens of a false statement are not in its true one, which differs in one place."""
+    """Marks the tokens of a false statement that its true one lacks; the two differ in one place."""
     replaced = np.zeros(len(false), bool)
     for kind, _, _, start, stop in SequenceMatcher(None, true, false, autojunk=False).get_opcodes():
         if kind in ("replace", "insert"):
@@ -179,7 +179,7 @@ def replaced_words(true: Sequence[int], false: Sequence[int]) -> np.ndarray:
 
 
 def web_texts(seed: int, index: int) -> list[str]:
-    """Five captions of a web scene."""
+    """Writes five captions of a web scene."""
     return [captioned_scene("web", seed, WEB_FIRST + index, reading)[1] for reading in range(READINGS["web"])]
 
 
@@ -233,7 +233,7 @@ class Texts:
 
 
 def texts(kind: str, home: Path, seed: int, number: int, workers: int = 2) -> Texts:
-    """Texts of "curated" or "web" scenes as students read them, or of web scenes as "clip" does."""
+    """Prepares texts of "curated" or "web" scenes as students read them, or of web scenes as "clip" does."""
     with_clip = kind == "clip"
     tokenizer = _tokenizer(with_clip, seed)
     digest = tokenizer_digest(tokenizer)
@@ -253,7 +253,7 @@ def texts(kind: str, home: Path, seed: int, number: int, workers: int = 2) -> Te
 
 
 def said_words(ids: np.ndarray, vocabulary: int) -> np.ndarray:
-    """Which tokens the texts (scenes, texts, tokens) of each scene have: (scenes, vocabulary) bool."""
+    """Marks the tokens in the texts (scenes, texts, tokens) of each scene: (scenes, vocabulary) bool."""
     said = np.zeros((len(ids), vocabulary), bool)
     for start in range(0, len(ids), 4096):
         rows = np.arange(start, min(start + 4096, len(ids)))
@@ -265,14 +265,14 @@ def said_words(ids: np.ndarray, vocabulary: int) -> np.ndarray:
 
 
 def object_boxes(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The objects of curated pictures that VCR lists: people first, then things.
+    """Selects the objects of curated pictures that VCR lists: people first, then things.
 
     Args:
         boxes: (pictures, boxes, 4) and
         labels: (pictures, boxes, attributes), of ``boxes_corpus``.
 
     Returns:
-        Boxes (pictures, 6, 4), which of them are real (pictures, 6), and the number of people
+        Boxes (pictures, 6, 4), a mask of the real ones (pictures, 6), and the number of people
         (pictures,).
     """
     names = labels[..., list(ATTRIBUTES).index("name")]  # "person" is 0; faces and hats have none
@@ -307,12 +307,12 @@ def _see(folder: Path, detector: Path, start: int, stop: int) -> dict[str, np.nd
 
 
 def regions(home: Path, seed: int, number: int, detector: Path, workers: int = 2) -> dict[str, np.ndarray]:
-    """What ``BackboneRegions`` gives with "boxes+grid" of curated scenes.
+    """Prepares the regions of curated scenes, as ``BackboneRegions`` computes them with "boxes+grid".
 
     Returns:
         ``features`` (scenes, 43, dim) in half precision and ``boxes`` (scenes, 43, 4) of the whole
-        picture, six places for objects and the cells of the grid; ``real`` (scenes, 6): which objects
-        there are; ``people`` (scenes,): how many of these, the first ones, are people.
+        picture, six places for objects and the cells of the grid; ``real`` (scenes, 6): a mask of the
+        objects; ``people`` (scenes,): how many of the objects, the first ones, are people.
     """
     pictures("curated", home, seed, number, workers)
     source = home / f"curated-pictures-{seed}-{number}"
@@ -326,7 +326,10 @@ def regions(home: Path, seed: int, number: int, detector: Path, workers: int = 2
 
 
 def batches(number: int, batch: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Rows of shuffled batches, epoch after epoch, from batch ``start`` on; what is left over waits."""
+    """Yields rows of shuffled batches, epoch after epoch, from batch ``start`` on.
+
+    Rows that do not fill a batch are left out of their epoch; the next one shuffles all rows again.
+    """
     per_epoch, epoch, order = number // batch, -1, np.empty(0, np.int64)
     while True:
         if start // per_epoch != epoch:

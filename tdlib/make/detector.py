@@ -1,4 +1,4 @@
-"""How the committed mini detector was made: names and attributes of things in given boxes.
+"""Makes the mini detector, which recognises names and attributes of things in boxes.
 
 It learns from the curated corpus only, as the students do. ``python -m tdlib.make detector`` trains
 it and writes weights, parameters, seed, checksum and held-out figures.
@@ -35,13 +35,13 @@ ATTRIBUTES = {
     "role": ["none", *(name for name, role in ROLES.items() if role.curated)],
     "place": [name for name, place in PLACES.items() if place.curated],
     "weather": ["indoors", *(name for name, weather in WEATHER.items() if weather.curated)],
-}  # what the curated corpus knows
+}  # the values that occur in the curated corpus
 WORKERS = 2  # processes that draw scenes
 _MOST = 14  # boxes of one picture: itself, three people with face, hat and held thing, or fewer and things
 
 
 def labelled_boxes(scene: Scene, picture: Picture) -> list[tuple[Box, dict[str, str]]]:
-    """Boxes (normalised xyxy) with what is true of them, by attribute; the whole picture comes first."""
+    """Lists boxes (normalised xyxy) with their attributes; the whole picture comes first."""
 
     def box(drawn: Drawn) -> Box:
         left, top, right, bottom = drawn.box
@@ -90,10 +90,10 @@ def render_boxes(job: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray
 
 
 def boxes_corpus(seed: int, number: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Curated scenes as pictures (number, 3, size, size) uint8, with boxes and what is true of them.
+    """Draws curated scenes as pictures (number, 3, size, size) uint8, with boxes and labels.
 
     Boxes (number, 14, 4) are normalised xyxy. Labels (number, 14, attributes) are indices into the values
-    of ``ATTRIBUTES``, -1 where nothing is asked; rows of -1 only are no boxes.
+    of ``ATTRIBUTES``, -1 if a box has no value of the attribute; rows of -1 only are no boxes.
     """
     step = max(1, min(500, -(-number // WORKERS)))
     jobs = [(seed, start, min(start + step, number), size) for start in range(0, number, step)]
@@ -106,13 +106,13 @@ def boxes_corpus(seed: int, number: int, size: int) -> tuple[Tensor, Tensor, Ten
 
 
 def jitter(boxes: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Boxes (regions, 4) whose sides are moved by up to a share of their width or height, clipped."""
+    """Moves the sides of boxes (regions, 4) by up to a share of their width or height, and clips them."""
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
     return (boxes + sides * share * (2 * torch.rand(boxes.shape, generator=generator) - 1)).clamp(0, 1)
 
 
 def attribute_loss(logits: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Sum over attributes of the mean cross-entropy over the boxes where it is asked."""
+    """Sums over attributes the mean cross-entropy over the boxes that have the attribute."""
     terms = [
         F.cross_entropy(votes.float(), labels[:, column], ignore_index=-1)
         for column, votes in enumerate(logits.values())
@@ -122,7 +122,7 @@ def attribute_loss(logits: dict[str, Tensor], labels: Tensor) -> Tensor:
 
 
 def batches(number: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Indices of shuffled batches, epoch after epoch."""
+    """Yields indices of shuffled batches, epoch after epoch."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(number, generator=generator)
     for _ in range(steps):
@@ -145,8 +145,8 @@ def train_mini_detector(
 ) -> list[float]:  # fmt: skip
     """Trains the mini detector to recognise what stands in each box and writes its folder.
 
-    Boxes are jittered by up to a tenth, so that features of boxes that are not quite exact, or of a
-    grid's cells, mean something too.
+    Boxes are jittered by up to a tenth, so that features of inexact boxes, or of a grid's cells, are
+    meaningful too.
 
     Returns:
         The loss of every step: nats, summed over the attributes.
@@ -190,7 +190,7 @@ def train_mini_detector(
 
 @torch.inference_mode()
 def evaluate_detector(folder: Path, scenes: int = 1_000, seed: int = 500) -> dict[str, float]:
-    """Held-out accuracy of each attribute over the boxes of curated scenes it never saw."""
+    """Measures the accuracy of each attribute on boxes of curated scenes that were not trained on."""
     detector = load_detector(folder)
     pictures, boxes, labels = boxes_corpus(seed, scenes, detector.size)
     hits: dict[str, list[Tensor]] = {name: [] for name in detector.attributes}

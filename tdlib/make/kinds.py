@@ -1,4 +1,4 @@
-"""The kinds of mini students: what each sees, how it is built, and how all of them are read alike."""
+"""Defines the kinds of mini students: their visual input, their model, and one way to run all of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ SIZES: dict[str, Any] = {
     "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
     "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
-CELLS = 12  # of the grid's 36, where the objects have boxes: see ``RegionSight``
+CELLS = 12  # of the grid's 36 cells that a picture in the view "few" has, see ``RegionSight``
 
 
 class PatchSight:
-    """Pictures as ViLT reads them, moved by up to three pixels, in a light that varies a little."""
+    """Gives pictures as ViLT reads them, moved by up to three pixels, with varied contrast and light."""
 
-    summary = 1  # visual tokens that are no place: the image's [CLS]
+    summary = 1  # number of visual tokens without a place: the image's [CLS]
 
     def __init__(self, home: Path, seed: int, scenes: int, detector: Path):
         self.pictures = corpus.pictures("curated", home, seed, scenes)["pictures"]
@@ -47,15 +47,15 @@ class PatchSight:
         }
 
     def people(self, rows: np.ndarray, visual: dict[str, Tensor]) -> Tensor:
-        return torch.zeros(len(rows), dtype=torch.long)  # a patch is nobody
+        return torch.zeros(len(rows), dtype=torch.long)  # a patch is no person
 
 
 class RegionSight:
-    """Regions of pictures in three views, one per batch.
+    """Gives regions of pictures in three views, one per batch.
 
-    "few": the whole picture, the objects and a third of the grid's cells, others for each picture
-    (what the boxes do not show needs few cells, and short sequences are quick); "bare": all but the
-    objects, as of data sets without boxes; "all". Towards the end, more of "all".
+    "few" has the whole picture, the objects and a third of the grid's cells, drawn for each picture: few
+    cells suffice for what the boxes do not show, and short sequences are fast. "bare" lacks the objects, as
+    in data sets without boxes. "all" has everything, and is used more often towards the end.
     """
 
     summary = 0
@@ -72,7 +72,7 @@ class RegionSight:
         return self.view(rows, ("few", "bare", "all")[rng.choice(3, p=shares)], rng)
 
     def view(self, rows: np.ndarray, view: str, rng: np.random.Generator) -> dict[str, Tensor]:
-        """What region students read of the pictures ``rows``."""
+        """Gives the regions of the pictures ``rows`` in one view, as region students read them."""
         real = self.real[rows]
         most = 0 if view == "bare" else int(real.sum(1).max())
         cells = self.features.shape[1] - 1 - corpus.MOST_OBJECTS
@@ -93,25 +93,25 @@ class RegionSight:
         }
 
     def people(self, rows: np.ndarray, visual: dict[str, Tensor]) -> Tensor:
-        """How many people have a box, of each picture: the first objects are people."""
+        """Counts the people with a box in each picture; they are its first objects."""
         shown = (visual["region_objects"] >= 0).any(1)
         return torch.from_numpy(self.counted[rows].astype(np.int64)) * shown
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a mini student of one architecture is made, and what it is called."""
+    """One architecture of mini students: its folder, its model, and what differs in its making."""
 
     folder: str
     architecture: str  # its model_type
     sight: type[PatchSight] | type[RegionSight]
     make: Callable[[int, int], Any]  # of the sizes of the vocabulary and of region features
     answer_type: int  # token type of a choice
-    slot: bool = False  # whether [MASK] follows a statement that is no question with a choice
-    types: str = ""  # its embeddings of token types, where some of them stay untrained
-    met: tuple[int, ...] = ()  # per token type the one whose embedding it gets
-    transform: str = ""  # where a classifier starts from the transform of the word predictor
-    boxes: Callable[[Tensor], Tensor] = lambda boxes: boxes  # as its encoder changes those of regions
+    slot: bool = False  # True if [MASK] follows a statement that is no question with a choice
+    types: str = ""  # parameter of the token types' embeddings, if captions do not have all types
+    met: tuple[int, ...] = ()  # for each token type the type whose embedding it gets at the end
+    transform: str = ""  # beginning of a classifier's parameters that start from the word predictor's
+    boxes: Callable[[Tensor], Tensor] = lambda boxes: boxes  # the change that its encoder makes to boxes
 
 
 def _vilt(words: int, dim: int) -> ViltForMultipleChoice:
@@ -146,9 +146,10 @@ KINDS = {
 
 
 def read(model: Any, text: dict[str, Tensor] | None, visual: dict[str, Tensor] | None) -> StudentOutput:
-    """Logits and hidden states of texts (pictures, choices, tokens) with pictures, or of one of the two.
+    """Runs a student on texts (pictures, choices, tokens) with pictures, or on one of the two alone.
 
-    Without text a student reads [CLS] alone; without a picture one region that is masked, ViLT none.
+    Returns logits and hidden states. Without text a student reads only [CLS]; without a picture it reads one
+    region that is masked (ViLT: no patch).
     """
     if text is None:
         assert visual is not None

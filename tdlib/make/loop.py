@@ -25,9 +25,9 @@ log = logging.getLogger("tdlib.make")
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 clearly faster than float32, by a trial of a few milliseconds.
+    """True if this CPU multiplies bfloat16 clearly faster than float32, by a trial of a few milliseconds.
 
-    Its flags do not tell: processors that have instructions for it can still be slower with them.
+    Its flags are not enough: processors that have instructions for it can still be slower with them.
     """
 
     def seconds(dtype: torch.dtype) -> float:
@@ -43,14 +43,14 @@ def multiplies_bfloat16() -> bool:
 
 
 def mixed_precision(device: str = "cpu") -> torch.autocast:
-    """bfloat16 where the machine multiplies it, else float32."""
+    """Returns an autocast to bfloat16 if the machine multiplies it faster, else one without effect."""
     on_cpu = device == "cpu"
     enabled = multiplies_bfloat16() if on_cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device, dtype=torch.bfloat16, enabled=enabled)
 
 
 def learning_rate(step: int, progress: float, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up over the first steps, times half a cosine over the whole run.
+    """Computes the learning rate: linear warm-up over the first steps, times half a cosine over the run.
 
     ``progress`` is the share of the run that is done, 0 to 1.
     """
@@ -58,7 +58,7 @@ def learning_rate(step: int, progress: float, peak: float, warmup: int = 100) ->
 
 
 def make_optimizer(model: nn.Module, weight_decay: float, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW that decays matrices only; the learning rate is set at every step."""
+    """Makes an AdamW that decays matrices only; the learning rate is set at every step."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -66,11 +66,11 @@ def make_optimizer(model: nn.Module, weight_decay: float, fused: bool = True) ->
 
 
 class Job(Protocol):
-    """What is trained: everything but the loop.
+    """A model with its data and losses: everything of a training but the loop.
 
-    ``module`` holds all parameters; ``phases`` are names with shares of the run that sum to 1;
-    ``settings`` tell whether a checkpoint belongs to it; ``memory`` is what it remembers between steps
-    and a checkpoint has to keep (JSON).
+    ``module`` holds all parameters; ``phases`` are names with shares of the run that sum to 1. A checkpoint
+    belongs to the job if its ``settings`` are equal. ``memory`` is the state between steps that a checkpoint
+    must keep (JSON).
     """
 
     settings: dict[str, Any]
@@ -92,7 +92,7 @@ class Job(Protocol):
 
 @dataclass
 class Position:
-    """How far a run is. ``averages`` of what is reported run over about the last hundred steps."""
+    """The progress of a run. ``averages`` are of reported figures, over about the last hundred steps."""
 
     step: int = 0
     seconds: float = 0.0
@@ -101,14 +101,14 @@ class Position:
     memory: dict[str, Any] = field(default_factory=dict)
 
     def note(self, phase: str, figures: dict[str, Tensor]) -> None:
-        """Adds what a step reports to the averages; what is not finite (a mean over nothing) is left out."""
+        """Adds a step's figures to the averages, except those that are not finite (a mean over nothing)."""
         for name, value in figures.items():
             now, past = float(value), self.averages.get(f"{phase} {name}")
             if math.isfinite(now):
                 self.averages[f"{phase} {name}"] = now if past is None else 0.98 * past + 0.02 * now
 
     def line(self, phase: str, done: float, left: float) -> str:
-        """A line of progress; ``done`` is a share of the run, ``left`` seconds."""
+        """Formats a line of progress; ``done`` is a share of the run, ``left`` are seconds."""
         shown = {k.split()[1]: round(v, 3) for k, v in self.averages.items() if k.startswith(phase)}
         return (
             f"{phase} step {self.step} ({100 * done:.0f} %) {shown}, {self.seconds / 60:.1f} min, "
@@ -134,7 +134,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> Position:
-    """Puts parameters and optimizer where a checkpoint left them."""
+    """Restores parameters and optimizer from a checkpoint; refuses one of other settings."""
     with safe_open(path, framework="pt") as file:
         text = file.metadata()
         found, expected = json.loads(text["settings"]), json.loads(json.dumps(settings))
@@ -158,7 +158,7 @@ def load_checkpoint(
 
 
 def phase_at(phases: Sequence[tuple[str, float]], progress: float) -> str:
-    """The phase in which a run is when a share of it is done."""
+    """Returns the phase of a run after a share of it is done."""
     total = 0.0
     for name, share in phases:
         total += share
@@ -175,7 +175,7 @@ def train(
     """Trains a job to its end, from its checkpoint where there is one.
 
     Phases and learning rate follow the share that is done of a number of ``steps`` (then the result is a
-    function of the settings), or of ``minutes``. A continuation may name others than the start did.
+    function of the settings), or of ``minutes``. A continuation may have another number than the start.
 
     Args:
         job: what is trained.
@@ -186,7 +186,7 @@ def train(
         weight_decay: of matrices.
         save_every: seconds between checkpoints.
         log_every: seconds between lines of progress.
-        stop_after: step after which to stop with a checkpoint, as if ended from outside.
+        stop_after: step after which to stop with a checkpoint, as if the process had been ended.
 
     Raises:
         ValueError: not exactly one of steps and minutes is given.
@@ -232,7 +232,7 @@ def train(
 def _start(
     job: Job, checkpoint: Path, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> Position:
-    """Where a run begins: where its checkpoint left it, if there is one."""
+    """Returns the position at which a run starts: that of its checkpoint, if there is one."""
     if not checkpoint.is_file():
         return Position()
     position = load_checkpoint(checkpoint, job.module, optimizer, settings)
@@ -242,7 +242,7 @@ def _start(
 
 
 def _clock(module: nn.Module) -> Callable[[], float]:
-    """What measures a run's time, in seconds."""
+    """Returns the clock that measures a run's time, in seconds."""
     # On a CPU its own time counts, not the wall's: other work beside it slows a run down but does not
     # shorten it. (With several threads their times add up. A GPU's work is not in the process's time.)
     return time.monotonic if next(module.parameters()).is_cuda else time.process_time
@@ -251,7 +251,7 @@ def _clock(module: nn.Module) -> Callable[[], float]:
 def _update(
     job: Job, phase: str, optimizer: torch.optim.Optimizer, rate: float, position: Position, share: float
 ) -> None:
-    """One step of a phase; ``position`` moves on by it. Raises FloatingPointError for a bad loss."""
+    """Takes one step of a phase and advances ``position``. Raises FloatingPointError for a bad loss."""
     place = position.steps.get(phase, 0)
     loss, figures = job.loss(phase, place, share)
     if not loss.isfinite():
@@ -270,7 +270,7 @@ def _update(
 def provenance(
     made_by: Callable[..., Any], corpus: str, job: Job, peak: float, position: Position
 ) -> dict[str, Any]:
-    """What is noted beside the weights of a finished model."""
+    """Describes how a finished model was made, for the file beside its weights."""
     return {
         "made_by": f"{made_by.__module__}.{made_by.__qualname__}", "corpus": corpus, **job.settings,
         "peak_learning_rate": peak, "steps": position.steps, "minutes": round(position.seconds / 60, 1),
@@ -280,7 +280,7 @@ def provenance(
 
 
 def machine() -> dict[str, Any]:
-    """What a model was made on."""
+    """Describes the machine on which a model is made."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

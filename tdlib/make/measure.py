@@ -1,4 +1,4 @@
-"""What mini models know, measured from their written folders through the readers that runs use."""
+"""Measures what mini models know, from their written folders through the readers that runs use."""
 
 import tempfile
 from pathlib import Path
@@ -24,7 +24,7 @@ from tdlib.training.reference import zero_shot
 
 
 def open_student(folder: Path, detector: Path, cache: Path) -> tuple[Any, StudentEncoder]:
-    """A student of a folder and its reader; computed regions are kept in ``cache``."""
+    """Opens a student and its encoder; computed regions are kept in ``cache``."""
     source: Any = open_regions(f"boxes+grid:{detector}")
     encoder = open_encoder(str(folder), LONGEST, lambda: CachedRegions(source, cache))
     return load_student(str(folder)), encoder
@@ -33,11 +33,11 @@ def open_student(folder: Path, detector: Path, cache: Path) -> tuple[Any, Studen
 def measure_student(
     folder: Path, detector: Path, scenes: int = 512, seed: int = 1000, size: Size | None = None
 ) -> dict[str, float]:
-    """All held-out figures of a mini student, on worlds of no report.
+    """Computes all held-out figures of a mini student, on worlds that no report uses.
 
-    Matching (``knowledge.matching``), and zero-shot accuracy in four-choice VCR (chance 0.25) and in
-    telling entailed hypotheses of SNLI-VE from contradicted ones (chance 0.5), split by what the curated
-    corpus knows.
+    These are matching (``knowledge.matching``), and zero-shot accuracy in four-choice VCR (chance 0.25) and
+    in telling entailed hypotheses of SNLI-VE from contradicted ones (chance 0.5), split by whether the
+    curated corpus has the concepts.
     """
     check_tokenizer(folder, required=True)
     size = size or Size(train=0, test=0, shifted=0)
@@ -61,11 +61,11 @@ def measure_student(
 def measure_clip(
     folder: Path, scenes: int = 256, seed: int = 500, size: Size | None = None
 ) -> dict[str, float]:
-    """Held-out figures of a CLIP: retrieval among web scenes it never saw, and zero-shot four-choice VCR.
+    """Computes held-out figures of a CLIP: retrieval among new web scenes, and zero-shot four-choice VCR.
 
-    Retrieval: share of captions whose picture is the nearest of ``scenes`` (and the reverse), noise-free
-    captions. VCR: accuracy on the val split of the MiniWorld ``seed`` (no reported world) and on its
-    shortcut-reversed twin.
+    Retrieval is the share of noise-free captions whose picture is the nearest of ``scenes``, and the reverse.
+    VCR is the accuracy on the val split of the MiniWorld ``seed``, which no report uses, and on
+    its shortcut-reversed twin.
     """
     check_tokenizer(folder, required=True)
     teacher = Teacher(f"local-dir:{folder}")

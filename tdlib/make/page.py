@@ -1,4 +1,4 @@
-"""The tables of data/models/README.md, made of what each model's ``provenance.json`` says."""
+"""Makes the tables of data/models/README.md from each model's ``provenance.json``."""
 
 import json
 import pkgutil
@@ -23,7 +23,7 @@ TEACHERS = {
 
 
 def is_current(made_by: str) -> bool:
-    """Whether the function that made a model is still here."""
+    """True if the function that made a model still exists."""
     try:
         return callable(pkgutil.resolve_name(made_by))
     except (ImportError, AttributeError):
@@ -31,7 +31,7 @@ def is_current(made_by: str) -> bool:
 
 
 def maker(made: dict[str, Any]) -> str:
-    """Which command made a model, or which function that is no longer here."""
+    """Names the command that made a model, or the function, if it does not exist any more."""
     name = str(made["made_by"])
     if not is_current(name):
         return f"earlier maker, {name.removeprefix('tdlib.')}"
@@ -56,8 +56,8 @@ def _table(models: dict[str, dict[str, Any]], columns: dict[str, str]) -> str:
 
 
 def tables(home: Path) -> str:
-    """Markdown: one table of students, one of teachers, one of detectors; figures in per cent."""
-    known = {
+    """Makes Markdown: one table of students, one of teachers, one of detectors; figures in per cent."""
+    provenances = {
         path.parent.name: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(home.glob("*/provenance.json"))
     }
@@ -68,20 +68,20 @@ def tables(home: Path) -> str:
     )
     parts = []
     for key, columns in kinds:
-        own = {name: made for name, made in known.items() if key in made.get("held_out", {})}
-        columns = columns or {name: name for made in own.values() for name in made["held_out"]}
-        if own:
-            parts.append(_table(own, columns))
+        models = {name: made for name, made in provenances.items() if key in made.get("held_out", {})}
+        columns = columns or {name: name for made in models.values() for name in made["held_out"]}
+        if models:
+            parts.append(_table(models, columns))
     return "\n\n".join(parts)
 
 
 def with_tables(text: str, home: Path) -> str:
-    """A page with the tables of now between its two marks."""
+    """Replaces the tables between a page's two marks by the present ones."""
     return re.sub(f"(?<={BEGIN}\n).*?(?=\n{END})", lambda _: tables(home), text, flags=re.DOTALL)
 
 
 def write_page(home: Path) -> None:
-    """Brings the page of a folder of models up to date, where there is one."""
+    """Brings the page of a folder of models up to date, if there is one."""
     path = home / "README.md"
     if path.is_file():
         text = with_tables(path.read_text(encoding="utf-8"), home)

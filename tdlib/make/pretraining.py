@@ -1,16 +1,19 @@
-"""How mini students are pretrained: their batches, their losses, and what is learned when.
+"""Pretrains mini students: their batches, their losses, and the order in which they learn.
 
-Four phases. "text": masked words of web texts, so that the language is known widely, as BERT's is.
-"words": every region or patch votes for the words that the picture's captions say, by the product with
-the words' own embeddings (tied), so that what is seen and what is said lie near each other before they meet
-(align before fuse, Li et al. 2021); the surest vote counts (multiple-instance learning, Fang et al. 2015).
-"contrast": pictures and captions find each other in the batch (Radford et al. 2021), with the votes kept
-on. "fusion": both together: image-text matching, half of it against captions that are false in one
-point (the generator knows them; ALBEF mines them), masked words given the picture, and the truth of
-every word (ELECTRA, Clark et al. 2020, but given the picture), read one layer below the top: it is what
-[CLS] reads there.
+Training has four phases.
 
-The pictures show what the curated corpus knows, in its one style; only the texts of the first phase know all.
+- "text": masked words of web texts, so that the student knows the language as widely as BERT does.
+- "words": every region or patch votes for the words of the picture's captions, by its product with the
+  words' embeddings (tied). So visual and word states lie near each other before they are mixed (align before
+  fuse, Li et al. 2021). The surest vote counts (multiple-instance learning, Fang et al. 2015).
+- "contrast": pictures and captions find each other in the batch (Radford et al. 2021); the votes continue.
+- "fusion": text and picture together. Image-text matching, often against captions that are false in one
+  point (the generator writes them; ALBEF mines them); masked words given the picture; and the truth of
+  every word (ELECTRA, Clark et al. 2020, but given the picture), read one layer below the top, whose states
+  [CLS] reads in the last layer.
+
+The pictures show only concepts of the curated corpus, in its one style; only texts of the first phase have
+all concepts.
 """
 
 import math
@@ -32,16 +35,16 @@ from tdlib.miniworld.writers import VERSION
 PHASES = (("text", 0.06), ("words", 0.14), ("contrast", 0.16), ("fusion", 0.64))
 # Pictures, or texts, of a step. Small: on a processor more steps are worth more than larger ones.
 BATCH = {"text": 64, "words": 64, "contrast": 96, "fusion": 48}
-PAIRS = 28  # of the pictures of a fusion step: shown with a true and a false caption; the rest masked
+PAIRS = 28  # pictures of a fusion step with a true and a false caption; the rest have masked words
 _SORTED = 8  # batches whose texts are sorted by length together, so that little is padding
 
 
 class Heads(nn.Module):
-    """What only pretraining needs.
+    """Heads that only pretraining needs.
 
-    ``transform`` leads from a hidden state to the embedding of a masked word, ``truth`` to the log-odds
-    that a word is false, ``votes`` (of the middle and the last layer) to the embeddings of words that a
-    place shows; ``picture`` and ``caption`` lead to the space where the two are compared.
+    ``transform`` maps a hidden state to the embedding of a masked word, ``truth`` to the log-odds that a word
+    is false, ``votes`` (of the middle and the last layer) to the embeddings of words that a place shows;
+    ``picture`` and ``caption`` map to the space in which the two are compared.
     """
 
     def __init__(self, config: Any, words: int):
@@ -56,10 +59,10 @@ class Heads(nn.Module):
 
 
 def matching_loss(logits: Tensor) -> Tensor:
-    """Binary cross-entropy of each statement, and cross-entropy between the two of a picture, nats.
+    """Adds binary cross-entropy of each statement and cross-entropy between a picture's two, nats.
 
-    ``logits`` (pictures, 2): of the true caption and of the false one. Runs ask the second, choices of
-    one picture against each other; the first makes logits comparable between pictures.
+    ``logits`` (pictures, 2): of the true caption and of the false one. Runs compare choices of one picture,
+    as the second term does; the first makes logits comparable between pictures.
     """
     true = torch.tensor([1.0, 0.0]).expand_as(logits)
     first = torch.zeros(len(logits), dtype=torch.long)
@@ -77,8 +80,8 @@ class StudentJob:
         scenes: of both corpora.
         seed: of the corpora and of all random numbers.
         batch: pictures or texts per step, by phase.
-        pairs: of those of "fusion", shown with a true and a false caption.
-        hard: share of the false captions that in the end are false in one point.
+        pairs: pictures of a "fusion" step with a true and a false caption.
+        hard: final share of the false captions that are false in one point only.
         device: "cpu" or "cuda".
     """
 
@@ -127,7 +130,7 @@ class StudentJob:
     def look(
         self, rows: np.ndarray, rng: np.random.Generator, progress: float
     ) -> tuple[dict[str, Tensor], np.ndarray]:
-        """What is seen of pictures, and how many of their objects are people (pictures,)."""
+        """Gives the visual input of pictures, and the number of their objects that are people (pictures,)."""
         visual = self.sight(rows, rng, progress)
         people = self.sight.people(rows, visual).numpy()
         if "region_boxes" in visual:
@@ -135,7 +138,7 @@ class StudentJob:
         return {name: value.to(self.device) for name, value in visual.items()}, people
 
     def rows(self, phase: str, place: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scenes of a batch, and the reading of each; texts of like length are together."""
+        """Chooses the scenes of a batch and the caption of each; a batch has texts of like length."""
         group, member = divmod(place, _SORTED)
         if self._group[0] != (phase, group):
             size, number = self.batch[phase], [name for name, _ in self.phases].index(phase)
@@ -155,7 +158,7 @@ class StudentJob:
         return parts[member % len(parts)]
 
     def text(self, ids: np.ndarray, objects: np.ndarray | None = None) -> dict[str, Tensor]:
-        """What students read of statements (pictures, choices, tokens) ``as_read``, cut to the longest."""
+        """Makes text inputs of statements (pictures, choices, tokens) ``as_read``, cut to the longest."""
         longest = int((ids != self.pad).sum(-1).max())
         ids = ids[..., :longest]
         real, ends = ids != self.pad, ids == self.separator
@@ -168,9 +171,9 @@ class StudentJob:
         }  # fmt: skip
 
     def as_read(self, ids: np.ndarray) -> np.ndarray:
-        """Ids (..., tokens) as the student's reader has them.
+        """Converts ids (..., tokens) to those of the student's encoder.
 
-        VL-BERT's and VisualBERT's put [MASK] [SEP] behind a statement of one part, a place for an answer.
+        VL-BERT's and VisualBERT's append [MASK] [SEP] to a statement of one part, a place for an answer.
         """
         ids = ids.astype(np.int64)
         if self.kind.slot:
@@ -184,7 +187,7 @@ class StudentJob:
         return ids
 
     def masked(self, ids: np.ndarray, share: float, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
-        """Ids with [MASK] at random places, and labels there, -100 elsewhere (Devlin et al. 2019)."""
+        """Puts [MASK] at random places; labels are the ids there, -100 elsewhere (Devlin et al. 2019)."""
         chosen = (rng.random(ids.shape) < share) & ~np.isin(ids, self.special)
         return np.where(chosen, self.mask, ids), self.put(np.where(chosen, ids, -100))
 
@@ -202,7 +205,7 @@ class StudentJob:
             return self.aligned_loss(rows, reading, phase == "contrast", progress, rng)
 
     def word_loss(self, state: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of masked words, nats; the scores are products with the words' embeddings.
+        """Computes the cross-entropy of masked words, nats; scores are products with the words' embeddings.
 
         ``state`` (texts, tokens, width), text first; ``labels`` (texts, tokens), -100 where none is masked.
         """
@@ -225,7 +228,7 @@ class StudentJob:
         self, rows: np.ndarray, reading: np.ndarray, contrast: bool, progress: float,
         rng: np.random.Generator,
     ) -> Any:  # fmt: skip
-        """Words that places vote for; and whether pictures and captions find each other, if asked."""
+        """Computes the loss of votes for words and, with ``contrast``, that of retrieval in the batch."""
         visual, _ = self.look(rows, rng, progress)
         states = read(self.model, None, visual).hidden_states
         assert states is not None
@@ -312,7 +315,7 @@ class StudentJob:
         self.memory["matched"] = 0.96 * self.memory["matched"] + 0.04 * float(first.float().mean())
         if self.memory["hardened"] or self.memory["matched"] > 0.7:
             self.memory["hardened"] += 1
-        if place % 6 == 0:  # what was learned before is kept
+        if place % 6 == 0:  # so that the student does not forget what it learned in the earlier phases
             kept, also = self.aligned_loss(rows, reading, True, progress, rng)
             loss, figures = loss + kept, figures | also
         return loss, figures

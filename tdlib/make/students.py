@@ -1,6 +1,6 @@
 """The one maker of the mini students: UNITER, ViLT, VL-BERT and VisualBERT on the curated corpus.
 
-``pretraining`` holds what they learn, ``kinds`` what each is; here is what a finished one consists of.
+``pretraining`` defines what they learn, ``kinds`` the models; this module writes the finished folders.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from tdlib.students.registry import ARCHITECTURES
 
 
 class _NoRegions:
-    """Tells a reader of region features their width; texts are read without any."""
+    """Stands for region features in an encoder that reads texts alone; their width does not matter."""
 
     foreign = True
     dim = 0
@@ -31,7 +31,7 @@ class _NoRegions:
 
 
 def check_reader(job: StudentJob, folder: Path, number: int = 64) -> None:
-    """Refuses a folder whose reader gives other ids or token types of captions than training reads."""
+    """Refuses a folder whose encoder makes other ids or token types from captions than training uses."""
     kind = ARCHITECTURES[job.kind.architecture]
     given = (_NoRegions(),) if kind.reads_regions else ()
     encoder: StudentEncoder = kind.encoder(str(folder), corpus.LONGEST, *given)
@@ -53,7 +53,7 @@ def check_reader(job: StudentJob, folder: Path, number: int = 64) -> None:
 
 
 def start_folder(kind: Kind, folder: Path, tokenizer: Path) -> None:
-    """A model folder with all that a reader needs but the weights."""
+    """Writes all files of a model folder that an encoder needs: tokenizer and image processor."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in tokenizer.iterdir():
         shutil.copy(path, folder)
@@ -66,7 +66,7 @@ def start_folder(kind: Kind, folder: Path, tokenizer: Path) -> None:
 def write_weights(job: StudentJob, folder: Path) -> None:
     """Writes configuration and weights, in half precision.
 
-    Token types that captions do not have become copies of those that they do, as at the start of the
+    Token types that captions do not have become copies of types that they have, as at the start of the
     authors' finetuning on VCR (see ``students.convert``).
     """
     kind, weights = job.kind, dict(job.model.state_dict())

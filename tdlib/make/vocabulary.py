@@ -10,7 +10,7 @@ from tdlib.miniworld.writers import captioned_scene
 
 
 def train_clip_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTrainedTokenizerFast:
-    """A lower-cased byte-pair tokenizer whose end token has the highest id, as CLIP's pooling expects.
+    """Trains a lower-cased byte-pair tokenizer; its end token has the highest id, as CLIP's pooling expects.
 
     The same for the same texts; see ``_numbered``.
     """
@@ -47,7 +47,7 @@ def train_clip_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTrainedT
 
 
 def train_wordpiece_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTrainedTokenizerFast:
-    """A BERT tokenizer (lower case, WordPiece), the same for the same texts; see ``_numbered``."""
+    """Trains a BERT tokenizer (lower case, WordPiece), the same for the same texts; see ``_numbered``."""
 
     def empty(model: models.WordPiece) -> Tokenizer:
         tokenizer = Tokenizer(model)
@@ -72,15 +72,15 @@ def train_wordpiece_tokenizer(texts: list[str], vocabulary: int = 900) -> PreTra
 
 
 def _numbered(learner: Tokenizer, texts: list[str], special: list[str], affixed: str) -> list[str]:
-    """Special tokens, then every letter alone and with its affix, sorted.
+    """Lists special tokens, then every letter alone and with its affix, sorted.
 
-    A trainer numbers pieces such as "##a" in the order of a hash table, another one in every run, and
-    breaks ties by these numbers. So all letters get theirs beforehand.
+    A trainer numbers pieces such as "##a" in the order of a hash table, which differs between runs, and
+    breaks ties by these numbers. So all letters get their numbers beforehand.
     """
     letters = sorted(set("".join(map(learner.normalizer.normalize_str, texts)).replace(" ", "")))
     return [*special, *letters, *map(affixed.format, letters)]
 
 
 def vocabulary_texts(seed: int, number: int = 6_000) -> list[str]:
-    """Web texts that vocabularies are learned from: those of another seed than the corpora's."""
+    """Writes the web texts from which vocabularies are learned, of another seed than the corpora's."""
     return [captioned_scene("web", seed + 1, index)[1] for index in range(number)]
