@@ -1,5 +1,5 @@
 """A generator of drawn scenes that writes the official files of every task, and captions.
 
-It stands beside the readers, which cannot tell its files from real ones; of the rest it knows only
-how files are written and named.
+The readers in ``data`` read its files as they read real ones. It draws on ``data`` only for the names and
+formats of files, and knows no model.
 """

@@ -1,4 +1,4 @@
-"""The canvas that scenes are drawn on: shapes in one style, remembered for the objects that they make.
+"""The canvas of scenes: draws shapes in one style and records the outlines of objects.
 
 Coordinates are pixels of a 256 x 256 picture; drawing happens at twice the size and is reduced.
 """
@@ -40,7 +40,7 @@ class Drawn:
 
 
 class Canvas:
-    """Draws shapes in one style and remembers them for the objects that are being drawn."""
+    """Draws shapes in one style, and adds each to the outlines of all objects that are being recorded."""
 
     def __init__(self, style: str):
         self.style = style
@@ -50,6 +50,7 @@ class Canvas:
 
     @contextmanager
     def record(self) -> Iterator[Drawn]:
+        """Records the outlines of all that is drawn in the context; contexts may be nested."""
         drawn = Drawn()
         self._open.append(drawn)
         yield drawn

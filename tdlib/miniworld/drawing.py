@@ -1,4 +1,4 @@
-"""Scenes as clean vector pictures, with the box and the outline of everything drawn."""
+"""Draws scenes as clean vector pictures, with the box and the outline of every object."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Picture:
     hats: list[Drawn | None]
     held: list[Drawn | None]
     things: list[Drawn]
-    landmark: Drawn  # what tells the place
+    landmark: Drawn  # the objects from which one recognises the place
 
 
 def _place(canvas: Canvas, scene: Scene) -> Drawn:

@@ -1,4 +1,4 @@
-"""Says what is true of a MiniWorld scene: captions, questions, answers, rationales.
+"""Words what is true of a MiniWorld scene: captions, questions, answers, rationales.
 
 Texts are written with two marks: ``{0}`` refers to person 0, ``<...>`` encloses the words that
 decide whether the text is true of the picture (the ground truth of relevance).
@@ -24,7 +24,7 @@ class Marked:
     decisive: list[int]
 
     def plain(self, names: list[str]) -> str:
-        """As one string, people by the given names (for captions)."""
+        """Joins the tokens to one string with a name for each person (for captions)."""
         words = [
             " and ".join(names[i] for i in token) if isinstance(token, list) else token
             for token in self.tokens
@@ -95,7 +95,7 @@ _RULES = {
 
 
 def cause_clause(cue: str, pleasant: bool) -> str:
-    """The words for a cause of a mood."""
+    """Words a cause of a mood."""
     if cue in _RULES:
         return _RULES[cue]
     table = THINGS if cue in THINGS else WEATHER
@@ -103,7 +103,7 @@ def cause_clause(cue: str, pleasant: bool) -> str:
 
 
 def questions(scene: Scene) -> list[Question]:
-    """Every question that this scene can answer."""
+    """Lists every question that this scene can answer."""
     found = []
     for index, person in enumerate(scene.people):
         tag = f"{{{index}}}"
@@ -130,7 +130,7 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def true_values(scene: Scene, family: str) -> set[str]:
-    """The values of a family that are true of somebody or something in the scene."""
+    """Lists the values of a family that are true of somebody or something in the scene."""
     if family == "mood":
         return {person.mood for person in scene.people}
     if family == "place":
@@ -153,7 +153,7 @@ def family_size(family: str) -> int:
     return len(sizes.get(family, HELD))
 
 
-# Of each family: its values, what is said of one, and the two wordings of it.
+# For each family: its values, the attribute that words a value, and the echoing and the plain wording.
 _ANSWERS: dict[str, tuple[dict, str, str, str]] = {
     "doing": (HELD, "doing", "{tag} is doing this : <{words}> .", "they are <{words}> ."),
     "next": (HELD, "next", "{tag} will <{words}> next .", "they are going to <{words}> ."),
@@ -166,9 +166,9 @@ _ANSWERS: dict[str, tuple[dict, str, str, str]] = {
 
 
 def answer(question: Question, value: str, echo: bool) -> str:
-    """An answer in one of two wordings.
+    """Words an answer in one of two ways.
 
-    ``echo`` repeats the question's words and tag (the shortcut), otherwise it is said plainly.
+    With ``echo`` it repeats the question's words and tag (the shortcut), else it is plain.
     """
     tag = f"{{{question.person}}}"
     if question.family in _ANSWERS:
@@ -179,7 +179,7 @@ def answer(question: Question, value: str, echo: bool) -> str:
 
 
 def rationale(question: Question, value: str) -> str:
-    """The visible evidence for a value."""
+    """Words the visible evidence for a value."""
     match question.family:
         case "doing" | "next" | "consequence":
             return f"{{{question.person}}} has <{HELD[value].noun}> in one hand ."
@@ -197,14 +197,14 @@ def rationale(question: Question, value: str) -> str:
 
 
 def definite(noun: str) -> str:
-    """A noun phrase without its article: "kite" of "a kite"."""
+    """Removes the article of a noun phrase: "kite" from "a kite"."""
     return noun.split(" ", 1)[1]
 
 
 def references(scene: Scene, index: int) -> dict[str, str]:
-    """Phrases that fit one person of a scene only: by what tells the person apart.
+    """Words phrases that fit only one person of a scene, by the kind of the distinctive feature.
 
-    Colours are no reference in the grey style, where nobody could tell them.
+    In the grey style no phrase names a colour, as nobody could see it.
     """
     person, others = scene.people[index], [p for i, p in enumerate(scene.people) if i != index]
     found = {}
@@ -222,19 +222,19 @@ def references(scene: Scene, index: int) -> dict[str, str]:
 
 
 def referred(person: Person, kind: str) -> tuple[str, ...]:
-    """The concept by which a phrase of ``references`` tells a person; none where it is the place."""
+    """Returns the concept that a phrase of ``references`` names; none if it names a place."""
     value = {"shirt": person.shirt, "held": person.held}.get(kind)
     return (value,) if value else ()
 
 
 def two_parts(text: str) -> tuple[str, str]:
-    """A question and what follows it, or a text and nothing."""
+    """Splits a text into a question and the rest; a text without a question has no rest."""
     asked, mark, told = text.partition("? ")
     return (asked + "?", told) if mark else (text, "")
 
 
 def char_spans(text: str) -> tuple[str, list[list[int]]]:
-    """A marked sentence as people write it, and the characters [start, end) that decide it."""
+    """Removes the marks of a sentence; returns it with the characters [start, end) that decide its truth."""
     plain = ""
     spans: list[list[int]] = []
     for piece in re.split("([<>])", text):
@@ -251,12 +251,12 @@ _SUBJECTS = ("a person", "somebody", "a man", "a woman")
 
 
 def _subject(rng: np.random.Generator, names: list[str], index: int) -> str:
-    """Someone by name or as 'a person'."""
+    """Names someone, or calls them 'a person'."""
     return names[index] if rng.random() < 0.4 else str(rng.choice(_SUBJECTS))
 
 
 def describe(scene: Scene, rng: np.random.Generator, names: list[str], share: float = 0.7) -> str:
-    """A plain description of part of what the picture shows."""
+    """Describes plainly some of what the picture shows."""
     clauses = []
     for index, person in enumerate(scene.people):
         words = _subject(rng, names, index)
@@ -290,10 +290,10 @@ def describe(scene: Scene, rng: np.random.Generator, names: list[str], share: fl
 
 
 def curated_captions(scene: Scene, rng: np.random.Generator, names: list[str]) -> tuple[str, str]:
-    """A clean caption and one that is false in a single point, both of what the curated corpus knows.
+    """Writes a clean caption and one that is false in a single point, in concepts of the curated corpus.
 
-    Half describe the picture, half say one thing that it shows or means (as the caption corpora do
-    that real students are pretrained on). The false one is the hard negative of image-text matching.
+    Half of the captions describe the picture, half state one thing that it shows or means, like the corpora
+    on which real students are pretrained. The false one is the hard negative of image-text matching.
     """
     if rng.random() < 0.5:
         for _ in range(8):
@@ -324,7 +324,7 @@ def curated_captions(scene: Scene, rng: np.random.Generator, names: list[str]) -
 
 
 def _curated_values(family: str) -> list[str]:
-    """The values of a family that the curated corpus knows."""
+    """Lists the values of a family that the curated corpus has."""
     tables: dict[str, dict] = {"mood": MOODS, "place": PLACES, "need": WEATHER, "role": ROLES}
     if family in ("joy", "trouble"):
         cues = [name for table in (THINGS, WEATHER) for name, row in table.items() if row.curated]
@@ -334,7 +334,7 @@ def _curated_values(family: str) -> list[str]:
 
 @cache
 def curated_concepts() -> dict[str, bool]:
-    """Every concept that examples can be about, and whether the curated corpus has it."""
+    """Maps every concept that examples can name to True if the curated corpus has it."""
     tables: list[dict] = [HELD, PLACES, WEATHER, MOODS, ROLES, THINGS]
     has = {name: row.curated for table in tables for name, row in table.items()}
     has |= SHIRTS | dict.fromkeys(POSES, True)
@@ -342,7 +342,7 @@ def curated_concepts() -> dict[str, bool]:
 
 
 def _altered(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one thing changed to another that the curated corpus knows."""
+    """Changes one thing of the scene to another that the curated corpus has."""
 
     def other(table: dict, now: str | None) -> str:
         known = [name for name, row in table.items() if getattr(row, "curated", row) and name != now]
@@ -369,7 +369,7 @@ def _altered(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def web_caption(scene: Scene, rng: np.random.Generator, names: list[str]) -> str:
-    """As found on the web: descriptions, opinions, small talk and answered questions; partly broken."""
+    """Writes a caption as on the web: descriptions, answered questions, hashtags; a tenth lack a word."""
     pieces = []
     if rng.random() < 0.6:
         pieces.append(describe(scene, rng, names, share=0.6))

@@ -1,7 +1,7 @@
-"""Lists what can be in a MiniWorld scene, and draws scenes at random.
+"""Lists the concepts of MiniWorld scenes, and samples scenes.
 
-Owns the concepts (with what the curated corpus knows of them) and the sampler. Pictures are made
-in ``drawing``, words in ``language``, files in ``writers``.
+Each concept has a flag that says whether the curated corpus contains it. Pictures are made in ``drawing``,
+words in ``language``, files in ``writers``.
 """
 # ruff: noqa: E501 (the tables of concepts read best with one concept per line)
 
@@ -172,7 +172,7 @@ class Scene:
 
 
 def reserved_people(scene: Scene) -> list[int]:
-    """People with a combination that only the composition shift shows.
+    """Lists the people with a combination that only the composition shift shows.
 
     A fifth of all pairs (place, held thing) and of all pairs (shirt, held thing), spread evenly: every
     value keeps most of its partners.
@@ -198,7 +198,7 @@ def _pick(rng: np.random.Generator, names: list[str]) -> str:
 
 
 def _known(table: dict, curated: bool) -> list[str]:
-    """Names of a concept table; only those of the curated corpus if asked."""
+    """Lists the names of a concept table; with ``curated`` only those of the curated corpus."""
     return [name for name, value in table.items() if not curated or getattr(value, "curated", value)]
 
 
@@ -215,7 +215,7 @@ def sample_person(rng: np.random.Generator, curated: bool = False) -> Person:
 def sample_scene(
     rng: np.random.Generator, curated: bool = False, styles: tuple[str, ...] | None = None
 ) -> Scene:
-    """A random scene; with ``curated`` only concepts and the one style of the curated corpus."""
+    """Samples a scene; with ``curated`` only concepts and the one style of the curated corpus."""
     place = _pick(rng, _known(PLACES, curated))
     outdoor = PLACES[place].outdoor
     weather = _pick(rng, _known(WEATHER, curated)) if outdoor else None
@@ -224,7 +224,7 @@ def sample_scene(
     for _ in range(number):
         person = sample_person(rng, curated)
         if person.held == "umbrella" and (weather is None or WEATHER[weather].umbrella is None):
-            person = replace(person, held=None)  # an umbrella has a reason, or it is not there
+            person = replace(person, held=None)  # nobody holds an umbrella without a reason
         people.append(person)
     candidates = [name for name in _known(THINGS, curated) if outdoor or not THINGS[name].outdoor_only]
     count = min(int(rng.integers(0, 3)), 3 - number, len(candidates))

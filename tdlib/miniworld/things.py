@@ -143,7 +143,7 @@ HELD_THINGS = {
 
 
 def _four_legs(canvas: Canvas, x: float, size: float, colour: str, neck: float) -> tuple[float, float]:
-    """An animal's body; returns where its head goes."""
+    """Draws an animal's body; returns the place of its head."""
     top = GROUND - 30 * size
     for dx in (-18, -10, 12, 20):
         canvas.rect(x + dx * size - 3, top + 8 * size, x + dx * size + 3, GROUND, colour)

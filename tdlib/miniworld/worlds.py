@@ -1,4 +1,4 @@
-"""Shared by the writers of all data sets: streams of scenes, pictures on disk, choice, whole folders.
+"""Parts that the writers of all data sets share: streams of scenes, pictures on disk, side files, folders.
 
 Everything is a function of the seed: the same call writes the same bytes. A folder appears under
 its final name only when it is complete.
@@ -21,8 +21,8 @@ from tdlib.miniworld.language import curated_concepts
 from tdlib.miniworld.scenes import STYLES, Scene, reserved, sample_scene
 
 VERSION = 2  # raise it when the same seed would give other pictures or texts
-SIDE_FILES = 3  # raise it when other files would lie beside them: 3 has *.concepts.jsonl of every task
-STRATA = ["concept", "style", "style_known"]  # what side files tell of examples, see ``strata_of``
+SIDE_FILES = 3  # raise it when side files change: since 3 every task has *.concepts.jsonl
+STRATA = ["concept", "style", "style_known"]  # columns of ``strata_of``, read from side files
 TRAIN_STYLES = ("flat", "pastel", "sketch")  # "noir" is kept for the style shift
 _CAPTIONS = ("web", "curated", "held_out")
 STREAMS = {
@@ -34,7 +34,7 @@ STREAMS = {
             *("train2014", "val2014", "test2015", "val2014_style", "val2014_composition"),
         )
     )
-}  # their order is part of the world
+}  # a stream's number seeds its scenes: append only
 
 Item = TypeVar("Item")
 
@@ -63,10 +63,10 @@ USUAL_SIZE = Size()
 
 
 def scene_at(seed: int, stream: str, index: int) -> Scene:
-    """Scene number ``index`` of a stream; streams of one seed share no scene.
+    """Draws scene number ``index`` of a stream; streams of one seed share no scene.
 
-    Scenes of tasks have the training styles and no reserved combination, except where a stream is
-    there to shift just that. The caption corpora have everything that they know.
+    Scenes of tasks have the training styles and no reserved combination, except in the streams that shift
+    just that. The caption corpora have all of their concepts in all combinations.
     """
     rng = np.random.default_rng([seed, STREAMS[stream], index])
     if stream in _CAPTIONS:
@@ -86,7 +86,7 @@ def save_picture(scene: Scene, path: Path) -> Picture:
 
 
 def regions(scene: Scene, picture: Picture) -> dict[str, list[float]]:
-    """Boxes (pixels, xyxy) of all that words can be about.
+    """Lists the boxes (pixels, xyxy) of everything to which words can refer.
 
     Keys: "all", "weather", "place", names of things and held things, and with a person's number
     "person0", "face0", "bare0" (the head of someone without a hat), "hat0", "held0".
@@ -108,7 +108,7 @@ def regions(scene: Scene, picture: Picture) -> dict[str, list[float]]:
 def concepts(
     identifier: str | int, scene: Scene, family: str, right: Sequence[str], wrong: Iterable[Sequence[str]]
 ) -> dict[str, Any]:
-    """What an example is about, and whether the curated corpus, which students learn from, has it.
+    """Describes the concepts of an example, and whether the curated corpus, which students read, has them.
 
     Args:
         identifier: of the example.
@@ -133,14 +133,14 @@ def concepts(
 
 
 def read_concepts(folder: Path, split: str) -> dict[str, dict[str, Any]]:
-    """What the examples of a split are about, by id; nothing where no such file lies.
+    """Reads the concepts of a split's examples by id; nothing if there is no such file.
 
     A line has ``right`` (VCR: the right answer; SNLI-VE: the hypothesis; VQA: question and right answer)
     and ``wrong`` (the wrong answers, in no order of the choices; of VQA all others that questions of this
     kind have), each as {"concepts", "known"}, and the picture's ``style`` with ``style_known``. "known" is
-    what the curated corpus has, from which the mini students learn: true where it has all of the
-    concepts, null where there are none ("how many people are there?"). A reworded split
-    ("val_shortcut", "dev_balanced") shares the lines of its source. DataError for a file of an earlier form.
+    true if the curated corpus, from which the mini students learn, has all of the concepts, and null if there
+    are none ("how many people are there?"). A reworded split ("val_shortcut", "dev_balanced") has the lines
+    of its source. Raises DataError for a file of an earlier format.
     """
     for stem in (split, split.split("_")[0]):
         for start in ("", "snli_ve_", "v2_mscoco_", "vqacp_v2_"):
@@ -157,12 +157,11 @@ def read_concepts(folder: Path, split: str) -> dict[str, dict[str, Any]]:
 
 
 def strata_of(folder: Path | str, split: str) -> pd.DataFrame:
-    """What is known of a split's questions, by question: no rows where the data do not say.
+    """Tabulates the strata of a split's questions, by question; no rows if the data have no side file.
 
-    Columns ``concept`` ("known" or "unknown": whether the corpus that the mini students learned from has
-    everything that question and right answer, or hypothesis, name; "" where they name nothing that it
-    could lack), ``style`` (of the picture) and ``style_known`` ("known" or "unknown": whether that corpus
-    has it).
+    Columns: ``concept`` is "known" if the corpus from which the mini students learned has everything that
+    question and right answer, or hypothesis, name, else "unknown", and "" if they name no concept; ``style``
+    is that of the picture; ``style_known`` is "known" if the corpus has it, else "unknown".
 
     Args:
         folder: of the data set; "" for none.
@@ -179,7 +178,8 @@ def strata_of(folder: Path | str, split: str) -> pd.DataFrame:
 class Deck(Generic[Item]):
     """Deals (scene, item) pairs in random order, each once before any comes again.
 
-    Of the next eight it deals the one whose scene was used least so far, by all decks that share ``used``.
+    It deals the one of the next eight whose scene was used least so far, by all decks that share ``used``, so
+    that questions spread over the pictures.
     """
 
     def __init__(self, pairs: Iterable[tuple[int, Item]], used: dict[int, int]):
@@ -197,7 +197,7 @@ class Deck(Generic[Item]):
 
 @contextmanager
 def writing_lines(folder: Path) -> Iterator[Callable[[str, Any], None]]:
-    """Several JSONL files at once: gives ``write(name, record)``; nothing is held in memory."""
+    """Writes several JSONL files at once: yields ``write(name, record)``, which appends a line."""
     with ExitStack() as stack:
         files: dict[str, Any] = {}
 
@@ -210,7 +210,7 @@ def writing_lines(folder: Path) -> Iterator[Callable[[str, Any], None]]:
 
 
 def refuse_foreign(folder: Path, marker: str) -> None:
-    """Fails where writing would replace a folder that is not the generator's own."""
+    """Raises DataError if writing would replace a folder that the generator did not write."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise DataError(
             f"{folder}: holds files that the MiniWorld did not write (there is no {marker}) and would be "
@@ -219,13 +219,13 @@ def refuse_foreign(folder: Path, marker: str) -> None:
 
 
 def describe_world(data: str, seed: int, size: Size, **options: Any) -> dict[str, Any]:
-    """Returns the description that is written beside a world, to know it again."""
+    """Makes the description that is written beside a world, by which ``has_world`` recognises it."""
     about = {"generator": VERSION, "side_files": SIDE_FILES, "data": data, "seed": seed}
     return about | {"size": vars(size), **options}
 
 
 def write_world(folder: Path, description: dict[str, Any], fill: Callable[[Path], None]) -> Path:
-    """Fills a folder and marks it as the generator's own."""
+    """Fills a folder and marks it as written by the generator."""
     refuse_foreign(Path(folder), "miniworld.json")
 
     def marked(partial: Path) -> None:

@@ -1,10 +1,10 @@
 """Writes the MiniWorld as SNLI-VE: statements that a picture entails, contradicts or leaves open.
 
 Every statement is true of some pictures, false of others and left open by others again, and is
-written equally often with each label: its words alone tell nothing. What does tell something in
-biased splits are introductions without meaning ("by the way, ...").
+written equally often with each label, so its words alone predict nothing. In biased splits,
+introductions without meaning ("by the way, ...") predict the label.
 
-What follows from a picture is settled by a few conventions: what is not in the picture is not there;
+A few conventions settle what follows from a picture: what is not in the picture is not there;
 whoever wears no hat may have any job; pictures of rooms leave the weather open; a mood has its cause
 in the only thing that can explain it, and no certain one where several can; a thing belongs to the
 only person there, and to nobody in particular where there are several.
@@ -63,7 +63,7 @@ class Claim:
 
 
 def claims(scene: Scene, about: list[int] | None = None) -> Iterator[Claim]:
-    """Everything simple that can be claimed of a scene; of some people only, where given.
+    """Makes all simple claims about a scene; with ``about`` only claims about these people.
 
     Facts ("is happy") are entailed or contradicted only: they become parts of longer statements.
     """
@@ -81,7 +81,7 @@ def claims(scene: Scene, about: list[int] | None = None) -> Iterator[Claim]:
 
 
 def _naming(named: tuple[str, ...], found: Iterator[Claim]) -> Iterator[Claim]:
-    """Claims whose subject names something, too."""
+    """Adds the concepts that a claim's subject names."""
     return (replace(claim, concepts=named + claim.concepts) for claim in found) if named else found
 
 
@@ -127,7 +127,7 @@ _BECAUSE_OF = {
 
 
 def _causes(scene: Scene, subject: str, people: list[int]) -> Iterator[Claim]:
-    """Why somebody feels as they do; of wrong statements those with one error only."""
+    """Claims causes of moods; wrong claims have one error only."""
     faces = tuple(f"face{i}" for i in people)
     for mood, entry in MOODS.items():
         feeling = tuple(f"face{i}" for i in people if scene.people[i].mood == mood)
@@ -154,14 +154,14 @@ _OWNED = {"dog": "puppy", "cat": "kitten", "car": "vehicle", "horse": "pony", "b
 
 
 def _ownership(scene: Scene) -> Iterator[Claim]:
-    """Whose a thing is; of wrong statements those that lack the thing or the person."""
+    """Claims to whom a thing belongs; wrong claims lack the thing or the person."""
     shirts = {} if scene.style == "noir" else {name: f"in the {name} shirt" for name in SHIRTS}
     held = {name: f"with the {definite(entry.noun)}" for name, entry in HELD.items()}
     everyone = tuple(f"person{i}" for i in range(len(scene.people)))
     for value, words in (shirts | held).items():
         owners = [i for i, person in enumerate(scene.people) if value in (person.shirt, person.held)]
         if len(owners) > 1:
-            continue  # nobody would know who is meant
+            continue  # several people fit the phrase
         for thing, other in _OWNED.items():
             if owners and thing in scene.things:
                 label, at = (E if len(everyone) == 1 else N), (thing, *everyone)
@@ -174,7 +174,7 @@ def _ownership(scene: Scene) -> Iterator[Claim]:
             yield Claim("owner", "", f"{who} takes care of <this {other}>", label, at, named)
 
 
-# What one cannot get ready for without the thing in one's hand.
+# Things without which nobody can be ready for what follows ("ready to turn the page": a book).
 _READY = ("umbrella", "book", "kite", "cake", "banana", "phone", "racket", "surfboard", "ball")
 _UNCLEAR = {("camp", "park"), ("camp", "farm"), ("park", "farm")}  # (true, claimed): trees, open country
 
@@ -208,7 +208,7 @@ Statement = tuple[str, tuple[str, ...], Verdicts]  # text, the concepts that it 
 
 
 def _both(fact: Verdicts, other: Verdicts) -> Verdicts:
-    """Two claims joined by "and", the first being a fact; of wrong ones those with one error only."""
+    """Joins two claims by "and", of which the first is a fact; wrong ones have one error only."""
     first, second = fact[E], other[E] | other[N]
     wrong = {i: at for i, at in other[C].items() if i in first}
     # no more errors in the fact than in what it is joined with, so that both must be looked at
@@ -223,7 +223,7 @@ def _both(fact: Verdicts, other: Verdicts) -> Verdicts:
 def _statements(
     rng: np.random.Generator, scenes: list[Scene], wanted: int, composition: bool
 ) -> dict[str, list[Statement]]:
-    """By family, the statements for which the scenes have every label, in random order."""
+    """Lists by family, in random order, the statements that have every label in some scene."""
     table: dict[str, dict[tuple[str, str, tuple[str, ...]], Verdicts]] = {}
     for index, scene in enumerate(scenes):
         for claim in claims(scene, reserved_people(scene) if composition else None):
@@ -265,7 +265,7 @@ def _statements(
 def _pairs(
     rng: np.random.Generator, scenes: list[Scene], count: int, composition: bool
 ) -> Iterator[tuple[str, str, int, tuple[str, ...], str, tuple[str, ...]]]:
-    """Statement, label, scene, regions, family and concepts of about ``count`` pairs.
+    """Yields statement, label, scene, regions, family and concepts of about ``count`` pairs.
 
     Each statement comes with every label.
     """
@@ -292,7 +292,7 @@ def _pairs(
 
 
 def explanation(scene: Scene, label: str, at: tuple[str, ...]) -> str:
-    """Why, in the words of what is seen in the regions that decide."""
+    """Explains a label by what is seen in the regions that decide it."""
     seen = []
     for region in dict.fromkeys(at):
         kind = region.rstrip("0123456789")

@@ -29,7 +29,7 @@ _REVERSED = (0.0, 1.0)
 
 @dataclass
 class _Scene:
-    """A scene as VCR stores it: its objects, and where its regions are."""
+    """A scene as VCR stores it, with its objects and the boxes of its regions."""
 
     scene: Scene
     names: list[str]
@@ -56,13 +56,13 @@ class _Scene:
         return cls(scene, names, image_file, worlds.regions(scene, picture))
 
     def box(self, question: Question) -> list[float]:
-        """The box (pixels, xyxy) that decides a question."""
+        """Returns the box (pixels, xyxy) that decides a question."""
         of_person = question.region in ("face", "hat", "held")
         return self.boxes[f"{question.region}{question.person}" if of_person else question.region]
 
 
 def _inside(value: float) -> float:
-    """A coordinate of an outline, kept inside the picture."""
+    """Clips a coordinate of an outline to the picture."""
     return round(min(max(value, 0.0), float(SIZE)), 1)
 
 
@@ -79,7 +79,7 @@ def _metadata(names: list[str], drawn: list[Drawn]) -> dict:
 
 
 def _askable(scene: Scene, about: list[int] | None = None) -> dict[str, list[Question]]:
-    """Questions about a scene by type; only about some people, where given."""
+    """Lists questions about a scene by type; with ``about`` only those about these people."""
     by_type: dict[str, list[Question]] = {}
     for question in questions(scene):
         if family_size(question.family) - len(true_values(scene, question.family)) < 3:
@@ -92,7 +92,7 @@ def _askable(scene: Scene, about: list[int] | None = None) -> dict[str, list[Que
 def _choose_questions(
     rng: np.random.Generator, by_type: dict[str, list[Question]], count: int
 ) -> list[Question]:
-    """Some questions about a scene, of different types, rare types first."""
+    """Chooses questions about a scene, of different types; half of the time rare types come first."""
     rarity = {"role": 0, "explanation": 1}
     kinds = sorted(by_type, key=lambda kind: (rarity.get(kind, 2), rng.random()))
     order = kinds if rng.random() < 0.5 else [str(kind) for kind in rng.permutation(kinds)]
@@ -102,10 +102,13 @@ def _choose_questions(
 def _wrong_values(
     rng: np.random.Generator, question: Question, scene: Scene, pool: list[tuple[str, int]]
 ) -> list[tuple[str, int]]:
-    """Adversarial matching: three answers of other scenes to the same kind of question, false here."""
+    """Chooses three answers of other scenes to the same kind of question that are false here.
+
+    Similar to VCR's adversarial matching: they are plausible as texts.
+    """
     taken = true_values(scene, question.family)
     chosen: list[tuple[str, int]] = []
-    while len(chosen) < 3:  # ``_matchable`` saw to it that there are three
+    while len(chosen) < 3:  # ends, because ``_matchable`` has removed questions without three
         value, source = pool[int(rng.integers(len(pool)))]
         if value not in taken:
             taken = taken | {value}
@@ -121,8 +124,8 @@ def _pools(asked: list[tuple[int, Question]]) -> dict[str, list[tuple[str, int]]
 
 
 def _matchable(asked: list[tuple[int, Question]], scenes: list[_Scene]) -> list[tuple[int, Question]]:
-    """Without the questions that a small split has no three wrong answers for."""
-    while True:
+    """Removes the questions for which a small split has no three wrong answers."""
+    while True:  # a removed question takes its answer from the pools of others, so check again
         values = {family: {value for value, _ in pool} for family, pool in _pools(asked).items()}
         kept = [
             (index, question)
@@ -135,14 +138,14 @@ def _matchable(asked: list[tuple[int, Question]], scenes: list[_Scene]) -> list[
 
 
 def _raw(text: Marked) -> str:
-    """As in question_orig: one string, people by 1-based numbers."""
+    """Joins tokens as in question_orig: one string, people by 1-based numbers."""
     return " ".join(" and ".join(str(i + 1) for i in t) if isinstance(t, list) else t for t in text.tokens)
 
 
 def _split(
     folder: Path, split: str, number: int, seed: int, echo: tuple[float, float], examples: int | None = None
 ) -> None:
-    """Pictures, metadata and questions of one split; for val also its reworded twins."""
+    """Writes pictures, metadata and questions of one split, and the reworded twins of val."""
     rng = np.random.default_rng([seed, worlds.STREAMS[split], 2**31])
     scenes: list[_Scene] = []
     askable: list[dict[str, list[Question]]] = []
@@ -200,10 +203,11 @@ def _record(
     orders: list[list[int]],
     echoed: list[bool],
 ) -> tuple[dict, dict]:
-    """One question as VCR writes it, and what decides it.
+    """Makes one question as VCR writes it, and the tokens and box that decide it.
 
-    ``values`` are the right answer, then the wrong ones, each with the question it comes from; ``orders`` in
-    which order answers and rationales show them; ``echoed``, of each, whether it repeats the question.
+    ``values`` are the right answer, then the wrong ones, each with the question from which it comes;
+    ``orders`` are the orders in which answers and rationales show them; ``echoed`` is True for each that
+    repeats the question.
     """
     order, rationale_order = orders
     asked = mark(question.text)

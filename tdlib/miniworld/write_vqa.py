@@ -216,13 +216,14 @@ def answer_type(answer: str) -> str:
 
 @cache
 def ranked(key: str, answers: tuple[str, ...]) -> list[str]:
-    """The answers of a kind of question, most frequent first, in an order that belongs to the kind."""
+    """Orders the answers of a kind of question, most frequent first, by a hash with the kind's name."""
     return sorted(answers, key=lambda answer: hashlib.sha256(f"{key}|{answer}".encode()).digest())
 
 
 def prior(key: str, answers: tuple[str, ...], shift: str) -> tuple[list[str], np.ndarray]:
-    """Answers and their probabilities: 1 / rank, or by ``shift`` the ranking reversed ("prior") or all equal
-    ("balanced").
+    """Returns answers and their probabilities, which are proportional to 1 / rank.
+
+    The shift "prior" reverses the ranking, "balanced" makes all equal.
     """
     order = ranked(key, answers)
     weights = np.ones(len(order)) if shift == "balanced" else 1 / np.arange(1, len(order) + 1)
@@ -233,7 +234,7 @@ Table = dict[str, dict[str, list[tuple[int, Ask]]]]  # key -> answer -> where th
 
 
 def _sample(rng: np.random.Generator, table: Table, count: int, shift: str) -> Iterator[tuple[int, Ask]]:
-    """Scenes with questions; kinds with more answers are asked more often."""
+    """Samples scenes with questions; kinds with more answers are asked more often."""
     priors = {key: prior(key, tuple(sorted(entry)), shift) for key, entry in table.items()}
     used: dict[int, int] = {}
     decks = {
@@ -250,7 +251,7 @@ def _sample(rng: np.random.Generator, table: Table, count: int, shift: str) -> I
 
 
 def annotators(rng: np.random.Generator, answer: str, others: list[str]) -> list[dict[str, Any]]:
-    """Ten answers: at least six right ones, some in other words, some wrong."""
+    """Makes ten answers: at least six right ones, some in other words, some wrong."""
     given = [answer] * 10
     confidence = ["yes"] * 10
     for place in rng.permutation(10)[: int(rng.choice(5, p=[0.4, 0.2, 0.2, 0.1, 0.1]))]:
@@ -285,7 +286,7 @@ def _pictures(folder: Path, split: str, number: int, seed: int) -> list[_Shown]:
 
 
 def _table(shown: list[_Shown], composition: bool) -> Table:
-    """The kinds of questions that have two answers or more in these pictures."""
+    """Collects the kinds of questions that have two answers or more in these pictures."""
     table: Table = {}
     for index, each in enumerate(shown):
         for ask in asks(each.scene, reserved_people(each.scene) if composition else None):
@@ -320,7 +321,7 @@ def _write_questions(
     folder: Path, split: str, seed: int, shown: list[_Shown], count: int, shift: str = "",
     changing_priors: bool = False,
 ) -> None:  # fmt: skip
-    """Questions, annotations (not of test2015), relevance and concepts of one split."""
+    """Writes questions, annotations (not of test2015), relevance and concepts of one split."""
     if not shown:
         return
     table = _table(shown, split.endswith("composition"))

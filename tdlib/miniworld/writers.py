@@ -48,7 +48,7 @@ def ensure_world(data_set: str, folder: Path, seed: int = 0, size: Size = USUAL_
 
 
 def ensure_data(config: RunConfig) -> Path:
-    """The folder of a run's data; the MiniWorld is written first where no other is named."""
+    """Returns the folder of a run's data; without ``data_dir`` the MiniWorld is written there if need be."""
     folder = data_folder(config)
     return folder if config.data_dir else ensure_world(task_of(config).data_set, folder, config.world_seed)
 
@@ -58,13 +58,13 @@ def _reading(kind: str, seed: int, index: int, reading: int) -> np.random.Genera
 
 
 def captioned_scene(kind: str, seed: int, index: int, reading: int = 0) -> tuple[Scene, str]:
-    """A scene and its caption of one corpus: "web", "curated", or "held_out" (web, for evaluation).
+    """Makes a scene and its caption of one corpus: "web", "curated", or "held_out" (web, for evaluation).
 
-    Other readings are other captions of the same scene, as several pages show one picture.
+    Each ``reading`` is another caption of the same scene, as several web pages show one picture.
     """
     rng, scene = _reading(kind, seed, index, reading), scene_at(seed, kind, index)
     spoken = scene
-    if kind == "web" and rng.random() < 0.08:  # a caption that belongs to another picture
+    if kind == "web" and rng.random() < 0.08:  # noise of the web: the caption of another picture
         spoken = sample_scene(rng)
     if kind == "curated":
         return scene, curated_captions(scene, rng, NEUTRAL_NAMES)[0]
@@ -72,7 +72,7 @@ def captioned_scene(kind: str, seed: int, index: int, reading: int = 0) -> tuple
 
 
 def curated_texts(seed: int, index: int) -> list[str]:
-    """Three true captions of a curated scene, then each with one thing in it changed."""
+    """Writes three true captions of a curated scene, then the same with one thing changed in each."""
     scene = scene_at(seed, "curated", index)
     readings = (_reading("curated", seed, index, reading) for reading in range(CURATED_READINGS))
     pairs = [curated_captions(scene, rng, NEUTRAL_NAMES) for rng in readings]
@@ -80,7 +80,7 @@ def curated_texts(seed: int, index: int) -> list[str]:
 
 
 def captions(kind: str, seed: int, number: int) -> Iterator[tuple[Picture, str]]:
-    """Pictures with captions of one corpus, see ``captioned_scene``."""
+    """Iterates over pictures with captions of one corpus, see ``captioned_scene``."""
     for index in range(number):
         scene, caption = captioned_scene(kind, seed, index)
         yield draw(scene), caption
