@@ -200,13 +200,12 @@ class VcrReader(Reader):
         split: "train", "val", "test", or the stem of any other file of the same schema
             (for instance "val_shortcut").
         subtask: "qa" (choose the answer), "qar" (choose the rationale given the right answer), or
-            "both" (examples of both kinds beside each other, for one model, as in UNITER). Where
-            labels are missing (test), rationales are asked for given each of the four answers, as
-            the leaderboard wants them.
+            "both" (examples of both kinds, for one model, as in UNITER). If labels are missing (test),
+            each question gives four examples of rationales, one for each answer, as the leaderboard needs.
         references: how object references become text, a key of ``REFERENCE_SCHEMES``.
         file: another file to read the questions from, in place of ``{split}.jsonl``.
 
-    Ids: ``annot_id``; where a question gives several examples, ``annot_id:r`` is its rationale and
+    Ids: ``annot_id``; if a question gives several examples, ``annot_id:r`` is its rationale and
     ``annot_id:r0`` to ``:r3`` are its rationales given each answer.
 
     Raises:

@@ -53,19 +53,22 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     folder = options.out or MODELS / FOLDERS[options.model]
-    given = {name: value for name in ("scenes", "steps") if (value := getattr(options, name))}
+    settings = {name: value for name in ("scenes", "steps") if (value := getattr(options, name))}
     command = ""
     if not options.measure:
         command = shlex.join(["python", "-m", "tdlib.make", *(arguments or sys.argv[1:])])
         if options.model == "detector":
-            train_mini_detector(folder, seed=options.seed, **given)
+            train_mini_detector(folder, seed=options.seed, **settings)
         else:
-            given |= {"seed": options.seed, "device": "cuda" if torch.cuda.is_available() else "cpu"}
-            given |= {} if options.steps else {"minutes": options.minutes or 80.0}
+            settings |= {
+                "seed": options.seed,
+                "device": "cuda" if torch.cuda.is_available() else "cpu",
+            }
+            settings |= {} if options.steps else {"minutes": options.minutes or 80.0}
             if options.model == "clip":
-                make_clip(folder, options.work, **given)
+                make_clip(folder, options.work, **settings)
             else:
-                make_student(options.model, folder, options.work, options.detector, **given)
+                make_student(options.model, folder, options.work, options.detector, **settings)
     if options.model == "detector":
         figures = evaluate_detector(folder)
     elif options.model == "clip":

@@ -54,14 +54,14 @@ def write_arrays(
     made: dict[str, Any],
     number: int,
     work: Callable[..., dict[str, np.ndarray]],
-    given: tuple[Any, ...],
+    arguments: tuple[Any, ...],
     workers: int,
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> dict[str, np.ndarray]:
     """Makes arrays of ``number`` rows each in processes, one chunk of rows after the other.
 
     A folder whose ``made.json`` equals ``made`` is only read. ``work`` returns the rows [start, stop) of
-    every array; it is called with ``given``, start and stop. ``beside`` writes other files to the folder.
+    every array; it is called with ``arguments``, start and stop. ``beside`` writes other files to the folder.
     """
     made = json.loads(json.dumps(made | {"rows": number}))
     try:
@@ -75,7 +75,7 @@ def write_arrays(
         starts = range(0, number, _CHUNK)
         stops = [min(start + _CHUNK, number) for start in starts]
         with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            parts = pool.map(work, *([value] * len(starts) for value in given), starts, stops)
+            parts = pool.map(work, *([value] * len(starts) for value in arguments), starts, stops)
             for start, stop, part in zip(starts, stops, parts, strict=True):
                 for name, rows in part.items():
                     if name not in arrays:
@@ -243,12 +243,12 @@ def texts(kind: str, home: Path, seed: int, number: int, workers: int = 2) -> Te
     }  # fmt: skip
     folder = home / f"{kind}-texts-{seed}-{number}-{digest[:8]}"
     work = _tokenize_for_clip if with_clip else _tokenize_scenes
-    given = (seed, tokenizer) if with_clip else (kind, seed, tokenizer)
+    arguments = (seed, tokenizer) if with_clip else (kind, seed, tokenizer)
 
     def beside(partial: Path) -> None:
         tokenizer.save_pretrained(partial / "tokenizer")
 
-    arrays = write_arrays(folder, made, number, work, given, workers, beside)
+    arrays = write_arrays(folder, made, number, work, arguments, workers, beside)
     return Texts(**arrays, tokenizer=folder / "tokenizer", digest=digest)
 
 

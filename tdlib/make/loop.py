@@ -287,11 +287,11 @@ def machine() -> dict[str, Any]:
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # not Linux
-    found = {
+    described = {
         "processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "bfloat16": multiplies_bfloat16(),
     }  # fmt: skip
-    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+    return described | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def note_figures(folder: Path, figures: dict[str, Any], command: str = "") -> None:

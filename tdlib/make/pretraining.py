@@ -259,9 +259,9 @@ class StudentJob:
             )
             logits = self.heads.scale.exp().clamp(max=100) * one @ other.T
             target = torch.arange(len(logits))
-            found = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-            figures["contrast"] = found.detach()
-            loss = loss + found
+            retrieval = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            figures["contrast"] = retrieval.detach()
+            loss = loss + retrieval
         return loss, figures
 
     def fusion_loss(

@@ -33,21 +33,21 @@ class _NoRegions:
 def check_reader(job: StudentJob, folder: Path, number: int = 64) -> None:
     """Refuses a folder whose encoder makes other ids or token types from captions than training uses."""
     kind = ARCHITECTURES[job.kind.architecture]
-    given = (_NoRegions(),) if kind.reads_regions else ()
-    encoder: StudentEncoder = kind.encoder(str(folder), corpus.LONGEST, *given)
+    regions = (_NoRegions(),) if kind.reads_regions else ()
+    encoder: StudentEncoder = kind.encoder(str(folder), corpus.LONGEST, *regions)
     for index in range(min(number, job.scenes)):
         for row, text in enumerate(corpus.curated_texts(job.seed, index)):
             asked, told = corpus.two_parts(text)
             choices = (TextPart(told),) if told else ()
             example = Example(f"curated {index}", Path(), (), (), TextPart(asked), choices, 0, "")
-            found, trained = (
+            encoded, trained = (
                 encoder.text(example),
                 job.text(job.as_read(job.curated.ids[index, row])[None, None]),
             )
             for name in ("input_ids", "token_type_ids"):
-                if getattr(found, name)[0].tolist() != trained[name][0, 0].tolist():
+                if getattr(encoded, name)[0].tolist() != trained[name][0, 0].tolist():
                     raise DataError(
-                        f"{folder}: reads {name} of {text!r} as {getattr(found, name)[0].tolist()}, but "
+                        f"{folder}: reads {name} of {text!r} as {getattr(encoded, name)[0].tolist()}, but "
                         f"training as {trained[name][0, 0].tolist()}; the maker and the reader disagree"
                     )
 

@@ -104,29 +104,33 @@ def cause_clause(cue: str, pleasant: bool) -> str:
 
 def questions(scene: Scene) -> list[Question]:
     """Lists every question that this scene can answer."""
-    found = []
+    possible = []
     for index, person in enumerate(scene.people):
         tag = f"{{{index}}}"
-        found.append(Question("mental", "mood", person.mood, index, f"how does {tag} <feel> ?", "face"))
-        found.append(Question("scene", "place", scene.place, index, f"<where> is {tag} right now ?", "place"))
+        possible.append(Question("mental", "mood", person.mood, index, f"how does {tag} <feel> ?", "face"))
+        possible.append(
+            Question("scene", "place", scene.place, index, f"<where> is {tag} right now ?", "place")
+        )
         if person.held:
             for kind, family, text in (
                 ("activity", "doing", f"what is {tag} <doing> ?"),
                 ("temporal", "next", f"what will {tag} do <next> ?"),
                 ("hypothetical", "consequence", f"what would happen if {tag} <let go> ?"),
             ):
-                found.append(Question(kind, family, person.held, index, text, "held"))
+                possible.append(Question(kind, family, person.held, index, text, "held"))
         if scene.weather:
             text = f"what would {tag} <need> to stay outside ?"
-            found.append(Question("hypothetical", "need", scene.weather, index, text, "weather"))
+            possible.append(Question("hypothetical", "need", scene.weather, index, text, "weather"))
         if person.role:
-            found.append(Question("role", "role", person.role, index, f"what is the <job> of {tag} ?", "hat"))
+            possible.append(
+                Question("role", "role", person.role, index, f"what is the <job> of {tag} ?", "hat")
+            )
         pleasant = MOODS[person.mood].pleasant
         for cue, region in causes(scene, pleasant).items():
             family = "joy" if pleasant else "trouble"
             text = f"<why> is {tag} <{person.mood}> ?"
-            found.append(Question("explanation", family, cue, index, text, region, person.mood))
-    return found
+            possible.append(Question("explanation", family, cue, index, text, region, person.mood))
+    return possible
 
 
 def true_values(scene: Scene, family: str) -> set[str]:
@@ -207,18 +211,18 @@ def references(scene: Scene, index: int) -> dict[str, str]:
     In the grey style no phrase names a colour, as nobody could see it.
     """
     person, others = scene.people[index], [p for i, p in enumerate(scene.people) if i != index]
-    found = {}
+    phrases = {}
     if scene.style != "noir" and person.shirt not in [other.shirt for other in others]:
-        found["shirt"] = f"the person in the {person.shirt} shirt"
+        phrases["shirt"] = f"the person in the {person.shirt} shirt"
     if person.held and person.held not in [other.held for other in others]:
-        found["held"] = f"the person with the {definite(HELD[person.held].noun)}"
+        phrases["held"] = f"the person with the {definite(HELD[person.held].noun)}"
     sides = {
         1: ("",),
         2: ("on the left", "on the right"),
         3: ("on the left", "in the middle", "on the right"),
     }
-    found["side"] = f"the person {sides[len(scene.people)][index]}" if others else "the only person here"
-    return found
+    phrases["side"] = f"the person {sides[len(scene.people)][index]}" if others else "the only person here"
+    return phrases
 
 
 def referred(person: Person, kind: str) -> tuple[str, ...]:
@@ -345,8 +349,8 @@ def _altered(scene: Scene, rng: np.random.Generator) -> Scene:
     """Changes one thing of the scene to another that the curated corpus has."""
 
     def other(table: dict, now: str | None) -> str:
-        known = [name for name, row in table.items() if getattr(row, "curated", row) and name != now]
-        return known[int(rng.integers(len(known)))]
+        others = [name for name, row in table.items() if getattr(row, "curated", row) and name != now]
+        return others[int(rng.integers(len(others)))]
 
     index = int(rng.integers(len(scene.people)))
     person = scene.people[index]

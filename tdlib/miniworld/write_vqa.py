@@ -206,8 +206,8 @@ def _comparisons(scene: Scene) -> Iterator[Ask]:
 @cache
 def question_type(text: str) -> str:
     words = text.rstrip("?").split()
-    found = [kind for kind in QUESTION_TYPES if words[: len(kind.split())] == kind.split()]
-    return max(found, key=len, default="none of the above")
+    matching = [kind for kind in QUESTION_TYPES if words[: len(kind.split())] == kind.split()]
+    return max(matching, key=len, default="none of the above")
 
 
 def answer_type(answer: str) -> str:
@@ -252,15 +252,15 @@ def _sample(rng: np.random.Generator, table: Table, count: int, shift: str) -> I
 
 def annotators(rng: np.random.Generator, answer: str, others: list[str]) -> list[dict[str, Any]]:
     """Makes ten answers: at least six right ones, some in other words, some wrong."""
-    given = [answer] * 10
+    answers = [answer] * 10
     confidence = ["yes"] * 10
     for place in rng.permutation(10)[: int(rng.choice(5, p=[0.4, 0.2, 0.2, 0.1, 0.1]))]:
         if answer in SYNONYMS and rng.random() < 0.6:
-            given[place] = SYNONYMS[answer]
+            answers[place] = SYNONYMS[answer]
         elif others:
-            given[place] = others[int(rng.integers(len(others)))]
+            answers[place] = others[int(rng.integers(len(others)))]
             confidence[place] = ("maybe", "no", "yes")[int(rng.integers(3))]
-    return [{"answer": given[i], "answer_confidence": confidence[i], "answer_id": i + 1} for i in range(10)]
+    return [{"answer": answers[i], "answer_confidence": confidence[i], "answer_id": i + 1} for i in range(10)]
 
 
 @dataclass

@@ -139,7 +139,7 @@ class ClipFusionForMultipleChoice(PreTrainedModel):
             output_hidden_states: not possible.
 
         Raises:
-            StudentError: hidden states are asked for, or texts are longer than CLIP's context.
+            StudentError: hidden states are requested, or texts are longer than CLIP's context.
         """
         if output_hidden_states:
             raise StudentError(

@@ -76,11 +76,11 @@ class VisualBertForMultipleChoice(RegionStudent, VisualBertPreTrainedModel):
         text = words + table.token_type_embeddings(token_type_ids) + positions
         share = aligned.to(words) / aligned.sum(2, keepdim=True).clamp(min=1)
         places = torch.einsum("bctr,tw->bcrw", share, positions.to(words))
-        own = (
+        type_and_position = (
             table.visual_token_type_embeddings.weight[REGION_TYPE]
             + table.visual_position_embeddings.weight[0]
         )
-        regions = (table.visual_projection(region_features) + own)[:, None] + places
+        regions = (table.visual_projection(region_features) + type_and_position)[:, None] + places
         return table.dropout(table.LayerNorm(torch.cat([text, regions], dim=2)))
 
     def states(

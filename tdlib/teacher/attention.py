@@ -100,7 +100,7 @@ def teacher_attention(
     with torch.inference_mode():
         # A pooling that attends has one query for the whole sequence; as a layer, every row of it is that.
         seen = reader.see(inputs, len(reader.blocks))
-        pooled = reader.pooling.weights(seen.hidden, seen.given)  # (1, heads, positions)
+        pooled = reader.pooling.weights(seen.hidden, seen.inputs)  # (1, heads, positions)
         every = pooled[0].unsqueeze(1).expand(-1, pooled.shape[-1], -1)
         maps = [
             every if layer == len(reader.blocks) else reader.attention_map(seen, layer)[0] for layer in chosen

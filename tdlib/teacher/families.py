@@ -27,14 +27,14 @@ def _one_hot(index: Tensor, hidden: Tensor) -> Tensor:
     return F.one_hot(index, hidden.shape[1]).unsqueeze(1).to(hidden)
 
 
-def _first(hidden: Tensor, _given: Tensor) -> Tensor:
+def _first(hidden: Tensor, _inputs: Tensor) -> Tensor:
     return _one_hot(torch.zeros(len(hidden), dtype=torch.long, device=hidden.device), hidden)
 
 
 def _uniform(prefix: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Equal weights on all positions behind the first ``prefix``."""
 
-    def weights(hidden: Tensor, _given: Tensor) -> Tensor:
+    def weights(hidden: Tensor, _inputs: Tensor) -> Tensor:
         even = hidden.new_zeros(len(hidden), 1, hidden.shape[1])
         even[..., prefix:] = 1 / (hidden.shape[1] - prefix)
         return even
@@ -57,12 +57,12 @@ def _pooled(output: Tensor | tuple) -> Tensor:
 
 
 @torch.inference_mode()
-def check_tower(tower: Tower, given: Tensor) -> None:
+def check_tower(tower: Tower, inputs: Tensor) -> None:
     """Raises TeacherError where this reading of a tower does not give the model's own pooled embedding."""
     try:
-        seen = tower.see(given)
-        pooled = tower.pooling.pool(seen.hidden, tower.pooling.weights(seen.hidden, given)).float()
-        tokens = tower.encode(given)[1]["value"]
+        seen = tower.see(inputs)
+        pooled = tower.pooling.pool(seen.hidden, tower.pooling.weights(seen.hidden, inputs)).float()
+        tokens = tower.encode(inputs)[1]["value"]
         # Half precision alone differs a hundred times less than this.
         tolerance = 0.02 * float(seen.pooled.float().norm()) + 1e-6
         wrong = "" if (pooled - seen.pooled.float()).norm() <= tolerance else "it pools in another way"
@@ -129,7 +129,7 @@ def _attentional_pooling(pooler: AttentionalPooler, finish: Callable[[Tensor], T
         matrices = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
     (q_matrix, k_matrix, v_matrix), (q_bias, k_bias, v_bias) = matrices, attention.in_proj_bias.chunk(3)
 
-    def weights(hidden: Tensor, _given: Tensor) -> Tensor:
+    def weights(hidden: Tensor, _inputs: Tensor) -> Tensor:
         q = F.linear(pooler.ln_q(pooler.query[:1]), q_matrix, q_bias)
         k = F.linear(pooler.ln_k(hidden), k_matrix, k_bias)
         return attention_weights(by_heads(q, attention.num_heads), by_heads(k, attention.num_heads)).squeeze(
@@ -157,7 +157,7 @@ def _resnet(visual: ModifiedResNet, name: str) -> Tower:
         positions = torch.cat([positions.mean(dim=1, keepdim=True), positions], dim=1)
         return attention(cells), positions + attention.positional_embedding
 
-    def weights(hidden: Tensor, _given: Tensor) -> Tensor:
+    def weights(hidden: Tensor, _inputs: Tensor) -> Tensor:
         q, k = attention.q_proj(hidden[:, :1]), attention.k_proj(hidden)
         return attention_weights(by_heads(q, heads), by_heads(k, heads)).squeeze(-2)
 
@@ -204,7 +204,7 @@ def _latent_pooling(
 ) -> Pooling:
     """Reads SigLIP's attention pooling by a learned query, with output projection and MLP residual."""
 
-    def weights(hidden: Tensor, _given: Tensor) -> Tensor:
+    def weights(hidden: Tensor, _inputs: Tensor) -> Tensor:
         q = pool.q_norm(by_heads(pool.q(pool.latent), pool.num_heads))
         k = pool.k_norm(by_heads(pool.kv(norm(hidden[:, skipped:])).chunk(2, dim=-1)[0], pool.num_heads))
         return F.pad(attention_weights(q, k).squeeze(-2), (skipped, 0))

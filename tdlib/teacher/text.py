@@ -34,7 +34,7 @@ def _letters(text: str) -> tuple[list[str], list[Span], list[Span]]:
     Returns the letters (compatibility decomposition, case folded; UAX 15), for each the span of its
     character with all combining marks on it, and for each character of the text the run of its letters.
     Marks belong to the character before them: normalisation may reorder them, so a single mark has no
-    place of its own.
+    certain place.
     """
     letters: list[str] = []
     spans: list[Span] = []

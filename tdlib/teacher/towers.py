@@ -211,7 +211,7 @@ class Pooling:
 class Seen:
     """Hidden states of one pass through a tower: at the entry of its last blocks, and before pooling."""
 
-    given: Tensor  # pixels or ids
+    inputs: Tensor  # pixels or ids
     entered: list[tuple[Tensor, Tensor | None]]  # hidden states and mask at the entry of each watched block
     hidden: Tensor  # (batch, positions, width)
     pooled: Tensor  # (batch, teacher_dim), as the model computes it
@@ -223,7 +223,7 @@ class Seen:
             return x.expand(times, *x.shape[1:])
 
         entered = [(expand(hidden), mask) for hidden, mask in self.entered]
-        return Seen(expand(self.given), entered, expand(self.hidden), expand(self.pooled))
+        return Seen(expand(self.inputs), entered, expand(self.hidden), expand(self.pooled))
 
 
 @dataclass(frozen=True)
@@ -266,28 +266,28 @@ class Tower:
     def check(self, extra: str) -> None:
         """Raises TeacherError if this tower cannot give a signal of ``EXTRAS`` or "gradient"."""
         apart = [take_apart(block) is not None for block in self.blocks]
-        known = {
+        available = {
             "vv": all(apart) if apart else self.value_value is not None,
             "attention": self.pooling.attends or (bool(apart) and apart[-1]),
             "rollout": all(apart) and (bool(apart) or self.pooling.attends),
         }
-        known["gradient"] = known["rollout"]
-        if extra not in known:
-            raise TeacherError(f"teacher {self.name}: no signal {extra!r}; there are {', '.join(known)}")
-        if not known[extra]:
-            possible = ["projected", "value", *(name for name in known if known[name])]
+        available["gradient"] = available["rollout"]
+        if extra not in available:
+            raise TeacherError(f"teacher {self.name}: no signal {extra!r}; there are {', '.join(available)}")
+        if not available[extra]:
+            possible = ["projected", "value", *(name for name in available if available[name])]
             raise TeacherError(
                 f"teacher {self.name}: relevance {extra!r} cannot be computed, as its attention is not read "
                 f"here or there is none; possible are {', '.join(possible)}"
             )
 
-    def see(self, given: Tensor, blocks: int = 1) -> Seen:
+    def see(self, inputs: Tensor, blocks: int = 1) -> Seen:
         """Runs the model and keeps what entered its last ``blocks`` blocks."""
         with _watch(self.blocks[len(self.blocks) - blocks :] if self.blocks else []) as watched:
-            pooled, hidden = self.run(given)
-        return Seen(given, watched.entered, watched.left if hidden is None else hidden, pooled)
+            pooled, hidden = self.run(inputs)
+        return Seen(inputs, watched.entered, watched.left if hidden is None else hidden, pooled)
 
-    def encode(self, given: Tensor, extras: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+    def encode(self, inputs: Tensor, extras: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes pooled embeddings and signals of tokens, not normalised.
 
         Returns (batch, teacher_dim), and under "projected", "value" and "vv" (batch, tokens, teacher_dim),
@@ -296,7 +296,7 @@ class Tower:
         for extra in extras:
             self.check(extra)
         depth = {"vv": self.surgery_blocks, "rollout": len(self.blocks)}
-        seen = self.see(given, max([1, *(depth.get(extra, 1) for extra in extras)]))
+        seen = self.see(inputs, max([1, *(depth.get(extra, 1) for extra in extras)]))
         signals = {"projected": self.pooling.project(seen.hidden[:, self.prefix :])}
         # A ResNet has no attention block before its pooling, so its tokens are local already.
         signals["value"] = self._value(seen) if self.blocks else signals["projected"]
@@ -331,14 +331,14 @@ class Tower:
 
         A pooling that attends is itself the last layer. A tower that averages its tokens averages their rows.
         """
-        row = self.pooling.weights(seen.hidden, seen.given).mean(dim=1)
+        row = self.pooling.weights(seen.hidden, seen.inputs).mean(dim=1)
         if self.pooling.attends:
             return row
         return (row.unsqueeze(1) @ self.attention_map(seen, -1).mean(dim=1)).squeeze(1)
 
     def _rollout(self, seen: Seen) -> Tensor:
         """Computes the pooled position's row of the rollout through all blocks, (batch, positions)."""
-        row = self.pooling.weights(seen.hidden, seen.given).mean(dim=1)
+        row = self.pooling.weights(seen.hidden, seen.inputs).mean(dim=1)
         layers = reversed(range(len(self.blocks)))
         return rolled_out(row, (self.attention_map(seen, layer) for layer in layers))
 
@@ -365,7 +365,7 @@ class Tower:
             maps.append(_differentiable(attention_weights(q, k, mask)))
             hidden = hidden + parts.out(maps[-1] @ v, normed)
             hidden = hidden + parts.feed(hidden)
-        weights = _differentiable(self.pooling.weights(hidden, seen.given))
+        weights = _differentiable(self.pooling.weights(hidden, seen.inputs))
         return Attended(self.pooling.pool(hidden, weights), maps, weights)
 
     def relevancy(self, attended: "Attended", goal: Tensor) -> Tensor:
