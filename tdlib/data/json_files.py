@@ -133,7 +133,7 @@ def _need_file(path: Path, expected: str) -> None:
 
 
 def _start_of_text(path: Path) -> int:
-    """The number of bytes before the text: 3 with a byte order mark, else 0."""
+    """Counts the bytes before the text: 3 with a byte order mark, else 0."""
     with path.open("rb") as file:
         return len(_MARK) if file.read(len(_MARK)) == _MARK else 0
 

@@ -49,7 +49,7 @@ def _linear(projection: nn.Module | Tensor | None) -> Callable[[Tensor], Tensor]
 
 
 def _pooled(output: Tensor | tuple) -> Tensor:
-    """The pooled embedding of a tower that may also return its tokens."""
+    """Selects the pooled embedding from the output of a tower that may also return its tokens."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -83,7 +83,7 @@ def _kind_of(tower: Tower) -> str:
 
 
 def image_tower(visual: nn.Module, name: str) -> Tower:
-    """The image tower of an open_clip model."""
+    """Takes the image tower of an open_clip model apart."""
     if isinstance(visual, VisionTransformer):
         return _vision_transformer(visual, name)
     if isinstance(visual, ModifiedResNet):
@@ -244,7 +244,7 @@ def _timm_map(visual: TimmModel, name: str) -> Tower:
 
 
 def text_tower(model: nn.Module, name: str) -> Tower:
-    """The text tower of an open_clip model."""
+    """Takes the text tower of an open_clip model apart."""
     text: Any = getattr(model, "text", model)  # the plain CLIP class holds its text tower's parts itself
     if isinstance(text, HFTextEncoder):
         return _hugging_face_text(text, name)

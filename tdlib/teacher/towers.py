@@ -53,7 +53,7 @@ def joined_heads(x: Tensor) -> Tensor:
 
 
 def take_apart(block: nn.Module) -> Parts | None:
-    """The parts of a block of open_clip's or of timm's plain ViT; None for any other."""
+    """Takes a block of open_clip's or of timm's plain ViT apart; None for any other."""
     attention = getattr(block, "attn", None)
     if isinstance(block, ResidualAttentionBlock) and isinstance(attention, nn.MultiheadAttention):
         return Parts(block.ln_1, lambda x: _open_clip_qkv(attention, x),
@@ -108,7 +108,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def rolled_out(row: Tensor, maps: Iterable[Tensor]) -> Tensor:
-    """A row of ``prod_l (A_l + I) / 2``, heads averaged (Abnar & Zuidema 2020), (batch, positions).
+    """Computes a row of ``prod_l (A_l + I) / 2``, heads averaged (Abnar & Zuidema 2020), (batch, positions).
 
     ``row`` is that row before the last layer's product: 1 at the position that is read, or its pooling's
     weights. ``maps`` come from the last layer to the first, (batch, heads, positions, positions).
@@ -119,7 +119,7 @@ def rolled_out(row: Tensor, maps: Iterable[Tensor]) -> Tensor:
 
 
 def relevancy(row: Tensor, maps: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
-    """A row of R, from ``R = I; R += mean_heads((gradient * A)+) R`` (Chefer et al. 2021, eq. 5 and 6).
+    """A row of R in ``R = I; R += mean_heads((gradient * A)+) R`` (Chefer et al. 2021, eq. 5 and 6).
 
     ``row`` (batch, positions) is that of the position that is read; ``maps`` come from the first layer to
     the last, (batch, heads, positions, positions), ``gradients`` with them; None where a map has none.
@@ -145,7 +145,7 @@ def value_path(block: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
 
 
 def each_alone(block: nn.Module, hidden: Tensor) -> Tensor:
-    """The value path of any block: runs every token as a separate sequence, (batch, positions, width).
+    """Runs the value path of any block: every token is a separate sequence, (batch, positions, width).
 
     A softmax over one key is 1, so attention passes on that token's value.
     """
