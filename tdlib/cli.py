@@ -1,6 +1,7 @@
 """The command ``tdlib``: run a notebook, or a batch, as experiments; write the MiniWorld; check data."""
 
-# What takes time to import is imported by the command that needs it, after its first line is printed.
+# Slow imports stand in the command that needs them, after its first line is printed: a command that says
+# nothing for seconds looks stuck.
 import argparse
 import importlib.metadata
 import json
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tdlib.core.files import parse_value
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.data.examples import DataError
+from tdlib.method.registry import table_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ FIRST = "00_start_here"
 
 
 def pairs_of(pairs: list[tuple[str, str]], option: str) -> dict[str, str]:
-    """Names and texts of a repeatable option; of a name that is given twice, one would be lost."""
+    """Makes a dict of a repeatable option; a name that is given twice is refused, as one would be lost."""
     for number, (name, text) in enumerate(pairs):
         earlier = [other for known, other in pairs[:number] if known == name]
         if earlier:
@@ -61,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def notebooks_help() -> str:
-    """One line per notebook: its name and its title."""
+    """Lists the notebooks, a line each: name and title."""
     lines = ["notebooks (`tdlib run NAME --help` lists a notebook's parameters):"]
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -71,15 +73,16 @@ def notebooks_help() -> str:
 
 
 def parameters_help(name: str) -> str:
-    """A notebook's parameters with their defaults and comments."""
+    """Lists a notebook's parameters with their defaults and comments."""
     from tdlib.runs.template import find_notebook, read_template
 
     template = read_template(find_notebook(name, Path.cwd()))
     lines = [f"parameters of {name}, each set by -p NAME VALUE:"]
-    for known in template.parameters.values():
-        lines.append(f"  {known.name:<22} {known.kind or known.annotation:<6} {known.source}")
-        if known.comment:
-            lines.append(f"{'':>32}{known.comment}")
+    for parameter in template.parameters.values():
+        kind = parameter.kind or parameter.annotation
+        lines.append(f"  {parameter.name:<22} {kind:<6} {parameter.source}")
+        if parameter.comment:
+            lines.append(f"{'':>32}{parameter.comment}")
     return "\n".join(lines)
 
 
@@ -124,7 +127,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _count_cut_texts(teacher: str) -> "Callable[[Sequence[Example]], list[str]]":
-    """Notes of what a teacher cuts of a split's texts; needs its tokenizer, not its weights."""
+    """Makes a check that counts the texts of a split that a teacher cuts; needs its tokenizer, no weights."""
     from tdlib.teacher.probe import count_cut
     from tdlib.teacher.text import open_tokenizer
     from tdlib.teacher.towers import TeacherError
@@ -153,7 +156,7 @@ def _mask(options: argparse.Namespace) -> int:
 
 
 def _batch(options: argparse.Namespace) -> int:
-    """Every command of ``tdlib batch``; 0 where nothing failed."""
+    """Executes a command of ``tdlib batch``; returns 0 if nothing failed."""
     from tdlib.runs.batch import Batch, find_batch
 
     print(f"batch {options.action}: reading {find_batch(options.file)}", file=sys.stderr, flush=True)
@@ -170,9 +173,11 @@ def _batch(options: argparse.Namespace) -> int:
     if options.action == "best":
         return _best(batch, options)
     if options.action == "cancel":
-        left = batch.cancel()
-        print(f"still running: {', '.join(left)}" if left else f"{batch.plan.name}: nothing runs any more")
-        return int(bool(left))
+        running = batch.cancel()
+        print(
+            f"still running: {', '.join(running)}" if running else f"{batch.plan.name}: nothing runs any more"
+        )
+        return int(bool(running))
     if options.action != "status":
         _execute(batch, options)
     from tdlib.runs.report import summary
@@ -236,13 +241,13 @@ def _plan(batch: "Batch") -> int:
         return 1
     table, engine, wanted = batch.planned(), LocalEngine(), batch.plan.resources
     print(table.drop(columns="expected_seconds").to_string(index=False))
-    left = table[table["state"] != "done"]
+    undone = table[table["state"] != "done"]
     repeated = f" ({batch.plan.repeated} described twice)" if batch.plan.repeated else ""
-    print(f"\n{len(table)} runs{repeated}, {len(left)} of them not done")
-    known = left["expected_seconds"].dropna()
-    if len(known):
+    print(f"\n{len(table)} runs{repeated}, {len(undone)} of them not done")
+    seconds = undone["expected_seconds"].dropna()
+    if len(seconds):
         at_once = engine.at_once(wanted)
-        hours = known.mean() * len(left) / at_once / 3600
+        hours = seconds.mean() * len(undone) / at_once / 3600
         print(f"about {hours:.2g} hours here, {at_once} at once (from the durations of earlier runs)")
     for problem in engine.check(wanted):
         print(f"not on this machine: {problem}")
@@ -255,11 +260,11 @@ def _plan(batch: "Batch") -> int:
 
 
 def version() -> str:
-    """The package's version, and the commit where the project is a checkout."""
+    """Returns the package's version, with the commit if the project is a checkout."""
     from tdlib.core.provenance import git_version
 
-    known, commit = importlib.metadata.version("clip-td-workbench"), git_version()
-    return f"{known}, commit {commit}" if commit else known
+    number, commit = importlib.metadata.version("clip-td-workbench"), git_version()
+    return f"{number}, commit {commit}" if commit else number
 
 
 class _Version(argparse.Action):
@@ -307,7 +312,9 @@ def _add_batch(commands: Any) -> None:
                 help="of each run, in place of the file's cpus, gpus, memory or time: -r gpus 0.25",
             )  # fmt: skip
         if name in ("run", "resume", "retry"):
-            action.add_argument("--engine", choices=["local", "ray"], default="local")
+            action.add_argument(
+                "--engine", choices=table_keys("tdlib.runs.engines", "ENGINES"), default="local"
+            )
             action.add_argument("--address", default="", help="of the Ray cluster; one is started without")
             action.add_argument("--cpus", type=float, help="processors for all runs together (default: all)")
             action.add_argument("--gpus", help="GPUs to use, such as 0,1 (default: all)")
@@ -353,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.set_defaults(call=_check)
     mask = data.add_parser("mask", help="make a masked VCR set from what a trained student leans on")
     mask.add_argument("folder", help="run folder")
-    mask.add_argument("shift", choices=["rmtop1", "keeptop1", "keeptop3", "keeptop5"])
+    mask.add_argument("shift", choices=table_keys("tdlib.data.vcr_shifts", "MASKINGS"))
     mask.set_defaults(call=_mask)
     _add_batch(commands)
     options = parser.parse_args(arguments)

@@ -119,8 +119,9 @@ def test_states_that_cannot_be_true_are_lost(tmp_path):
         assert run_states.current_state(tmp_path)["state"] == "lost"
 
 
-def test_gpus_are_leased_in_parts_and_against_other_runners(tmp_path):
-    first, second = GpuLeases(["0", "1"], tmp_path), GpuLeases(["0", "1"], tmp_path)
+def test_gpus_are_leased_in_parts_and_against_other_runners(tmp_path, monkeypatch):
+    monkeypatch.setattr(GpuLeases, "folder", tmp_path)
+    first, second = GpuLeases(["0", "1"]), GpuLeases(["0", "1"])
     assert first.take(0) == []
     assert first.take(0.5) == first.take(0.5) == ["0"], "a GPU is filled before another is opened"
     assert second.take(0.3) == ["1"] and first.take(0.5) is None and first.take(2) is None

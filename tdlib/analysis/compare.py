@@ -162,8 +162,8 @@ def compare_within(runs: pd.DataFrame, scores: pd.DataFrame, by: str, **options:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*COLUMNS, "stratum"])
 
 
-def summarise(predictions: pd.DataFrame, baseline: str = "finetune") -> pd.DataFrame:
-    """Mean score per arm and split with 95 % intervals, and the paired difference to the baseline.
+def summarise(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Mean score per arm and split with 95 % intervals, and the paired difference to finetuning.
 
     Columns: arm, split, mean, low, high, n (seeds), difference, difference_low, difference_high, and the
     verdict, corrected for the number of arms on the same split. Splits without labels are left out;
@@ -177,7 +177,7 @@ def summarise(predictions: pd.DataFrame, baseline: str = "finetune") -> pd.DataF
             str(arm): own.pivot(index="seed", columns="id", values="score")[pictures.index].astype(float)
             for arm, own in part.groupby("arm", sort=False)
         }
-        found = arm_rows([Tested(arms, pictures.to_numpy())], float("nan"), Options(baseline))
+        found = arm_rows([Tested(arms, pictures.to_numpy())], float("nan"), Options())
         rows += [{"split": split, "n": row["seeds"]} | row for row in found]
     columns = ["arm", "split", "mean", "low", "high", "n", "difference", "difference_low", "difference_high"]
     return pd.DataFrame(rows, columns=[*columns, "verdict"])

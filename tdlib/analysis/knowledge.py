@@ -256,15 +256,16 @@ def places(
     return together(states), together(boxes)
 
 
-def said_words(
-    texts: Sequence[Sequence[str]], least: float = 0.03, most: float = 0.35
-) -> tuple[list[str], Tensor]:
-    """Words that the captions of this share of scenes say, and which scene says which: (scenes, words)."""
+def said_words(texts: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
+    """Words that the captions of 3 to 35 % of the scenes say, and which scene says which: (scenes, words).
+
+    A rarer word has too few pictures to fit on, one that is more frequent tells little of a place.
+    """
     said = [set(re.findall(r"[a-z]{3,}", " ".join(of_scene).lower())) for of_scene in texts]
     every = sorted(set().union(*said) - {name.lower() for name in NEUTRAL_NAMES} - FORMS)
     present = torch.tensor([[word in one for word in every] for one in said])
     share = present.float().mean(0)
-    kept = ((share >= least) & (share <= most)).nonzero()[:, 0]
+    kept = ((share >= 0.03) & (share <= 0.35)).nonzero()[:, 0]
     return [every[i] for i in kept], present[:, kept]
 
 

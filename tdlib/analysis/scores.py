@@ -14,7 +14,7 @@ import pandas as pd
 
 from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT
-from tdlib.data.tasks import TASKS
+from tdlib.data.tasks import TASKS, world_folder
 from tdlib.data.vcr_results import joint_scores
 from tdlib.miniworld.worlds import STRATA, strata_of
 from tdlib.runs.report import batch_record, open_results, recorded_runs
@@ -264,9 +264,7 @@ def _data_folder(reports: Path, batch: str, run: str) -> str:
     try:
         began = json.loads((Path(reports) / batch / run / "parameters.json").read_text(encoding="utf-8"))
         parameters = began["parameters"]
-        place = parameters.get("data_dir") or (
-            f"data/miniworld/seed{parameters['world_seed']}/{TASKS[parameters['task']].data_set}"
-        )
+        place = parameters.get("data_dir") or world_folder(parameters["task"], parameters["world_seed"])
     except (OSError, ValueError, KeyError):
         return ""
     folder = ROOT / place

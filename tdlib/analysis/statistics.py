@@ -15,6 +15,8 @@ import numpy as np
 MINIMUM_PAIRS = 6  # below, the exact sign-flip test cannot reach 0.05: 2 / 2^5 is 0.0625
 EXACT_PAIRS = 14  # up to here all 2^n sign patterns are looked at
 ALPHA = 0.05
+LEVEL = 0.95  # of every interval
+FLIPS = 20_000  # sign patterns drawn beyond ``EXACT_PAIRS``: a p-value about 0.05 is then right to 0.003
 FOUND = ("better", "worse")  # verdicts of a difference that the paired test found
 DRAWN_AT_ONCE = 400_000  # members of resamples that are held in memory together
 
@@ -26,9 +28,9 @@ _Key = TypeVar("_Key")
 
 
 def bootstrap_interval(
-    correct: np.ndarray, clusters: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    correct: np.ndarray, clusters: np.ndarray, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of the mean of ``correct`` (seeds, examples), resampled on two levels.
+    """95 % interval (``LEVEL``) of the mean of ``correct`` (seeds, examples), resampled on two levels.
 
     Seeds are drawn with replacement, and so are ``clusters`` of examples (those that share a
     picture stay together). Works as well for differences of two arms that share seeds and examples.
@@ -47,18 +49,18 @@ def bootstrap_interval(
     Raises:
         ValueError: shapes disagree, there is nothing to resample, or a value is not finite.
     """
-    return _Draws.of([correct], clusters, resamples, seed).interval(lambda means: means[0], level)
+    return _Draws.of([correct], clusters, resamples, seed).interval(lambda means: means[0])
 
 
 def pooled_mean(
-    worlds: Sequence[tuple[np.ndarray, np.ndarray]], level: float = 0.95, resamples: int = 2000
+    worlds: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int = 2000
 ) -> tuple[float, float, float]:
     """Mean over several worlds, each counting alike, and its interval; each world is resampled by itself.
 
     ``worlds`` are scores (seeds, examples) and clusters (examples,) of each.
     """
     draws = _pooled([([values], clusters) for values, clusters in worlds], resamples)
-    return float(draws.observed[0]), *draws.interval(lambda means: means[0], level)
+    return float(draws.observed[0]), *draws.interval(lambda means: means[0])
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,10 @@ class _Draws:
             left_out.append(rest / (sizes.sum() - sizes))
         return cls(by_seed.mean(-1), resampled, left_out)
 
-    def interval(self, statistic: Callable[[np.ndarray], np.ndarray], level: float) -> tuple[float, float]:
+    def interval(self, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
         """Limits of a statistic of the tables' means (first axis)."""
-        if not 0 < level < 1:
-            raise ValueError(f"level={level}: expected a share between 0 and 1, such as 0.95")
         observed, resampled = statistic(self.observed), statistic(self.resampled)
-        shares = [(1 - level) / 2, (1 + level) / 2]
+        shares = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
         shares = _bca_shares(observed, resampled, [statistic(means) for means in self.left_out], shares)
         low, high = np.quantile(resampled, shares)
         return float(low), float(high)
@@ -168,13 +168,13 @@ def _bca_shares(
 # Tests.
 
 
-def sign_flip_test(differences: Sequence[float] | np.ndarray, samples: int = 20_000) -> float:
+def sign_flip_test(differences: Sequence[float] | np.ndarray) -> float:
     """Two-sided p-value of paired differences: how often random signs give as large a mean.
 
     Under the hypothesis that arm and baseline are alike, each pair's difference is as likely to have
     the other sign (Fisher 1935; for language processing Dror et al. 2018, The hitchhiker's guide to
     testing statistical significance). ``p = #{s in {-1, 1}^n: |Σ s_i d_i| >= |Σ d_i|} / 2^n``, exact
-    up to 14 pairs; beyond, ``samples`` drawn sign patterns and the observed one.
+    up to 14 pairs; beyond, ``FLIPS`` drawn sign patterns and the observed one.
 
     The smallest value that n pairs can reach is 2 / 2^n (``smallest_p``).
 
@@ -189,8 +189,8 @@ def sign_flip_test(differences: Sequence[float] | np.ndarray, samples: int = 20_
     if number <= EXACT_PAIRS:
         patterns = np.arange(2**number)[:, None] >> np.arange(number) & 1
         return float(np.mean(np.abs((2 * patterns - 1) @ values) >= least))
-    signs = np.random.default_rng(0).choice([-1, 1], size=(samples, number))
-    return float((1 + np.sum(np.abs(signs @ values) >= least)) / (1 + samples))
+    signs = np.random.default_rng(0).choice([-1, 1], size=(FLIPS, number))
+    return float((1 + np.sum(np.abs(signs @ values) >= least)) / (1 + FLIPS))
 
 
 def smallest_p(pairs: int) -> float:
@@ -273,7 +273,6 @@ def pairs_needed(arms: int, alpha: float = ALPHA) -> int:
 def pooled_difference(
     worlds: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     chance: float = 0.0,
-    level: float = 0.95,
     resamples: int = 2000,
 ) -> PairedDifference:
     """Gain of an arm over the baseline in worlds like these, each counting alike; one world is usual.
@@ -290,11 +289,11 @@ def pooled_difference(
     """
     draws = _pooled([([arm, baseline], clusters) for arm, baseline, clusters in worlds], resamples)
     mean, usual = (float(value) for value in draws.observed)
-    low, high = draws.interval(lambda means: means[0] - means[1], level)
+    low, high = draws.interval(lambda means: means[0] - means[1])
     relative = relative_low = relative_high = float("nan")
     if (draws.resampled[1] > 0).all() and all((means[1] > 0).all() for means in draws.left_out):
         relative = mean / usual - 1
-        relative_low, relative_high = draws.interval(lambda means: means[0] / means[1] - 1, level)
+        relative_low, relative_high = draws.interval(lambda means: means[0] / means[1] - 1)
     elif usual > 0:  # no interval: the baseline has nothing right in some resamples
         relative = mean / usual - 1
     by_pair = [np.mean(np.asarray(arm, float) - np.asarray(other, float), axis=1) for arm, other, _ in worlds]

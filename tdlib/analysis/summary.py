@@ -5,9 +5,10 @@ from typing import Any
 
 import pandas as pd
 
-from tdlib.analysis.compare import summarise
+from tdlib.analysis.compare import Options, summarise
 from tdlib.analysis.statistics import ALPHA, FOUND, pairs_needed
 
+BASELINE = Options().baseline
 TOO_FEW = "too few pairs"
 
 
@@ -23,8 +24,8 @@ def summarise_within(predictions: pd.DataFrame, by: str) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[by, "split", "arm"])
 
 
-def answer(table: pd.DataFrame, tests: Mapping[str, str], baseline: str = "finetune") -> str:
-    """Say in a sentence how far each arm is from the baseline, and then what that proves (Markdown).
+def answer(table: pd.DataFrame, tests: Mapping[str, str]) -> str:
+    """Say in a sentence how far each arm is from finetuning, and then what that proves (Markdown).
 
     ``table`` is of ``compare.summarise``; ``tests`` says what each split is called in a sentence, such as
     {"val": "the usual test"}.
@@ -32,7 +33,7 @@ def answer(table: pd.DataFrame, tests: Mapping[str, str], baseline: str = "finet
     table = table.assign(test=table["split"].map(lambda split: tests.get(split, split)))
     gains = table.dropna(subset=["difference"])
     if gains.empty:
-        return f"Nothing was compared: that takes {baseline!r} and another arm with the same seeds."
+        return f"Nothing was compared: that takes {BASELINE!r} and another arm with the same seeds."
     changes = [
         f"`{arm}` by "
         + " and ".join(
@@ -40,10 +41,10 @@ def answer(table: pd.DataFrame, tests: Mapping[str, str], baseline: str = "finet
         )
         for arm, rows in gains.groupby("arm", sort=False)
     ]
-    usual = table[table["arm"] == baseline].itertuples()
+    usual = table[table["arm"] == BASELINE].itertuples()
     alone = " and ".join(f"{100 * row.mean:.1f} % on {row.test}" for row in usual)
     return (
-        f"Against `{baseline}` (right in {alone}) accuracy changes with {'; with '.join(changes)} (95 % "
+        f"Against `{BASELINE}` (right in {alone}) accuracy changes with {'; with '.join(changes)} (95 % "
         f"intervals). {_proves(gains)}"
     )
 

@@ -1,14 +1,14 @@
-"""Where this process computes: on its GPU, or on the processor; and how many cores it may use."""
+"""Chooses the device that this process computes on, and how many cores and workers it uses."""
 
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-MOST_WORKERS = 8
+MOST_WORKERS = 8  # of threads, and of loader processes, however many cores there are
 
 
 def usual_device() -> str:
@@ -16,7 +16,7 @@ def usual_device() -> str:
 
     Of several processes that train together, each has one of the visible GPUs.
     """
-    import torch  # not above: who counts cores needs none
+    import torch  # here, because counting cores must not load it
 
     if not torch.cuda.is_available():
         return "cpu"
@@ -24,23 +24,23 @@ def usual_device() -> str:
 
 
 def usable_cores() -> int:
-    """How many cores this process may use."""
+    """Counts the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_threads(make: Callable[[Given], Made], given: Sequence[Given]) -> list[Made]:
-    """``make`` of each, in order, by a thread per core: for work that frees Python's lock, as decoding."""
-    threads = min(MOST_WORKERS, usable_cores(), len(given))
+def in_threads(make: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Calls ``make`` on each item, a thread per core, for work that frees Python's lock such as decoding."""
+    threads = min(MOST_WORKERS, usable_cores(), len(items))
     if threads < 2:
-        return [make(one) for one in given]
+        return [make(one) for one in items]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(make, given))
+        return list(pool.map(make, items))
 
 
 def usual_workers(processes: int = 1) -> int:
-    """How many processes should make batches for each of ``processes`` that train on this machine.
+    """Counts the loader processes for each of ``processes`` that train on this machine.
 
-    None where there is no GPU (the training itself uses every core) or there are fewer than four cores.
+    0 where there is no GPU (the training itself uses every core) or there are fewer than four cores.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Names and numbers that views and measures read off a record: titles, shares in %, what decides.
+"""Derives from a record what views and measures show: titles, shares in %, the tokens that decide.
 
 Choices and objects carry their index in the data (from 0); weights and scores are shown in %.
 """
@@ -10,7 +10,7 @@ import pandas as pd
 
 from tdlib.core.records import TargetRecord
 
-HALF = 0.5 - 1e-6  # of a patch inside a box, and less than what rounding of boxes moves
+HALF = 0.5 - 1e-6  # share of a patch inside a box; the margin is for the rounding of boxes
 
 
 def title(record: TargetRecord, labels: Sequence[str] = ()) -> str:
@@ -30,38 +30,38 @@ def facts(record: TargetRecord, labels: Sequence[str] = ()) -> dict[str, str]:
     def name(index: int) -> str:
         return labels[index] if labels else str(index)
 
-    known = {"label": "unknown" if record.label is None else name(record.label)}
+    texts = {"label": "unknown" if record.label is None else name(record.label)}
     if record.prediction is not None:
         verdict = (
             "" if record.label is None else " (right)" if record.label == record.prediction else " (wrong)"
         )
-        known["prediction"] = name(record.prediction) + verdict
+        texts["prediction"] = name(record.prediction) + verdict
     numbers = {
         "p_T": record.teacher_probability,
         "p_S": record.student_probability,
         "c": record.instance_weight,
     }
-    return known | {symbol: f"{value:.3f}" for symbol, value in numbers.items() if value is not None}
+    return texts | {symbol: f"{value:.3f}" for symbol, value in numbers.items() if value is not None}
 
 
 def percent(share: float) -> str:
-    """A share of 1 in % with one decimal, without the sign."""
+    """Writes a share of 1 in % with one decimal, without the sign."""
     return f"{100 * share:.1f}"
 
 
 def signed(share: float) -> str:
-    """A difference of shares in percentage points with its sign; 0.0 where there is none."""
+    """Writes a difference of shares in points with its sign; "0.0" where there is none."""
     text = percent(abs(share))
     return text if text == "0.0" else f"{'+' if share > 0 else '−'}{text}"
 
 
 def highest_weight(records: Sequence[TargetRecord]) -> float:
-    """The largest weight of a selected token, the end of a colour scale; 0 where nothing is selected."""
+    """Returns the largest weight of a selected token, to end a colour scale; 0 where none is selected."""
     return max((float(record.weight[record.selected].max(initial=0)) for record in records), default=0.0)
 
 
 def shares(record: TargetRecord) -> str:
-    """How many words and patches are selected, and what part of the weight each modality carries."""
+    """Describes how many words and patches are selected, and each modality's share of the weight."""
     parts = []
     for name, mask in (("text tokens", record.is_text), ("visual tokens", record.is_region)):
         chosen = record.selected & mask
@@ -71,7 +71,7 @@ def shares(record: TargetRecord) -> str:
 
 
 def relevant_tokens(record: TargetRecord) -> np.ndarray:
-    """Which of the student's tokens decide the statement (tokens,), with a teacher target or without.
+    """Marks the student's tokens that decide the statement, with or without a teacher target: (tokens,).
 
     The one definition that views and measures share. Words: those that share a character with a
     relevant span. Visual tokens (our reading): those at least half of which lie in one relevant box; where
@@ -99,7 +99,7 @@ def relevant_tokens(record: TargetRecord) -> np.ndarray:
 
 
 def ground_truth(record: TargetRecord) -> list[bool | None]:
-    """Whether each token is one that decides the answer (``relevant_tokens``).
+    """Tells of each token whether it decides the answer (``relevant_tokens``).
 
     None where the record does not know: no relevant span for words, no relevant box for visual tokens.
     """
@@ -110,13 +110,13 @@ def ground_truth(record: TargetRecord) -> list[bool | None]:
 
 
 def truth_name(records: Sequence[TargetRecord]) -> str:
-    """What the records' relevant spans and boxes are: "ground truth", or the proxy that replaces it."""
+    """Names where the records' relevant spans and boxes come from: "ground truth", or a proxy."""
     known = (record.truth for record in records if record.relevant_spans or record.relevant_boxes)
     return " or ".join(dict.fromkeys(known))
 
 
 def kinds(record: TargetRecord) -> list[str]:
-    """ "text", "visual" or "special" (neither span nor box) for each token; text where it has both."""
+    """Sorts tokens into "text", "visual" and "special" (neither span nor box); with both, it is text."""
     return [
         "text" if text else "visual" if visual else "special"
         for text, visual in zip(record.is_text, record.is_visual, strict=True)
@@ -124,7 +124,7 @@ def kinds(record: TargetRecord) -> list[str]:
 
 
 def token_name(record: TargetRecord, index: int) -> str:
-    """What to call a token in a list: its text, or "box" with its corners in % of the picture."""
+    """Names a token in a list by its text, or by "box" with its corners in % of the picture."""
     if record.is_text[index] or not record.is_visual[index]:
         return record.tokens[index] or f"token {index}"
     left, top, right, bottom = (f"{100 * value:.0f}" for value in record.boxes[index])
@@ -137,7 +137,7 @@ def token_names(record: TargetRecord) -> list[str]:
 
 
 def table(records: TargetRecord | Sequence[TargetRecord]) -> pd.DataFrame:
-    """One row per token with the record's own numbers, unrounded; ``span`` or ``box`` is None where absent.
+    """Makes a table of the tokens with unrounded numbers; ``span`` or ``box`` is None where absent.
 
     ``ground_truth`` is <NA> where it is not known (see ``ground_truth``).
     """

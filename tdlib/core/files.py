@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written is ever found under its final name, and telling them apart."""
+"""Writes files so that none is ever half-written under its final name; reads values; compares files."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ from tdlib.core.paths import ConfigError
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Fills a temporary folder beside ``folder`` and renames it when it is complete.
+    """Fills a temporary folder beside ``folder``; on success it is renamed, on error it is deleted.
 
-    An older folder of that name is replaced only then; after an error it is as it was. Where
-    ``folder`` is a link, it stays one and the folder that it points to is replaced.
+    An older folder of that name stays until then. Where ``folder`` is a link, it stays one and the folder
+    that it points to is replaced.
     """
     given, folder = Path(folder), Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
@@ -30,7 +30,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     try:
         fill(partial)
         partial.chmod(0o755)
-        if folder.exists():
+        if folder.exists():  # no system renames a folder over one that holds files: two steps
             os.replace(folder, old)
         os.replace(partial, folder)
     except BaseException:
@@ -45,8 +45,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """Where to write a file that appears as ``path`` when it is complete; after an error all is as it was."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # runs side by side may write it
+    """Yields a temporary path; on success it is renamed to ``path``, on error it is deleted."""
+    # Named after the process too: two that write the same file must not share its temporary one.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         os.replace(partial, path)
@@ -57,7 +58,7 @@ def whole_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file as ``whole_path`` makes it."""
+    """Yields a text file to write to, which appears as ``path`` on success (see ``whole_path``)."""
     with whole_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         yield file
 
@@ -69,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; of two values under one key Python would keep the last without a word.
+    """Parses JSON and refuses a key that stands twice in an object, where Python would keep the last value.
 
     Raises:
         ConfigError: an object has a key twice; names ``where`` the text is from.
@@ -86,7 +87,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """A value from the command line: JSON, a list of bare words such as ``[finetune, clip_td]``, or text."""
+    """Parses a value of the command line: JSON, a list of bare words (``[finetune, clip_td]``), or text."""
     try:
         return parse_json(text, where)
     except json.JSONDecodeError:
@@ -109,9 +110,9 @@ def file_digest(path: Path) -> str:
 
 
 def visible_files(folder: Path, name: str) -> list[Path]:
-    """All files of a name below a folder, sorted, but those in hidden folders, which hold checkpoints."""
-    found = sorted(folder.rglob(name)) if folder.is_dir() else []
-    return [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    """Lists the files of a name below a folder, sorted, without those in hidden folders (checkpoints)."""
+    files = sorted(folder.rglob(name)) if folder.is_dir() else []
+    return [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
 
 
 def sync(path: Path) -> None:
@@ -124,7 +125,7 @@ def sync(path: Path) -> None:
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """What nested objects hold, by names that are joined by dots."""
+    """Flattens nested dicts: {"a": {"b": 1}} becomes {"a.b": 1}."""
     if not isinstance(value, dict):
         return {name: value}
     inner = ((f"{name}.{part}" if name else part, item) for part, item in value.items())
@@ -140,10 +141,10 @@ def remove_tree(folder: Path) -> None:
 
 
 def why_unreadable(error: BaseException) -> str:
-    """What to say of a file of weights that does not load.
+    """Explains why a file of weights does not load.
 
-    torch advises to unpickle a file that holds other objects than tensors all the same, which would run
-    whatever code is in it; this says what to do instead.
+    Where it holds other objects than tensors, torch's message advises to unpickle it all the same, which
+    would run whatever code is in it; this names a safe remedy instead.
     """
     reason: BaseException | None = error
     while reason is not None:

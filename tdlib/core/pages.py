@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-LONGEST = 160  # letters of a cell; what is cut off stands in the CSV or Parquet file beside the page
+LONGEST = 160  # letters of a cell; longer text is cut, the CSV or Parquet file beside the page has all
 
 STYLE = """:root{color-scheme:light dark;--ink:#1b1b1b;--paper:#fff;--faint:#5f5f5f;--line:#c8c8c8;
 --head:#f0f0f0;--accent:#1f5fbf;--bad:#fbe9e0;--busy:#e7f0fa}
@@ -45,7 +45,7 @@ class Html(str):
 
 
 def link(address: str, label: str) -> Html:
-    """A link to a file beside the page."""
+    """Makes a link to a file beside the page."""
     return Html(f'<a href="{escape(address, quote=True)}">{escape(label)}</a>')
 
 
@@ -72,7 +72,7 @@ def table_html(
     row_class: Callable[[dict[str, Any]], str] | None = None,
     inline: bool = False,
 ) -> Html:
-    """A table without its index; columns of numbers stand flush right, missing values are empty.
+    """Makes a table without its index; numbers are aligned to the right, missing values are empty.
 
     Args:
         table: cells are text or numbers.
@@ -121,7 +121,7 @@ _TICKS = 6
 
 
 def interval_chart(rows: pd.DataFrame, title: str, percent: bool = True, zero: bool = False) -> Html:
-    """Values with intervals as a drawing whose text is text: a row each, group by group.
+    """Draws values with intervals as SVG, a row each, group by group; its text stays text.
 
     Args:
         rows: columns ``label``, ``value``, ``low`` and ``high`` (missing: no interval); if there, ``group``
@@ -214,7 +214,7 @@ class Section:
 
 
 def page_html(title: str, lead: Sequence[str], sections: Sequence[Section]) -> str:
-    """A whole page: its title, what it says first, a list of contents, and the sections.
+    """Makes a whole page: its title, leading paragraphs, a list of contents, and the sections.
 
     Args:
         title: of the window and the page.

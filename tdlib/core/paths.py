@@ -1,4 +1,4 @@
-"""Where the project's files lie, and the error that a bad parameter raises."""
+"""The project's root folder, names of files in it, and the error that a bad parameter raises."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ class ConfigError(ValueError):
 
 
 def resolve(name: str, prefix: str = "") -> str:
-    """A path relative to the project as an absolute one; other names (hub ids, tags) as they are."""
+    """Makes a path relative to the project absolute; other names (hub ids, tags) stay as they are."""
     if name.startswith(prefix):
         path = ROOT / name[len(prefix) :]
         if name[len(prefix) :] and path.exists():
@@ -21,6 +21,6 @@ def resolve(name: str, prefix: str = "") -> str:
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: "; did you mean 'X'?", or "" where none is like it."""
+    """Ends an error about an unknown name with the most similar known one: "; did you mean 'X'?", or ""."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

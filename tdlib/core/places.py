@@ -1,4 +1,4 @@
-"""Where things lie in a text and in a picture: the types that data, records and views share."""
+"""Types for places in a text and in a picture, which data, records and views share."""
 
 from dataclasses import dataclass
 

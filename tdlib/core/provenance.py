@@ -13,11 +13,11 @@ from tdlib.core.paths import ROOT
 # A run's id depends on these packages alone: a change of how runs are started, compared or drawn must
 # not make finished runs unfindable. `miniworld` is here because it writes the data.
 RESULT_PACKAGES = ("core", "method", "data", "miniworld", "teacher", "regions", "students", "training")
-NO_RESULT = ("core/facts.py", "core/pages.py")  # what views, reports and tables read and write
+NO_RESULT = ("core/facts.py", "core/pages.py")  # views and reports alone use these
 
 
 def digest(value: Any) -> str:
-    """Sixteen hex digits that tell one JSON value from another."""
+    """Hashes a JSON value to sixteen hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -37,7 +37,7 @@ def code_version() -> str:
     return digest([[n, _code_of(named[n], s.st_size, s.st_mtime_ns)] for n, s in states.items()])
 
 
-@lru_cache(maxsize=1024)  # a batch asks for every run
+@lru_cache(maxsize=1024)  # a batch computes it for every run; size and time tell a changed file
 def _code_of(path: Path, size: int, changed: int) -> str:
     return executed_code(path.read_text(encoding="utf-8"))
 
@@ -54,7 +54,7 @@ def executed_code(source: str) -> str:
 
 
 def git_version() -> str | None:
-    """The commit of the project's sources, with "-dirty" where they differ from it; None without git."""
+    """Returns the commit of the sources, with "-dirty" where they differ from it; None without git."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

@@ -1,4 +1,4 @@
-"""What the method did to one statement, as plain arrays that files, tables and views share.
+"""Records of what the method did to one statement, as plain arrays that files, tables and views share.
 
 Owns the record and its file; ``training.recording`` fills records while a run trains.
 """
@@ -56,7 +56,7 @@ class TargetRecord:
     relevant_boxes: tuple[Box, ...] = ()
     split: str = ""
     step: int = END  # updates done when it was recorded (0: before the first), or END
-    truth: str = GROUND_TRUTH  # what the relevant spans and boxes are, or what stands in for it
+    truth: str = GROUND_TRUTH  # where the relevant spans and boxes come from; else the name of a proxy
     # A re-paired lesson, where the run has such: the same text with another picture. Probabilities of this
     # statement among those that CLIP judges, of CLIP and of the student, with the example's picture and
     # with the other one; ``lesson_weight`` is the weight of the pair in the loss.
@@ -82,7 +82,7 @@ class TargetRecord:
 
 
 def records_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
-    """One row per record, arrays as lists: what ``selections.parquet`` holds."""
+    """Makes the table that ``selections.parquet`` holds: a row per record, arrays as lists."""
     rows = []
     for record in records:
         row = {}
@@ -102,7 +102,7 @@ def records_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
     return table.astype({"label": "Int64", "prediction": "Int64"})  # whole numbers also beside missing ones
 
 
-EXAMPLES_PER_GROUP = 32  # whose records, of all steps, are decoded together when one's are read
+EXAMPLES_PER_GROUP = 32  # their records, of all steps, are decoded together when those of one are read
 
 
 def write_records(records: Sequence[TargetRecord], path: Path) -> None:
@@ -133,14 +133,14 @@ def read_records(
     steps: Collection[int] | None = None,
     examples: Collection[tuple[str, str]] | None = None,
 ) -> list[TargetRecord]:
-    """The records of a ``selections.parquet``, in the file's order.
+    """Reads the records of a ``selections.parquet``, in the file's order.
 
     Columns that a file of an older run lacks take their defaults (``step``: END).
 
     Args:
         path: the file.
-        steps: only those of these steps.
-        examples: only those of these (split, example_id); row groups whose ids are others are not decoded.
+        steps: reads only records of these steps.
+        examples: reads only records of these (split, example_id); other row groups are not decoded.
     """
     wanted = pc.scalar(True)
     if steps is not None:
@@ -153,7 +153,7 @@ def read_records(
 
 
 def _record(row: dict[str, Any]) -> TargetRecord:
-    """A row of the file as a record."""
+    """Makes a record of a row of the file."""
     shapes = {"spans": (-1, 2), "boxes": (-1, 4)}
     values = {}
     for field in fields(TargetRecord):

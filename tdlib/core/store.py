@@ -14,7 +14,7 @@ A cache that computes something per picture or text keeps it here and owns nothi
 
 Memory grows by 32 bytes per record and nothing else: the index holds 16 bytes of each key, 8 of the
 record's place and 8 of where its rows begin. Records are read by position (``pread``) into memory of
-their own. A memory map would read the same pages, but those that it has touched count as resident
+their own: a memory map would read the same pages, but those that it has touched count as resident
 until somebody else needs them, and a file cut short by another process would kill the reader.
 """
 
@@ -43,15 +43,15 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 OPEN_FILES = 128  # of one store at a time: large caches have more shards than a process may open files
 _DTYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "U8": torch.uint8}
-_BLOCK = 2**25  # numbers looked at together for those that are not finite
+_BLOCK = 2**25  # numbers that are checked at once for being finite: bounds the memory
 
 
 class CacheError(RuntimeError):
-    """What is stored is damaged, belongs to another owner or was never stored: says where, and the remedy."""
+    """Raised where a store is damaged or belongs to another owner; names the file and the remedy."""
 
 
 class NotFiniteError(CacheError):
-    """Records were refused: ``rows`` are those of the call, ``column`` what is not finite in the first."""
+    """Raised for records that are not finite: their ``rows`` in the call, the first one's ``column``."""
 
     def __init__(self, rows: Sequence[int], column: str, source: Any):
         super().__init__(f"{column} of {source!r} is not finite as it is stored; nothing was stored")
@@ -62,8 +62,9 @@ class NotFiniteError(CacheError):
 class Column:
     """How one tensor of a record is stored.
 
-    ``half``: in half precision, and read back in single; else as it is. ``ragged``: its first axis has a
-    length of the record's own, one for all ragged columns of a kind; else every record has one row.
+    ``half``: in half precision, and read back in single; else as it is. ``ragged``: the length of its first
+    axis differs between records and is the same for all ragged columns of a record; else every record has
+    one row.
     """
 
     half: bool = True
@@ -75,7 +76,7 @@ Layout = Mapping[str, Mapping[str, Column]]  # of each kind of records, its colu
 
 
 def record_key(*parts: str) -> bytes:
-    """The SHA-256 that something made of these strings is stored under."""
+    """Makes the key of a record that was computed from these strings: their SHA-256."""
     return hashlib.sha256(" ".join(parts).encode("utf-8", "surrogatepass")).digest()
 
 
@@ -165,7 +166,7 @@ class _Shard:
         return json.loads(self.rows("sources", start, stop).numpy().tobytes())
 
     def not_finite(self, columns: Mapping[str, Column]) -> list[int]:
-        """Records that hold a number which is not finite."""
+        """Finds the records that hold a number which is not finite."""
         bad: set[int] = set()
         for name, column in columns.items():
             shape = self._places[name][1]
@@ -177,13 +178,13 @@ class _Shard:
 
 
 def _not_finite(values: Tensor, column: Column, offsets: np.ndarray, first: int = 0) -> list[int]:
-    """Records of which some of these rows of a column, the ``first`` and following, are not finite."""
+    """Finds the records that some of these rows of a column, from row ``first`` on, make not finite."""
     rows = first + (~values[..., None].isfinite().flatten(1).all(1)).nonzero()[:, 0].numpy()
     return (np.searchsorted(offsets, rows, "right") - 1 if column.ragged else rows).tolist()
 
 
 class _Files(OrderedDict[Path, _File]):
-    """Open files by path, those used last; each process opens them for itself."""
+    """Keeps the files that were used last open, by path; each process opens them for itself."""
 
     def __missing__(self, path: Path) -> _File:
         self[path] = file = _File(path)
@@ -196,14 +197,14 @@ class _Files(OrderedDict[Path, _File]):
 
 
 class _Index:
-    """Where the records of one kind are, by the first 16 bytes of their keys, sorted."""
+    """Finds records of one kind by the first 16 bytes of their keys, which are sorted."""
 
     def __init__(self) -> None:
         self.keys = np.empty(0, "S16")
         self.places = np.empty(0, np.int64)  # number of the shard * 2**32 + row in it
 
     def add(self, keys: bytes, shard: int, dropped: Sequence[int]) -> None:
-        """Takes in the records of a shard but those dropped; a key that is there already stays."""
+        """Adds a shard's records except ``dropped`` ones; a key that is there already keeps its place."""
         short, rows = np.unique(np.frombuffer(keys, "S32").astype("S16"), return_index=True)
         new = (self.find(short) < 0) & ~np.isin(rows, dropped)
         at = np.searchsorted(self.keys, short[new])
@@ -211,7 +212,7 @@ class _Index:
         self.places = np.insert(self.places, at, shard * 2**32 + rows[new])
 
     def find(self, short: Sequence[bytes] | np.ndarray) -> np.ndarray:
-        """Places of keys, -1 where there is none."""
+        """Returns the place of each key, -1 where there is none."""
         short = np.asarray(short, "S16")
         if not len(self.keys):
             return np.full(len(short), -1)
@@ -263,7 +264,7 @@ class Store:
         return sum(shard.path.stat().st_size for shard in self._shards if shard.kind == kind)
 
     def missing(self, kind: str, keys: Iterable[bytes]) -> list[bytes]:
-        """Those keys that no record is stored under, in their order."""
+        """Returns the keys that no record is stored under, in their order."""
         keys = list(keys)
         places = self._index[kind].find([key[:16] for key in keys]).tolist()
         return [key for key, place in zip(keys, places, strict=True) if place < 0]
@@ -271,12 +272,12 @@ class Store:
     def read(
         self, kind: str, key: bytes, columns: Sequence[str] = (), as_stored: bool = False
     ) -> dict[str, Tensor]:
-        """One record, or some columns of it; what is stored in half precision comes in single.
+        """Reads one record, or some columns of it; half precision is read as single.
 
-        ``as_stored``: in the precision that it is stored in.
+        ``as_stored``: keeps half precision.
 
         Raises:
-            KeyError: there is none under this key.
+            KeyError: no record has this key.
         """
         place = int(self._index[kind].find([key[:16]])[0])
         if place < 0:
@@ -291,8 +292,9 @@ class Store:
         return record
 
     def sample(self, kind: str, most: int) -> Iterator[tuple[bytes, Any]]:
-        """Keys of records chosen by chance, the same ones every time, and what they were made of."""
+        """Yields keys of randomly chosen records, the same ones every time, and what they were made of."""
         places = self._index[kind].places
+        # Seeded by the size, so that a check of the same store looks at the same records.
         for i in random.Random(len(places)).sample(range(len(places)), min(most, len(places))):
             shard, row = self._shards[int(places[i]) >> 32], int(places[i]) & 2**32 - 1
             yield shard.rows("keys", row, row + 1).numpy().tobytes(), shard.source(row)
@@ -334,13 +336,13 @@ class Store:
         self._open(entry)
 
     def _open(self, entry: dict[str, Any]) -> int:
-        """Takes a shard into the index; returns how many records it drops because they are not finite."""
+        """Adds a shard to the index; returns how many records were newly dropped as not finite."""
         path, kind, dropped = self.folder / entry["file"], entry["kind"], entry.setdefault("dropped", [])
         try:
             shard = _Shard(path, kind, self.layout[kind], self._files)
             if shard.records != entry["records"]:
                 raise ValueError(f"{shard.records} records, where the manifest lists {entry['records']}")
-            if entry.get("finite") != entry["sha256"]:  # nobody has looked through this content
+            if entry.get("finite") != entry["sha256"]:  # this content was never checked
                 entry |= {"dropped": shard.not_finite(self.layout[kind]), "finite": entry["sha256"]}
             self._index[kind].add(shard.keys(), len(self._shards), entry["dropped"])
         except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
@@ -368,9 +370,9 @@ class Store:
         return manifest
 
     def _list(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Puts entries into the manifest, in place of older ones of the same files."""
+        """Writes entries to the manifest and replaces older ones of the same files."""
         with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be adding shards
+            fcntl.flock(lock, fcntl.LOCK_EX)  # or a shard that another process adds meanwhile would be lost
             manifest = self._manifest()
             both = {entry["file"]: entry for entry in [*manifest["shards"], *entries]}
             with whole_path(self.folder / "manifest.json") as partial:

@@ -26,6 +26,7 @@ from tdlib.data.vcr_shifts import RULES, write_shifted
 from tdlib.data.vcr_shifts import SHIFTS as VCR_SHIFTS
 from tdlib.data.vqa_metric import Vocabulary
 
+MINIWORLDS = ROOT / "data" / "miniworld"  # a folder per seed, in it one per data set
 SHIFTED_FILES = ROOT / "data" / "shifts"  # sets that are generated from a user's own files
 
 # Each shift, with what it changes. The first five come as files that the MiniWorld writes, the others are
@@ -302,7 +303,12 @@ def data_folder(config: RunConfig) -> Path:
     if config.data_dir:
         path = Path(config.data_dir).expanduser()
         return path if path.is_absolute() else ROOT / path
-    return ROOT / "data" / "miniworld" / f"seed{config.world_seed}" / task_of(config).data_set
+    return world_folder(config.task, config.world_seed)
+
+
+def world_folder(task: str, seed: int) -> Path:
+    """The folder of the MiniWorld with a seed in the form of a task's data set, written or not."""
+    return MINIWORLDS / f"seed{seed}" / TASKS[task].data_set
 
 
 def splits_of(config: RunConfig) -> tuple[str, list[str]]:

@@ -1,8 +1,6 @@
-"""A batch of experiments: plan it, run it, look at it.
+"""A batch of experiments from Python or the command line: plan it, run it, look at it.
 
-Its runs are folders under ``reports/batches/NAME/``. ``plan`` says what is to run, ``runner`` has an
-engine (``engines``) start a ``worker`` process for each, ``states`` knows how each stands, ``report``
-makes tables and pages.
+Its runs are folders under ``reports/batches/NAME/``.
 """
 
 import json
@@ -10,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +22,20 @@ from tdlib.runs.runner import POLL, Runner
 if TYPE_CHECKING:
     import pandas as pd
 
+# States of the runs that each command starts. A failed run is not resumed: it would fail again.
 BEGIN = ("queued",)
 RESUME = ("queued", "killed", "lost")
 RETRY = ("failed", "timed_out")
 
 
 class Batch:
-    """A batch of experiments: plan it, run it, look at it. The same as ``tdlib batch`` on the command line.
+    """A batch of experiments, with the commands of ``tdlib batch`` as methods.
 
     Args:
         source: a YAML file, or its content as a dict (see ``plan``).
         name: of the batch; the file's stem if "".
-        reports: folder under which the batch's own lies; ``reports/batches`` if None.
-        resources: of each run, in place of those in the file (they change no result).
+        reports: holds the folders of batches; ``reports/batches`` if None.
+        resources: of each run; they override those in the file (and change no result).
 
     Raises:
         ConfigError: the file is missing or not YAML. Mistakes in it are in ``problems``.
@@ -82,9 +82,9 @@ class Batch:
         for file in self.reports.glob("*/*/parameters.json"):
             state = run_states.recorded_state(file.parent)
             with suppress(OSError, ValueError, KeyError):
-                known = json.loads(file.read_text(encoding="utf-8"))
-                if state["state"] == "done" and Path(known["template"]).name == self.plan.template.name:
-                    earlier.append((known["parameters"], state["seconds"]))
+                began = json.loads(file.read_text(encoding="utf-8"))
+                if state["state"] == "done" and Path(began["template"]).name == self.plan.template.name:
+                    earlier.append((began["parameters"], state["seconds"]))
         return estimate(self.plan, earlier)
 
     def planned(self) -> "pd.DataFrame":
@@ -119,7 +119,7 @@ class Batch:
 
         Args:
             engine: "local", "ray" or an engine.
-            where: only the runs with these values of parameters; a list means any of them.
+            where: executes only runs with these values of parameters; a list means any of them.
             options: of the engine (cpus, gpus; address).
 
         Raises:
@@ -145,9 +145,9 @@ class Batch:
     ) -> "pd.DataFrame":
         """Executes what failed or ran out of time again (or the runs with these ids); returns the table."""
         chosen = [run for run in self.plan.runs if any(run.id.startswith(start) for start in only)]
-        lacking = [start for start in only if not any(run.id.startswith(start) for run in self.plan.runs)]
-        if lacking:
-            raise ConfigError(f"{', '.join(lacking)}: no such run in {self.plan.name}")
+        unknown = [start for start in only if not any(run.id.startswith(start) for run in self.plan.runs)]
+        if unknown:
+            raise ConfigError(f"{', '.join(unknown)}: no such run in {self.plan.name}")
         states = tuple(set(run_states.FINAL) - {"done"}) if only else RETRY
         return self._run(states, engine, options, chosen if only else None)
 
@@ -165,24 +165,24 @@ class Batch:
             time.sleep(POLL)
 
     def open(self, start: str) -> Path:
-        """A notebook with a run's parameters, to go through it in JupyterLab; its results go beside it.
+        """Writes a notebook with a run's parameters, to execute in JupyterLab; its results go beside it.
 
         Raises:
-            ConfigError: no run's id, or more than one's, begins like that.
+            ConfigError: no run's id begins with ``start``, or several do.
         """
         self.check()
-        found = [run for run in self.plan.runs if start and run.id.startswith(start)]
-        if len(found) != 1:
-            known = ", ".join(run.id for run in self.plan.runs)
-            raise ConfigError(f"{start!r}: {len(found)} runs begin like that; expected one of {known}")
+        matching = [run for run in self.plan.runs if start and run.id.startswith(start)]
+        if len(matching) != 1:
+            ids = ", ".join(run.id for run in self.plan.runs)
+            raise ConfigError(f"{start!r}: {len(matching)} runs begin like that; expected one of {ids}")
         from tdlib.runs.notebook import write_prepared
 
-        folder = self.folder_of(found[0]) / "interactive"
+        folder = self.folder_of(matching[0]) / "interactive"
         folder.mkdir(parents=True, exist_ok=True)
-        parameters = dict(found[0].overrides)
+        parameters = dict(matching[0].overrides)
         if self.plan.output:
             parameters[self.plan.output] = str(folder)
-        if "interactive" in found[0].parameters:
+        if "interactive" in matching[0].parameters:
             parameters["interactive"] = True
         target = folder / self.plan.template.name
         write_prepared(self.plan.template, target, parameters)
@@ -201,34 +201,26 @@ class Batch:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "batch.json", self._description())
             make_worlds(self.plan)
-            Runner(self, where, states, chosen or self.plan.runs, _live_table(self)).run()
+            Runner(self.plan, self.folder, where, states, chosen or self.plan.runs, _live_table(self)).run()
         finally:
             if isinstance(engine, str):
                 where.close()
         try:
             self.write_reports()
-        except OSError as error:  # a full disk; what the runs have written counts
+        except OSError as error:  # such as a full disk; the runs have written their results
             print(f"{self.folder}: no page was written: {error}", file=sys.stderr)
         return self.table()
 
     def _description(self) -> dict[str, Any]:
         return {
             "name": self.plan.name, "file": str(self.file or ""), "template": str(self.plan.template),
-            "runs": [run.id for run in self.plan.runs], "resources": self.plan.resources.as_dict(),
+            "runs": [run.id for run in self.plan.runs], "resources": asdict(self.plan.resources),
             "tuned": self.plan.tuned, "variants": self.plan.variants,
-        }  # fmt: skip
-
-    def specification(self, run: PlannedRun, attempt: int) -> dict[str, Any]:
-        """Describes a run for its worker: the content of ``parameters.json``."""
-        return {
-            "template": str(self.plan.template), "parameters": run.parameters, "overrides": run.overrides,
-            "output": self.plan.output, "identity": run.identity, "attempt": attempt,
-            "cwd": str(ROOT / "notebooks"), "resources": self.plan.resources.as_dict(),
         }  # fmt: skip
 
 
 def _live_table(batch: Batch) -> Callable[[], None]:
-    """Shows a table of the runs in a notebook and returns what renews it; elsewhere does nothing."""
+    """In a notebook shows a table of the runs and returns the function that renews it; else a no-op."""
     from IPython import get_ipython
 
     if not hasattr(get_ipython(), "kernel"):
@@ -244,7 +236,7 @@ def _live_table(batch: Batch) -> Callable[[], None]:
 
 
 def find_batch(name: Path | str) -> Path:
-    """A batch file by its path, or by its name in notebooks/batches/."""
+    """Finds a batch file by its path, or by its name in notebooks/batches/."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path.resolve()
@@ -252,10 +244,11 @@ def find_batch(name: Path | str) -> Path:
 
 
 def make_worlds(plan: Plan) -> None:
-    """Writes the MiniWorlds that the runs will read, before they run side by side."""
+    """Writes the MiniWorlds that the runs will read, so that runs side by side do not each write them."""
     if "RunConfig" not in plan.template.read_text(encoding="utf-8"):
         return
     from tdlib.config import RunConfig
+    from tdlib.data.tasks import MINIWORLDS
     from tdlib.miniworld.writers import ensure_data
 
     wanted = {
@@ -263,10 +256,9 @@ def make_worlds(plan: Plan) -> None:
         for run in plan.runs
         if "task" in run.parameters and not run.parameters.get("data_dir")
     }
-    home = ROOT / "data" / "miniworld"
     for task, seed in sorted(wanted):
         while True:
-            with run_states.claimed(home) as free:
+            with run_states.claimed(MINIWORLDS) as free:
                 if free:
                     ensure_data(RunConfig.from_parameters(task=task, world_seed=seed))
                     break

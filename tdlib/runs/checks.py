@@ -1,8 +1,8 @@
-"""Checks a run's parameters before a kernel starts, and what it was run with afterwards.
+"""Checks a run's parameters before a kernel starts, and afterwards that it was run with them.
 
-``tdlib run`` and batches ask the same questions here, without loading torch: names, types, choices, own
-functions, files, splits. After a run ``differences`` holds the ``config.json`` files that it wrote
-against what was planned, because a notebook's cells may change any variable.
+``tdlib run`` and batches share these checks, which load no torch: names, types, choices, registered
+functions, files, splits. After a run ``differences`` compares the ``config.json`` files that it wrote with
+the plan, because a notebook's cells may change any variable.
 """
 
 import difflib
@@ -26,7 +26,7 @@ FIELDS = RunConfig.model_fields
 
 
 def check_parameters(template: Template, given: Mapping[str, Any]) -> list[str]:
-    """Notes on what only the run can tell of its settings; ConfigError lists everything that is wrong."""
+    """Returns notes on settings that only the run can check; ConfigError lists everything that is wrong."""
     problems = [text for name, value in given.items() if (text := template.problem(name, value))]
     values = template.defaults | {name: value for name, value in given.items() if name in template.parameters}
     if not problems:
@@ -39,7 +39,7 @@ def check_parameters(template: Template, given: Mapping[str, Any]) -> list[str]:
 
 
 def notes(template: Template, values: Mapping[str, Any]) -> list[str]:
-    """Parameters that name a function which may be registered later, and those that the arm replaces."""
+    """Notes parameters whose function may be registered later, and those that the arm replaces."""
     settings = {name: value for name, value in values.items() if name in template.settings}
     arm = arm_of(template, values)
     return (replaced_by_arm(settings, arm) if arm is not None else []) + [
@@ -47,14 +47,14 @@ def notes(template: Template, values: Mapping[str, Any]) -> list[str]:
         for name, value in values.items()
         if name in template.settings
         and _unknown_function(name, value)
-        and template.own_function(name, value) is None
+        and template.registers(name, value) is None
     ]
 
 
 def arm_of(template: Template, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What the arm of a run sets; None where the run has none, or one that only a kernel can tell."""
-    own = template.own_arm(values.get("arm", ""))
-    return ARMS.get(values.get("arm", "")) if own is None else own
+    """Returns the settings of a run's arm; None if it has none, or one that only a kernel can tell."""
+    registered = template.registered_arm(values.get("arm", ""))
+    return ARMS.get(values.get("arm", "")) if registered is None else registered
 
 
 def run_problems(
@@ -62,8 +62,9 @@ def run_problems(
 ) -> list[str]:
     """Lists everything that is wrong with one run's parameters but their names and types.
 
-    ``values`` are all of them, ``given`` those that were set for it: a notebook's defaults are its author's
-    matter. ``gpus`` is how many the run is to have; None: those that it sees.
+    ``values`` are all parameters, ``given`` names those that were set for the run. Defaults are a choice of the
+    notebook's author: of them only teacher and student are looked for. ``gpus`` is how many the run is to
+    have; None: those that it sees.
     """
     problems = [text for name in given if (text := _ignored(template, name, values))]
     problems += _missing_files(template, values, given)
@@ -75,7 +76,7 @@ def run_problems(
 
 
 def _ignored(template: Template, name: str, values: Mapping[str, Any]) -> str:
-    """Tells why a parameter that was set would change nothing."""
+    """Returns why a parameter that was set would change nothing; "" if it would."""
     if name in template.overridden and template.overridden[name] != values[name]:
         return (
             f"{name}={values[name]!r}: a cell of {template.path.name} sets {name} = "
@@ -88,12 +89,12 @@ def _ignored(template: Template, name: str, values: Mapping[str, Any]) -> str:
 
 
 def without_effect(rows: Sequence[dict[str, Any]], template: Template) -> list[str]:
-    """Runs that would be the same because their arm sets by itself in what they differ."""
+    """Lists runs that would be equal, because their arm itself sets the parameters in which they differ."""
     same: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         values = template.defaults | row
-        own = arm_settings(arm_of(template, values) or {}, values)
-        same.setdefault(json.dumps(values | own, sort_keys=True), []).append(row)
+        of_arm = arm_settings(arm_of(template, values) or {}, values)
+        same.setdefault(json.dumps(values | of_arm, sort_keys=True), []).append(row)
     problems: Counter[str] = Counter()
     for alike in same.values():
         names = [name for name in alike[0] if len({json.dumps(row.get(name)) for row in alike}) > 1]
@@ -108,9 +109,9 @@ def without_effect(rows: Sequence[dict[str, Any]], template: Template) -> list[s
 
 
 def _missing_files(template: Template, values: Mapping[str, Any], given: Collection[str]) -> list[str]:
-    """Lists files that are not there: of what the run sets itself, of teacher and student.
+    """Lists files that are missing: those that the run sets, and teacher and student.
 
-    ``data_dir`` is read; other parameters that end so, ``runs_dir``, are written to.
+    Of parameters that end in ``_dir`` only ``data_dir`` is read; others, as ``runs_dir``, are written to.
     """
     problems = []
     for name, value in values.items():
@@ -149,14 +150,14 @@ def _file_problem(template: Template, name: str, value: str) -> list[str]:
 
 
 def _is_local(value: str) -> bool:
-    """True for a path in this project or an absolute one; a hub's OWNER/NAME is none."""
+    """True for a path in this project or an absolute one; False for a hub's OWNER/NAME."""
     name = value.rpartition(":")[2].rpartition("@")[2]
     first = name.partition("/")[0]
     return name[:1] in ("/", ".", "~") or first == "data" or ("/" in name and (ROOT / first).is_dir())
 
 
 def _similar_path(value: str) -> str:
-    """Suggests the path beside a missing one that is most like it."""
+    """Suggests the most similar path beside a missing one."""
     kind, colon, name = value.rpartition(":")
     path = ROOT / Path(name).expanduser()
     if not path.parent.is_dir():
@@ -181,7 +182,7 @@ def _unknown_function(name: str, value: Any) -> bool:
 
 
 def _config_problems(template: Template, values: Mapping[str, Any]) -> list[str]:
-    """Lists what ``RunConfig`` refuses: single settings, entries of lists of them, and combinations."""
+    """Lists the settings that ``RunConfig`` refuses: single ones, entries of lists of them, combinations."""
     settings = {name: value for name, value in values.items() if name in template.settings}
     # `arms` is a list of `arm`, `seeds` one of `seed`; no run is made of none of a list's entries.
     lists = {
@@ -201,9 +202,9 @@ def _setting_problems(template: Template, settings: dict[str, Any], values: Mapp
     from tdlib.data.tasks import splits_of, submission_split
 
     for name in [name for name, value in settings.items() if _unknown_function(name, value)]:
-        if template.own_function(name, settings[name]) is not False:
+        if template.registers(name, settings[name]) is not False:
             own = settings.pop(name)
-            settings |= arm_settings(template.own_arm(own) or {}, settings) if name == "arm" else {}
+            settings |= arm_settings(template.registered_arm(own) or {}, settings) if name == "arm" else {}
     try:
         config = apply_arm(RunConfig.from_parameters(**settings))
         train, evaluated = splits_of(config)
@@ -217,7 +218,7 @@ def _setting_problems(template: Template, settings: dict[str, Any], values: Mapp
 
 
 def _split_problems(config: RunConfig, splits: Iterable[str]) -> list[str]:
-    """Lists splits that a named data set lacks. Sets that rules make of others are not made here."""
+    """Lists splits that a named data set lacks. Sets that rules derive from others are not written here."""
     from tdlib.data.examples import DataError
     from tdlib.data.tasks import HELD_OUT, data_folder, reader
     from tdlib.data.vcr_shifts import RULES
@@ -237,7 +238,7 @@ def _split_problems(config: RunConfig, splits: Iterable[str]) -> list[str]:
 
 
 def _gpu_problems(values: Mapping[str, Any], gpus: float) -> list[str]:
-    """Lists settings that need other GPUs than a run is to have."""
+    """Lists settings that do not fit the number of GPUs of a run."""
     problems, processes = [], values.get("processes", 1)
     if 0 < gpus < processes > 1:
         problems.append(
@@ -256,8 +257,8 @@ def differences(
 ) -> list[str]:
     """Compares every ``config.json`` that a run wrote below ``folder`` with the planned parameters.
 
-    Lists what differs. The settings of the arm that a configuration names count as planned, but for weights
-    that the run sets. Files that are older than ``since`` (in seconds) were there before.
+    Settings of the arm that a configuration names count as planned, except weights that the run sets. Files
+    older than ``since`` (seconds since the epoch) are of earlier runs.
     """
     lines = []
     for file in visible_files(folder, "config.json"):
@@ -269,7 +270,7 @@ def differences(
             lines.append(f"{file}: is not whole JSON ({error})")
             continue
         if not isinstance(ran, dict) or ran.keys() != FIELDS.keys():
-            continue  # a student's, say
+            continue  # such as the config.json of a student
         arm = arm_of(template, ran)
         expected = {name: value for name, value in planned.items() if name in template.settings}
         if arm is None:
@@ -285,7 +286,7 @@ def differences(
 
 
 def difference_reason(lines: Iterable[str]) -> str:
-    """Makes of them the reason that a failed run gives."""
+    """Makes the reason of a failed run from ``differences``."""
     return (
         f"it was not run as planned, because a cell changes what the parameters say: {'; '.join(lines)}. Let "
         "cells register functions and parameters name them"

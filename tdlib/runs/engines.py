@@ -1,7 +1,8 @@
-"""The engines that execute runs, on this machine or on a Ray cluster; they lease processors, memory and GPUs.
+"""Engines execute runs on this machine or on a Ray cluster; they lease processors, memory and GPUs.
 
-An engine starts a worker process for a run folder and can stop it; how the run went is in its state,
-not here. A run learns its GPUs from CUDA_VISIBLE_DEVICES, which is empty for runs without one.
+An engine starts a worker process for a run folder and can stop it. How the run ended is read from its
+state, not from the engine. A run learns its GPUs from CUDA_VISIBLE_DEVICES, which is empty for runs
+without one.
 """
 
 import fcntl
@@ -23,35 +24,32 @@ from tdlib.core.devices import usable_cores
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.runs import states as run_states
 
-BUSY = 75  # a worker's exit status: another one has the run
+BUSY = 75  # exit status (EX_TEMPFAIL) of a worker whose run another worker has claimed
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one run may use: processors, GPUs (or a part of one), bytes of memory, seconds (0: no limit)."""
+    """Limits of one run: processors, GPUs (or a part of one), bytes of memory, seconds (0: no limit)."""
 
     cpus: float = 1
     gpus: float = 0
     memory: int = 0
     seconds: float = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class Started(Protocol):
-    """A run that was handed to an engine."""
+    """A worker that an engine has started."""
 
     def ended(self) -> bool: ...
 
     def elsewhere(self) -> bool:
-        """True if it ended because another worker has the run."""
+        """True if it ended because another worker has claimed the run."""
 
     def stop(self) -> None:
-        """Asks it to end and to say so in its state."""
+        """Asks it to end the run and to write that in its state."""
 
     def kill(self) -> None:
-        """Ends it and everything below it at once."""
+        """Kills it and its children at once."""
 
 
 class Engine(Protocol):
@@ -72,9 +70,10 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def run_environment(folder: Path, wanted: Resources, gpus: str) -> dict[str, str]:
-    """Makes the environment of a worker, in which libraries use as many threads as the run has processors."""
+def worker_environment(folder: Path, wanted: Resources, gpus: str) -> dict[str, str]:
+    """Makes a worker's environment variables: libraries use as many threads as the run has processors."""
     threads = str(max(1, int(wanted.cpus)))
+    # JPY_* tell a kernel who its parent is: a batch that is started in a notebook must not pass them on.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("JPY_")}
     return inherited | {
         run_states.MARK: str(folder.resolve()), run_states.RUNNER: str(os.getpid()),
@@ -85,7 +84,7 @@ def run_environment(folder: Path, wanted: Resources, gpus: str) -> dict[str, str
 
 
 def visible_gpus() -> list[str]:
-    """Names the GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all of nvidia-smi's."""
+    """Names the GPUs that this process may use: CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
@@ -98,9 +97,11 @@ def visible_gpus() -> list[str]:
 class GpuLeases:
     """Shares GPUs among the runs of one runner, and locks those in use against other runners here."""
 
-    def __init__(self, gpus: Sequence[str], folder: Path | None = None):
+    # Of this user on this machine, whatever checkout a runner is started from.
+    folder = Path(tempfile.gettempdir()) / f"tdlib-gpus-{os.getuid()}"
+
+    def __init__(self, gpus: Sequence[str]):
         self.free = dict.fromkeys(gpus, 1.0)
-        self.folder = folder or Path(tempfile.gettempdir()) / f"tdlib-gpus-{os.getuid()}"
         self._locks: dict[str, int] = {}
 
     def take(self, share: float) -> list[str] | None:
@@ -109,7 +110,7 @@ class GpuLeases:
             return []
         count, part = (1, share) if share < 1 else (round(share), 1.0)
         fitting = [gpu for gpu, free in self.free.items() if free + 1e-9 >= part]
-        fitting.sort(key=lambda gpu: self.free[gpu])  # those in use first
+        fitting.sort(key=lambda gpu: self.free[gpu])  # fill a GPU that is in use before opening another
         taken: list[str] = []
         for gpu in fitting:
             if len(taken) < count and self._lock(gpu):
@@ -142,7 +143,7 @@ class GpuLeases:
 
 
 class LocalEngine:
-    """Worker processes on this machine, as many at once as their resources allow.
+    """Starts worker processes on this machine, as many at once as their resources allow.
 
     Args:
         cpus: processors to use; all that this process may use if None.
@@ -181,7 +182,7 @@ class LocalEngine:
     def has_room(self, wanted: Resources) -> bool:
         return self.free_cpus + 1e-9 >= wanted.cpus and self.free_memory >= wanted.memory
 
-    def start(self, folder: Path, wanted: Resources, lock: int | None) -> "LocalRun":
+    def start(self, folder: Path, wanted: Resources, lock: int | None) -> "LocalWorker":
         """Starts a worker, which inherits the claim; BlockingIOError where no GPU is free now."""
         gpus = self.leases.take(wanted.gpus)
         if gpus is None:
@@ -191,7 +192,7 @@ class LocalEngine:
                 process = subprocess.Popen(
                     [*self.command, str(folder), *([] if lock is None else [str(lock)])],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                    env=run_environment(folder, wanted, ",".join(gpus)), start_new_session=True,
+                    env=worker_environment(folder, wanted, ",".join(gpus)), start_new_session=True,
                     pass_fds=[] if lock is None else [lock],
                 )  # fmt: skip
         except BaseException:
@@ -199,30 +200,31 @@ class LocalEngine:
             raise
         self.free_cpus -= wanted.cpus
         self.free_memory -= wanted.memory
-        return LocalRun(self, folder, wanted, process, gpus)
+        return LocalWorker(self, folder, wanted, process, gpus)
 
     def close(self) -> None:
         pass
 
 
-class LocalRun:
-    """A worker on this machine."""
+class LocalWorker:
+    """A worker process on this machine and what it has leased."""
 
     def __init__(
         self, engine: LocalEngine, folder: Path, wanted: Resources, process: subprocess.Popen, gpus: list[str]
     ):
         self.engine, self.folder, self.wanted, self.process, self.gpus = engine, folder, wanted, process, gpus
+        # The worker keeps the time limit itself; this one, a minute later, is for a worker that hangs.
         self.deadline = time.monotonic() + wanted.seconds + 60 if wanted.seconds else None
         self._held = True
 
     def ended(self) -> bool:
         if self.deadline and time.monotonic() > self.deadline and self.process.poll() is None:
-            self.kill()  # the worker itself hangs
+            self.kill()
         if self.process.poll() is None:
             return False
         if self._held:
             self._held = False
-            run_states.end_processes(self.folder)  # what a killed worker has left behind
+            run_states.end_processes(self.folder)  # a killed worker leaves its kernel behind
             self.engine.leases.give_back(self.gpus, self.wanted.gpus)
             self.engine.free_cpus += self.wanted.cpus
             self.engine.free_memory += self.wanted.memory
@@ -243,7 +245,7 @@ class LocalRun:
 
 
 def _on_node(folder: str, wanted: dict[str, Any]) -> int:
-    """Runs one worker process as a task of a Ray cluster; it ends with the task if the node is lost."""
+    """Runs one worker process as a task of a Ray cluster; returns its exit status."""
     import ray
 
     resources = Resources(**wanted)
@@ -252,15 +254,15 @@ def _on_node(folder: str, wanted: dict[str, Any]) -> int:
         return subprocess.run(
             [sys.executable, "-m", "tdlib.runs.worker", folder],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env=run_environment(Path(folder), resources, gpus),
+            env=worker_environment(Path(folder), resources, gpus),
         ).returncode  # fmt: skip
 
 
 class RayEngine:
-    """Workers on the nodes of a Ray cluster that share the project's folder and its environment.
+    """Starts workers on the nodes of a Ray cluster, which share the project's folder and its environment.
 
-    Ray itself repeats nothing (a run that ran out of memory would do so three times): a batch's
-    ``retries`` say what is repeated.
+    Ray's own retries are off, because they would repeat a run that is out of memory three times: a batch's
+    ``retries`` count.
 
     Args:
         address: of the cluster, as ``ray.init`` takes it; "" starts one on this machine.
@@ -310,21 +312,21 @@ class RayEngine:
     def has_room(self, wanted: Resources) -> bool:
         return self.active < self.at_once(wanted)
 
-    def start(self, folder: Path, wanted: Resources, lock: int | None) -> "RayRun":
+    def start(self, folder: Path, wanted: Resources, lock: int | None) -> "RayWorker":
         options: dict[str, Any] = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "max_retries": 0}
         if wanted.memory:
             options["memory"] = wanted.memory
         task = self.ray.remote(_on_node).options(**options)
         self.active += 1
-        return RayRun(self, folder, task.remote(str(folder), wanted.as_dict()))
+        return RayWorker(self, folder, task.remote(str(folder), asdict(wanted)))
 
     def close(self) -> None:
         if self._own:
             self.ray.shutdown()
 
 
-class RayRun:
-    """A worker somewhere in a cluster. It is asked to stop by a file, which every node sees."""
+class RayWorker:
+    """A worker on some node; a file in the shared folder asks it to stop, as signals reach no other node."""
 
     def __init__(self, engine: RayEngine, folder: Path, task: Any):
         self.engine, self.folder, self.task, self._held = engine, folder, task, True
@@ -339,12 +341,12 @@ class RayRun:
     def elsewhere(self) -> bool:
         try:
             return self.engine.ray.get(self.task) == BUSY
-        except Exception:  # the task died
+        except Exception:  # Ray raises errors of many kinds for a task that died with its node
             return False
 
     def stop(self) -> None:
         (self.folder / "stop").touch()
-        with suppress(Exception):  # queued in Ray: it never starts
+        with suppress(Exception):  # a task that still waits in Ray must never start
             self.engine.ray.cancel(self.task, force=False)
 
     def kill(self) -> None:

@@ -1,4 +1,4 @@
-"""Executing one notebook as an experiment: papermill, with its silences made loud."""
+"""Executes one notebook as an experiment by papermill, and reports what papermill would keep silent."""
 
 import os
 import re
@@ -21,7 +21,7 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class NotebookFailed(RuntimeError):
-    """A cell raised or the kernel died: says which notebook, where the partial copy is, and the error."""
+    """Raised where a cell raised or the kernel died; names the notebook, the error and the partial copy."""
 
 
 def run_notebook(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
@@ -31,12 +31,12 @@ def run_notebook(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
 
     Raises:
         ConfigError: bad parameters, before anything runs.
-        NotebookFailed: a cell raised, the kernel was killed, or what was run is not what was asked for.
+        NotebookFailed: a cell raised, the kernel was killed, or it was run with other parameters.
     """
     template = read_template(path)
     for note in check_parameters(template, parameters):
         print(f"note: {note}", flush=True)
-    asked = template.defaults | parameters
+    planned = template.defaults | parameters
     print(f"{path.stem}: executing; its page goes to {folder}", flush=True)
     import papermill  # with nbconvert it takes a second to load, and bad parameters need neither
     from nbclient.exceptions import DeadKernelError
@@ -55,7 +55,7 @@ def run_notebook(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
                 str(path), str(executed), parameters=parameters, cwd=str(ROOT / "notebooks"),
                 kernel_name="python3", progress_bar=sys.stderr.isatty(), log_output=False,
                 request_save_on_cell_execute=True,
-                **kernel_options(scratch, bars=bool(asked.get("interactive"))),
+                **kernel_options(scratch, bars=bool(planned.get("interactive"))),
             )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             raise give_up(f"{error.ename}: {error.evalue}", "\nExecuted so far: ") from None
@@ -63,9 +63,9 @@ def run_notebook(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
             raise give_up(f"the kernel was killed ({error}); out of memory?", " ") from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        if runs := str(asked.get("runs_dir") or ""):
+        if runs := str(planned.get("runs_dir") or ""):
             # A second of tolerance: some file systems keep whole seconds.
-            if lines := differences(template, asked, ROOT / runs, since=began - 1):
+            if lines := differences(template, planned, ROOT / runs, since=began - 1):
                 raise give_up(difference_reason(lines), "\nExecuted: ")
         failed.unlink(missing_ok=True)
         export_html(executed, partial / f"{path.stem}.html")
@@ -78,14 +78,14 @@ def kernel_options(
     launched: Callable[[subprocess.Popen | None], None] = lambda process: None,
     bars: bool = False,
 ) -> dict[str, Any]:
-    """How papermill is to start a kernel, as arguments of ``execute_notebook``.
+    """Makes the arguments of papermill's ``execute_notebook`` that say how to start a kernel.
 
-    The kernel talks through files in ``scratch``: others cannot take a file as they may take a port, and
-    nothing has to be encrypted (with ports, kernels warn about that in every run). Its path must be short:
+    The kernel is reached by sockets in the folder ``scratch``: another process may take a port, but no file,
+    and with ports kernels warn in every run that nothing is encrypted. The folder's path must be short:
     paths of sockets may have 107 characters.
 
-    ``launched`` is given the kernel's process. ``bars`` lets libraries draw progress bars; into a log they
-    draw hundreds of halves.
+    ``launched`` is called with the kernel's process. ``bars`` lets libraries draw progress bars, which fill a
+    log with hundreds of partial lines.
     """
     from jupyter_client.manager import AsyncKernelManager
     from traitlets.config import Config
@@ -105,7 +105,7 @@ def kernel_options(
 
 
 def write_prepared(path: Path, target: Path, parameters: dict[str, Any]) -> None:
-    """Writes a notebook with parameters put in, without executing it."""
+    """Writes a notebook with parameters filled in, without executing it."""
     import papermill
 
     papermill.execute_notebook(

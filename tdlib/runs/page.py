@@ -1,4 +1,4 @@
-"""An executed notebook as one page: contents, code that folds, light and dark, and paper."""
+"""Makes one page of an executed notebook: contents, code that folds, light and dark colours, print."""
 
 import re
 from html import escape, unescape
@@ -49,7 +49,7 @@ details.code > summary { cursor: pointer; color: var(--jp-ui-font-color2); font:
 
 
 def export_html(notebook: Path, page: Path) -> None:
-    """The executed notebook as one page that loads nothing from the network.
+    """Writes the executed notebook as one page that loads nothing from the network.
 
     Its title is the notebook's first heading; headings of the second level are listed under the first cell.
     Code that JupyterLab would hide (``source_hidden``) opens by a click, and is left out on paper. Controls
@@ -82,12 +82,12 @@ def export_html(notebook: Path, page: Path) -> None:
 
 
 def _dark(places: list[str]) -> str:
-    """JupyterLab's dark colours, for systems that ask for them; paper stays white."""
+    """Reads JupyterLab's dark colours, for systems that are set to dark; paper stays white."""
     themes = [Path(place) / "static" / "theme-dark.css" for place in places]
-    found = next((theme for theme in themes if theme.is_file()), None)
-    if found is None:
+    theme = next((theme for theme in themes if theme.is_file()), None)
+    if theme is None:
         return ""
-    return f"@media screen and (prefers-color-scheme: dark) {{\n{found.read_text(encoding='utf-8')}\n}}"
+    return f"@media screen and (prefers-color-scheme: dark) {{\n{theme.read_text(encoding='utf-8')}\n}}"
 
 
 def _contents(body: str) -> str:

@@ -51,7 +51,7 @@ from tdlib.runs.template import UNKNOWN, Template, find_notebook, read_template
 
 
 def read_batch(file: Path) -> dict[str, Any]:
-    """The description in a YAML file; ConfigError names the file and what is wrong with it."""
+    """Reads a batch file; ConfigError names the file and what is wrong with it."""
     import yaml
 
     if not file.is_file():
@@ -72,7 +72,7 @@ def read_batch(file: Path) -> dict[str, Any]:
 
 
 def _loader() -> Any:
-    """PyYAML's safe loader with YAML 1.2's scalars; of itself it takes ``010`` for 8 and ``no`` for False."""
+    """PyYAML's safe loader with scalars of YAML 1.2; PyYAML alone reads ``010`` as 8 and ``no`` as False."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -139,7 +139,7 @@ def _whole_or_part(gpus: float) -> float:
 
 
 class _Wanted(BaseModel):
-    """``resources``; a field's description says what an error expects."""
+    """The key ``resources``; a field's description is what an error says was expected."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -191,7 +191,7 @@ class Description(BaseModel):
         return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds or [])
 
     def values(self) -> list[tuple[str, str, Any]]:
-        """Every value of a parameter in it, as (place, name, value)."""
+        """Lists every value that it gives a parameter, as (place, name, value)."""
         values = [("parameters.", name, value) for name, value in self.parameters.items()]
         for key, axes in (("grid", self.grid), ("zip", self.zip)):
             values += [(f"{key}.", name, value) for name, axis in axes.items() for value in axis]
@@ -204,16 +204,16 @@ class Description(BaseModel):
 
 
 def read_description(given: Mapping[str, Any]) -> tuple[Description, list[str]]:
-    """The keys that are right, and what is wrong with the others. A key without a value is not there."""
-    left: dict[Any, Any] = {key: value for key, value in given.items() if value is not None}
+    """Reads the valid keys and lists what is wrong with the others. A key without value is ignored."""
+    remaining: dict[Any, Any] = {key: value for key, value in given.items() if value is not None}
     problems: list[str] = []
-    while True:
+    while True:  # without the keys that are wrong, so that the others are checked further
         try:
-            return Description.model_validate(left), problems
+            return Description.model_validate(remaining), problems
         except ValidationError as error:
-            problems += dict.fromkeys(_key_problem(item["loc"], left) for item in error.errors())
+            problems += dict.fromkeys(_key_problem(item["loc"], remaining) for item in error.errors())
             for key in {item["loc"][0] for item in error.errors()}:
-                del left[key]
+                del remaining[key]
 
 
 def _key_problem(place: tuple[Any, ...], given: Mapping[Any, Any]) -> str:
@@ -233,7 +233,7 @@ def _key_problem(place: tuple[Any, ...], given: Mapping[Any, Any]) -> str:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run: what differs from the template's defaults, all parameters, and what it depends on."""
+    """One run: the parameters that the batch sets, all of them, and its identity (``states.identity``)."""
 
     overrides: dict[str, Any]
     parameters: dict[str, Any]
@@ -246,7 +246,7 @@ class PlannedRun:
 
 @dataclass
 class Plan:
-    """A batch file, read: its runs in order, and what is wrong with it (then there may be no runs)."""
+    """What a batch file describes: its runs in order, and its mistakes (then there may be no runs)."""
 
     name: str
     template: Path
@@ -255,8 +255,8 @@ class Plan:
     retries: int = 0
     output: str = ""
     problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what only the runs can tell
-    repeated: int = 0  # runs that were described twice
+    notes: list[str] = field(default_factory=list)  # settings that only the runs can check
+    repeated: int = 0  # how many runs the file describes more than once
     tuned: list[str] = field(default_factory=list)  # parameters whose values were chosen for each arm
     variants: list[str] = field(default_factory=list)  # parameters that make variants of an arm
 
@@ -270,10 +270,10 @@ class Plan:
 def plan_batch(
     description: Mapping[str, Any], name: str, folder: Path = ROOT, reports: Path | None = None
 ) -> Plan:
-    """Reads a description; all that is wrong with it is listed in the plan's ``problems``.
+    """Reads a description; the plan's ``problems`` list everything that is wrong with it.
 
-    ``name`` is the batch's if the description has none, ``folder`` where a relative template is looked for
-    first, and ``reports`` holds the folders of batches (``reports/batches`` if None).
+    ``name`` names the batch if the description does not; a relative template is looked for in ``folder``
+    first; ``reports`` holds the folders of batches (``reports/batches`` if None).
     """
     whole, problems = read_description(description)
     plan = Plan(whole.name or name, find_notebook(whole.template, folder), problems=problems)
@@ -323,7 +323,7 @@ def plan_batch(
 
 
 def _conflicts(whole: Description) -> list[str]:
-    """Names that stand in two parts, and lists beside each other that are not of one length."""
+    """Lists names that stand in two parts, and lists of ``zip`` that differ in length."""
     problems = []
     lengths = {name: len(values) for name, values in whole.zip.items()}
     if len(set(lengths.values())) > 1:
@@ -346,7 +346,7 @@ def _output(whole: Description, template: Template, problems: list[str]) -> str:
 
 
 def _usable(parts: Mapping[str, Any], wrong: set[tuple[str, str]]) -> dict[str, Any]:
-    """The parts without names and values that are wrong, so that the rest is looked at as well."""
+    """Leaves out wrong names and values, so that the rest is checked as well."""
 
     def good(name: str, value: Any) -> bool:
         return (name, repr(value)) not in wrong
@@ -390,7 +390,7 @@ def expand(parts: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
 
 
 def _tuned_file(given: str, folder: Path, reports: Path) -> Path:
-    """Finds the file of chosen settings by the name of the batch that chose them, or by its path."""
+    """Finds a file of tuned settings by the name of the batch that they are from, or by its path."""
     if not given.endswith(".json"):
         return reports / given / "tuned.json"
     return next((path for path in (folder / given, ROOT / given) if path.is_file()), folder / given)
@@ -399,11 +399,11 @@ def _tuned_file(given: str, folder: Path, reports: Path) -> Path:
 def _with_tuned(
     file: Path, rows: list[dict[str, Any]], template: Template, problems: list[str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Adds to each row what was chosen for it; also returns the names of all parameters that were chosen."""
+    """Adds the tuned settings to each row; also returns the names of all tuned parameters."""
     try:
-        known = parse_json(file.read_text(encoding="utf-8"), str(file))
-        chosen = [(dict(entry["where"]), dict(entry["settings"])) for entry in known["chosen"]]
-        seeds = set(known["seeds"])
+        tuned = parse_json(file.read_text(encoding="utf-8"), str(file))
+        chosen = [(dict(entry["where"]), dict(entry["settings"])) for entry in tuned["chosen"]]
+        seeds = set(tuned["seeds"])
     except FileNotFoundError:
         problems.append(f"tuned: there is no {file}; `tdlib batch best NAME` writes it in a finished batch")
         return rows, []
@@ -442,14 +442,14 @@ def matches(row: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
 
 
 def _run_problems(rows: list[dict[str, Any]], template: Template, plan: Plan) -> list[str]:
-    """What is wrong with the runs' values, each with the number of runs that it concerns."""
+    """Lists what is wrong with the runs' values, each with the number of runs that it concerns."""
     counts: Counter[str] = Counter()
     for row in rows:
         counts.update(run_problems(template, template.defaults | row, row, plan.resources.gpus))
         counts.update(
-            f"{name}: its default, {known.source}, can be told only by a kernel; set it in parameters"
-            for name, known in template.parameters.items()
-            if known.default is UNKNOWN and name not in row and name != plan.output
+            f"{name}: its default, {parameter.source}, can be told only by a kernel; set it in parameters"
+            for name, parameter in template.parameters.items()
+            if parameter.default is UNKNOWN and name not in row and name != plan.output
         )
     return [f"{text} ({number} of {len(rows)} runs)" for text, number in counts.items()]
 
@@ -458,19 +458,19 @@ def _run_problems(rows: list[dict[str, Any]], template: Template, plan: Plan) ->
 
 
 def estimate(plan: Plan, earlier: Iterable[tuple[dict[str, Any], float]]) -> dict[str, float]:
-    """Estimates the seconds of each run: the median of those ``earlier`` ones that are most like it.
+    """Estimates the seconds of each run: the median of the ``earlier`` runs that share most parameters.
 
-    These are parameters and seconds of finished runs of the same template.
+    ``earlier`` are parameters and seconds of finished runs of the same template.
     """
-    earlier = [(known, seconds) for known, seconds in earlier if seconds]
-    found = {}
+    earlier = [(parameters, seconds) for parameters, seconds in earlier if seconds]
+    expected = {}
     for run in plan.runs:
         likeness = [
-            (sum(known.get(name) == value for name, value in run.parameters.items()), seconds)
-            for known, seconds in earlier
+            (sum(parameters.get(name) == value for name, value in run.parameters.items()), seconds)
+            for parameters, seconds in earlier
         ]
         best = max((score for score, _ in likeness), default=0)
         nearest = sorted(seconds for score, seconds in likeness if score == best)
         if nearest:
-            found[run.id] = nearest[len(nearest) // 2]
-    return found
+            expected[run.id] = nearest[len(nearest) // 2]
+    return expected

@@ -1,13 +1,13 @@
-"""Reports on a batch: a table, results.parquet, a page that loads nothing, and SQL over it all.
+"""Reports on a batch: a table, results.parquet, a page that loads nothing, and SQL over its runs.
 
-Reads states and run folders only; notebooks' outputs are not scraped.
+Reads states and run folders, never the outputs of notebooks.
 """
 
 import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from glob import escape as escape_glob
 from html import escape
 from pathlib import Path
@@ -29,10 +29,9 @@ _ORDER = ("failed", "timed_out", "killed", "lost", "running", "queued", "done") 
 
 
 def results_table(plan: Plan, states: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per run: run, state, every parameter, metrics, seconds, peak_memory_mib, attempt, reason.
+    """Makes a table with a row per run, those that failed first.
 
-    A metric that repeats a parameter is left out; one with another column's name is ``metric.NAME``.
-    Runs that failed stand first.
+    Columns: run, state, every parameter, metrics, seconds, peak_memory_mib, attempt, reason. A metric that repeats a parameter is left out; one with another column's name is ``metric.NAME``.
     """
     taken = {"run", "state", "seconds", "peak_memory_mib", "attempt", "reason"}
     rows = []
@@ -64,9 +63,9 @@ def _cell(value: Any) -> Any:
 
 
 def failures(states: Mapping[str, Mapping[str, Any]]) -> list[tuple[list[str], Mapping[str, Any]]]:
-    """Groups runs that came to the same bad end, most frequent first: their ids and the state of one of them.
+    """Groups runs that failed alike, most frequent first: their ids, and the state of one of them.
 
-    Two are the same if cell and traceback agree but for numbers, addresses and quoted words.
+    Two failed alike if cell and traceback agree except for numbers, addresses and quoted words.
     """
     groups: dict[Any, list[str]] = {}
     for name, state in states.items():
@@ -79,7 +78,7 @@ def failures(states: Mapping[str, Mapping[str, Any]]) -> list[tuple[list[str], M
     return [(names, states[names[0]]) for names in ordered]
 
 
-def command_to_open(plan: Plan, file: Path | None, run: str) -> str:
+def command_to_open(file: Path | None, run: str) -> str:
     """Returns the command that opens one run in JupyterLab."""
     if file is None:
         return f"Batch(...).open({run!r})"
@@ -87,9 +86,9 @@ def command_to_open(plan: Plan, file: Path | None, run: str) -> str:
 
 
 def summary(plan: Plan, states: Mapping[str, Mapping[str, Any]], file: Path | None, folder: Path) -> str:
-    """Counts runs by state, and tells every kind of failure with its cell and the command that opens one."""
-    found = [state["state"] for state in states.values()]
-    counts = ", ".join(f"{found.count(name)} {name}" for name in _ORDER[::-1] if name in found)
+    """Counts runs by state, and describes each kind of failure with its cell and the command to open one."""
+    reached = [state["state"] for state in states.values()]
+    counts = ", ".join(f"{reached.count(name)} {name}" for name in _ORDER[::-1] if name in reached)
     lines = [f"{plan.name}: {len(states)} runs: {counts or 'none'}"]
     for names, state in failures(states):
         error = state.get("error") or {}
@@ -100,7 +99,7 @@ def summary(plan: Plan, states: Mapping[str, Mapping[str, Any]], file: Path | No
             lines.append(f"  cell {error['cell']}: {source[0] if source else ''}")
         if error.get("traceback"):
             lines += [f"    {line}" for line in error["traceback"].strip().splitlines()[-6:]]
-        lines.append(f"  open: {command_to_open(plan, file, names[0])}")
+        lines.append(f"  open: {command_to_open(file, names[0])}")
         lines.append(f"  log:  {folder / names[0] / LOG}")
     return "\n".join(lines)
 
@@ -120,19 +119,16 @@ def write_reports(
 
 
 def means_over_seeds(plan: Plan, table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation of every metric over the seeds of finished runs, one row per setting.
+    """Computes mean and standard deviation of every metric over seeds of finished runs, a row per setting.
 
     Shares (see ``_is_share``) are in per cent. Empty where the batch varies no seed or nothing is done.
     """
-    settings = _settings(plan, table)
-    done = table[table["state"] == "done"] if len(table) else table
     metrics = _metrics(plan, table)
-    if "seed" not in plan.varied or not len(done) or not metrics:
+    if "seed" not in plan.varied or not metrics:
         return pd.DataFrame()
     rows = []
-    groups = done.groupby(settings, sort=False, dropna=False) if settings else [((), done)]
-    for key, part in groups:
-        row: dict[str, Any] = dict(zip(settings, key, strict=True)) | {"seeds": len(part)}
+    for setting, part in _done_by_setting(plan, table):
+        row = setting | {"seeds": len(part)}
         for name in metrics:
             values = part[name].dropna() * (100 if _is_share(name) else 1)
             if len(values):
@@ -148,20 +144,20 @@ def _is_share(metric: str) -> bool:
 
 
 def _metrics(plan: Plan, table: pd.DataFrame) -> list[str]:
-    """Columns of the table with numbers that a run has measured; of two that are equal, the first."""
+    """Lists the columns of numbers that runs have measured; of equal ones, the first."""
     run = plan.runs[0].parameters if plan.runs else {}
-    known = {"run", "state", "peak_memory_mib", "attempt", "reason", "seconds", *run}
+    others = {"run", "state", "peak_memory_mib", "attempt", "reason", "seconds", *run}
     measured = [
         name
         for name in table
-        if name not in known and pd.api.types.is_numeric_dtype(table[name]) and table[name].dtype != bool
+        if name not in others and pd.api.types.is_numeric_dtype(table[name]) and table[name].dtype != bool
     ]
     # a task's main measure is its accuracy: the same column under two names
     return [n for i, n in enumerate(measured) if not any(table[n].equals(table[m]) for m in measured[:i])]
 
 
 def _settings(plan: Plan, table: pd.DataFrame) -> list[str]:
-    """Parameters in which runs differ beside the seed, without lists that another one already tells apart.
+    """Lists the parameters that tell runs apart beside the seed, without lists that follow from another one.
 
     Each task has its list of splits, which a batch varies along with it (``zip``) and which fills a table.
     """
@@ -174,28 +170,35 @@ def _settings(plan: Plan, table: pd.DataFrame) -> list[str]:
     return kept
 
 
+def _done_by_setting(plan: Plan, table: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The finished runs of each combination of ``_settings``, with its values."""
+    done = table[table["state"] == "done"] if len(table) else table
+    settings = _settings(plan, table)
+    if not settings and len(done):
+        yield {}, done
+    elif len(done):
+        for key, part in done.groupby(settings, sort=False, dropna=False):
+            yield dict(zip(settings, key, strict=True)), part
+
+
 def _main_chart(plan: Plan, table: pd.DataFrame) -> Html:
-    """The first score of every setting as a drawing: means over seeds, arms of one setting together.
+    """Draws the first score of every setting: means over seeds, the arms of a setting together.
 
     Lines are 95 % intervals of the mean over seeds by Student's t, from three seeds on.
     """
     metrics = _metrics(plan, table)
     scores = [name for name in metrics if "accuracy" in name.split(".")] or metrics
-    done = table[table["state"] == "done"] if len(table) else table
-    if not scores or not len(done):
-        return Html("")
-    # tests have other names in other tasks: the first that a run has is its usual one
-    done = done.assign(_main=done[scores].bfill(axis=1).iloc[:, 0])
-    settings = _settings(plan, table)
-    inner = "arm" if "arm" in settings else settings[-1] if settings else ""
-    outer = [name for name in settings if name != inner]
     rows = []
-    for key, part in done.groupby(settings, sort=False, dropna=False) if settings else [((), done)]:
-        named = dict(zip(settings, key, strict=True))
-        mean, low, high = seed_interval(part["_main"].dropna().to_numpy(float))
-        group = ", ".join(f"{name} {named[name]}" for name in outer)
-        label = f"{named.get(inner, plan.name)}"
+    for setting, part in _done_by_setting(plan, table) if scores else ():
+        # Tests have other names in other tasks: the first that a run has is its usual one.
+        main = part[scores].bfill(axis=1).iloc[:, 0].dropna().to_numpy(float)
+        inner = "arm" if "arm" in setting else next(reversed(setting), "")
+        group = ", ".join(f"{name} {value}" for name, value in setting.items() if name != inner)
+        mean, low, high = seed_interval(main)
+        label = str(setting.get(inner, plan.name))
         rows.append({"group": group, "label": label, "value": mean, "low": low, "high": high})
+    if not rows:
+        return Html("")
     drawn = pd.DataFrame(rows)
     drawn = drawn.sort_values("group", key=lambda c: c.map({g: i for i, g in enumerate(dict.fromkeys(c))}),
                               kind="stable")  # fmt: skip
@@ -214,7 +217,7 @@ _T = (
 
 
 def seed_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of one number per seed and its 95 % interval ``mean ± t s / sqrt(n)``; nan limits below three."""
+    """Computes the mean over seeds and its 95 % interval ``mean ± t s / sqrt(n)``; nan below three seeds."""
     mean, number = float(np.mean(values)) if len(values) else float("nan"), len(values)
     if number < 3:
         return mean, float("nan"), float("nan")
@@ -225,11 +228,11 @@ def seed_interval(values: np.ndarray) -> tuple[float, float, float]:
 def page_html(
     folder: Path, plan: Plan, table: pd.DataFrame, states: Mapping[str, Mapping[str, Any]], file: Path | None
 ) -> str:
-    """The batch as one page: the main score as a drawing, failures, means over seeds, every run."""
-    found = [state["state"] for state in states.values()]
-    counts = ", ".join(f"{found.count(name)} {name}" for name in _ORDER if name in found)
-    lead = [f"{len(found)} runs: {counts}", _main_chart(plan, table)]
-    failed = "".join(_failure_html(plan, file, names, state) for names, state in failures(states))
+    """Makes the batch's page: a drawing of the main score, failures, means over seeds, every run."""
+    reached = [state["state"] for state in states.values()]
+    counts = ", ".join(f"{reached.count(name)} {name}" for name in _ORDER if name in reached)
+    lead = [f"{len(reached)} runs: {counts}", _main_chart(plan, table)]
+    failed = "".join(_failure_html(file, names, state) for names, state in failures(states))
     sections = [pages.Section("Runs that failed", failed)] if failed else []
     means = means_over_seeds(plan, table)
     if len(means):
@@ -251,11 +254,11 @@ def page_html(
         shown["run"] = [_run_links(folder, run) for run in shown["run"]]
     shares = [name for name in metrics if _is_share(name)]
     every = table_html(shown, shares, ["run"], sorts=True, row_class=lambda row: str(row["state"]))
-    sections.append(pages.Section("Runs", every, folded=len(found) > 40))
+    sections.append(pages.Section("Runs", every, folded=len(reached) > 40))
     return pages.page_html(f"Batch {plan.name}", lead, sections)
 
 
-def _failure_html(plan: Plan, file: Path | None, names: Sequence[str], state: Mapping[str, Any]) -> str:
+def _failure_html(file: Path | None, names: Sequence[str], state: Mapping[str, Any]) -> str:
     error = state.get("error") or {}
     cell = f", cell {error['cell']}" if error.get("cell") is not None else ""
     parts = [f"<h3>{len(names)} {state['state']}{cell}: {escape(str(state.get('reason', ''))[:300])}</h3>"]
@@ -265,12 +268,12 @@ def _failure_html(plan: Plan, file: Path | None, names: Sequence[str], state: Ma
             f"<details><summary>traceback</summary><pre>{escape(error['traceback'])}</pre></details>"
         )
     links = ", ".join(pages.link(f"{name}/{LOG}", name) for name in names)
-    parts.append(f"<p>{links}<br><code>{escape(command_to_open(plan, file, names[0]))}</code></p>")
+    parts.append(f"<p>{links}<br><code>{escape(command_to_open(file, names[0]))}</code></p>")
     return "".join(parts)
 
 
 def _run_links(folder: Path, run: str) -> Html:
-    """A run's id with links to what is there of it: its notebook, log and output."""
+    """Makes a run's id with links to its notebook, log and output, where these exist."""
     there = [
         pages.link(f"{run}/{name}", label)
         for label, name in (("notebook", NOTEBOOK), ("log", LOG), ("output", OUTPUT))
@@ -289,23 +292,23 @@ def batch_record(folder: Path) -> dict[str, Any]:
 
 
 def recorded_runs(folder: Path) -> pd.DataFrame:
-    """The runs of a batch's folder as they stand now, whether or not its file still describes them.
+    """Lists the runs of a batch's folder with their present state, even if its file no longer describes them.
 
     Columns: run, state, reason, parameters (a dict; None for a run that never began and that the
     batch's file no longer describes), output (name of the parameter that says where results go).
     """
-    folder, known = Path(folder), batch_record(folder)
+    folder, record = Path(folder), batch_record(folder)
     planned: dict[str, Any] = {}
     rows = []
-    for run in known["runs"]:
+    for run in record["runs"]:
         state = current_state(folder / run)
         try:
             began = json.loads((folder / run / "parameters.json").read_text(encoding="utf-8"))
             parameters, output = began["parameters"], began["output"]
         except (OSError, ValueError, KeyError):  # queued, or what was written is damaged
-            if not planned and Path(known["file"]).is_file():
-                file = Path(known["file"])
-                plan = plan_batch(read_batch(file), known["name"], file.parent, folder.parent)
+            if not planned and Path(record["file"]).is_file():
+                file = Path(record["file"])
+                plan = plan_batch(read_batch(file), record["name"], file.parent, folder.parent)
                 planned = {entry.id: entry.parameters for entry in plan.runs} | {"": plan.output}
             parameters, output = planned.get(run), planned.get("", "")
         rows.append(
@@ -316,7 +319,7 @@ def recorded_runs(folder: Path) -> pd.DataFrame:
 
 
 def open_results(folder: Path, runs: pd.DataFrame | None = None) -> "duckdb.DuckDBPyConnection":
-    """A DuckDB connection with views over a batch: ``runs`` (results.parquet) and ``predictions``.
+    """Opens a DuckDB connection with views of a batch: ``runs`` (results.parquet) and ``predictions``.
 
     ``predictions`` has the rows of every finished run's ``predictions.parquet`` and its id as ``run``;
     it is not there if no run wrote one. ``runs``, a table with columns run and state, is read in place of
@@ -347,5 +350,5 @@ def open_results(folder: Path, runs: pd.DataFrame | None = None) -> "duckdb.Duck
 
 
 def _quoted(path: Path) -> str:
-    """A path in SQL; DuckDB reads what looks like a pattern, ``runs[v2]``, as one."""
+    """Quotes a path for SQL; DuckDB would read a folder such as ``runs[v2]`` as a pattern."""
     return "'" + escape_glob(str(path)).replace("'", "''") + "'"

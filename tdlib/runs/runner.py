@@ -1,6 +1,6 @@
-"""The loop that hands a batch's runs to an engine, collects how they ended, and reacts to Ctrl-C and cancel.
+"""Hands a batch's runs to an engine, collects how they ended, and reacts to Ctrl-C and cancel.
 
-Several may work on one batch at a time: each run belongs to whoever has claimed it.
+Several runners may work on one batch at a time: each run belongs to the process that has claimed it.
 """
 
 import json
@@ -12,16 +12,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from tdlib.core.files import write_json
+from tdlib.core.paths import ROOT
 from tdlib.runs import states as run_states
 from tdlib.runs.engines import Engine, Started
-from tdlib.runs.plan import PlannedRun
-
-if TYPE_CHECKING:
-    from tdlib.runs.batch import Batch
+from tdlib.runs.plan import Plan, PlannedRun
 
 POLL = 0.2  # seconds between looks at the runs
 
@@ -36,30 +35,27 @@ class _Active:
 
 
 class Runner:
-    """Hands a batch's runs to an engine until none is left that it may start.
+    """Starts the runs that are in one of ``states``, until none of them waits or is active.
 
-    ``refresh`` is called after every line of its log: when runs start and end.
+    ``refresh`` is called after every line of the log: when runs start and end.
     """
 
     def __init__(
-        self, batch: "Batch", engine: Engine, states: Sequence[str], runs: Sequence[PlannedRun],
-        refresh: Callable[[], None] = lambda: None,
+        self, plan: Plan, folder: Path, engine: Engine, states: Sequence[str], runs: Sequence[PlannedRun],
+        refresh: Callable[[], None],
     ):  # fmt: skip
-        self.batch, self.engine, self.states, self.refresh = batch, engine, states, refresh
+        self.plan, self.folder, self.engine, self.states, self.refresh = plan, folder, engine, states, refresh
         self.waiting = {run.id: run for run in runs}
         self.active: dict[str, _Active] = {}
         self.tries: Counter[str] = Counter()
-        self.left: Counter[str] = Counter()  # states of runs that this command does not touch
+        self.left_alone: Counter[str] = Counter()  # states of runs that this command does not touch
         self.began = time.time()
-        self.stopping = ""  # why nothing more is started
+        self.stopping = ""  # the reason, once nothing more is to be started
         self.interrupts = 0
 
     def run(self) -> None:
-        total = len(self.waiting)
-        self.log(
-            f"{self.batch.plan.name}: {total} runs, at most {self.engine.at_once(self.batch.plan.resources)} "
-            f"at once; {self.batch.folder}"
-        )
+        at_once = self.engine.at_once(self.plan.resources)
+        self.log(f"{self.plan.name}: {len(self.waiting)} runs, at most {at_once} at once; {self.folder}")
         with self._interruptible():
             try:
                 while (self.waiting and not self.stopping) or self.active:
@@ -73,9 +69,10 @@ class Runner:
                     if self.active or self.waiting:
                         time.sleep(POLL)
             finally:
-                for active in self.active.values():  # only after an error of the runner itself
+                # Some are active here only after an error in this loop: without it they would be orphans.
+                for active in self.active.values():
                     active.started.kill()
-        self._log_what_is_left()
+        self._log_left_alone()
         if self.stopping:
             self.log(f"stopped: {self.stopping}; `tdlib batch resume` goes on")
 
@@ -83,19 +80,19 @@ class Runner:
         """Starts what there is room for; returns True if anything changed."""
         changed = False
         for run in list(self.waiting.values()):
-            if not self.engine.has_room(self.batch.plan.resources):
+            if not self.engine.has_room(self.plan.resources):
                 break
             try:
                 changed |= self._start(run)
             except BlockingIOError:
                 break
-            except OSError as error:  # a full disk
+            except OSError as error:  # such as a full disk, which the next run would meet too
                 self.stopping = f"{run.id} could not be started: {error}"
                 break
         return changed
 
     def _start(self, run: PlannedRun) -> bool:
-        folder = self.batch.folder_of(run)
+        folder = self.folder / run.id
         # Most runs of a large batch are done: their state is read before a lock is taken.
         recorded = run_states.recorded_state(folder)["state"]
         if recorded not in (*self.states, "running", "done") and not self.tries[run.id]:
@@ -105,7 +102,7 @@ class Runner:
             return False
         try:
             state = run_states.recorded_state(folder)
-            if state["state"] == "running":  # we have its lock
+            if state["state"] == "running":  # its worker no longer holds the lock
                 if not run_states.is_stale(state):
                     return False
                 state = {"state": "lost"}
@@ -122,29 +119,29 @@ class Runner:
             else:
                 attempt = run_states.next_attempt(folder)
                 (folder / "stop").unlink(missing_ok=True)
-            write_json(folder / "parameters.json", self.batch.specification(run, attempt))
+            write_json(folder / "parameters.json", specification(self.plan, run, attempt))
             if not self.engine.claims:
-                os.close(lock)  # on another machine nobody can inherit it: the worker claims for itself
+                os.close(lock)  # a worker on another machine cannot inherit it and claims the run itself
                 lock = None
-            started = self.engine.start(folder, self.batch.plan.resources, lock)
+            started = self.engine.start(folder, self.plan.resources, lock)
         finally:
             if lock is not None:
-                os.close(lock)  # the worker has its own
+                os.close(lock)  # the worker has inherited it and holds the claim
         del self.waiting[run.id]
         self.tries[run.id] += 1
         self.active[run.id] = _Active(run, started, self.tries[run.id])
-        words = ", ".join(f"{name}={run.parameters[name]}" for name in self.batch.plan.varied) or "one run"
+        words = ", ".join(f"{name}={run.parameters[name]}" for name in self.plan.varied) or "one run"
         self.log(f"{run.id} started: {words}")
         return True
 
     def _leave(self, run: PlannedRun, state: str) -> bool:
         del self.waiting[run.id]
-        self.left[state] += 1
+        self.left_alone[state] += 1
         return True
 
-    def _log_what_is_left(self) -> None:
+    def _log_left_alone(self) -> None:
         for states, command in ((("killed", "lost"), "resume"), (("failed", "timed_out"), "retry --failed")):
-            counts = [f"{self.left[state]} {state}" for state in states if self.left[state]]
+            counts = [f"{self.left_alone[state]} {state}" for state in states if self.left_alone[state]]
             if counts:
                 self.log(f"left alone: {', '.join(counts)}; `tdlib batch {command}` executes them again")
 
@@ -152,20 +149,20 @@ class Runner:
         for name, active in list(self.active.items()):
             if not active.started.ended():
                 continue
-            folder = self.batch.folder_of(active.run)
+            folder = self.folder / name
             with run_states.claimed(folder) as free:
                 state = run_states.recorded_state(folder)
-                unsaid = state["state"] == "running" or (state["state"] == "queued" and not self.stopping)
-                if unsaid and not free and not active.started.elsewhere():
-                    continue  # its worker is about to say it
-                if unsaid and free:
+                unfinished = state["state"] == "running" or (state["state"] == "queued" and not self.stopping)
+                if unfinished and not free and not active.started.elsewhere():
+                    continue  # the worker is still writing its state
+                if unfinished and free:
                     state |= {"state": "killed" if self.engine.claims else "lost", "ended": time.time()}
                     state["reason"] = self.stopping or "its worker died without a word"
-                    with suppress(OSError):  # else it counts as lost, its lock being free
+                    with suppress(OSError):  # a run without a final state and a lock counts as lost anyway
                         run_states.write_state(folder, state)
             del self.active[name]
             self.log(f"{name} {state['state']}{': ' + state['reason'] if state.get('reason') else ''}")
-            again = state["state"] in ("killed", "lost") and active.tries <= self.batch.plan.retries
+            again = state["state"] in ("killed", "lost") and active.tries <= self.plan.retries
             if again and not self.stopping:
                 self.waiting[name] = active.run
 
@@ -173,7 +170,7 @@ class Runner:
         """Reacts to Ctrl-C and to ``tdlib batch cancel``."""
         if not self.stopping:
             with suppress(OSError, ValueError, KeyError):
-                asked = json.loads((self.batch.folder / "cancel.json").read_text(encoding="utf-8"))["time"]
+                asked = json.loads((self.folder / "cancel.json").read_text(encoding="utf-8"))["time"]
                 if asked >= self.began:
                     self.stopping = "cancelled"
             if self.interrupts:
@@ -187,9 +184,9 @@ class Runner:
                 active.started.kill()
 
     def _all_elsewhere(self) -> bool:
-        """True if another runner executes all that is left: then there is nothing to wait for here."""
-        time.sleep(POLL)  # a look at the lock holds it for a moment
-        folders = [self.batch.folder_of(run) for run in self.waiting.values()]
+        """True if another runner executes all that still waits here: then this one can end."""
+        time.sleep(POLL)  # whoever looks at a lock holds it for a moment, which is no runner
+        folders = [self.folder / run.id for run in self.waiting.values()]
         elsewhere = sum(run_states.current_state(folder)["state"] == "running" for folder in folders)
         if elsewhere == len(folders):
             self.log(f"{elsewhere} runs are in the hands of another runner")
@@ -199,6 +196,7 @@ class Runner:
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
         """Counts signals that ask for the end instead of raising, so that each state is written whole."""
+        # Python sets signal handlers in the main thread alone; a batch in another one ends by `cancel`.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -207,7 +205,7 @@ class Runner:
             self.interrupts += 1
 
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it stays ignored
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, count) for number in numbers}
         try:
@@ -217,6 +215,15 @@ class Runner:
                 signal.signal(number, handler)
 
     def log(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # a closed terminal ends nothing
+        with suppress(OSError, ValueError):  # a terminal that was closed must not end the batch
             print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True, file=sys.stdout)
         self.refresh()
+
+
+def specification(plan: Plan, run: PlannedRun, attempt: int) -> dict[str, Any]:
+    """Describes a run for its worker: the content of ``parameters.json``."""
+    return {
+        "template": str(plan.template), "parameters": run.parameters, "overrides": run.overrides,
+        "output": plan.output, "identity": run.identity, "attempt": attempt,
+        "cwd": str(ROOT / "notebooks"), "resources": asdict(plan.resources),
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""One run of a batch as a folder: what it is (identity), who has it (claim) and how it stands (state).
+"""A run of a batch as a folder: its identity, the claim of the worker that executes it, and its state.
 
 Knows nothing of notebooks' execution, engines or tables. ``state.json`` is the truth about a run,
 whatever the notebook says; it is written last. Needs POSIX (flock).
@@ -23,15 +23,15 @@ from tdlib.core.provenance import code_version, digest
 from tdlib.training.checkpoints import HOME as CHECKPOINTS
 from tdlib.training.provenance import data_manifest
 
-# queued: not begun. running: a worker has it. done. failed: a cell raised, or what it wrote is no
-# result. killed: stopped from outside (signal, out of memory, disk full, cancelled). timed_out: past
-# its time limit. lost: its worker is gone without a word, or its files are damaged.
+# queued: not begun. running: a worker executes it. done: finished. failed: a cell raised, or the files
+# written are no result. killed: stopped from outside (signal, out of memory, disk full, cancelled).
+# timed_out: over its time limit. lost: its worker ended without writing a state, or files are damaged.
 STATES = ("queued", "running", "done", "failed", "killed", "timed_out", "lost")
 FINAL = ("done", "failed", "killed", "timed_out", "lost")
 
 HEARTBEAT = 5.0  # seconds between heartbeats of a running run
-STALE = 60.0  # seconds without one after which a worker on another machine counts as dead
-MARK = "TDLIB_RUN"  # environment variable by which every process of a run is known
+STALE = 60.0  # seconds without one after which a worker elsewhere counts as dead: twelve were missed
+MARK = "TDLIB_RUN"  # environment variable of every process of a run: the run's folder
 RUNNER = "TDLIB_RUNNER"  # environment variable with the process id of the runner that started a worker
 NOTEBOOK, LOG, OUTPUT = "notebook.ipynb", "log.txt", "output"
 
@@ -41,7 +41,7 @@ NOTEBOOK, LOG, OUTPUT = "notebook.ipynb", "log.txt", "output"
 def identity(
     template: bytes, parameters: dict[str, Any], output: str = "", code: str | None = None
 ) -> dict[str, str]:
-    """What a run's results depend on, as hashes: "parameters", "template", "data", "code" and "id" of all.
+    """Hashes all that results depend on: "parameters", "template", "data", "code", and "id" of these.
 
     Args:
         template: the notebook file; its code cells count, outputs and prose do not. The library's
@@ -64,13 +64,14 @@ def identity(
     return {"id": digest(parts)[:12], **parts}
 
 
-# Claim: whoever holds the lock has the run; the owner's death frees it.
+# Claim: the holder of the lock owns the run. The kernel frees the lock when the owner dies, however it
+# dies, so no stale lock file has to be judged.
 
 
 def claim(folder: Path) -> int | None:
-    """Takes a run; returns the lock's file descriptor, or None if someone else has it.
+    """Claims a run; returns the lock's file descriptor, or None if another process holds it.
 
-    The lock lives as long as any process has the descriptor: a worker inherits it from its runner.
+    The lock lasts as long as any process has the descriptor open: a worker inherits it from its runner.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -84,7 +85,7 @@ def claim(folder: Path) -> int | None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
-    """Takes a run for the time of a ``with`` block; yields False if someone else has it."""
+    """Claims a run for a ``with`` block; yields False if another process holds it."""
     lock = claim(folder)
     try:
         yield lock is not None
@@ -97,7 +98,7 @@ def claimed(folder: Path) -> Iterator[bool]:
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Writes ``state.json`` whole and on the disk, or leaves the older one as it was."""
+    """Writes ``state.json`` and waits until it is on the disk; on error the older one stays."""
     with whole_file(folder / "state.json") as file:
         file.write(json.dumps(state, indent=1, ensure_ascii=False) + "\n")
         file.flush()
@@ -105,7 +106,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def recorded_state(folder: Path) -> dict[str, Any]:
-    """The state as it was last written: "queued" where none was, "lost" where it cannot be read."""
+    """Reads the state as it was last written: "queued" if none was, "lost" if it cannot be read."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -118,13 +119,13 @@ def recorded_state(folder: Path) -> dict[str, Any]:
 
 
 def current_state(folder: Path) -> dict[str, Any]:
-    """The state as it is: also "lost" where the worker is dead or a finished run's files are damaged."""
+    """Returns the true state: also "lost" if the worker is dead or a finished run's files are damaged."""
     state = recorded_state(folder)
     if state["state"] == "running":
         with claimed(folder) as free:
             if not free:
                 return state
-            state = recorded_state(folder)  # it may have ended in between
+            state = recorded_state(folder)  # read again: it may have ended before the lock was free
             if state["state"] == "running" and not is_stale(state):
                 return state
         if state["state"] == "running":
@@ -137,7 +138,7 @@ def current_state(folder: Path) -> dict[str, Any]:
 def is_stale(state: dict[str, Any]) -> bool:
     """True if the worker of a run whose lock is free is dead.
 
-    On another machine the lock may be invisible here, so there only a missing heartbeat says so.
+    The lock of a worker on another machine may be invisible here; there only a missing heartbeat tells.
     """
     if state.get("host") == socket.gethostname():
         return True
@@ -154,19 +155,19 @@ def damaged(folder: Path, state: dict[str, Any]) -> str:
     """Compares a finished run's files with their sizes at its end; returns what is wrong, or ""."""
     for name, size in state.get("files", {}).items():
         try:
-            found = (folder / name).stat().st_size
+            actual = (folder / name).stat().st_size
         except OSError:
             return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found} bytes, expected {size}"
+        if actual != size:
+            return f"{name} has {actual} bytes, expected {size}"
     return ""
 
 
 def clear_for_attempt(folder: Path) -> int:
     """Makes room for an attempt and returns its number, from 1. The caller has claimed the run.
 
-    State, log and notebook of an earlier attempt move to ``attempt-N``; its partial output goes, but
-    for checkpoints of its trainings, and so does every process that it has left behind.
+    State, log and notebook of an earlier attempt move to ``attempt-N``. Its partial output is deleted,
+    except checkpoints of its trainings, and every process that it has left behind is killed.
     """
     end_processes(folder)
     scratch = recorded_state(folder).get("scratch", "")
@@ -176,7 +177,11 @@ def clear_for_attempt(folder: Path) -> int:
     if (folder / "state.json").exists():
         kept = folder / f"attempt-{number - 1}"
         kept.mkdir(exist_ok=True)
-        for name in (NOTEBOOK, LOG, "state.json"):  # the state last, here too
+        for name in (
+            NOTEBOOK,
+            LOG,
+            "state.json",
+        ):  # the state last: until then this attempt counts as not archived
             with suppress(FileNotFoundError):
                 os.replace(folder / name, kept / name)
     for name in ("stop", f".{NOTEBOOK}"):
@@ -210,15 +215,15 @@ def next_attempt(folder: Path) -> int:
 def reuse_finished_run(folder: Path) -> Path | None:
     """Copies the same run from another batch where it is done and whole; returns that run's folder, or None.
 
-    A run's name says all that its results depend on, so the other batch's are these. The caller has
-    claimed ``folder``, which holds nothing of an attempt yet. The state is written last.
+    A run's id hashes all that its results depend on, so the other batch's results are the same. The caller
+    has claimed ``folder``, which holds nothing of an attempt yet. The state is written last.
     """
     for other in sorted(folder.parent.parent.glob(f"*/{folder.name}")):
         state = recorded_state(other)
         if other == folder or state["state"] != "done" or damaged(other, state):
             continue
-        left = shutil.ignore_patterns(".lock", "state.json", "stop", "attempt-*", "interactive")
-        shutil.copytree(other, folder, ignore=left, dirs_exist_ok=True)
+        not_copied = shutil.ignore_patterns(".lock", "state.json", "stop", "attempt-*", "interactive")
+        shutil.copytree(other, folder, ignore=not_copied, dirs_exist_ok=True)
         write_state(folder, state | {"adopted_from": str(other)})
         return other
     return None
@@ -230,23 +235,23 @@ def reuse_finished_run(folder: Path) -> Path | None:
 def processes(folder: Path) -> list[psutil.Process]:
     """Finds every process of a run on this machine by its environment.
 
-    The parent would not do: what a killed worker leaves behind has another one.
+    Their parents would not tell: children of a killed worker are adopted by another process.
     """
-    mark, found = str(folder.resolve()), []
+    mark, of_run = str(folder.resolve()), []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and process.environ().get(MARK) == mark:
-                found.append(process)
-    return found
+                of_run.append(process)
+    return of_run
 
 
 def end_processes(folder: Path) -> None:
     """Kills every process of a run on this machine and waits until they are gone."""
-    for _ in range(5):  # again for what was born meanwhile
-        found = processes(folder)
-        if not found:
+    for _ in range(5):  # a process may start another between the look and its end
+        alive = processes(folder)
+        if not alive:
             return
-        for process in found:
+        for process in alive:
             with suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(found, timeout=5)
+        psutil.wait_procs(alive, timeout=5)

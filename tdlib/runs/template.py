@@ -1,6 +1,6 @@
-"""What a notebook declares: its parameters, and the functions that its cells register.
+"""Reads what a notebook declares: its parameters, and the functions that its cells register.
 
-Reads the file and executes nothing. Whether values for the parameters are right is ``checks``' matter.
+Reads the file and executes nothing. ``checks`` tells which values are right for the parameters.
 """
 
 import ast
@@ -37,14 +37,14 @@ class Parameter:
 
     @property
     def kind(self) -> str:
-        """The type that values must have, a key of ``_KINDS``; "" where anything may come."""
+        """Returns the type that values must have, a key of ``_KINDS``; "" where any type is allowed."""
         named = re.split(r"[\[|\s]", self.annotation.strip())[0].lower()
         if named in _KINDS or self.default is None or self.default is UNKNOWN:
             return named if named in _KINDS else ""
         return type(self.default).__name__ if type(self.default).__name__ in _KINDS else ""
 
     def problem(self, value: Any) -> str:
-        """What is wrong with a value's type; "" if nothing is."""
+        """Returns what is wrong with a value's type; "" if nothing is."""
         allowed = _KINDS.get(self.kind)
         if allowed is None or (value is None and (self.default is None or "None" in self.annotation)):
             return ""
@@ -53,7 +53,7 @@ class Parameter:
         return f"{self.name}={value!r}: expected {self.annotation or self.kind}, like {self.source}"
 
     def from_text(self, text: str) -> Any:
-        """A value from the command line (``parse_value``); a parameter that holds text takes it as it is."""
+        """Parses a value of the command line (``parse_value``); a parameter of text takes it as it is."""
         if self.kind == "bool" and text in ("True", "False"):
             return text == "True"
         value = parse_value(text, self.name)
@@ -62,7 +62,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Template:
-    """A notebook that runs are made of: its file as it was read, its code cells, its parameters."""
+    """A notebook that runs are made from: the file as it was read, its code cells, its parameters."""
 
     path: Path
     content: bytes
@@ -72,19 +72,19 @@ class Template:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Default of each parameter, without those that only the kernel can compute."""
-        return {n: known.default for n, known in self.parameters.items() if known.default is not UNKNOWN}
+        """The default of each parameter, without those that only a kernel can compute."""
+        return {n: p.default for n, p in self.parameters.items() if p.default is not UNKNOWN}
 
     @property
     def builds_config(self) -> bool:
-        """True where it makes a ``RunConfig``."""
+        """True if a cell makes a ``RunConfig``."""
         return any("RunConfig" in cell for cell in self.cells)
 
     @cached_property
     def settings(self) -> frozenset[str]:
-        """Parameters that reach a ``RunConfig`` under their own name and as they are.
+        """Parameters that are passed to a ``RunConfig`` unchanged and under the same name.
 
-        ``05_tokens`` makes a configuration too, but its ``modality`` is another thing than a run's.
+        Not every parameter of that name is one: ``modality`` of ``05_tokens`` filters what is shown.
         """
         reach: set[str] = set()
         for call in (node for cell in self.cells for node in ast.walk(parse_cell(cell))):
@@ -97,18 +97,18 @@ class Template:
         return frozenset(reach & self.parameters.keys())
 
     def problem(self, name: str, value: Any) -> str:
-        """What is wrong with a parameter's name or its value's type; "" if nothing is."""
+        """Returns what is wrong with a parameter's name or its value's type; "" if nothing is."""
         if name not in self.parameters:
             return f"{name}: unknown parameter of {self.path.name}{did_you_mean(name, self.parameters)}"
         return self.parameters[name].problem(value)
 
     def from_text(self, name: str, text: str) -> Any:
-        """A parameter's value from the command line; see ``Parameter.from_text``."""
+        """Parses a parameter's value of the command line; see ``Parameter.from_text``."""
         return self.parameters.get(name, Parameter(name, "", None, "")).from_text(text)
 
     @cached_property
     def registered(self) -> dict[str, dict[str, ast.expr]]:
-        """What cells put into tables, ``SELECTORS["mine"] = ...``: by table and name, the expression."""
+        """The expressions that cells assign to tables, ``SELECTORS["mine"] = ...``, by table and name."""
         entries: dict[str, dict[str, ast.expr]] = {}
         for cell in self.cells:
             for node in ast.walk(parse_cell(cell)):
@@ -120,8 +120,8 @@ class Template:
                         entries.setdefault(table, {})[str(target.slice.value)] = node.value
         return entries
 
-    def own_function(self, parameter: str, name: str) -> bool | None:
-        """True if a cell registers what the parameter names; None if one may, by code that must run."""
+    def registers(self, parameter: str, name: str) -> bool | None:
+        """True if a cell registers what the parameter names; None if only running the cells can tell."""
         tables = (
             ["ARMS"] if parameter == "arm" else [table.name for table in registry.TABLES.get(parameter, ())]
         )
@@ -130,8 +130,8 @@ class Template:
         changed = rf"\b(?:{'|'.join(tables)})\b(?:\.(?:update|setdefault)|\[[^\]'\"]+\]\s*=[^=]|\s*\|=)"
         return None if tables and any(re.search(changed, cell) for cell in self.cells) else False
 
-    def own_arm(self, name: str) -> dict[str, Any] | None:
-        """Settings of an arm that a cell registers; None if none does, or not as a literal."""
+    def registered_arm(self, name: str) -> dict[str, Any] | None:
+        """Returns the settings of an arm that a cell registers as a literal; else None."""
         try:
             return ast.literal_eval(self.registered.get("ARMS", {})[name])
         except (KeyError, ValueError, TypeError):
@@ -139,7 +139,7 @@ class Template:
 
     @cached_property
     def overridden(self) -> dict[str, Any]:
-        """Parameters that a later cell, before it builds the configuration, sets to a literal."""
+        """Parameters that a later cell sets to a literal before the configuration is built."""
         fixed = {}
         for cell in self.cells[self.first + 1 :]:
             for node in parse_cell(cell).body:
@@ -157,7 +157,7 @@ class Template:
 
 
 def find_notebook(name: str, folder: Path = ROOT) -> Path:
-    """A notebook by its name in notebooks/, or by its path, relative to ``folder`` or to the project."""
+    """Finds a notebook by its name in notebooks/, or by its path, relative to ``folder`` or the project."""
     if not name.endswith(".ipynb"):
         return ROOT / "notebooks" / f"{name}.ipynb"
     places = [folder / name, ROOT / name, ROOT / "notebooks" / name]
@@ -192,7 +192,7 @@ def read_template(path: Path) -> Template:
 
 
 def declared_in(source: str) -> dict[str, Parameter]:
-    """The parameters of a cell: every ``name = value``, annotated or not; other statements declare none."""
+    """Reads the parameters of a cell: every ``name = value``, annotated or not, and no other statement."""
     comments = {}
     plain = without_magics(source)
     for token in tokenize.generate_tokens(io.StringIO(plain).readline):
@@ -213,12 +213,12 @@ def declared_in(source: str) -> dict[str, Parameter]:
 
 
 def without_magics(source: str) -> str:
-    """A cell with IPython's own lines (``%magic``, ``!command``) as comments, so that Python can parse it."""
+    """Turns IPython's lines (``%magic``, ``!command``) of a cell to comments, so that Python can parse it."""
     return re.sub(r"^(\s*)(?=[%!])", r"\1pass  # ", source, flags=re.MULTILINE)
 
 
 def parse_cell(source: str) -> ast.Module:
-    """A cell's syntax tree; an empty one where it is not plain Python (its run will tell)."""
+    """Parses a cell; an empty tree where it is not plain Python, which its run will tell."""
     try:
         return ast.parse(without_magics(source))
     except SyntaxError:
@@ -232,7 +232,7 @@ _ARITHMETIC = (
 
 
 def _constant(value: ast.expr) -> Any:
-    """The value of literals and of arithmetic on them, such as ``2 * 3``; ``UNKNOWN`` for all else."""
+    """Computes literals and arithmetic on them, such as ``2 * 3``; ``UNKNOWN`` for all else."""
     if not all(isinstance(node, _ARITHMETIC) for node in ast.walk(value)):
         return UNKNOWN
     try:

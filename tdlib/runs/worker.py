@@ -38,8 +38,8 @@ TICK = 0.25  # seconds between looks at the run
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 
 
-class _Run:
-    """One attempt: what the two threads share."""
+class _Attempt:
+    """One attempt at a run: what the executing and the watching thread share."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -50,8 +50,8 @@ class _Run:
         self.began = time.monotonic()
         self.peak = 0
         self.scratch = tempfile.mkdtemp(prefix="tdlib-")  # short: paths of sockets may have 107 characters
-        self.verdict: tuple[str, str] | None = None  # state and reason, from the watching side
-        self.outcome: dict[str, Any] | None = None  # from the executing side
+        self.verdict: tuple[str, str] | None = None  # state and reason, if the watching thread ends it
+        self.outcome: dict[str, Any] | None = None  # what the executing thread came to
         self.cell = 0
         self._beat = 0.0
         self.state: dict[str, Any] = {
@@ -66,7 +66,7 @@ class _Run:
         try:
             self.outcome = self._execute()
         except BaseException as error:
-            self.outcome = _explained(error)
+            self.outcome = _failure_of(error)
 
     def _execute(self) -> dict[str, Any]:
         template = Path(self.spec["template"]).read_bytes()
@@ -78,8 +78,8 @@ class _Run:
                 "reason": f"{', '.join(name for name in changed if name != 'id')} changed since the batch "
                 "was started; start it again: changed runs get new folders",
             }
-        write_json(self.folder / "environment.json", environment())
-        # jsonschema reads a grammar of IRIs for 0.8 s, if it is there; no notebook's schema speaks of them
+        write_json(self.folder / "environment.json", describe_machine())
+        # Without this jsonschema would spend 0.8 s on a grammar of IRIs, which no notebook's schema uses.
         sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
         import papermill
         from nbclient.exceptions import DeadKernelError
@@ -91,7 +91,9 @@ class _Run:
         parameters = dict(self.spec["overrides"])
         if self.spec["output"]:
             parameters[self.spec["output"]] = str(self.folder / OUTPUT)
-        checked = Path(self.scratch, "template.ipynb")  # as it was hashed above
+        checked = Path(
+            self.scratch, "template.ipynb"
+        )  # the content that was hashed above: the file may change meanwhile
         checked.write_bytes(template)
         try:
             executed = papermill.execute_notebook(
@@ -104,13 +106,13 @@ class _Run:
             return _failure(error.ename, str(error.evalue), trace, error.cell_index, error.source)
         except (DeadKernelError, RuntimeError) as error:
             return self._dead_kernel(error)
-        left = [
+        not_executed = [
             index
             for index, cell in enumerate(executed.cells)
             if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None
         ]
-        if left:
-            return {"state": "failed", "reason": f"the notebook left off before cell {left[0]}"}
+        if not_executed:
+            return {"state": "failed", "reason": f"the notebook left off before cell {not_executed[0]}"}
         planned = self.spec["parameters"]
         if lines := differences(read_template(checked), planned, self.folder / OUTPUT):
             return {"state": "failed", "reason": difference_reason(lines)}
@@ -123,7 +125,7 @@ class _Run:
             with suppress(subprocess.TimeoutExpired):
                 code = self.process.wait(5)
         if code is None or (code == 0 and "died" not in str(error)):
-            return _explained(error)
+            return _failure_of(error)
         name = signal.Signals(-code).name if code < 0 else f"status {code}"
         outside = code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
         hint = "; out of memory?" if code == -signal.SIGKILL else ""
@@ -133,7 +135,7 @@ class _Run:
         }
 
     def _place(self) -> str:
-        """Names the cell that was begun last, as far as the notebook tells."""
+        """Names the cell that was begun last, according to the notebook as papermill saved it."""
         with suppress(OSError, ValueError, KeyError):
             cells = json.loads((self.folder / f".{NOTEBOOK}").read_text(encoding="utf-8"))["cells"]
             begun = [i for i, c in enumerate(cells) if c["metadata"].get("papermill", {}).get("start_time")]
@@ -143,12 +145,12 @@ class _Run:
     # The watching thread.
 
     def watch(self) -> None:
-        """Looks once: measures memory, ends the run if there is a reason, else renews the heartbeat."""
+        """Measures memory once, ends the run if there is a reason, else renews the heartbeat."""
         used = self._memory()
         self.peak = max(self.peak, used)
         if self.verdict is None:
             limit, memory = self.limits["seconds"], self.limits["memory"]
-            if os.getppid() != self.parent:
+            if os.getppid() != self.parent:  # an orphan would hold processors that nobody counts
                 self.verdict = "killed", "its runner ended"
             elif (self.folder / "stop").exists():
                 self.verdict = "killed", "cancelled"
@@ -181,14 +183,16 @@ class _Run:
                     process.kill()
         if self.process is not None:
             with suppress(OSError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # a kernel leads a group of its own
+                os.killpg(
+                    self.process.pid, signal.SIGKILL
+                )  # the kernel leads its process group, which survives its leader
 
     def write(self, more: dict[str, Any]) -> None:
         self.state |= more
         run_states.write_state(self.folder, self.state)
 
     def conclude(self) -> str:
-        """Puts everything in its place, the state last; returns the final state."""
+        """Renames the notebook, reads the metrics and writes the state last; returns the final state."""
         final: dict[str, Any] = self.outcome or {"state": "killed", "reason": "its kernel did not answer"}
         if self.verdict is not None and final["state"] != "done":
             final = {"state": self.verdict[0], "reason": self.verdict[1]}
@@ -199,9 +203,10 @@ class _Run:
             if final["state"] == "done":
                 final["metrics"] = read_metrics(self.folder / OUTPUT)
         except OSError as error:
-            final = _explained(error)
+            final = _failure_of(error)
         except ValueError as error:
             final = {"state": "failed", "reason": str(error)}
+        # Also what a kernel used between two looks; Linux counts in KiB, macOS in bytes.
         largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         self.peak = max(self.peak, largest * (1 if sys.platform == "darwin" else 1024))
         self.write(
@@ -222,7 +227,7 @@ def _failure(name: str, value: str, trace: str, cell: int | None = None, source:
     }
 
 
-def _explained(error: BaseException) -> dict[str, Any]:
+def _failure_of(error: BaseException) -> dict[str, Any]:
     return _failure(type(error).__name__, str(error), "".join(traceback.format_exception(error)))
 
 
@@ -231,7 +236,7 @@ def read_metrics(output: Path) -> dict[str, Any]:
 
     Where there are several, the names of their folders come first. ValueError where a file is not whole.
     """
-    found: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     paths = visible_files(output, "metrics.json")
     for path in paths:
         try:
@@ -241,12 +246,12 @@ def read_metrics(output: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected an object with metrics, found {type(values).__name__}")
         leaves = flat(values, path.parent.name if len(paths) > 1 else "")
-        found |= {n: v for n, v in leaves.items() if v is None or isinstance(v, bool | int | float | str)}
-    return found
+        metrics |= {n: v for n, v in leaves.items() if v is None or isinstance(v, bool | int | float | str)}
+    return metrics
 
 
-def environment() -> dict[str, Any]:
-    """Describes the machine and the installed packages."""
+def describe_machine() -> dict[str, Any]:
+    """Describes this machine and the installed packages: the content of ``environment.json``."""
     packages = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
     return {
         "host": socket.gethostname(), "python": platform.python_version(), "platform": platform.platform(),
@@ -257,37 +262,39 @@ def environment() -> dict[str, Any]:
 
 def work(folder: Path) -> str:
     """Executes the run of a claimed folder; returns its final state."""
-    run = _Run(folder)
+    attempt = _Attempt(folder)
 
     def stop(number: int, frame: Any) -> None:
-        run.verdict = run.verdict or ("killed", f"stopped ({signal.Signals(number).name})")
+        attempt.verdict = attempt.verdict or ("killed", f"stopped ({signal.Signals(number).name})")
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     (folder / OUTPUT).mkdir(exist_ok=True)
-    run.write({"heartbeat": time.time()})
-    thread = Thread(target=run.execute, daemon=True)
+    attempt.write({"heartbeat": time.time()})
+    thread = Thread(target=attempt.execute, daemon=True)
     thread.start()
-    patience = 20.0
+    patience = 20.0  # seconds that the executing thread has left once the run is to end
     while thread.is_alive() and patience > 0:
         thread.join(TICK)
-        run.watch()
-        patience -= TICK if run.verdict else 0
-    run.end_kernel()
-    shutil.rmtree(run.scratch, ignore_errors=True)
-    return run.conclude()
+        attempt.watch()
+        patience -= TICK if attempt.verdict else 0
+    attempt.end_kernel()
+    shutil.rmtree(attempt.scratch, ignore_errors=True)
+    return attempt.conclude()
 
 
 def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     if len(arguments) > 1:
-        os.set_inheritable(int(arguments[1]), False)  # the lock is this process's, not its kernel's
+        os.set_inheritable(
+            int(arguments[1]), False
+        )  # a kernel that outlives this process must not keep the claim
     else:
         if run_states.claim(folder) is None:
             return BUSY
         spec = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))
         if spec["attempt"] != run_states.next_attempt(folder):
-            return BUSY  # it was, and has ended
+            return BUSY  # another worker has executed and ended this attempt since it was ordered
         run_states.clear_for_attempt(folder)
     state = work(folder)
     print(f"{LOG}: {state}", flush=True)
