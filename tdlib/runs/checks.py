@@ -62,8 +62,8 @@ def run_problems(
 ) -> list[str]:
     """Lists everything that is wrong with one run's parameters but their names and types.
 
-    ``values`` are all parameters, ``given`` names those that were set for the run. Defaults are a choice of the
-    notebook's author: of them only teacher and student are looked for. ``gpus`` is how many the run is to
+    ``values`` are all parameters, ``given`` names those that were set for the run. Defaults are chosen by
+    the notebook's author: of them only teacher and student are looked for. ``gpus`` is how many the run is to
     have; None: those that it sees.
     """
     problems = [text for name in given if (text := _ignored(template, name, values))]

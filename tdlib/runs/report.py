@@ -31,7 +31,8 @@ _ORDER = ("failed", "timed_out", "killed", "lost", "running", "queued", "done") 
 def results_table(plan: Plan, states: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Makes a table with a row per run, those that failed first.
 
-    Columns: run, state, every parameter, metrics, seconds, peak_memory_mib, attempt, reason. A metric that repeats a parameter is left out; one with another column's name is ``metric.NAME``.
+    Columns: run, state, every parameter, metrics, seconds, peak_memory_mib, attempt, reason. A
+    metric that repeats a parameter is left out; one with another column's name is ``metric.NAME``.
     """
     taken = {"run", "state", "seconds", "peak_memory_mib", "attempt", "reason"}
     rows = []
