@@ -27,7 +27,7 @@ FIRST = "00_start_here"
 def pairs_of(pairs: list[tuple[str, str]], option: str) -> dict[str, str]:
     """Makes a dict of a repeatable option; a name that is given twice is refused, as one would be lost."""
     for number, (name, text) in enumerate(pairs):
-        earlier = [other for known, other in pairs[:number] if known == name]
+        earlier = [other for taken, other in pairs[:number] if taken == name]
         if earlier:
             raise ConfigError(f"{option} {name}: given twice, as {earlier[0]!r} and as {text!r}; keep one")
     return dict(pairs)
@@ -47,8 +47,8 @@ def _run(options: argparse.Namespace) -> int:
 
     path = find_notebook(options.notebook or FIRST, Path.cwd())
     template = read_template(path)
-    given = pairs_of(options.parameters, "-p")
-    parameters = {name: template.from_text(name, text) for name, text in given.items()}
+    texts = pairs_of(options.parameters, "-p")
+    parameters = {name: template.from_text(name, text) for name, text in texts.items()}
     folder = Path(options.folder) if options.folder else ROOT / "reports" / path.stem
     try:
         page = run_notebook(path, folder.resolve(), parameters)

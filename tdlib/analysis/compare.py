@@ -1,4 +1,4 @@
-"""Arms compared: each arm's mean with its interval, and its paired difference to the baseline.
+"""Compares arms: each arm's mean with its interval, and its paired difference to the baseline.
 
 A *cell* is what arms are compared within: one batch, task, setting (whatever else differs between runs)
 and size of the training subset. Two runs are a pair where they are of one cell, one world and one seed;
@@ -41,10 +41,10 @@ COLUMNS = [
 class Options:
     """Options of a comparison.
 
-    ``baseline`` is the arm that the others are held against. ``tested`` are the arms whose difference is
-    tested, all if empty; they are to be chosen before looking, as every further arm costs pairs
-    (``statistics.pairs_needed``), and others get intervals and the verdict "not tested". ``alpha`` is of the
-    verdicts, ``resamples`` of the bootstrap. Intervals are of 95 %.
+    ``baseline`` is the arm that the others are compared with. ``tested`` are the arms whose difference is
+    tested, all if empty; choose them before looking, as every further arm needs more pairs
+    (``statistics.pairs_needed``). Others get intervals and the verdict "not tested". ``alpha`` is the level
+    of the verdicts, ``resamples`` the number of bootstrap samples. Intervals are of 95 %.
     """
 
     baseline: str = "finetune"
@@ -67,7 +67,7 @@ class Tested:
 def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "finetune",
                  tested: Sequence[str] = (), alpha: float = ALPHA, resamples: int = 2000
                  ) -> pd.DataFrame:  # fmt: skip
-    """Every arm in every cell on every test: its score, and the paired difference to the baseline.
+    """Scores every arm in every cell on every test, and its paired difference to the baseline.
 
     Columns: those of a cell, world (the worlds that the row is of: one, "all" together, or some together,
     as "0, 2"), train_examples (mean over runs), measure, split, test ("usual", or the shift), arm, seeds
@@ -136,7 +136,7 @@ def _combinations(worlds_of: Mapping[str, set[str]]) -> list[tuple[str, ...]]:
 
 
 def number_of_worlds(world: str) -> float:
-    """How many worlds a row of ``compare_arms`` is of, given its ``world``; infinity for all of them."""
+    """Counts the worlds in the column ``world`` of ``compare_arms``; infinity for all of them."""
     return float("inf") if world == ALL_WORLDS else 1 + world.count(", ")
 
 
@@ -152,8 +152,8 @@ def worlds_in_words(world: str) -> str:
 def compare_within(runs: pd.DataFrame, scores: pd.DataFrame, by: str, **options: Any) -> pd.DataFrame:
     """``compare_arms`` (with its options) on each kind of examples, named by the column ``stratum``.
 
-    ``by`` is the column of ``scores`` that tells kinds apart (``scores.with_strata``); rows where it is empty
-    are left out. Holm's correction is over the arms of each kind.
+    ``by`` is the column of ``scores`` with the kind (``scores.with_strata``); rows without one are left out.
+    Holm's correction is over the arms within each kind.
     """
     frames = [
         compare_arms(runs, rows, **options).assign(stratum=f"{by}: {kind}")
@@ -177,14 +177,14 @@ def summarise(predictions: pd.DataFrame) -> pd.DataFrame:
             str(arm): own.pivot(index="seed", columns="id", values="score")[pictures.index].astype(float)
             for arm, own in part.groupby("arm", sort=False)
         }
-        found = arm_rows([Tested(arms, pictures.to_numpy())], float("nan"), Options())
-        rows += [{"split": split, "n": row["seeds"]} | row for row in found]
+        compared = arm_rows([Tested(arms, pictures.to_numpy())], float("nan"), Options())
+        rows += [{"split": split, "n": row["seeds"]} | row for row in compared]
     columns = ["arm", "split", "mean", "low", "high", "n", "difference", "difference_low", "difference_high"]
     return pd.DataFrame(rows, columns=[*columns, "verdict"])
 
 
 def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[dict[str, Any]]:
-    """A row per arm on the same test of several worlds: its mean and interval over all its seeds, and its
+    """Makes a row per arm on the same test of several worlds: mean and interval over its seeds, and the
     paired difference to the baseline. ``chance`` is what guessing scores.
     """
     arms = list(dict.fromkeys(arm for world in worlds for arm in world.arms))
@@ -198,14 +198,14 @@ def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[
         ]
         if pairs:
             differences[arm] = pooled_difference(pairs, chance, resamples=options.resamples)
-    asked = {arm: one for arm, one in differences.items() if not options.tested or arm in options.tested}
-    differences |= adjusted_together(asked)
+    tested = {arm: one for arm, one in differences.items() if not options.tested or arm in options.tested}
+    differences |= adjusted_together(tested)
     rows = []
     for arm in arms:
-        own = [(world.arms[arm].to_numpy(), world.clusters) for world in worlds if arm in world.arms]
-        mean, low, high = pooled_mean(own, resamples=options.resamples)
+        of_arm = [(world.arms[arm].to_numpy(), world.clusters) for world in worlds if arm in world.arms]
+        mean, low, high = pooled_mean(of_arm, resamples=options.resamples)
         row: dict[str, Any] = {
-            "arm": arm, "seeds": sum(len(values) for values, _ in own), "mean": mean, "low": low,
+            "arm": arm, "seeds": sum(len(values) for values, _ in of_arm), "mean": mean, "low": low,
             "high": high, "chance": chance, "over_chance": chance_corrected(mean, chance), "pairs": 0,
             "verdict": "", "unpaired": "",
         }  # fmt: skip
@@ -216,17 +216,17 @@ def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[
                 for seed in world.seeds(arm).symmetric_difference(world.seeds(options.baseline))
             }
             row |= {"verdict": "too few pairs", "unpaired": ", ".join(map(str, sorted(alone)))}
-        if found := differences.get(arm):
+        if gain := differences.get(arm):
             row |= {
-                "pairs": found.pairs, "baseline_mean": found.baseline, "difference": found.difference,
-                "difference_low": found.low, "difference_high": found.high, "relative": found.relative,
-                "relative_low": found.relative_low, "relative_high": found.relative_high,
-                "gain_over_chance": found.gain_over_chance, "verdict": "not tested",
+                "pairs": gain.pairs, "baseline_mean": gain.baseline, "difference": gain.difference,
+                "difference_low": gain.low, "difference_high": gain.high, "relative": gain.relative,
+                "relative_low": gain.relative_low, "relative_high": gain.relative_high,
+                "gain_over_chance": gain.gain_over_chance, "verdict": "not tested",
             }  # fmt: skip
-            if arm in asked:
+            if arm in tested:
                 row |= {
-                    "p_value": found.p_value, "p_adjusted": found.p_adjusted, "arms_tested": found.arms,
-                    "verdict": found.verdict(options.alpha),
+                    "p_value": gain.p_value, "p_adjusted": gain.p_adjusted, "arms_tested": gain.arms,
+                    "verdict": gain.verdict(options.alpha),
                 }  # fmt: skip
         rows.append(row)
     return rows
@@ -254,7 +254,7 @@ def _check_runs(where: Mapping[str, Any], runs: pd.DataFrame, baseline: str) -> 
 
 
 def _tested(place: str, runs: pd.DataFrame, scores: pd.DataFrame) -> Tested:
-    """One world's scores as tables; ProtocolError unless all of its runs were tested on the same examples."""
+    """Makes tables of one world's scores; ProtocolError unless all runs were tested on the same examples."""
     scores = scores[scores["run"].isin(runs["run"])]
     first: pd.Series | None = None
     for run, rows in scores.groupby("run", sort=False):
@@ -286,6 +286,6 @@ def _place(where: Mapping[str, Any]) -> str:
 
 
 def name_of_test(task: str, split: str) -> str:
-    """The test that a split is: "usual", or the shift's name."""
+    """Names the test of a split: "usual", or the shift."""
     usual = TASKS[task].evaluated
     return USUAL if split == usual else split.removeprefix(f"{usual}_")

@@ -1,4 +1,4 @@
-"""What an arm's training costs: passes through the student and seconds, beside finetuning's."""
+"""Measures what an arm's training costs, beside finetuning: passes through the student and seconds."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ COLUMNS = [*CELL, "arm", "runs", "updates", "passes_per_update", "seconds_per_up
 
 
 def cost_table(runs: pd.DataFrame, reports: Path, baseline: str = "finetune") -> pd.DataFrame:
-    """Cost of training per arm within each cell (see ``compare``): what stands beside its score.
+    """Computes the cost of training per arm within each cell (see ``compare``), to show beside its score.
 
     Columns: those of a cell, arm, runs (finished ones that recorded it), updates, passes_per_update (how
     often an example goes through the student at each, whatever the machine), seconds_per_update (the
@@ -40,7 +40,7 @@ def cost_table(runs: pd.DataFrame, reports: Path, baseline: str = "finetune") ->
 
 
 def _recorded(folder: Path) -> dict[str, float]:
-    """A run's updates, passes and seconds; empty where it did not record them."""
+    """Reads a run's updates, passes and seconds; empty if it did not record them."""
     for file in sorted((folder / "output").rglob("metrics.json")):
         metrics = json.loads(file.read_text(encoding="utf-8"))
         if metrics.get("updates"):

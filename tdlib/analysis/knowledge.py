@@ -1,7 +1,7 @@
-"""What a student knows before it is finetuned, asked through the reader that runs use.
+"""Measures what a student knows before it is finetuned, through the reader that runs use.
 
-Three questions: does it prefer true captions (``matching``), does it answer without training, concept by
-concept (``zero_shot``, ``entailment``), and which words do its places speak of (``fit_votes``)? Pictures
+Does it prefer true captions (``matching``)? Does it answer without training, concept by concept
+(``zero_shot``, ``entailment``)? Which words can be read from its visual tokens (``fit_votes``)? Pictures
 and texts are the MiniWorld's. Loads models, unlike most of ``analysis``.
 """
 
@@ -35,7 +35,7 @@ from tdlib.training.evaluation import predict
 
 
 def _named(text: str, people: int) -> TextPart:
-    """A text with references to the people that it names: person i by the i-th neutral name."""
+    """Makes a text with references to the people that it names: person i has the i-th neutral name."""
     words = [word for word in re.finditer(r"\w+", text) if word[0] in NEUTRAL_NAMES[:people]]
     return TextPart(
         text, tuple(Reference(word.start(), word.end(), (NEUTRAL_NAMES.index(word[0]),)) for word in words)
@@ -43,7 +43,7 @@ def _named(text: str, people: int) -> TextPart:
 
 
 def statement(example: Example, text: str) -> Example:
-    """An example that says one thing about a picture, as a question with a choice or as a statement."""
+    """Makes an example with one statement about a picture: a question with one choice, or a hypothesis."""
     people = example.names.count("person")
     asked, told = two_parts(text)
     choices = (_named(told, people),) if told else ()
@@ -51,8 +51,8 @@ def statement(example: Example, text: str) -> Example:
 
 
 def curated_pictures(folder: Path, seed: int, number: int) -> list[Example]:
-    """Curated scenes as examples without words, with the objects that VCR would list."""
-    found = []
+    """Draws curated scenes as examples without words, with the objects that VCR would list."""
+    examples = []
     for index in range(number):
         scene = scene_at(seed, "curated", index)
         path = folder / f"{index}.jpg"
@@ -68,24 +68,25 @@ def curated_pictures(folder: Path, seed: int, number: int) -> list[Example]:
         ]
         boxes: tuple[Any, ...] = tuple(tuple(side / SIZE for side in drawn.box) for _, drawn in listed)
         names = tuple(name for name, _ in listed)
-        found.append(Example(f"curated-{index}", path, boxes, names, TextPart(""), (), None, ""))
-    return found
+        examples.append(Example(f"curated-{index}", path, boxes, names, TextPart(""), (), None, ""))
+    return examples
 
 
 @torch.inference_mode()
 def scores(student: Any, encoder: StudentEncoder, examples: Sequence[Example]) -> Tensor:
-    """The one logit of each example of one statement: (examples,)."""
+    """Computes the logit of each example of one statement: (examples,)."""
     dataset = EncodedExamples(examples, encoder)
     student.eval()
     device = next(student.parameters()).device
+    # By length, so that a batch has little padding.
     order = sorted(range(len(dataset)), key=lambda index: dataset[index]["input_ids"].shape[1])
-    found = torch.zeros(len(dataset))
+    logit = torch.zeros(len(dataset))
     for start in range(0, len(order), 64):
         chosen = order[start : start + 64]
         inputs = student_inputs(student, collate([dataset[index] for index in chosen], encoder))
         logits = student(**{name: value.to(device) for name, value in inputs.items()}).logits
-        found[chosen] = logits[:, 0].float().cpu()
-    return found
+        logit[chosen] = logits[:, 0].float().cpu()
+    return logit
 
 
 # Matching
@@ -94,7 +95,7 @@ def scores(student: Any, encoder: StudentEncoder, examples: Sequence[Example]) -
 def matching(
     student: Any, encoder: StudentEncoder, scenes: int = 512, seed: int = 500, bare: bool = False
 ) -> dict[str, float]:
-    """Held-out image-text matching on curated scenes that no student saw (chance 0.5).
+    """Measures image-text matching on curated scenes that no student saw (chance 0.5).
 
     The share of pictures whose own caption scores higher: ``matching``, than the caption of another
     picture; ``matching_hard``, than its own with one thing changed. With ``bare`` also both, named
@@ -113,13 +114,13 @@ def matching(
         if bare:
             views["_bare"] = [replace(picture, boxes=(), names=()) for picture in pictures]
         for view, shown in views.items():
-            found = {}
+            logits = {}
             for name, chosen in said.items():
                 examples = [statement(p, text) for p, text in zip(shown, chosen, strict=True)]
                 encoder.prepare(examples)
-                found[name] = scores(student, encoder, examples)
+                logits[name] = scores(student, encoder, examples)
             for name in ("matching", "matching_hard"):
-                figures[name + view] = float((found["own"] > found[name]).float().mean())
+                figures[name + view] = float((logits["own"] > logits[name]).float().mean())
     return {name: round(value, 3) for name, value in figures.items()}
 
 
@@ -129,7 +130,7 @@ KNOWLEDGE = ["id", "family", "concepts", "known", "style", "style_known", "hit"]
 
 
 def _knowledge(folder: Path, split: str, ids: Sequence[str], hits: Sequence[bool]) -> pd.DataFrame:
-    """What the data say of examples, and whether each was answered right; see ``KNOWLEDGE``."""
+    """Makes a table of examples, their concepts and whether each was answered right; see ``KNOWLEDGE``."""
     lines = read_concepts(folder, split)
     rows = []
     for identifier, hit in zip(ids, hits, strict=True):
@@ -143,7 +144,7 @@ def _knowledge(folder: Path, split: str, ids: Sequence[str], hits: Sequence[bool
 def zero_shot(
     student: Any, encoder: StudentEncoder, world: Path, split: str = "val_balanced"
 ) -> pd.DataFrame:
-    """Each question of a MiniWorld's VCR split: is the student right without training (chance 0.25)?
+    """Tells of each question of a MiniWorld's VCR split if the student is right untrained (chance 0.25).
 
     Columns ``KNOWLEDGE``: ``concepts`` of the right answer, ``known`` to the curated corpus or not (None:
     it names none), the picture's style and whether that corpus has it, and ``hit``.
@@ -158,26 +159,26 @@ def zero_shot(
 def entailment(
     student: Any, encoder: StudentEncoder, world: Path, split: str = "dev_balanced"
 ) -> pd.DataFrame:
-    """Each hypothesis of a MiniWorld's SNLI-VE split: does it match a picture that entails it better than
-    one that contradicts it (chance 0.5)?
+    """Tells of each hypothesis of a MiniWorld's SNLI-VE split if it is matched with the right picture.
 
+    Right: it matches a picture that entails it better than one that contradicts it (chance 0.5).
     The generator writes every hypothesis three times, once with each label, one after the other. Columns
     as in ``zero_shot``, the picture being the entailing one.
     """
     examples = list(SnliVeReader(world, split).read())
     encoder.prepare(examples)
-    found = scores(student, encoder, examples)
+    logits = scores(student, encoder, examples)
     entails, contradicts = LABELS.index("entailment"), LABELS.index("contradiction")
     ids, hits = [], []
     for start in range(0, len(examples), 3):
         place = {example.label: start + i for i, example in enumerate(examples[start : start + 3])}
         ids.append(examples[place[entails]].id)
-        hits.append(bool(found[place[entails]] > found[place[contradicts]]))
+        hits.append(bool(logits[place[entails]] > logits[place[contradicts]]))
     return _knowledge(world, split, ids, hits)
 
 
 def by_knowledge(table: pd.DataFrame) -> dict[str, float]:
-    """Share of hits in all, and where all that is named is known and where not.
+    """Computes the share of hits in all, among known concepts and among unknown ones.
 
     ``_known_in_known_style``: known, and drawn in the one style of the curated corpus.
     """
@@ -190,16 +191,19 @@ def by_knowledge(table: pd.DataFrame) -> dict[str, float]:
 
 
 def by_concept(table: pd.DataFrame) -> pd.DataFrame:
-    """Share of hits by concept: columns concept, known, hit, n; an example with two counts for both."""
+    """Computes the share of hits by concept: columns concept, known, hit, n.
+
+    An example with two concepts counts for both.
+    """
     rows = table.explode("concepts").dropna(subset=["concepts"]).rename(columns={"concepts": "concept"})
     alone = rows.assign(known=rows["known"].astype(bool))
-    found = alone.groupby("concept", sort=False).agg(
+    by_name = alone.groupby("concept", sort=False).agg(
         known=("known", "any"), hit=("hit", "mean"), n=("hit", "size")
     )
-    return found.reset_index()
+    return by_name.reset_index()
 
 
-# Words that places speak of
+# Words that are read from places
 
 # Words of the forms of questions and answers, which no picture shows.
 FORMS = frozenset(
@@ -225,7 +229,7 @@ class Votes:
     auc: float
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Log-odds (..., words) that the picture's captions say a word, by each place (..., student_dim)."""
+        """Computes log-odds (..., words) that captions say a word, from each place (..., student_dim)."""
         return states @ self.weight + self.bias
 
 
@@ -233,7 +237,7 @@ class Votes:
 def places(
     student: Any, encoder: StudentEncoder, examples: Sequence[Example], layer: int
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states (examples, places, dim) of the places of pictures without words, and their boxes.
+    """Computes hidden states (examples, places, dim) of places of pictures without words, and the boxes.
 
     Boxes (examples, places, 4) have no area where an example has fewer places.
     """
@@ -257,7 +261,7 @@ def places(
 
 
 def said_words(texts: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
-    """Words that the captions of 3 to 35 % of the scenes say, and which scene says which: (scenes, words).
+    """Finds words that captions of 3 to 35 % of the scenes say, and which scene says which: (scenes, words).
 
     A rarer word has too few pictures to fit on, one that is more frequent tells little of a place.
     """
@@ -296,7 +300,7 @@ def fit_votes(
 def votes_of(
     votes: Votes, student: Any, encoder: StudentEncoder, examples: Sequence[Example]
 ) -> list[tuple[np.ndarray, list[str], np.ndarray]]:
-    """Boxes (places, 4), words and their probabilities (places, words), by example; for ``plot_votes``."""
+    """Computes boxes (places, 4), words and probabilities (places, words) per example, for ``plot_votes``."""
     states, boxes = places(student, encoder, examples, votes.layer)
     shares = votes(states).sigmoid().numpy()
     return [(box, votes.words, share) for box, share in zip(boxes.numpy(), shares, strict=True)]
@@ -305,18 +309,18 @@ def votes_of(
 def _fit(
     words: list[str], said: Tensor, embeddings: Tensor, states: Tensor, real: Tensor, layer: int, steps: int
 ) -> Votes:
-    """The readout; the last quarter of the pictures is held out."""
+    """Fits the readout; the last quarter of the pictures is held out."""
     mean, spread = states[real].mean(0), states[real].std(0) + 1e-6
     states = (states - mean) / spread
     fitted = len(states) * 3 // 4
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # the caller's random numbers stay what they are
         torch.manual_seed(0)
         turn = (0.01 * torch.randn(states.shape[-1], embeddings.shape[1])).requires_grad_()
     offset = torch.logit(said[:fitted].mean(0).clamp(0.01, 0.99)).requires_grad_()
 
     def votes(rows: Any) -> Tensor:
-        found = states[rows] @ (turn @ embeddings.T) + offset
-        return found.masked_fill(~real[rows][..., None], -1e4).amax(1)
+        log_odds = states[rows] @ (turn @ embeddings.T) + offset
+        return log_odds.masked_fill(~real[rows][..., None], -1e4).amax(1)
 
     optimizer = torch.optim.AdamW([turn, offset], lr=0.01, weight_decay=0.1)
     for _ in range(steps):
@@ -328,6 +332,6 @@ def _fit(
         guessed, there = votes(slice(fitted, None)).numpy(), said[fitted:].bool().numpy()
         weight = (turn @ embeddings.T) / spread[:, None]
         bias = offset - mean @ weight
-    asked = np.flatnonzero(there.any(0) & ~there.all(0))
-    areas = [roc_auc(guessed[:, word], there[:, word]) for word in asked]
+    measurable = np.flatnonzero(there.any(0) & ~there.all(0))
+    areas = [roc_auc(guessed[:, word], there[:, word]) for word in measurable]
     return Votes(words, weight, bias, layer, float(np.mean(areas)))

@@ -22,10 +22,10 @@ Scorer = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Curves:
-    """A score while tokens go (``deletion``) and while they come (``insertion``), highest first.
+    """Scores while tokens are removed (``deletion``) and while they are added (``insertion``), highest first.
 
-    All (points,): ``fraction`` of the tokens that are gone, or there, from 0 to 1; both curves have
-    their two ends in common: ``deletion[0] = insertion[-1]`` is the score of all tokens.
+    All (points,): ``fraction`` of the tokens that are removed, or added, from 0 to 1. The curves share their
+    ends: ``deletion[0] = insertion[-1]`` is the score of all tokens.
     """
 
     fraction: np.ndarray
@@ -49,7 +49,7 @@ def perturbation_curves(
     """Deletion and insertion (Petsiuk et al. 2018) of tokens in an order.
 
     ``scorer`` gives the scores (variants,) of masks (variants, tokens) that are True on tokens that are kept.
-    ``order`` has the positions of the tokens that go or come, first to last; all others are always kept.
+    ``order`` has the positions of the tokens in the order of removal or addition; all others are always kept.
     The curves have ``points`` points, both ends included; fewer where there are fewer tokens.
     """
     order = np.asarray(order, dtype=int)
@@ -84,7 +84,7 @@ def faithfulness_scores(
     idf: Idf | None = None,
     draws: int = 4,
 ) -> pd.DataFrame:
-    """Measure what masking the targeted tokens does to a student's answer, beside baselines.
+    """Measures what masking the targeted tokens does to a student's answer, beside baselines.
 
     Rows as ``targeting_scores`` gives them, for ``targeting_quality``. Metrics, all in units of
     the scorer: "comprehensiveness" and "sufficiency" of the selected tokens (see ``faithfulness``),
@@ -103,21 +103,21 @@ def faithfulness_scores(
             size = int(record.selected[parts[modality]].sum())
             if not size:
                 continue
-            found = {}
+            values = {}
             for name, orders in _orders(record, modality, idf, draws, rng).items():
                 measured = [_masked(scorer, len(record.tokens), order, size, points) for order in orders]
-                found[name] = pd.DataFrame(measured).mean().to_dict()
-            rows += score_rows(record, modality, found)
+                values[name] = pd.DataFrame(measured).mean().to_dict()
+            rows += score_rows(record, modality, values)
     return pd.DataFrame(rows, columns=SCORE_COLUMNS)
 
 
 def _orders(
     record: TargetRecord, modality: str, idf: Idf | None, draws: int, rng: np.random.Generator
 ) -> dict[str, list[np.ndarray]]:
-    """Positions of a modality's tokens, first to last to be masked; ``draws`` orders of each baseline."""
+    """Orders a modality's tokens by when they are masked; ``draws`` orders of each baseline."""
     tokens = modality_tokens(record)[modality]
-    own = (record.score, record.weight, record.selected.astype(float))
-    orders = {"targeting": [tokens[np.lexsort([-values[tokens] for values in own])]]}
+    keys = (record.score, record.weight, record.selected.astype(float))  # the last one counts first
+    orders = {"targeting": [tokens[np.lexsort([-values[tokens] for values in keys])]]}
     for name, baseline in BASELINES[modality].items():
         scores = baseline(record, idf)[tokens]
         orders[name] = [tokens[np.lexsort((rng.random(len(tokens)), -scores))] for _ in range(draws)]
@@ -132,7 +132,7 @@ def record_curves(
     idf: Idf | None = None,
     draws: int = 4,
 ) -> dict[str, Curves]:
-    """Deletion and insertion of one record's tokens in the order of the targeting and of each baseline.
+    """Computes the curves of a record's tokens in the order of the targeting and of each baseline.
 
     Arguments as in ``faithfulness_scores``; a baseline's curves are means over its orders.
 
@@ -140,14 +140,14 @@ def record_curves(
         ValueError: the record has no token of this modality with a teacher target.
     """
     rng = np.random.default_rng(0)
-    found = {}
+    curves = {}
     for name, orders in _orders(record, modality, idf, draws, rng).items():
         if not len(orders[0]):
             raise ValueError(f"{record.example_id}: no {modality} token has a teacher target")
         every = [perturbation_curves(scorer, order, len(record.tokens), points) for order in orders]
         means = [np.mean([getattr(c, part) for c in every], axis=0) for part in ("deletion", "insertion")]
-        found[name] = Curves(every[0].fraction, *means)
-    return found
+        curves[name] = Curves(every[0].fraction, *means)
+    return curves
 
 
 def _masked(scorer: Scorer, tokens: int, order: np.ndarray, size: int, points: int) -> dict[str, float]:
@@ -164,7 +164,7 @@ def _masked(scorer: Scorer, tokens: int, order: np.ndarray, size: int, points: i
 def masked_scorer(
     student: Any, batch: Mapping[str, Tensor], record: TargetRecord, mask_token_id: int, batch_size: int = 32
 ) -> Scorer:
-    """A student's probability of a record's answer, with tokens masked.
+    """Makes a scorer: a student's probability of a record's answer, with tokens masked.
 
     Text tokens become the tokenizer's mask, in the record's statement alone (so [CLS], [SEP] and
     the order stay); visual tokens become the mean colour of the student's normalisation (pixel value
@@ -191,11 +191,11 @@ def masked_scorer(
 
     def variants(keep: np.ndarray) -> dict[str, Tensor]:
         gone = torch.as_tensor(~keep, device=device)
-        own = {name: value.expand(len(keep), *value.shape[1:]).clone() for name, value in inputs.items()}
+        masked = {name: value.expand(len(keep), *value.shape[1:]).clone() for name, value in inputs.items()}
         # The other choices stay whole: what is measured is this statement's probability among them.
-        own["input_ids"][:, record.choice][gone[:, :texts]] = mask_token_id
-        if "region_features" in own:
-            own["region_features"][gone[:, texts:]] = 0
+        masked["input_ids"][:, record.choice][gone[:, :texts]] = mask_token_id
+        if "region_features" in masked:
+            masked["region_features"][gone[:, texts:]] = 0
         else:
             # Boxes are shares of the picture, which may be smaller than the padded pixels that it lies in.
             whole = torch.ones_like(batch["pixel_values"][0, 0])
@@ -204,8 +204,8 @@ def masked_scorer(
             places = (record.boxes * [width, height, width, height]).round().astype(int)
             for row, token in zip(*np.nonzero(~keep[:, texts:]), strict=True):
                 left, top, right, bottom = places[texts + token]
-                own["pixel_values"][row, :, top:bottom, left:right] = 0
-        return own
+                masked["pixel_values"][row, :, top:bottom, left:right] = 0
+        return masked
 
     @torch.inference_mode()
     def scorer(keep: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from tdlib.analysis.compare import CELL, USUAL, number_of_worlds, worlds_in_word
 from tdlib.analysis.statistics import ALPHA, pairs_needed
 from tdlib.data.tasks import TASKS
 
-CONTROLS = ("balanced",)  # beside the usual test, but no shift: shows what is learned, not what breaks
+CONTROLS = ("balanced",)  # tests of what was learned, which are no shift and so count for no claim
 
 # The abstract of arXiv 2201.05729: relative improvement over finetuning, "up to".
 CLAIMS = {
@@ -26,7 +26,7 @@ CLAIMS = {
     ("VQA", "low-shot"): 0.09,
     ("VQA", "fully supervised"): 0.013,
 }
-# The paper's own reading, and what goes beyond it.
+# Our reading of the paper, and the method that adds re-pairing to it.
 METHODS = ("clip_td", "clip_td_repaired")
 FINDINGS = {
     "better": "shown", "worse": "contrary", "not distinguishable": "not shown",
@@ -64,17 +64,17 @@ def main_measure(compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def shots_table(compared: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy over the number of training examples, on the usual test: the numbers behind the curves.
+    """Selects accuracy over the number of training examples on the usual test, for the curves.
 
     Per task and setting, the batch with most sizes; the first of several. Worlds as in ``together``.
     """
     whole = main_measure(together(compared))
-    found = _richest(whole[whole["test"] == USUAL], ["batch", "task", "setting"], "shots")
-    return _sorted(found, ["task", "setting", "world", "arm", "train_examples"], compared)
+    usual = _richest(whole[whole["test"] == USUAL], ["batch", "task", "setting"], "shots")
+    return _sorted(usual, ["task", "setting", "world", "arm", "train_examples"], compared)
 
 
 def shift_table(compared: pd.DataFrame) -> pd.DataFrame:
-    """Every arm on every test, the usual one first: the numbers behind the figure of shifts.
+    """Selects every arm on every test, the usual one first, for the figure of shifts.
 
     Per task and setting, the batch and size with most tests; of several, the one with most pairs, so that
     a size that has hardly begun does not stand for one that is done; then the one with most examples.
@@ -89,9 +89,8 @@ def shift_table(compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def _sorted(table: pd.DataFrame, by: Sequence[str], compared: pd.DataFrame) -> pd.DataFrame:
-    """Rows by tasks, tests and arms in the order in which these stand; by other columns as they sort.
-
-    Rows of most worlds stand first.
+    """Sorts rows: tasks, tests and arms in the order in which they stand, rows of most worlds first, other
+    columns by value.
     """
     worlds = sorted(compared["world"].unique(), key=lambda world: (-number_of_worlds(world), world))
     orders = {
@@ -110,7 +109,7 @@ def _sorted(table: pd.DataFrame, by: Sequence[str], compared: pd.DataFrame) -> p
 
 
 def _richest(table: pd.DataFrame, group: Sequence[str], counted: str) -> pd.DataFrame:
-    """Per task and setting, the group of rows with most values of a column; the first of equals."""
+    """Selects per task and setting the group of rows with most values of a column; the first of equals."""
     best: dict[Any, tuple[int, pd.DataFrame]] = {}
     for _, rows in table.groupby(list(group), sort=False):
         key = rows["task"].iloc[0], rows["setting"].iloc[0]
@@ -130,7 +129,7 @@ CLAIM_COLUMNS = [
 
 
 def claims_table(compared: pd.DataFrame, methods: Sequence[str] = METHODS) -> pd.DataFrame:
-    """Hold the runs against each claim of the paper's abstract: a row per task, condition and method.
+    """Compares the runs with each claim of the paper's abstract: a row per task, condition and method.
 
     ``paper`` is the abstract's relative gain over finetuning ("up to"; missing where it claims none). Each
     row is one cell that is fixed before looking, all of the method's worlds together: *low-shot* the fewest
@@ -161,7 +160,7 @@ def claims_table(compared: pd.DataFrame, methods: Sequence[str] = METHODS) -> pd
 
 
 def _conditions(arm: pd.DataFrame, task: str) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """An arm's cells of each condition, and those that may stand for it, the chosen one first."""
+    """Lists an arm's cells of each condition, and the cells that may represent it, the chosen one first."""
     usual = arm["test"] == USUAL
     shifted = arm[~usual & ~arm["test"].isin(CONTROLS)]
     tests = shifted.groupby(CELL)["test"].transform("nunique")
@@ -195,13 +194,13 @@ def _claim(chosen: pd.Series, cells: pd.DataFrame, compared: pd.DataFrame) -> di
 def claim_sentences(
     claims: pd.DataFrame, added: pd.DataFrame | None = None, kinds: pd.DataFrame | None = None
 ) -> list[str]:
-    """One paragraph (Markdown) per claim of the abstract, seven in all, with what the runs say to it.
+    """Writes a paragraph (Markdown) per claim of the abstract, seven in all, with what the runs show.
 
     ``claims`` are of ``claims_table``, methods against finetuning; ``added`` with the paper's reading as the
     baseline: what re-pairing adds to it. ``kinds`` are comparisons within kinds of examples
     (``compare.compare_within``): what known and unknown concepts gain is said of each claim.
     """
-    found = []
+    paragraphs = []
     for claim, paper in CLAIMS.items():
         said = [_claim_words(row) + _kinds_words(row, kinds) for row in _of_claim(claims, claim)]
         said += [
@@ -210,8 +209,8 @@ def claim_sentences(
             if row.pairs > 0 and row.arm == METHODS[1]
         ]
         head = f"**{', '.join(claim)}**: the paper says up to {100 * paper:+.1f} % relative."
-        found.append(f"{head} Here: {'; '.join(said) or 'not run'}.")
-    return found
+        paragraphs.append(f"{head} Here: {'; '.join(said) or 'not run'}.")
+    return paragraphs
 
 
 def _of_claim(table: pd.DataFrame, claim: tuple[str, str]) -> list[Any]:
@@ -228,7 +227,7 @@ def _claim_words(row: Any) -> str:
 
 
 def _kinds_words(row: Any, kinds: pd.DataFrame | None) -> str:
-    """What examples of known and of unknown concepts gain in a claim's cell, all worlds together."""
+    """Writes the gain on known and on unknown concepts in a claim's cell, all worlds together."""
     if kinds is None or kinds.empty or not row.pairs:
         return ""
     whole = main_measure(_of_most_worlds(kinds[kinds["stratum"].str.startswith("concept: ")]))
@@ -255,12 +254,12 @@ def _points(row: Any) -> str:
 
 
 def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs that are in no table, with the state and reason of each."""
+    """Selects the runs that are in no table, with the state and reason of each."""
     return runs[runs["state"] != "done"].drop(columns=["train_examples", "subset"]).reset_index(drop=True)
 
 
 def power_note(compared: pd.DataFrame, alpha: float = ALPHA) -> str:
-    """Say what so many pairs and tested arms can show at all; "" if every comparison can reach ``alpha``."""
+    """Says which comparisons have too few pairs for ``alpha``, and how many they need; "" if none has."""
     short = compared[compared["verdict"] == "too few pairs"]
     if short.empty:
         return ""
@@ -274,8 +273,8 @@ def power_note(compared: pd.DataFrame, alpha: float = ALPHA) -> str:
 
 
 def sentences(compared: pd.DataFrame) -> list[str]:
-    """Each comparison in words (Markdown): difference, interval, relative gain, p-value, verdict."""
-    found = []
+    """Writes each comparison in words (Markdown): difference, interval, relative gain, p-value, verdict."""
+    told = []
     for row in compared[compared["pairs"] > 0].itertuples():
         place = f", {row.setting}" if row.setting else ""
         if row.world and (compared["world"] != row.world).any():
@@ -283,8 +282,8 @@ def sentences(compared: pd.DataFrame) -> list[str]:
         measure = "" if row.measure == TASKS[row.task].metric else f" {row.measure}"
         relative = f", relative {100 * row.relative:+.1f} %" if row.relative == row.relative else ""
         p_value = f", p = {row.p_adjusted:.3g} after Holm" if row.p_adjusted == row.p_adjusted else ""
-        found.append(
+        told.append(
             f"**{row.arm}** on {row.task}{measure}, {row.test} test, {row.train_examples:.0f} examples"
             f"{place}: {_points(row)}{relative}{p_value}, {row.pairs} pairs: **{row.verdict}**"
         )
-    return found
+    return told

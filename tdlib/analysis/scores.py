@@ -24,7 +24,7 @@ RUN_COLUMNS = [
     "subset", "tuned",
 ]  # fmt: skip
 SCORE_COLUMNS = ["batch", "run", "measure", "split", "id", "question", "image", "score", "chance"]
-DESCRIBED = ("task", "shots", "arm", "seed")  # parameters that have a column of their own
+DESCRIBED = ("task", "shots", "arm", "seed")  # parameters with a separate column
 # The parts of VCR that a run of both has answered, beside its own measure.
 _PARTS = {"vcr_qa": "", "vcr_qar": "r"}
 
@@ -41,10 +41,10 @@ def read_runs(folder: Path) -> pd.DataFrame:
 
     Columns: batch, run, state, reason, task, shots, arm, seed, world, setting, train_examples, subset, tuned.
     ``world`` is the seed of the MiniWorld, "" for a user's own data; ``setting`` names the other
-    parameters in which runs of one task differ; ``tuned`` those that were chosen for each arm, and so are
-    part of it; what a batch calls ``variants`` is part of the arm's name. ``subset`` is a digest of the ids
-    in manifest.json, empty for runs that are not done. Of a run that never began, and that the batch's file
-    no longer describes, only batch, run and state are known.
+    parameters in which runs of one task differ; ``tuned`` those that were tuned for each arm, and so belong
+    to it; parameters that the batch calls ``variants`` are part of the arm's name. ``subset`` is a digest of
+    the ids in manifest.json, empty for runs that are not done. Of a run that never began, and that the
+    batch's file no longer describes, only batch, run and state are known.
 
     Raises:
         FileNotFoundError: no batch was ever run in the folder.
@@ -83,7 +83,7 @@ def read_runs(folder: Path) -> pd.DataFrame:
 
 
 def _variant(parameters: Mapping[str, Any], names: Sequence[str]) -> str:
-    """A run's arm, with those of these parameters that are not at their default."""
+    """Names a run's arm, with the values of these parameters that are not the default."""
     fields = RunConfig.model_fields
     more = [
         f"{name}={parameters[name]:g}"
@@ -96,7 +96,7 @@ def _variant(parameters: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def _settings(runs: pd.DataFrame, described: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Name the parameters that tell each run from others of its task, as "name=value, ..."."""
+    """Names the parameters that tell each run from others of its task, as "name=value, ..."."""
     settings: dict[str, str] = {}
     for _, own in runs.groupby("task"):
         parameters = {run: described[run] for run in own["run"]}
@@ -117,26 +117,26 @@ def _training_ids(folder: Path) -> list[str]:
 
 
 def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """``read_runs`` and ``read_scores`` of batches in ``reports``, and what is missing, with its command."""
+    """Reads runs and scores of batches in ``reports``; lists what is missing, with the command to make it."""
     runs, scores, missing = [], [], []
     for name in dict.fromkeys(batches):
         folder = Path(reports) / name
         if not (folder / "batch.json").is_file():
             missing.append(f"{name}: was not run here ({folder}); `tdlib batch run {name}` does it")
             continue
-        own = read_runs(folder)
-        left = int((own["state"] != "done").sum())
-        if left:
+        of_batch = read_runs(folder)
+        undone = int((of_batch["state"] != "done").sum())
+        if undone:
             missing.append(
-                f"{name}: {left} of {len(own)} runs are not done; `tdlib batch status {name}` says why, "
-                f"`tdlib batch resume {name}` goes on"
+                f"{name}: {undone} of {len(of_batch)} runs are not done; `tdlib batch status {name}` says "
+                f"why, `tdlib batch resume {name}` goes on"
             )
-        runs.append(own)
-        if left < len(own):
-            scores.append(read_scores(folder, own))
+        runs.append(of_batch)
+        if undone < len(of_batch):
+            scores.append(read_scores(folder, of_batch))
             lacking = scores[-1].loc[scores[-1]["chance"].isna(), "run"].unique()
             if len(lacking):
-                tasks = ", ".join(sorted(set(own.loc[own["run"].isin(lacking), "task"])))
+                tasks = ", ".join(sorted(set(of_batch.loc[of_batch["run"].isin(lacking), "task"])))
                 missing.append(
                     f"{name}: {len(lacking)} runs of {tasks} are of a version that did not record what "
                     "guessing scores, so chance and gains over it are left out for them"
@@ -200,7 +200,7 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_predictions(folders: Sequence[Path]) -> pd.DataFrame:
-    """Predictions of several runs as one table with columns arm and seed."""
+    """Reads predictions of several runs into one table, with columns arm and seed."""
     frames = []
     for folder in folders:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -211,7 +211,7 @@ def read_predictions(folders: Sequence[Path]) -> pd.DataFrame:
 
 
 def joint_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Q->AR rows (``vcr.joint_scores``) from the rows of task "vcr"; rows of other tasks stay as they are.
+    """Makes Q->AR rows (``vcr_results.joint_scores``) of the rows of task "vcr"; other tasks' stay unchanged.
 
     Predictions of several runs are told apart by the columns run, or arm and seed.
     """
@@ -222,18 +222,18 @@ def joint_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_parts(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Runs of earlier versions did not record question and part; the end of the id told them."""
+    """Adds question and part for runs of earlier versions, which had them in the id alone."""
     if "part" in predictions and not predictions["part"].isna().any():
         return predictions
     part = predictions["id"].str.extract(r":(r)$")[0].fillna("")
     return predictions.assign(part=part, question=predictions["id"].str.removesuffix(":r"))
 
 
-# What is known of examples beside their scores.
+# Kinds of examples.
 
 
 def with_strata(runs: pd.DataFrame, scores: pd.DataFrame, reports: Path) -> pd.DataFrame:
-    """Scores with what side files of the data say of each example, to compare within kinds of examples.
+    """Adds to scores what side files of the data say of each example, to compare kinds of examples.
 
     Adds the columns of ``miniworld.worlds.strata_of``, "" for examples without such a file: the
     MiniWorld has it for every task, real data have none. ``reports`` holds the folders of the batches.
@@ -245,13 +245,13 @@ def with_strata(runs: pd.DataFrame, scores: pd.DataFrame, reports: Path) -> pd.D
 
 
 def add_strata(predictions: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """Predictions of runs on the data in one folder, with the columns that ``with_strata`` adds."""
+    """Adds the columns of ``with_strata`` to predictions of runs on the data in one folder."""
     predictions = _with_parts(predictions)
     return predictions.join(strata_by_row(predictions, folder))
 
 
 def strata_by_row(rows: pd.DataFrame, folder: Path | str) -> pd.DataFrame:
-    """What the data in a folder say of each row's ``question`` of a ``split``, by the rows' index."""
+    """Looks up the kind of each row's ``question`` in its ``split``, by the rows' index."""
     parts = [
         strata_of(folder, str(split)).reindex(own["question"]).fillna("").set_index(own.index)
         for split, own in rows.groupby("split", sort=False)
@@ -260,7 +260,7 @@ def strata_by_row(rows: pd.DataFrame, folder: Path | str) -> pd.DataFrame:
 
 
 def _data_folder(reports: Path, batch: str, run: str) -> str:
-    """The folder of a run's data, "" if it is gone. A MiniWorld is not written anew for this."""
+    """Finds the folder of a run's data; "" if it does not exist. A MiniWorld is not written for this."""
     try:
         began = json.loads((Path(reports) / batch / run / "parameters.json").read_text(encoding="utf-8"))
         parameters = began["parameters"]

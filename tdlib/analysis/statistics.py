@@ -12,13 +12,13 @@ from typing import TypeVar
 
 import numpy as np
 
-MINIMUM_PAIRS = 6  # below, the exact sign-flip test cannot reach 0.05: 2 / 2^5 is 0.0625
-EXACT_PAIRS = 14  # up to here all 2^n sign patterns are looked at
+MINIMUM_PAIRS = 6  # with five pairs the exact sign-flip test cannot reach 0.05: 2 / 2^5 is 0.0625
+EXACT_PAIRS = 14  # up to here all 2^n sign patterns are enumerated (16,384)
 ALPHA = 0.05
 LEVEL = 0.95  # of every interval
 FLIPS = 20_000  # sign patterns drawn beyond ``EXACT_PAIRS``: a p-value about 0.05 is then right to 0.003
 FOUND = ("better", "worse")  # verdicts of a difference that the paired test found
-DRAWN_AT_ONCE = 400_000  # members of resamples that are held in memory together
+DRAWN_AT_ONCE = 400_000  # members of resamples in memory at once: bounds it for splits of any size
 
 _NORMAL = NormalDist()
 _Key = TypeVar("_Key")
@@ -55,7 +55,7 @@ def bootstrap_interval(
 def pooled_mean(
     worlds: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int = 2000
 ) -> tuple[float, float, float]:
-    """Mean over several worlds, each counting alike, and its interval; each world is resampled by itself.
+    """Computes the mean over several worlds, each counting alike, and its interval, with worlds as strata.
 
     ``worlds`` are scores (seeds, examples) and clusters (examples,) of each.
     """
@@ -122,10 +122,11 @@ class _Draws:
 
 
 def _pooled(worlds: Sequence[tuple[Sequence[np.ndarray], np.ndarray]], resamples: int) -> _Draws:
-    """Draws of the mean over worlds (tables and clusters of each), which are resampled by themselves.
+    """Resamples the mean over worlds (tables and clusters of each), each world by itself.
 
     Leaving out a member of one world leaves the others whole.
     """
+    # A seed for each world: its draws must be independent of the others'.
     draws = [_Draws.of(*world, resamples, seed) for seed, world in enumerate(worlds)]
     if len(draws) == 1:
         return draws[0]
@@ -148,7 +149,7 @@ def _bca_shares(
     """The shares at which BCa reads the resampled values, see ``bootstrap_interval``."""
     same = np.isclose(resampled, observed, rtol=0, atol=1e-12)  # equal but for rounding
     below = np.mean(np.where(same, 0.5, resampled < observed))
-    edge = 0.5 / len(resampled)
+    edge = 0.5 / len(resampled)  # keeps the bias finite where all resamples lie on one side
     bias = _NORMAL.inv_cdf(float(np.clip(below, edge, 1 - edge)))
     cubes = squares = 0.0
     for values in left_out:
@@ -157,19 +158,20 @@ def _bca_shares(
         cubes += float((influence**3).sum())
         squares += float((influence**2).sum())
     acceleration = cubes / (6 * squares**1.5) if squares > 1e-24 else 0.0
-    found = []
+    adjusted = []
     for share in shares:
         moved = bias + _NORMAL.inv_cdf(share)
         scale = 1 - acceleration * moved
-        found.append(_NORMAL.cdf(bias + moved / scale) if scale > 0 else float(moved > 0))
-    return found
+        # Where the formula has its pole the limit is the outermost resample.
+        adjusted.append(_NORMAL.cdf(bias + moved / scale) if scale > 0 else float(moved > 0))
+    return adjusted
 
 
 # Tests.
 
 
 def sign_flip_test(differences: Sequence[float] | np.ndarray) -> float:
-    """Two-sided p-value of paired differences: how often random signs give as large a mean.
+    """Computes the two-sided p-value of paired differences: how often random signs give as large a mean.
 
     Under the hypothesis that arm and baseline are alike, each pair's difference is as likely to have
     the other sign (Fisher 1935; for language processing Dror et al. 2018, The hitchhiker's guide to
@@ -185,6 +187,7 @@ def sign_flip_test(differences: Sequence[float] | np.ndarray) -> float:
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
         raise ValueError(f"differences={differences!r}: expected at least one finite number, one per pair")
     number = len(values)
+    # A pattern whose sum is equal but for rounding counts as equal.
     least = abs(values.sum()) - 1e-12 * max(1.0, float(np.abs(values).sum()))
     if number <= EXACT_PAIRS:
         patterns = np.arange(2**number)[:, None] >> np.arange(number) & 1
@@ -194,12 +197,12 @@ def sign_flip_test(differences: Sequence[float] | np.ndarray) -> float:
 
 
 def smallest_p(pairs: int) -> float:
-    """The smallest two-sided p-value of ``sign_flip_test``: 2 / 2^n, all signs alike."""
+    """Computes the smallest two-sided p-value of ``sign_flip_test``: 2 / 2^n, all signs alike."""
     return min(1.0, 2.0 ** (1 - pairs))
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Adjusted p-values of several hypotheses, for the chance of any false rejection (Holm 1979).
+    """Adjusts p-values so that alpha bounds the chance of any false rejection among them (Holm 1979).
 
     In ascending order, ``p~_(i) = max over j <= i of min(1, (m - j + 1) p_(j))``; each may be held
     against alpha by itself.
@@ -250,10 +253,10 @@ class PairedDifference:
     arms: int = 1
 
     def verdict(self, alpha: float = ALPHA) -> str:
-        """In words: "better", "worse", "not distinguishable" or "too few pairs".
+        """Returns "better", "worse", "not distinguishable" or "too few pairs".
 
         Too few: even if all differences had the same sign, the test could not reach ``alpha`` among so many
-        arms, so that nothing may be said.
+        arms.
         """
         if self.pairs < pairs_needed(self.arms, alpha):
             return "too few pairs"
@@ -263,7 +266,7 @@ class PairedDifference:
 
 
 def pairs_needed(arms: int, alpha: float = ALPHA) -> int:
-    """Pairs from which a difference among so many arms can reach ``alpha``; never fewer than six."""
+    """Counts the pairs that a difference among so many arms needs to reach ``alpha``; at least six."""
     pairs = MINIMUM_PAIRS
     while arms * smallest_p(pairs) > alpha:
         pairs += 1
@@ -275,7 +278,7 @@ def pooled_difference(
     chance: float = 0.0,
     resamples: int = 2000,
 ) -> PairedDifference:
-    """Gain of an arm over the baseline in worlds like these, each counting alike; one world is usual.
+    """Computes the gain of an arm over the baseline in one or several worlds, each counting alike.
 
     ``worlds`` are of each: the scores of arm and of baseline, both (seeds, examples) with the same rows and
     columns and in [0, 1], and the clusters (examples,) as in ``bootstrap_interval``. Both arms are resampled
@@ -307,7 +310,7 @@ def pooled_difference(
 
 
 def adjusted_together(differences: Mapping[_Key, PairedDifference]) -> dict[_Key, PairedDifference]:
-    """The arms of one comparison with Holm's p-values over all of them."""
+    """Sets Holm's adjusted p-values of arms that are compared together."""
     p_values = holm([difference.p_value for difference in differences.values()])
     return {
         name: replace(difference, p_adjusted=float(p_value), arms=len(differences))

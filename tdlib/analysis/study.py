@@ -1,4 +1,4 @@
-"""A study as files: tables for readers and for programs, figures, and one page that leads with the result."""
+"""Writes a study: tables for readers and for programs, figures, and one page that leads with the result."""
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -26,19 +26,19 @@ INTERVALS = {
     "mean": ("low", "high"), "difference": ("difference_low", "difference_high"),
     "relative": ("relative_low", "relative_high"),
 }  # fmt: skip
-# Columns that a table shows only where they say something.
+# Columns that a table leaves out if all their cells are empty.
 SILENT = {"setting", "world", "worlds", "unpaired", "tuned", "reason"}
-# Columns that only files hold: a page says less at a time.
+# Columns that only the files have, because a page with all of them is too wide to read.
 ONLY_IN_FILES = [
     "split", "over_chance", "baseline_mean", "gain_over_chance", "p_value", "arms_tested", "subset", "shots",
 ]  # fmt: skip
-MANY_ROWS = 40  # a page shows a larger table only when it is asked for
+MANY_ROWS = 40  # larger tables of a page are folded
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """The table for readers: shares in per cent, intervals beside their value, no column without a word."""
+    """Makes a table for readers: shares in per cent, intervals beside their value, no empty column."""
     limits = {name for pair in INTERVALS.values() for name in pair}
-    found: dict[str, list[str]] = {}
+    columns: dict[str, list[str]] = {}
     for name in table:
         if name in limits and any(value in table and name in pair for value, pair in INTERVALS.items()):
             continue
@@ -52,8 +52,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
             ]
         if name not in SILENT or any(values):
             unit = " (points)" if name in POINTS else " (%)" if name in PERCENT else ""
-            found[name.replace("_", " ") + unit] = values
-    return pd.DataFrame(found, index=table.index)
+            columns[name.replace("_", " ") + unit] = values
+    return pd.DataFrame(columns, index=table.index)
 
 
 def _shown(name: str, value: Any) -> str:
@@ -67,7 +67,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def lead_charts(compared: pd.DataFrame, baseline: str = "finetune") -> list[Html]:
-    """Draw what a study found: each arm's difference to the baseline and its score, on the usual test.
+    """Draws each arm's difference to the baseline and its score on the usual test.
 
     A group per task, setting, size and worlds (``protocol.together``), those of most worlds first. A filled
     mark is a difference that the paired test found. Empty where there is nothing to draw.
@@ -94,7 +94,7 @@ def lead_charts(compared: pd.DataFrame, baseline: str = "finetune") -> list[Html
 
 
 def _for_page(table: pd.DataFrame) -> pd.DataFrame:
-    """The columns that a page shows; the name of a single batch or measure is not repeated in every row."""
+    """Drops the columns that a page does not show, also the name of a single batch or measure."""
     alike = [name for name in ("batch", "measure") if name in table and table[name].nunique() < 2]
     return table.drop(columns=[*ONLY_IN_FILES, *alike], errors="ignore")
 
@@ -116,9 +116,9 @@ def write_study(
 
     ``tables`` (caption and table, by name) become NAME.csv (full numbers), NAME.parquet and NAME.html (a
     fragment, readable), ``figures`` (caption, name of the table with its numbers, PNG and SVG, by name)
-    NAME.png and NAME.svg; ``facts`` are what they were made with: study.json. The page says ``lead`` first
-    (text, or ``Html`` such as ``lead_charts``), then ``notes``. Every file appears whole; others in the
-    folder are left alone.
+    NAME.png and NAME.svg; ``facts``, the parameters that they were made with, become study.json. The page
+    begins with ``lead`` (text, or ``Html`` such as ``lead_charts``) and ``notes``. Other files in the folder
+    stay as they are.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

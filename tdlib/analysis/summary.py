@@ -1,4 +1,4 @@
-"""What a few runs of one setting say, for a page that is read in a minute: sentences and short tables."""
+"""Summarises a few runs of one setting in sentences and short tables, for a page read in a minute."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +13,9 @@ TOO_FEW = "too few pairs"
 
 
 def summarise_within(predictions: pd.DataFrame, by: str) -> pd.DataFrame:
-    """``compare.summarise`` for each kind of examples by itself, with columns ``by`` and ``examples``.
+    """Applies ``compare.summarise`` to each kind of examples; adds columns ``by`` and ``examples``.
 
-    ``by`` is a column that tells kinds apart, such as ``concept`` (``scores.add_strata``), "" left out.
+    ``by`` is a column with the kind, such as ``concept`` (``scores.add_strata``); rows with "" are left out.
     """
     frames = [
         summarise(rows).assign(**{by: kind, "examples": rows.groupby("split")["id"].nunique().max()})
@@ -25,7 +25,7 @@ def summarise_within(predictions: pd.DataFrame, by: str) -> pd.DataFrame:
 
 
 def answer(table: pd.DataFrame, tests: Mapping[str, str]) -> str:
-    """Say in a sentence how far each arm is from finetuning, and then what that proves (Markdown).
+    """Says in a sentence how far each arm is from finetuning, and then what that proves (Markdown).
 
     ``table`` is of ``compare.summarise``; ``tests`` says what each split is called in a sentence, such as
     {"val": "the usual test"}.
@@ -58,25 +58,25 @@ def _limits(row: Any) -> str:
 
 
 def _proves(gains: pd.DataFrame) -> str:
-    """The verdicts in words; where no outcome could be significant, that and how many seeds could."""
+    """Says what was significant; where no outcome could be, how many seeds that would take."""
     arms, pairs = gains["arm"].nunique(), int(gains["n"].max())
     if (gains["verdict"] == TOO_FEW).all():
         return (
             f"**Not significant at this size**: the test over {pairs} seeds and {arms} arms cannot reach "
             f"p < {ALPHA:g} whatever they show; {pairs_needed(arms)} seeds are the fewest that can."
         )
-    found = gains[gains["verdict"].isin(FOUND)]
-    if found.empty:
+    significant = gains[gains["verdict"].isin(FOUND)]
+    if significant.empty:
         return f"**Not significant at this size**: no difference passes the paired test over {pairs} seeds."
-    named = ", ".join(f"`{row.arm}` {row.verdict} on {row.test}" for row in found.itertuples())
-    rest = "; **the others are not significant**" if len(found) < len(gains) else ""
+    named = ", ".join(f"`{row.arm}` {row.verdict} on {row.test}" for row in significant.itertuples())
+    rest = "; **the others are not significant**" if len(significant) < len(gains) else ""
     return f"The paired test over {pairs} seeds finds: {named}{rest}."
 
 
 def score_table(table: pd.DataFrame, reference: pd.DataFrame, tests: Mapping[str, str]) -> pd.DataFrame:
-    """Scores with intervals and differences as they are read: a row per arm, two columns per test.
+    """Makes a table of scores with intervals and of differences: a row per arm, two columns per test.
 
-    ``table`` and ``tests`` as in ``answer``; ``reference`` is what is reached without a student: arm, split
+    ``table`` and ``tests`` as in ``answer``; ``reference`` holds scores that need no student: arm, split
     and mean (``training.reference``).
     """
     rows: dict[str, dict[str, str]] = {}
@@ -84,9 +84,9 @@ def score_table(table: pd.DataFrame, reference: pd.DataFrame, tests: Mapping[str
         name = tests.get(str(row.split), str(row.split))
         limits = "" if pd.isna(row.low) else f" [{100 * row.low:.1f}, {100 * row.high:.1f}]"
         change = "" if pd.isna(row.difference) else f"{_signed(row.difference)} {_limits(row)}"
-        own = rows.setdefault(str(row.arm), {"arm": str(row.arm)})
-        own |= {f"{name}: score (%)": f"{100 * row.mean:.1f}{limits}"}
-        own |= {f"{name}: difference (points)": change}
-    found = pd.DataFrame(list(rows.values()))
-    columns = [name for test in tests.values() for name in found if name.startswith(f"{test}: ")]
-    return found[["arm", *columns]].fillna("")
+        cells = rows.setdefault(str(row.arm), {"arm": str(row.arm)})
+        cells |= {f"{name}: score (%)": f"{100 * row.mean:.1f}{limits}"}
+        cells |= {f"{name}: difference (points)": change}
+    scores = pd.DataFrame(list(rows.values()))
+    columns = [name for test in tests.values() for name in scores if name.startswith(f"{test}: ")]
+    return scores[["arm", *columns]].fillna("")

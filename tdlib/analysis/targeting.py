@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def decisive_tokens(record: TargetRecord) -> np.ndarray:
-    """The ``relevant_tokens`` that have a teacher target, and so can be targeted (tokens,)."""
+    """Marks the ``relevant_tokens`` that have a teacher target, and so can be targeted: (tokens,)."""
     return record.distilled & relevant_tokens(record)
 
 
 def targeting_lift(records: Sequence[TargetRecord]) -> dict[str, float]:
-    """Weight on decisive tokens over their share of all distilled tokens, per modality, averaged.
+    """Divides the weight on decisive tokens by their share of all distilled tokens; means per modality.
 
     1 is what equal weights on all tokens reach; 0 means that no decisive token was selected.
     Records without decisive tokens of a modality are left out of it; ``*_n`` counts the others.
@@ -38,19 +38,20 @@ def targeting_lift(records: Sequence[TargetRecord]) -> dict[str, float]:
             if decisive[present].any() and weight > 0:
                 share = record.weight[present & decisive].sum() / weight
                 lifts[name].append(float(share / decisive[present].mean()))
-    found = {
+    means = {
         f"{name}_lift": float(np.mean(values)) if values else float("nan") for name, values in lifts.items()
     }
-    return found | {f"{name}_n": float(len(values)) for name, values in lifts.items()}
+    return means | {f"{name}_n": float(len(values)) for name, values in lifts.items()}
 
 
 # Ranking and overlap.
 
 
 def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Probability that a decisive token scores above another, ties counting half (Mann and Whitney 1947).
+    """Computes the probability that a decisive token scores above another (Mann and Whitney 1947).
 
-    ``scores`` and boolean ``positive`` are (tokens,). In [0, 1]; nan where one of the two kinds is missing.
+    Ties count half. ``scores`` and boolean ``positive`` are (tokens,). In [0, 1]; nan where one of
+    the two kinds is missing.
     """
     scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
     m, n = int(positive.sum()), len(positive)
@@ -62,9 +63,9 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def expected_average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Average precision ``sum_n (R_n - R_(n-1)) P_n``, as its mean over all orders of tied tokens.
+    """Computes average precision ``sum_n (R_n - R_(n-1)) P_n`` as its mean over all orders of tied tokens.
 
-    So that a score that says nothing gets what a random order gets, not the share of decisive tokens.
+    A score that says nothing so gets what a random order gets, not the share of decisive tokens.
     Arguments as in ``roc_auc``. In [0, 1]; nan without a decisive token.
     """
     scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
@@ -91,7 +92,7 @@ def pointing(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def area_iou(boxes: np.ndarray, others: np.ndarray) -> float:
-    """Intersection over union of the areas that two sets of boxes cover, each set's overlaps once.
+    """Computes intersection over union of the areas that two sets of boxes cover, each set's overlaps once.
 
     Both (boxes, 4) xyxy in one unit. In [0, 1]; nan where neither covers anything.
     """
@@ -112,7 +113,7 @@ def area_iou(boxes: np.ndarray, others: np.ndarray) -> float:
 
 
 def precision_recall(scores: np.ndarray, positive: np.ndarray, size: int) -> tuple[float, float]:
-    """Precision and recall of the ``size`` highest tokens, on average over the order of ties.
+    """Computes precision and recall of the ``size`` highest tokens, on average over the order of ties.
 
     A set without tokens has precision 0; recall is nan without a decisive token.
     """
@@ -125,19 +126,19 @@ def precision_recall(scores: np.ndarray, positive: np.ndarray, size: int) -> tup
     return float(hits / size), float(hits / positive.sum()) if positive.any() else float("nan")
 
 
-# Baselines: what a token's score could be without looking at the other modality.
+# Baselines: scores of tokens that look at one modality alone.
 
 
-PLACES = 5  # what rounding of boxes leaves different is a tie
+PLACES = 5  # decimals: boxes that differ by rounding alone are ties
 
 
 def _nothing(record: TargetRecord, idf: "Idf | None") -> np.ndarray:
-    """All alike: a random order."""
+    """Scores all tokens alike, which makes the order random."""
     return np.zeros(len(record.tokens))
 
 
 def _size(record: TargetRecord, idf: "Idf | None") -> np.ndarray:
-    """Letters of the word that a text token is part of; area of a visual token."""
+    """Scores text tokens by the letters of their word, visual tokens by their area."""
     from tdlib.method.priors import WORD  # the method's modules load torch
 
     words = [match.span() for match in WORD.finditer(record.text)]
@@ -150,16 +151,16 @@ def _size(record: TargetRecord, idf: "Idf | None") -> np.ndarray:
 
 
 def _frequency(record: TargetRecord, idf: "Idf | None") -> np.ndarray:
-    """Rareness of a text token's word (idf; the record's own prior if none is given); 0 elsewhere."""
+    """Scores text tokens by the rareness of their word (``idf``; else the record's prior); others 0."""
     if idf is None:
         return np.where(record.is_text, record.prior, 0)
-    import torch  # is loaded where word statistics are
+    import torch  # here, because tables of results must not load it
 
     return np.where(record.is_text, idf.prior(record.text, torch.as_tensor(record.spans)).numpy(), 0)
 
 
 def _centre(record: TargetRecord, idf: "Idf | None") -> np.ndarray:
-    """Nearness of a visual token to the picture's centre; 0 elsewhere."""
+    """Scores visual tokens by their nearness to the picture's centre; others 0."""
     middle = (record.boxes[:, :2] + record.boxes[:, 2:]) / 2
     return np.where(record.is_text, 0, -np.linalg.norm(middle - 0.5, axis=1).round(PLACES))
 
@@ -179,7 +180,7 @@ DRAWS = 32  # orders of a baseline's tied tokens, for the overlap of areas
 def targeting_scores(
     records: Sequence[TargetRecord], idf: "Idf | None" = None, draws: int = DRAWS
 ) -> pd.DataFrame:
-    """Measure how well each record's targeting finds the decisive tokens, beside baselines.
+    """Measures how well each record's targeting finds the decisive tokens, beside baselines.
 
     One row per record, modality, ``metric`` and ``source`` ("targeting", or a baseline), with its
     ``value``; ``example_id``, ``choice`` and ``image`` name the record, ``truth`` what its decisive
@@ -202,22 +203,22 @@ def targeting_scores(
             selected = record.selected[tokens]
             size, boxes, relevant = int(selected.sum()), record.boxes[tokens], np.array(record.relevant_boxes)
             targeted = _ranking(record.weight[tokens], truth) | _chosen(selected, truth, size)
-            found = {"targeting": targeted, "score": _ranking(record.score[tokens], truth)}
+            by_source = {"targeting": targeted, "score": _ranking(record.score[tokens], truth)}
             if modality == "visual":
                 targeted["iou"] = area_iou(boxes[selected], relevant)
             for name, baseline in BASELINES[modality].items():
                 scores = baseline(record, idf)[tokens]
-                found[name] = _ranking(scores, truth) | _chosen(scores, truth, size)
+                by_source[name] = _ranking(scores, truth) | _chosen(scores, truth, size)
                 if modality == "visual":
                     orders = [np.lexsort((rng.random(len(tokens)), -scores)) for _ in range(draws)]
                     areas = [area_iou(boxes[order[:size]], relevant) for order in orders]
-                    found[name]["iou"] = float(np.mean(areas))
-            rows += score_rows(record, modality, found, record.truth)
+                    by_source[name]["iou"] = float(np.mean(areas))
+            rows += score_rows(record, modality, by_source, record.truth)
     return pd.DataFrame(rows, columns=SCORE_COLUMNS)
 
 
 def modality_tokens(record: TargetRecord) -> dict[str, np.ndarray]:
-    """Positions of the tokens that can be targeted."""
+    """Lists the positions of the tokens that can be targeted, by modality."""
     return {
         "text": np.flatnonzero(record.is_text & record.distilled),
         "visual": np.flatnonzero(record.is_region & record.distilled),
@@ -243,13 +244,13 @@ SCORE_COLUMNS = ["example_id", "choice", "image", "truth", "modality", "metric",
 def score_rows(
     record: TargetRecord, modality: str, found: dict[str, dict[str, float]], truth: str = ""
 ) -> list[tuple]:
-    """Rows with ``SCORE_COLUMNS`` of one record and modality, from values by source and metric."""
+    """Makes rows with ``SCORE_COLUMNS`` of one record and modality, from values by source and metric."""
     name = record.example_id, record.choice, str(record.image), truth, modality
     return [(*name, metric, source, v) for source, own in found.items() for metric, v in own.items()]
 
 
 def targeting_quality(scores: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
-    """Means over records with 95 % bootstrap intervals over pictures, and the gain over each baseline.
+    """Computes means over records with 95 % bootstrap intervals over pictures, and the gain over baselines.
 
     ``scores`` are of ``targeting_scores`` or ``faithfulness_scores``. A row per modality, metric and source:
     ``truth`` (what decisive tokens come from; "" where the measure needs none), ``value``, ``low``,
@@ -273,30 +274,30 @@ def targeting_quality(scores: pd.DataFrame, resamples: int = 2000) -> pd.DataFra
     for (modality, metric), part in scores.groupby(["modality", "metric"], sort=False):
         wide = part.pivot(index=["image", "example_id", "choice"], columns="source", values="value")
         pictures = wide.index.get_level_values("image").to_numpy()
-        own = wide["targeting"]
+        targeting = wide["targeting"]
         for source in part["source"].unique():
             row = {"truth": truths[0], "modality": modality, "metric": metric, "source": source}
             row |= _interval(("value", "low", "high"), wide[source], pictures, resamples)
             row |= {"n": len(wide), "pictures": len(np.unique(pictures))}
             if source != "targeting":
-                gain = own - wide[source]
+                gain = targeting - wide[source]
                 row |= _interval(("gain", "gain_low", "gain_high"), gain, pictures, resamples)
             rows.append(row)
     return pd.DataFrame(rows)
 
 
 LESS_IS_BETTER = ("sufficiency", "deletion")
-FEWEST = 6  # pictures; below, no interval is taken as evidence
+FEWEST = 6  # pictures; with fewer, no interval is taken as evidence
 
 
 def _advantage(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Interval of a gain with the sign that makes more better."""
+    """Returns the interval of a gain, negated where less is better."""
     low, high = row["gain_low"], row["gain_high"]
     return (-high, -low) if row["metric"] in LESS_IS_BETTER else (low, high)
 
 
 def figures(quality: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Values with intervals as text, for a table to read: a row per ``by``, a column per metric.
+    """Writes values with intervals as text for a table: a row per ``by``, a column per metric.
 
     "0.62 [0.55, 0.70] *": the star says that the targeting is better than a random choice of as many
     tokens, by the interval of their paired difference. Baselines have rows if ``by`` names "source";
@@ -318,7 +319,7 @@ def figures(quality: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def verdicts(quality: pd.DataFrame, by: Sequence[str] = ("truth", "modality")) -> pd.DataFrame:
-    """The targeting beside the strongest of its baselines: a row per ``by`` and metric.
+    """Compares the targeting with the strongest of its baselines: a row per ``by`` and metric.
 
     ``verdict`` is "better" or "worse" where the interval of the paired gain lies on one side of 0,
     "undecided" where it does not, and "too few pictures" below ``FEWEST`` of them. The strongest
@@ -326,19 +327,19 @@ def verdicts(quality: pd.DataFrame, by: Sequence[str] = ("truth", "modality")) -
     """
     rows = []
     for key, part in quality.groupby([*by, "metric"], sort=False):
-        own = part[part["source"] == "targeting"].iloc[0]
-        less = own["metric"] in LESS_IS_BETTER
+        targeting = part[part["source"] == "targeting"].iloc[0]
+        less = targeting["metric"] in LESS_IS_BETTER
         best = part[part["source"] != "targeting"].sort_values("value", ascending=less, kind="stable").iloc[0]
         low, high = _advantage(best)
         verdict = "better" if low > 0 else "worse" if high < 0 else "undecided"
         rows.append(
             dict(zip([*by, "metric"], key, strict=True))
             | {
-                "targeting": f"{own['value']:.3f} [{own['low']:.3f}, {own['high']:.3f}]",
+                "targeting": f"{targeting['value']:.3f} [{targeting['low']:.3f}, {targeting['high']:.3f}]",
                 "strongest baseline": f"{best['source']} {best['value']:.3f}",
                 "gain": f"{best['gain']:+.3f} [{best['gain_low']:+.3f}, {best['gain_high']:+.3f}]",
-                "pictures": int(own["pictures"]),
-                "verdict": verdict if own["pictures"] >= FEWEST else "too few pictures",
+                "pictures": int(targeting["pictures"]),
+                "verdict": verdict if targeting["pictures"] >= FEWEST else "too few pictures",
             }
         )
     return pd.DataFrame(rows)

@@ -27,7 +27,7 @@ CONTEXT = (*parameters_with(prepares="all"), *parameters_with(prepares="arm"), "
 
 
 def rank_settings(folder: Path, split: str = "", uneven: bool = False, resamples: int = 2000) -> pd.DataFrame:
-    """Every setting that the finished batch in a folder has tried, best first within its arm.
+    """Ranks the settings that the finished batch in a folder has tried, best first within each arm.
 
     Columns: the parameters of ``CONTEXT`` in which runs differ (task, arm, ...), those that were tuned
     (missing where the arm sets them itself), settings (that the arm has tried), seeds, mean, low, high
@@ -35,9 +35,9 @@ def rank_settings(folder: Path, split: str = "", uneven: bool = False, resamples
     the batch names first), and edge: tuned parameters of which the chosen value is the smallest or
     largest of three or more, so that a better one may lie beyond.
 
-    ``split`` is what was evaluated on, where it is no part of the training split: the MiniWorld has worlds of
-    other seeds to tune on. Never a test that is reported. ``uneven`` allows arms that have tried different
-    numbers of settings.
+    ``split`` names the evaluated split, where that is no part of the training split, such as a test of a
+    MiniWorld that is used for tuning alone; never a test that is reported. ``uneven`` allows arms
+    that have tried different numbers of settings.
 
     Raises:
         ProtocolError: runs are not done, were evaluated on something else, differ in no setting, or arms
@@ -46,10 +46,10 @@ def rank_settings(folder: Path, split: str = "", uneven: bool = False, resamples
     """
     folder = Path(folder)
     runs = read_runs(folder)
-    left = int((runs["state"] != "done").sum())
-    if left:
+    undone = int((runs["state"] != "done").sum())
+    if undone:
         raise ProtocolError(
-            f"{folder}: {left} of {len(runs)} runs are not done; `tdlib batch resume {folder.name}` goes on"
+            f"{folder}: {undone} of {len(runs)} runs are not done; `tdlib batch resume {folder.name}` goes on"
         )
     entries = recorded_runs(folder).set_index("run")
     output = str(entries["output"].iloc[0])
@@ -82,7 +82,7 @@ def rank_settings(folder: Path, split: str = "", uneven: bool = False, resamples
 
 
 def _measured(folder: Path, scores: pd.DataFrame, resamples: int) -> dict[str, float]:
-    """Mean and interval of one setting's runs."""
+    """Computes mean and interval of one setting's runs."""
     wide = scores.pivot(index="run", columns="id", values="score")
     if wide.isna().any(axis=None):
         raise ProtocolError(f"{folder}: runs {', '.join(wide.index)} were evaluated on different examples")
@@ -94,8 +94,8 @@ def _measured(folder: Path, scores: pd.DataFrame, resamples: int) -> dict[str, f
 def write_tuned(folder: Path, ranked: pd.DataFrame) -> Path:
     """Writes the settings that ``rank_settings`` chose to ``tuned.json`` in a batch's folder; returns that.
 
-    It holds the batch's name, the seeds that were tuned with, and ``chosen``: for what (``where``) which
-    ``settings``, with their mean.
+    It holds the batch's name, the seeds of the tuning, and ``chosen``: a list of ``settings`` with their mean
+    and the comparison that they are for (``where``, the parameters of ``CONTEXT``).
     """
     names = list(ranked.columns)[: list(ranked.columns).index("settings")]
     context = [name for name in names if name in CONTEXT]
@@ -116,7 +116,7 @@ def write_tuned(folder: Path, ranked: pd.DataFrame) -> Path:
 
 
 def _setting(parameters: Mapping[str, Any], tuned: Sequence[str]) -> str:
-    """The tuned parameters of a run, without those that its arm sets itself."""
+    """Returns the tuned parameters of a run as JSON, without those that its arm sets itself."""
     fixed = arm_settings(ARMS.get(parameters["arm"], {}), parameters)
     return json.dumps({name: parameters[name] for name in tuned if name not in fixed})
 
@@ -139,7 +139,7 @@ def _check_effort(
     folder: Path, context: Sequence[str], groups: Mapping[str, Mapping[str, Sequence[str]]],
     parameters: Mapping[str, Mapping[str, Any]], uneven: bool,
 ) -> None:  # fmt: skip
-    """Every setting has the same seeds, each once; every arm has tried the same number of settings."""
+    """Raises ProtocolError unless settings have the same seeds, each once, and arms as many settings."""
     tried_with = set()
     for runs in (runs for tried in groups.values() for runs in tried.values()):
         seeds = sorted(parameters[run]["seed"] for run in runs)
@@ -154,9 +154,9 @@ def _check_effort(
         raise ProtocolError(f"{folder}: settings were tried with different seeds: {listed}")
     efforts: dict[str, dict[str, int]] = {}
     for where, tried in groups.items():
-        known = dict(zip(context, json.loads(where), strict=True))
-        arm = known.pop("arm", "")
-        efforts.setdefault(json.dumps(known), {})[arm] = len(tried)
+        compared = dict(zip(context, json.loads(where), strict=True))
+        arm = compared.pop("arm", "")
+        efforts.setdefault(json.dumps(compared), {})[arm] = len(tried)
     for where, numbers in efforts.items():
         if len(set(numbers.values())) > 1 and not uneven:
             listed = ", ".join(f"{arm} {number}" for arm, number in numbers.items())

@@ -1,1 +1,1 @@
-"""What every package may use: whole files, paths, identities of results, records of targets, devices."""
+"""Tools that every package may use: whole files, paths, identities of results, target records, devices."""

@@ -111,8 +111,8 @@ def ground_truth(record: TargetRecord) -> list[bool | None]:
 
 def truth_name(records: Sequence[TargetRecord]) -> str:
     """Names where the records' relevant spans and boxes come from: "ground truth", or a proxy."""
-    known = (record.truth for record in records if record.relevant_spans or record.relevant_boxes)
-    return " or ".join(dict.fromkeys(known))
+    truths = (record.truth for record in records if record.relevant_spans or record.relevant_boxes)
+    return " or ".join(dict.fromkeys(truths))
 
 
 def kinds(record: TargetRecord) -> list[str]:

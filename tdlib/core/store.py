@@ -60,7 +60,7 @@ class NotFiniteError(CacheError):
 
 @dataclass(frozen=True)
 class Column:
-    """How one tensor of a record is stored.
+    """The way one tensor of a record is stored.
 
     ``half``: in half precision, and read back in single; else as it is. ``ragged``: the length of its first
     axis differs between records and is the same for all ragged columns of a record; else every record has

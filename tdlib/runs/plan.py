@@ -246,7 +246,7 @@ class PlannedRun:
 
 @dataclass
 class Plan:
-    """What a batch file describes: its runs in order, and its mistakes (then there may be no runs)."""
+    """A batch file that was read: its runs in order, and its mistakes (then there may be no runs)."""
 
     name: str
     template: Path
