@@ -56,7 +56,7 @@ from tdlib.views.widgets import Explorer, OwnExample
 
 panel = Explorer(find_runs([{runs!r}]))
 display(panel)
-display(OwnExample(panel, panel.look.record().image))
+display(OwnExample(panel, panel.request.record().image))
 """
 
 

@@ -11,20 +11,25 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from html_page import problems
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import drawn_record
+from torch.nn.functional import normalize
+from torch.testing import assert_close
 
 from tdlib.config import RunConfig
 from tdlib.core.records import END, read_records, records_table, write_records
 from tdlib.data.examples import DataError
+from tdlib.method.alignment import image_conditioned_targets
 from tdlib.miniworld.worlds import read_concepts
 from tdlib.training.data import EncodedExamples
 from tdlib.training.evaluation import predict
 from tdlib.training.run import compare
 from tdlib.views import explorer, index
-from tdlib.views.explorer import VIEWS, Look, show
+from tdlib.views.alignment import tokens_of
+from tdlib.views.explorer import VIEWS, ViewRequest, show
 from tdlib.views.index import ExplorerError, Filter, Run, companion, find_runs, short_names
 
 MANY = 20_000
@@ -56,9 +61,9 @@ def runs(base, tmp_path_factory) -> list[Run]:
 
 
 @pytest.fixture
-def look(runs) -> Look:
+def look(runs) -> ViewRequest:
     row = runs[0].index.iloc[1]
-    return Look(runs[0], row["split"], row["example_id"], runs[1])
+    return ViewRequest(runs[0], row["split"], row["example_id"], runs[1])
 
 
 # Runs
@@ -264,7 +269,7 @@ def test_twenty_thousand_examples_are_one_index_and_read_one_by_one(large, monke
 
 def test_instance_weights_of_many_are_read_without_their_tokens(large):
     started = time.process_time()
-    view = show(Look(large, "val", "val-19999"), "instance weights")
+    view = show(ViewRequest(large, "val", "val-19999"), "instance weights")
     data = view.table()
     assert len(data) == explorer.DRAWN_EXAMPLES and "val-19999" in set(data["example_id"])
     assert data.set_index("example_id").loc["val-19999", "c"] == 19999 / MANY
@@ -274,7 +279,7 @@ def test_instance_weights_of_many_are_read_without_their_tokens(large):
 # Views
 
 
-@pytest.mark.parametrize("name", [name for name in VIEWS if name != "re-paired lesson"])
+@pytest.mark.parametrize("name", sorted({*VIEWS} - {"re-paired lesson", "conditioned targets"}))
 def test_every_view_of_a_trained_run(look, name):
     view = show(look, name)
     assert problems(view.to_html()) == []
@@ -329,11 +334,11 @@ def test_students_with_other_tokens_stand_side_by_side(image, tmp_path):
     for name, record in {"a": whole, "b": fewer}.items():
         fake_run(tmp_path / name, [record])
     one, two = find_runs([tmp_path])
-    html = show(Look(one, "val", "val-3", two), "two runs").to_html()
+    html = show(ViewRequest(one, "val", "val-3", two), "two runs").to_html()
     assert ">a<" in html and ">b<" in html and "−" not in html
     fake_run(tmp_path / "c", [replace(whole, text=whole.text.replace("Casey", "Jodie"))])
     with pytest.raises(ExplorerError, match="different data"):
-        show(Look(one, "val", "val-3", find_runs([tmp_path / "c"])[0]), "two runs")
+        show(ViewRequest(one, "val", "val-3", find_runs([tmp_path / "c"])[0]), "two runs")
 
 
 @pytest.mark.parametrize(
@@ -362,7 +367,7 @@ def test_a_run_without_steps_or_weights_says_so(image, tmp_path):
         ("instance weights", "no record has an instance weight"),
     ):
         with pytest.raises(ExplorerError, match=said):
-            show(Look(run, "val", "val-3"), view)
+            show(ViewRequest(run, "val", "val-3"), view)
 
 
 def test_an_example_that_left_the_data_is_named(runs):
@@ -442,7 +447,30 @@ def test_agreement_is_the_cosine_of_the_aligned_targets(look):
     assert cosines[word, cell] == pytest.approx(expected, abs=1e-4)
 
 
-# An example of one's own
+def test_conditioned_words_are_mixed_from_the_patches_that_are_shown(look):
+    with pytest.raises(ExplorerError, match="conditioned_targets=True"):
+        show(look, "conditioned targets")
+    run, record = Run(look.run.name, look.run.folder), look.record()
+    vars(run)["config"] = look.run.config.model_copy(update={"conditioned_targets": True})
+    tokens = tokens_of(record)
+    for centred in (False, True):
+        vars(run)["config"] = run.config.model_copy(update={"centred_targets": centred})
+        shares = torch.as_tensor(explorer.patch_shares(run, record))
+        vectors = explorer._targets(run, record, "projected", explorer._centres(run) if centred else None)
+        words = torch.as_tensor(record.is_text & record.distilled)
+        mixed = normalize(shares.float() @ vectors, dim=-1)[words]
+        assert_close(mixed, image_conditioned_targets(vectors, tokens, run.config.temperature)[words])
+    view = show(replace(look, run=run), "conditioned targets")
+    assert problems(view.to_html()) == [] and view.figure().get_size_inches().min() > 1
+    np.testing.assert_allclose(view.table().groupby("position")["share"].sum(), 1, atol=1e-5)
+    word = record.tokens[int(np.flatnonzero(words)[-1])]
+    (sheet, *_) = show(replace(look, run=run, word=word.upper()), "conditioned targets").sheets
+    assert word in sheet.name and sheet.record.is_region[np.argmax(sheet.values)]
+    with pytest.raises(ExplorerError, match="contains 'zebra'"):
+        show(replace(look, run=run, word="zebra"), "conditioned targets")
+
+
+# A picture and a text of the user
 
 
 def test_a_picture_and_a_text_of_ones_own(runs, image):

@@ -31,7 +31,7 @@ from tdlib.training.repairing import repaired_inputs
 from tdlib.training.run import passes_per_update, train_run
 from tdlib.training.targets import make_targets
 from tdlib.training.trainer import make_trainer
-from tdlib.views.explorer import Look, show
+from tdlib.views.explorer import ViewRequest, show
 from tdlib.views.index import find_runs
 from tdlib.views.lesson import lesson_view
 
@@ -354,7 +354,7 @@ def test_runs_leave_the_baselines_student_and_record_lessons(base, prepared, tmp
     assert right.teacher_choice == pytest.approx(right.teacher_probability, abs=1e-4)
     assert right.student_choice == pytest.approx(right.student_probability, abs=1e-4)
     (run,) = find_runs([tmp_path / "run"])
-    view = show(Look(run, "val", right.example_id), "re-paired lesson")
+    view = show(ViewRequest(run, "val", right.example_id), "re-paired lesson")
     shown = view.table().set_index(["step", "picture", "choice"])
     assert len(shown) == 2 * 2 * 4 and problems(view.to_html()) == []
     assert shown.loc[(END, "the other picture", right.choice), "teacher"] == right.teacher_other

@@ -66,10 +66,10 @@ def listed(panel: Explorer) -> list[int]:
 
 def shown(panel: Explorer) -> str:
     """The example whose sheet stands there."""
-    assert panel.look is not None and panel.output.value == "" and panel.message.value == ""
+    assert panel.request is not None and panel.output.value == "" and panel.message.value == ""
     (sheet,) = panel.stage.scene["sheets"]
-    assert sheet["about"][0].startswith(f"{panel.look.example_id}, choice ")
-    return panel.look.example_id
+    assert sheet["about"][0].startswith(f"{panel.request.example_id}, choice ")
+    return panel.request.example_id
 
 
 def test_it_starts_with_the_first_example_and_another_arm(panel, runs, drawn):
@@ -145,17 +145,17 @@ def test_reset_returns_to_the_start(runs, drawn):
     panel.weight.value = (0.2, 0.4)
     panel.reset.click()
     assert panel.filter == start and panel.list.total == 10
-    assert (panel.look.mass, panel.look.temperature, panel.look.step) == (None, None, END)
+    assert (panel.request.mass, panel.request.temperature, panel.request.step) == (None, None, END)
 
 
 def test_mass_and_temperature_select_anew(panel, runs):
     before = panel.stage.scene["sheets"][0]["tokens"]
     panel.mass.value = 0.05
-    assert panel.look.mass == 0.05 and "mass 0.05 instead" in panel.stage.scene["heading"]
+    assert panel.request.mass == 0.05 and "mass 0.05 instead" in panel.stage.scene["heading"]
     fewer = panel.stage.scene["sheets"][0]["tokens"]
     assert sum(token["marked"] for token in fewer) == 2, "the first word and the first patch"
     assert sum(token["marked"] for token in before) != 2
-    record = panel.look.record()
+    record = panel.request.record()
     assert record.weight.sum() == pytest.approx(1) and record.selected.sum() == 2
 
 
@@ -165,7 +165,7 @@ def test_two_runs_share_one_scale_for_words_and_pictures(panel):
     scene = panel.stage.scene
     assert [sheet["name"] for sheet in scene["sheets"]] == ["a", "b", "b − a"]
     weights, differences = scene["scales"]
-    records = [replace(panel.look, run=run, second=None).record() for run in panel.runs.values()]
+    records = [replace(panel.request, run=run, second=None).record() for run in panel.runs.values()]
     highest = max(float(record.weight[record.selected].max()) for record in records)
     assert weights["steps"][-1][0] == f"{100 * highest:.1f}" and differences["steps"][0][0].startswith("−")
 
@@ -220,7 +220,7 @@ def test_another_run_keeps_the_example(panel, runs, drawn):
     panel.list.position = 21
     panel.first.value = "b"
     assert panel.list.total == COUNT - 1 and panel.list.position == 20
-    look = panel.look
+    look = panel.request
     assert (look.run, look.example_id, look.split) == (runs[1], "val-21", "shifted")
     panel.first.value = "a"
     panel.list.position = 0
@@ -261,7 +261,7 @@ def test_it_starts_where_it_is_told(runs, drawn):
     panel = Explorer(runs, runs[1], "val-30", "two runs", filter, links=False)
     assert panel.first.value == "b" and panel.second.value == "a"
     assert (panel.split.value, panel.correct.value, panel.list.total) == ("shifted", "wrong", 7)
-    assert drawn[0] == (panel.look, "two runs") and panel.look.example_id == "val-30"
+    assert drawn[0] == (panel.request, "two runs") and panel.request.example_id == "val-30"
 
 
 def test_examples_are_chosen_by_what_the_data_say_of_them(runs, drawn, monkeypatch):

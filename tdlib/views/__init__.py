@@ -1,9 +1,14 @@
-"""What a person looks at: HTML, figures and tables of targets, runs and attention; the explorer.
+"""Draws targets, runs and attention for people: HTML, figures and tables, and the explorer.
 
-It owns no numbers: they come from records (``core.facts``) and from ``analysis``. A view (``view``) is a
-heading, a figure with its arguments and a table. What words and boxes look like is decided once, in
-``sheet`` (values of tokens), ``scale`` (colours), ``statement`` and ``picture`` (HTML); ``figures`` draws the
-same sheets with matplotlib and ``static`` in the explorer's page. ``compare``, ``training``, ``alignment``,
-``attention`` and ``measures`` make views; ``index`` finds runs and examples, ``explorer`` knows every view of
-one, ``widgets`` are its controls; ``gallery`` shows examples of the data.
+It computes no results: numbers come from records (``core.facts``) and from ``analysis``. A view (``view``) is
+a heading, a figure with its arguments and a table.
+
+sheet                            a value for every token of a statement, and which marks occur
+scale, statement, picture        colours, and the HTML of words and boxes
+figures, scene and static        the same sheets drawn by matplotlib, and by the explorer's page
+compare, evolution, alignment,
+attention, lesson, measures      functions that make views
+gallery, captions                examples of the data; numbered figures of a notebook
+index, explorer                  find runs and examples; make every view of an example
+widgets, controls                the explorer's controls
 """

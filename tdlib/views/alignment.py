@@ -1,4 +1,4 @@
-"""Which teacher tokens a student's token is made of: both tokenisations of a statement and its picture."""
+"""Shows which teacher tokens make up each student token's target: both tokenisations of a statement."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from tdlib.views.view import View
 
 
 def tokens_of(record: TargetRecord, batched: bool = False) -> Tokens:
-    """Where a record's tokens stand, as the method's functions take it; ``batched``: as a batch of one."""
+    """Positions of a record's tokens in the form that the method takes; ``batched``: as a batch of one."""
     spans, boxes = torch.as_tensor(record.spans).long(), torch.as_tensor(record.boxes).float()
     return Tokens(spans[None], boxes[None]) if batched else Tokens(spans, boxes)
 
@@ -41,19 +41,15 @@ def alignment_view(
     record: TargetRecord,
     teacher_spans: np.ndarray,
     teacher_boxes: np.ndarray,
-    token: int | None = None,
     labels: Sequence[str] = (),
 ) -> View:
-    """Both tokenisations of a statement and its picture, and which tokens overlap.
+    """Show both tokenisations of a statement and its picture, and which tokens overlap.
 
     Spans (tokens, 2), in characters, and boxes (tokens, 4), normalised xyxy, are the teacher's, see
-    ``teacher_positions``; the student's tokens are those of the record. ``token`` is a visual token of the
-    student whose shares are drawn; the heaviest if None. Table: a row per pair of a student's and a
-    teacher's token that overlap; ``share`` is how much of the student token's target the teacher's token
-    makes up (``method.alignment.align``), so that a student token's rows sum to 1.
-
-    Raises:
-        ValueError: ``token`` is no visual token.
+    ``teacher_positions``; the student's tokens are those of the record. On the picture the shares of the
+    heaviest visual token are drawn. Table: a row per pair of a student's and a teacher's token that overlap;
+    ``share`` is how much of the student token's target the teacher's token makes up
+    (``method.alignment.align``), so that a student token's rows sum to 1.
     """
     spans, boxes = np.asarray(teacher_spans).reshape(-1, 2), np.asarray(teacher_boxes).reshape(-1, 4)
     theirs = Tokens.cat(
@@ -70,10 +66,7 @@ def alignment_view(
     columns = ["position", "token", "kind", "teacher_position", "teacher_token", "share"]
     data = pd.DataFrame(overlaps, columns=columns)
     visual = np.flatnonzero(record.is_region)
-    if token is not None and token not in visual:
-        raise ValueError(f"token {token} is no visual token; these are {visual[:1]} to {visual[-1:]}")
-    if token is None and len(visual):
-        token = int(visual[np.argmax(record.weight[visual])])
+    token = int(visual[np.argmax(record.weight[visual])]) if len(visual) else None
     heading = f"{title(record, labels)}: tokens of student and teacher"
     on_grid = np.concatenate([np.zeros((len(spans), 4)), boxes])
     alone = int((record.is_text & (shares.sum(1) == 0)).sum())

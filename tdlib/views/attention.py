@@ -1,4 +1,4 @@
-"""Views of attention: what one token attends to, rolled out, as gradient relevance, and every head."""
+"""Shows attention: of one token, rolled out through layers, as gradient relevance, and of every head."""
 
 from collections.abc import Sequence
 
@@ -49,7 +49,7 @@ def rollout_view(attention: Attention) -> View:
 
 
 def relevance_view(record: TargetRecord, values: np.ndarray, method: str) -> View:
-    """Gradient relevance (of ``gradient_relevance`` or ``teacher_relevance``) as shares of its sum.
+    """Show gradient relevance (of ``gradient_relevance`` or ``teacher_relevance``) as shares of its sum.
 
     ``method`` names model, layers and goal, such as "student: gradient relevance, layers 0 to 3, choice 2".
     """
@@ -61,9 +61,9 @@ def relevance_view(record: TargetRecord, values: np.ndarray, method: str) -> Vie
 
 
 def heads_view(attention: Attention) -> View:
-    """Every head's map as a tile, a row of tiles per layer, text and picture parted by lines.
+    """Show every head's map as a tile, a row of tiles per layer; lines part text and picture.
 
-    The number over a tile is "layer.head · share": how much of their attention text tokens give to the
+    Over a tile stands "layer.head · share": the part of their attention that text tokens give to the
     picture (in %), where there are both. Table: ``layer``, ``head``, ``text_to_picture``,
     ``picture_to_text``, ``readout_to_picture`` (shares of 1), and ``entropy`` of the rows in nats.
     """

@@ -1,4 +1,4 @@
-"""Figures and tables with a number and a caption, as one output that paper does not break apart."""
+"""Joins a figure or table with its number and caption, so that a printed page does not part them."""
 
 from dataclasses import dataclass
 from html import escape

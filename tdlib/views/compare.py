@@ -1,4 +1,4 @@
-"""Statements and pictures with the weights of their tokens: one, several below each other, two compared."""
+"""Shows statements and pictures with the weights of their tokens: one, several, or two runs compared."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def sheets_view(
     heading: str, sheets: Sequence[Sheet], data: pd.DataFrame, words: bool = True, picture: bool = True,
     note: str = "",
 ) -> View:  # fmt: skip
-    """Any sheets as a view; those of one scale share its legend and its colour bar."""
+    """Make a view of any sheets; sheets of one scale share a legend and the range of their colour bars."""
     arguments = {"sheets": sheets, "heading": heading, "words": words, "picture": picture}
     records = tuple(sheet.record for sheet in sheets)
     body = sheets_html(sheets, words, picture)
@@ -31,7 +31,7 @@ def comparison(
     words: bool = True,
     picture: bool = True,
 ) -> View:
-    """A row per record (choices of a question, or arms, or examples): numbers, picture, statement.
+    """Show a row per record (choices of a question, or arms, or examples): numbers, picture, statement.
 
     Each token is coloured by its weight, on one scale for all rows, words and pictures together. ``names``
     (of arms, say) head the rows; ``words`` and ``picture`` say which half is shown.
@@ -71,7 +71,7 @@ def same_tokens(left: TargetRecord, right: TargetRecord) -> None:
 
 
 def difference_table(left: TargetRecord, right: TargetRecord) -> pd.DataFrame:
-    """One row per token of two records of one statement, of two runs or steps.
+    """Make one row per token for two records of one statement, of two runs or steps.
 
     ``weight_first``, ``weight_second`` and ``difference`` (second minus first) are shares of 1, 0 where
     not selected; ``change`` is "both", "gained" (only the second selects it), "lost" or "".
@@ -94,10 +94,10 @@ def difference_view(
     names: Sequence[str] = ("first", "second"),
     labels: Sequence[str] = (),
 ) -> View:
-    """Two runs (arms, seeds, steps) on one statement, and the difference of their weights.
+    """Show two runs (arms, seeds, steps) on one statement, and the difference of their weights.
 
-    Both runs share one scale, words and pictures together; differences, second minus first in percentage
-    points and signed, have a second one with its own legend. The table is ``difference_table``.
+    Both runs share one scale, words and pictures together. Differences are second minus first in percentage
+    points with their sign; they have another scale and legend. The table is ``difference_table``.
 
     Raises:
         ValueError: the records are of different statements, or of students with different tokens.
@@ -122,7 +122,7 @@ def _change_text(data: pd.DataFrame) -> str:
 
 
 def values_view(record: TargetRecord, values: np.ndarray, method: str, query: str = "") -> View:
-    """A number of at least 0 per token, on the picture and in the statement, such as attention.
+    """Show a number of at least 0 per token, such as attention, on the picture and in the statement.
 
     ``method`` names model, layers and heads, ``query`` the token whose attention it is. Table:
     ``position``, ``token``, ``value``.

@@ -1,4 +1,4 @@
-"""Parts that the explorer's controls are made of: the list, the stage, and small helpers.
+"""Parts of the explorer's controls: the list, the stage that draws sheets, and small helpers.
 
 The list holds one page of rows, however many examples there are. Data reach the page as text nodes.
 """
@@ -25,7 +25,7 @@ LINE = 110  # letters of a row; the list is narrower on most screens
 
 
 class ExampleList(anywidget.AnyWidget):
-    """One page of a list. ``rows`` are [position, text] of the page that holds ``position``."""
+    """Shows one page of a list. ``rows`` are [position, text] of the page that holds ``position``."""
 
     _esm = STATIC / "list.js"
     _css = STATIC / "explorer.css"
@@ -36,9 +36,9 @@ class ExampleList(anywidget.AnyWidget):
 
 
 class Stage(anywidget.AnyWidget):
-    """Draws sheets. ``scene`` is of ``scene.scene_of``, ``pictures`` are JPEGs by name.
+    """Draws sheets. ``scene`` is what ``scene.scene_of`` makes, ``pictures`` are JPEGs by name.
 
-    ``agreement`` holds, by the sheets' keys, (tokens, tokens) cosines as float32.
+    ``agreement`` holds cosines (tokens, tokens) as bytes of float32, by ``scene.key_of`` of the sheets.
     """
 
     _esm = STATIC / "stage.js"
@@ -49,7 +49,7 @@ class Stage(anywidget.AnyWidget):
 
 
 def row_text(row: dict[str, Any], labels: Sequence[str] = ()) -> str:
-    """An example in one line: right or wrong, id, c, what it asks."""
+    """Describes an example in one line: right or wrong, id, c, and its question."""
     verdict = "?" if pd.isna(row["label"]) else "✓" if row["correct"] else "✗"
     weight = "c  –  " if pd.isna(row["c"]) else f"c {row['c']:.2f}"
     text = row["answer"] if isinstance(row["answer"], str) and not labels else row["text"].split("\n")[0]
@@ -60,7 +60,7 @@ def row_text(row: dict[str, Any], labels: Sequence[str] = ()) -> str:
 
 
 def named(name: str, control: Any, width: str = "auto") -> Any:
-    """A control with its name beside it, never wider than its place."""
+    """Puts a name beside a control and keeps it within its column."""
     control.description = name
     control.style.description_width = "initial"
     control.layout.width, control.layout.max_width = width, "98%"
@@ -68,30 +68,30 @@ def named(name: str, control: Any, width: str = "auto") -> Any:
 
 
 def dropdown(name: str, options: Sequence[Any] = (), value: Any = None) -> Any:
-    """A named dropdown; no value may be None, which would leave it blank."""
+    """Makes a named dropdown; None as a value would leave it blank."""
     chosen = {} if value is None else {"value": value}
     return named(name, ipywidgets.Dropdown(options=options, **chosen))
 
 
 def beside(*controls: Any) -> Any:
-    """Controls beside each other, below where there is no room."""
+    """Lays controls beside each other; they wrap where there is no room."""
     return ipywidgets.HBox(controls, layout={"flex_flow": "row wrap"})
 
 
 def described(error: Exception) -> str:
-    """An error as a sentence of HTML."""
+    """Writes an error as a sentence of HTML."""
     log.debug("cannot be shown", exc_info=error)
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     return escape(f"{kind}{error}")
 
 
 def step_options(run: Run) -> list[tuple[str, int]]:
-    """The recorded steps, the end last."""
+    """Lists the recorded steps as options of a control, the end last."""
     return [("end" if step == END else str(step), step) for step in run.steps]
 
 
 def offer(control: Any, options: Sequence[tuple[str, Any]]) -> None:
-    """New options; keeps what is chosen where it is still there, else takes the first."""
+    """Gives a control new options; keeps its value if that is among them, else takes the first."""
     values = [one for _, one in options]
     kept = control.value
     if tuple(control.options) != tuple(options):

@@ -1,7 +1,7 @@
-"""Each view of an example of a finished run, and what else can be asked of it.
+"""Makes each view of an example of a finished run, and opens what a view needs.
 
-Owns the table of views that ``05_tokens`` and ``widgets`` offer, and opens what they need: records, the
-teacher's cache, the trained student, the data. It owns neither the views nor any control.
+``VIEWS`` is the table that ``05_tokens`` and ``widgets`` offer. A view needs records, and some also the
+teacher's cache, the trained student or the data. The views themselves are in the modules beside this one.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from tdlib.core.facts import title, token_names
 from tdlib.core.paths import resolve
 from tdlib.core.records import END, TargetRecord
-from tdlib.data.examples import Example, TextPart
+from tdlib.data.examples import Example, TextPart, low_shot
 from tdlib.data.pictures import open_picture
+from tdlib.data.tasks import splits_of
 from tdlib.method.alignment import align, aligned_targets
 from tdlib.method.selection import SELECTORS, SelectionOptions, select, token_scores
 from tdlib.method.weighting import TOKEN_WEIGHTS
@@ -26,30 +28,33 @@ from tdlib.students.registry import load_student
 from tdlib.teacher import attention as teacher_attentions
 from tdlib.teacher.cache import TeacherCache
 from tdlib.training.data import EncodedExamples, collate
-from tdlib.training.pipeline import teacher_tokens
-from tdlib.training.prepare import PreparedData, encoder_of, prepare, read_split, teacher_cache
+from tdlib.training.pipeline import teacher_tokens, token_centres
+from tdlib.training.prepare import PreparedData, add_to_cache, encoder_of, prepare, read_split, teacher_cache
 from tdlib.training.recording import preview_targets
 from tdlib.views.alignment import alignment_view, teacher_positions, tokens_of
 from tdlib.views.attention import attention_view, heads_view, relevance_view, rollout_view
-from tdlib.views.compare import comparison, difference_view
+from tdlib.views.compare import comparison, difference_view, sheets_view
+from tdlib.views.evolution import evolution_view, instance_view, of_statement
 from tdlib.views.figures.style import Figure
 from tdlib.views.index import SELECTIONS, ExplorerError, Run, read_instances
 from tdlib.views.lesson import lesson_view
-from tdlib.views.training import evolution_view, instance_view, of_statement
+from tdlib.views.sheet import value_sheet
 from tdlib.views.view import View
 
 MODALITIES = ("both", "text", "visual")
 DRAWN_EXAMPLES = 2_000  # most whose instance weights are drawn together
+DRAWN_WORDS = 3  # most whose conditioned targets are drawn below each other
 
 
 @dataclass(frozen=True)
-class Look:
-    """What to look at: an example of a run, and all that a view of it depends on.
+class ViewRequest:
+    """An example of a run, with every setting that a view of it can depend on.
 
-    ``choice`` None: the right one (else the first). ``step``: a recorded one, or END; ``second`` and its
-    ``second_step`` are what it is compared with. ``layers`` () are all, negative ones from the last;
-    ``head`` None averages. ``modality``: one of ``MODALITIES``. ``mass`` and ``temperature`` None are the
-    run's; others select anew, see ``reselected``.
+    ``choice`` None is the right one (the first, where none is known to be right). ``step`` is a recorded step
+    or END. The view "two runs" compares with ``second`` at its ``second_step``. ``layers`` () are all layers;
+    negative ones count from the last. ``head`` None averages the heads. ``modality`` is one of
+    ``MODALITIES``. ``mass`` and ``temperature`` None are the run's; other values select anew, see
+    ``reselected``. ``word`` picks the words of "conditioned targets" by their letters.
     """
 
     run: Run
@@ -64,42 +69,43 @@ class Look:
     head: int | None = None
     mass: float | None = None
     temperature: float | None = None
+    word: str = ""
 
     def record(self) -> TargetRecord:
         """The statement in the first run at its step."""
         return _statement(self, self.run, self.step)
 
     def names(self) -> tuple[str, str]:
-        """What heads the two that are compared: run, and step where it is not the end."""
+        """Headings of the two runs that are compared, with the step where it is not the end."""
         assert self.second is not None
         pairs = (self.run, self.step), (self.second, self.second_step)
         first, second = (f"{run.name}{'' if step == END else f', step {step}'}" for run, step in pairs)
         return first, second
 
     def method(self) -> str:
-        """The run, and what was changed of its settings."""
+        """The run's name, with the settings that differ from those it was trained with."""
         changed = {"mass": self.mass, "temperature": self.temperature}
         parts = [f"{name} {value:g} instead" for name, value in changed.items() if value is not None]
         return ", ".join([self.run.name, *parts])
 
 
-def _statement(look: Look, run: Run, step: int) -> TargetRecord:
-    records = run.records(look.split, look.example_id, [step])
+def _statement(request: ViewRequest, run: Run, step: int) -> TargetRecord:
+    records = run.records(request.split, request.example_id, [step])
     try:
-        record = of_statement(records, look.example_id, look.choice, look.split)[-1]
+        record = of_statement(records, request.example_id, request.choice, request.split)[-1]
     except ValueError as error:
         raise ExplorerError(str(error)) from None
-    return reselected(run, record, look.mass, look.temperature)
+    return reselected(run, record, request.mass, request.temperature)
 
 
 def reselected(
     run: Run, record: TargetRecord, mass: float | None = None, temperature: float | None = None
 ) -> TargetRecord:
-    """The record as the run's method would have it with another mass or temperature.
+    """Selects and weighs the record's tokens anew, with another mass or temperature.
 
-    Score, selection and token weights are computed anew from the recorded relevance and prior by the
-    method's functions; nothing is trained. Raises an ExplorerError where the run's selector or token weight
-    is a function that is not known here.
+    Score, selection and token weights are computed by the method's functions from the recorded relevance and
+    prior; nothing is trained. Raises an ExplorerError if the run's selector or token weight is a function
+    that this process has not registered.
     """
     if mass is None and temperature is None:
         return record
@@ -126,118 +132,152 @@ def reselected(
 # Views.
 
 
-def targeted(look: Look) -> View:
-    """One statement: words and picture with their weights, or one of them."""
-    words, picture = look.modality != "visual", look.modality != "text"
+def targeted(request: ViewRequest) -> View:
+    """Shows the weights of one statement: on its words and its picture, or on one of them."""
+    words, picture = request.modality != "visual", request.modality != "text"
     return comparison(
-        look.record(), method=look.method(), labels=look.run.labels, words=words, picture=picture
+        request.record(), method=request.method(), labels=request.run.labels, words=words, picture=picture
     )
 
 
-def choices(look: Look) -> View:
-    """All statements of a question below each other, on one scale."""
-    records = look.run.records(look.split, look.example_id, [look.step])
-    changed = [reselected(look.run, record, look.mass, look.temperature) for record in records]
-    return comparison(changed, method=look.method(), labels=look.run.labels)
+def choices(request: ViewRequest) -> View:
+    """Shows all statements of a question below each other, on one scale."""
+    records = request.run.records(request.split, request.example_id, [request.step])
+    changed = [reselected(request.run, record, request.mass, request.temperature) for record in records]
+    return comparison(changed, method=request.method(), labels=request.run.labels)
 
 
-def two_runs(look: Look) -> View:
-    """The same statement in two runs or at two steps, with the difference where they share tokens."""
-    if look.second is None:
+def two_runs(request: ViewRequest) -> View:
+    """Shows a statement in two runs or at two steps, with the difference where both have the same tokens."""
+    if request.second is None:
         raise ExplorerError("choose a second run (or the same run at another step) to compare with")
-    first, second = look.record(), _statement(look, look.second, look.second_step)
+    first, second = request.record(), _statement(request, request.second, request.second_step)
     if first.text != second.text:
         raise ExplorerError(
-            f"{look.example_id} in {look.split} reads {first.text!r} in {look.run.name} but "
-            f"{second.text!r} in {look.second.name}: the runs are of different data"
+            f"{request.example_id} in {request.split} reads {first.text!r} in {request.run.name} but "
+            f"{second.text!r} in {request.second.name}: the runs are of different data"
         )
     try:
-        return difference_view(first, second, look.names(), look.run.labels)
+        return difference_view(first, second, request.names(), request.run.labels)
     except ValueError:  # students with other tokens: side by side, without a difference per token
-        return comparison([first, second], look.names(), "two students", look.run.labels)
+        return comparison([first, second], request.names(), "two students", request.run.labels)
 
 
-def evolution(look: Look) -> View:
-    """One statement over the training."""
-    if len(look.run.steps) < 2:
+def evolution(request: ViewRequest) -> View:
+    """Shows one statement over the training."""
+    if len(request.run.steps) < 2:
         raise ExplorerError(
-            f"{look.run.name} recorded its selections only once; train it with probe_every above 0"
+            f"{request.run.name} recorded its selections only once; train it with probe_every above 0"
         )
-    records = look.run.records(look.split, look.example_id)
-    choice = _statement(look, look.run, look.run.steps[-1]).choice
-    return evolution_view(of_statement(records, look.example_id, choice, look.split), look.run.labels)
+    records = request.run.records(request.split, request.example_id)
+    choice = _statement(request, request.run, request.run.steps[-1]).choice
+    return evolution_view(
+        of_statement(records, request.example_id, choice, request.split), request.run.labels
+    )
 
 
-def instance_weights(look: Look) -> View:
-    """p_T, p_S and c of the example over training, and of all examples of its split (at most 2,000)."""
-    index = look.run.index
-    rows = index[index["split"] == look.split]
-    place = int(np.flatnonzero(rows["example_id"] == look.example_id)[0])
+def instance_weights(request: ViewRequest) -> View:
+    """Shows p_T, p_S and c of the example over training, and of all examples of its split (at most 2,000)."""
+    index = request.run.index
+    rows = index[index["split"] == request.split]
+    place = int(np.flatnonzero(rows["example_id"] == request.example_id)[0])
     start = max(0, min(place - DRAWN_EXAMPLES // 2, len(rows) - DRAWN_EXAMPLES))
     ids = rows["example_id"].iloc[start : start + DRAWN_EXAMPLES]
-    instances = read_instances(look.run.folder / SELECTIONS, look.split, ids)
+    instances = read_instances(request.run.folder / SELECTIONS, request.split, ids)
     try:
-        return instance_view(instances, look.example_id)
+        return instance_view(instances, request.example_id)
     except ValueError as error:
         raise ExplorerError(str(error)) from None
 
 
-def lesson(look: Look) -> View:
-    """What CLIP and the student make of the texts with another picture, before and after training."""
+def lesson(request: ViewRequest) -> View:
+    """Shows what CLIP and the student make of the texts with another picture, before and after training."""
     try:
-        return lesson_view(look.run.records(look.split, look.example_id))
+        return lesson_view(request.run.records(request.split, request.example_id))
     except ValueError as error:
-        raise ExplorerError(f"{look.run.name}: {error}") from None
+        raise ExplorerError(f"{request.run.name}: {error}") from None
 
 
-def alignment(look: Look) -> View:
-    """Tokens of student and teacher and how they overlap."""
-    record = look.record()
-    return alignment_view(record, *teacher_positions(open_teacher(look.run), record), labels=look.run.labels)
+def alignment(request: ViewRequest) -> View:
+    """Shows the tokens of student and teacher and how they overlap."""
+    record = request.record()
+    return alignment_view(
+        record, *teacher_positions(open_teacher(request.run), record), labels=request.run.labels
+    )
 
 
-def student_attention(look: Look) -> View:
-    """What the trained student's answer attends to."""
-    return attention_view(_student_maps(look, look.layers), head=look.head)
+def conditioned_targets(request: ViewRequest) -> View:
+    """Shows the patches that the targets of words are mixed from, in a run with conditioned targets.
+
+    Words that contain ``word``; without one, the ``DRAWN_WORDS`` that weigh most. Table: a row per word and
+    patch of the statement, ``share`` of the word's target.
+    """
+    run, record = request.run, request.record()
+    if not run.config.conditioned_targets:
+        raise ExplorerError(
+            f"{run.name} mixes no word's target from patches; train it with conditioned_targets=True"
+        )
+    shares, names = patch_shares(run, record), token_names(record)
+    words = np.flatnonzero(record.is_text & (shares.sum(1) > 0))
+    patches = np.flatnonzero(shares[words].sum(0) > 0)
+    data = pd.DataFrame(
+        [(i, names[i], j, names[j], shares[i, j]) for i in words for j in patches],
+        columns=["position", "token", "patch_position", "patch", "share"],
+    )
+    named = [i for i in words if request.word.strip().lower() in names[i].lower()]
+    drawn = sorted(named, key=lambda i: -record.weight[i])[:DRAWN_WORDS]
+    if not drawn:
+        raise ExplorerError(f"no word with a target in {record.text!r} contains {request.word!r}")
+    sheets = [value_sheet(record, shares[i], f"“{names[i]}”", "of the word's target") for i in drawn]
+    heading = f"{title(record, run.labels)}: patches that the targets of words are mixed from"
+    return sheets_view(heading, sheets, data, words=False, note=run.name)
 
 
-def student_heads(look: Look) -> View:
-    """Every head of the trained student as a tile."""
-    return heads_view(_student_maps(look, look.layers))
+def student_attention(request: ViewRequest) -> View:
+    """Shows what the trained student's answer attends to."""
+    return attention_view(_student_maps(request, request.layers), head=request.head)
 
 
-def student_rollout(look: Look) -> View:
-    """The trained student's attention, rolled out through all layers."""
-    return rollout_view(_student_maps(look, ()))
+def student_heads(request: ViewRequest) -> View:
+    """Shows every head of the trained student as a tile."""
+    return heads_view(_student_maps(request, request.layers))
 
 
-def student_gradient(look: Look) -> View:
-    """What brings about the trained student's logit of the statement, or of the label."""
-    student, batch, record, tokenizer = _student_input(look)
+def student_rollout(request: ViewRequest) -> View:
+    """Shows the trained student's attention, rolled out through all layers."""
+    return rollout_view(_student_maps(request, ()))
+
+
+def student_gradient(request: ViewRequest) -> View:
+    """Shows which tokens bring about the trained student's logit of the statement, or of the label."""
+    student, batch, record, tokenizer = _student_input(request)
     values = student_attentions.gradient_relevance(student, batch, record)
     last = len(student_attentions.attention_modules(student)) - 1
     answer = (record.prediction or 0) if record.label is None else record.label
-    goal = f"label {look.run.labels[answer]}" if look.run.labels else f"choice {record.choice}"
+    goal = f"label {request.run.labels[answer]}" if request.run.labels else f"choice {record.choice}"
     named = student_attentions.named_record(record, batch, tokenizer, len(values))
-    return relevance_view(named, values, f"{look.run.name}: gradient relevance, layers 0 to {last}, {goal}")
+    return relevance_view(
+        named, values, f"{request.run.name}: gradient relevance, layers 0 to {last}, {goal}"
+    )
 
 
-def teacher_attention(look: Look) -> View:
-    """What the teacher's pooled position attends to: in the picture, or in the text (modality "text")."""
-    tower = "text" if look.modality == "text" else "image"
-    teacher = open_teacher(look.run).teacher
-    maps = teacher_attentions.teacher_attention(teacher, look.record(), tower, look.layers or None)
-    return attention_view(maps, head=look.head)
+def teacher_attention(request: ViewRequest) -> View:
+    """Shows what the teacher's pooled position attends to: in the picture, or with "text" in the text."""
+    tower = "text" if request.modality == "text" else "image"
+    teacher = open_teacher(request.run).teacher
+    maps = teacher_attentions.teacher_attention(teacher, request.record(), tower, request.layers or None)
+    return attention_view(maps, head=request.head)
 
 
-def teacher_gradient(look: Look) -> View:
-    """What brings text and picture together in the teacher."""
-    values, record = teacher_attentions.teacher_relevance(open_teacher(look.run).teacher, look.record())
+def teacher_gradient(request: ViewRequest) -> View:
+    """Shows which tokens bring text and picture together in the teacher."""
+    values, record = teacher_attentions.teacher_relevance(open_teacher(request.run).teacher, request.record())
     return relevance_view(record, values, "teacher: gradient relevance of text and picture, all layers")
 
 
-# Each view, and what of a look it depends on beside run and example; other controls are of no use to it.
-VIEWS: dict[str, tuple[Callable[[Look], View], set[str]]] = {
+# Each view, with the fields of a request that it depends on beside run and example. The explorer's controls
+# of all other fields are greyed out.
+VIEWS: dict[str, tuple[Callable[[ViewRequest], View], set[str]]] = {
     "statement and picture": (targeted, {"step", "choice", "modality", "mass", "temperature"}),
     "all choices": (choices, {"step", "mass", "temperature"}),
     "two runs": (two_runs, {"second", "second_step", "step", "choice", "mass", "temperature"}),
@@ -245,6 +285,7 @@ VIEWS: dict[str, tuple[Callable[[Look], View], set[str]]] = {
     "instance weights": (instance_weights, set()),
     "re-paired lesson": (lesson, set()),
     "alignment": (alignment, {"choice"}),
+    "conditioned targets": (conditioned_targets, {"choice", "word"}),
     "student: attention": (student_attention, {"choice", "layers", "head"}),
     "student: heads": (student_heads, {"choice", "layers"}),
     "student: rollout": (student_rollout, {"choice"}),
@@ -254,29 +295,29 @@ VIEWS: dict[str, tuple[Callable[[Look], View], set[str]]] = {
 }
 
 
-def show(look: Look, view: str) -> View:
-    """One of ``VIEWS``; an ExplorerError where it is unknown, or what it shows is not there."""
+def show(request: ViewRequest, view: str) -> View:
+    """Makes one of ``VIEWS``; raises an ExplorerError if it is unknown, or if the run lacks what it shows."""
     if view not in VIEWS:
         raise ExplorerError(f"view={view!r}: expected one of {', '.join(VIEWS)}")
-    if look.modality not in MODALITIES:
-        raise ExplorerError(f"modality={look.modality!r}: expected one of {', '.join(MODALITIES)}")
-    for run, step in ((look.run, look.step), (look.second, look.second_step)):
+    if request.modality not in MODALITIES:
+        raise ExplorerError(f"modality={request.modality!r}: expected one of {', '.join(MODALITIES)}")
+    for run, step in ((request.run, request.step), (request.second, request.second_step)):
         if run is not None and step not in run.steps:
-            known = ", ".join("-1 (end)" if s == END else str(s) for s in run.steps)
-            raise ExplorerError(f"{run.name} has no step {step}; it recorded {known}")
-    return VIEWS[view][0](look)
+            recorded = ", ".join("-1 (end)" if s == END else str(s) for s in run.steps)
+            raise ExplorerError(f"{run.name} has no step {step}; it recorded {recorded}")
+    return VIEWS[view][0](request)
 
 
-def shown(look: Look, view: str) -> View:
-    """As ``show``; where that cannot be shown, a view that says why, so that a page can go on."""
-    return attempted(view, lambda: show(look, view))
+def shown(request: ViewRequest, view: str) -> View:
+    """As ``show``, but an error becomes a view that names it, so that the rest of a page is still made."""
+    return attempted(view, lambda: show(request, view))
 
 
 def attempted(what: str, make: Callable[[], View]) -> View:
-    """The view; or one that says why there is none, such as data or models that are gone."""
+    """Makes a view; if data or models are gone, one that says so."""
     try:
         return make()
-    except (ValueError, OSError) as error:  # ExplorerError, DataError, TeacherError and their like are such
+    except (ValueError, OSError) as error:  # ExplorerError, DataError and TeacherError are ValueErrors
         return note(f"{what}: {error}")
 
 
@@ -306,7 +347,7 @@ def _open_student(run: Run) -> tuple[Any, Any]:
 
 
 def example_of(run: Run, split: str, example_id: str) -> Example:
-    """The example itself, from the run's data; an ExplorerError if they have no such one (any more)."""
+    """Reads the example from the run's data; raises an ExplorerError if it is not there (any more)."""
     examples = read_split(run.config, split)
     try:
         return examples[list(examples.ids).index(example_id)]
@@ -317,42 +358,76 @@ def example_of(run: Run, split: str, example_id: str) -> Example:
         ) from None
 
 
-def _student_input(look: Look) -> tuple[Any, Any, TargetRecord, Any]:
-    """Student, batch of the example, record and tokenizer."""
-    run, record = look.run, look.record()
-    example = example_of(run, look.split, look.example_id)
+def _student_input(request: ViewRequest) -> tuple[Any, Any, TargetRecord, Any]:
+    """Returns the trained student, the example as its batch, the record and the tokenizer."""
+    run, record = request.run, request.record()
+    example = example_of(run, request.split, request.example_id)
     student, encoder = _open_student(run)
     encoder.prepare([example])
     data = EncodedExamples([example], encoder, num_labels=len(run.labels), modality=run.config.modality)
     return student, collate([data[0]], encoder), record, encoder.tokenizer
 
 
-def _student_maps(look: Look, layers: Sequence[int]) -> teacher_attentions.Attention:
-    student, batch, record, tokenizer = _student_input(look)
+def _student_maps(request: ViewRequest, layers: Sequence[int]) -> teacher_attentions.Attention:
+    student, batch, record, tokenizer = _student_input(request)
     read = student_attentions.student_attention
-    return read(student, batch, record, layers or None, look.run.name, tokenizer)
+    return read(student, batch, record, layers or None, request.run.name, tokenizer)
 
 
 def agreement(run: Run, record: TargetRecord) -> np.ndarray:
-    """How well the teacher's token of each student token agrees with that of each other, (tokens, tokens).
+    """Measures how well the teacher's tokens behind each two student tokens agree, (tokens, tokens).
 
-    ``cos(u_i, u_j)`` of the aligned targets that the run's relevance reads (value tokens for "value",
+    ``cos(u_i, u_j)`` of the aligned tokens that the run's relevance reads (value tokens for "value",
     projected ones otherwise), in [-1, 1]; 0 for tokens without a target. Relevance compares a token with
-    the whole other modality; this is the same comparison token by token.
+    the whole other modality; this compares it with each of the other's tokens.
     """
-    cache = open_teacher(run)
-    cache.add(texts=[record.text], pictures=[record.image])
-    teacher = teacher_tokens([cache.text(record.text)], cache.picture(record.image))
-    tokens = teacher.value if run.config.relevance == "value" else teacher.projected
-    vectors = aligned_targets(align(tokens_of(record, batched=True), teacher.tokens), tokens)[0]
+    vectors = _targets(run, record, "value" if run.config.relevance == "value" else "projected")
     return (vectors @ vectors.T).numpy()
 
 
-# An example of one's own.
+def patch_shares(run: Run, record: TargetRecord) -> np.ndarray:
+    """Computes the share of each patch in the target of each word, (tokens, tokens); rows of words sum to 1.
+
+    ``softmax_j(u_i . u_j / temperature)`` over the visual tokens that have a target, as
+    ``image_conditioned_targets`` mixes them. All other rows are 0.
+    """
+    centres = _centres(run) if run.config.centred_targets else None
+    vectors = _targets(run, record, "projected", centres)
+    has_target = vectors.abs().sum(-1) > 0
+    is_text, seen = torch.as_tensor(record.is_text), torch.as_tensor(record.is_region) & has_target
+    if not seen.any():
+        return np.zeros((len(vectors), len(vectors)))
+    agreement = (vectors @ vectors.T).masked_fill(~seen, -torch.inf)
+    shares = (agreement / run.config.temperature).softmax(-1)
+    return (shares * (is_text & has_target)[:, None]).numpy()
+
+
+def _targets(
+    run: Run, record: TargetRecord, signal: str, centres: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The targets of a record's tokens, (tokens, teacher_dim), before words are drawn to patches."""
+    cache = open_teacher(run)
+    cache.add(texts=[record.text], pictures=[record.image])
+    teacher = teacher_tokens([cache.text(record.text)], cache.picture(record.image))
+    student = tokens_of(record, batched=True)
+    centre = None if centres is None else torch.where(student.is_text.unsqueeze(-1), *centres)
+    return aligned_targets(align(student, teacher.tokens), getattr(teacher, signal), centre)[0]
+
+
+@lru_cache(maxsize=2)
+def _centres(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean teacher tokens of texts and pictures that the run's targets are centred by."""
+    subset = low_shot(read_split(run.config, splits_of(run.config)[0]), run.config.shots, run.config.seed)
+    cache = open_teacher(run)
+    add_to_cache(cache, subset)
+    return token_centres(cache, subset)
+
+
+# A picture and a text of the user.
 
 
 def own_example(picture: Path | str, text: str, answers: Sequence[str] = ()) -> Example:
-    """A picture and a text of yours: a statement, or a question with its ``answers``, none of them empty."""
+    """Makes an example of your picture and text: a statement, or a question with its ``answers``."""
     if not text.strip():
         raise ExplorerError("no text: write a statement, or a question with its answers")
     if any(not answer.strip() for answer in answers):
@@ -367,10 +442,11 @@ def own_example(picture: Path | str, text: str, answers: Sequence[str] = ()) -> 
 
 
 def own_view(run: Run, example: Example, prepared: PreparedData | None = None) -> View:
-    """What a run's method selects in an example of yours (``own_example``), with the run's trained student.
+    """Shows what a run's method selects in your example (``own_example``) with the run's trained student.
 
-    ``prepared`` are of ``training.prepare.prepare`` with the run's settings; made if None. A task that has a
-    label set takes a statement alone: an ExplorerError if there are answers.
+    ``prepared`` is what ``training.prepare.prepare`` makes with the run's settings; None prepares it.
+    Raises an ExplorerError if the example has answers but the task has a label set, and so takes a statement
+    alone.
     """
     prepared = prepared or prepared_data_of(run)
     if prepared.labels and example.choices:
@@ -384,5 +460,5 @@ def own_view(run: Run, example: Example, prepared: PreparedData | None = None) -
 
 @lru_cache(maxsize=2)
 def prepared_data_of(run: Run) -> PreparedData:
-    """What a run needed before it trained, prepared again: data, encoder, cache, word statistics."""
+    """Prepares again what a run needed before it trained: data, encoder, cache, word statistics."""
     return prepare(run.config, whole_splits=False)

@@ -1,7 +1,6 @@
-"""Examples of any task as HTML: the picture with its boxes, references in the same colours, choices, answer.
+"""Shows examples of any task as HTML: picture with boxes, references in the same colours, choices, answer.
 
-What a run targeted in them is shown by ``compare``. Nothing is told by colour alone (objects carry their
-index).
+``compare`` shows what a run targeted in them. Objects carry their index, so that nobody depends on colours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ def object_colour(index: int) -> str:
 
 
 def boxed_picture(example: Example, width: int) -> str:
-    """The picture as HTML with every object's box and index, and what decides, dashed."""
+    """The picture as HTML with every object's box and index; boxes that decide the answer are dashed."""
     over = [frame(box, f"3px solid {object_colour(i)}") for i, box in enumerate(example.boxes)]
     over += [label(x, y, str(i), WHITE, object_colour(i)) for i, x, y in object_labels(example.boxes)]
     over += [frame(box, f"2px dashed {BLACK}", casing=True) for box in example.relevant_boxes]
@@ -34,7 +33,7 @@ def boxed_picture(example: Example, width: int) -> str:
 
 
 def text_html(part: TextPart) -> str:
-    """A text: references in their object's colour with its index, decisive words underlined."""
+    """A text as HTML: references have their object's colour and index, decisive words are underlined."""
     edges = {0, len(part.text)}
     for start, end in [*((r.start, r.end) for r in part.references), *part.relevant]:
         edges |= {start, end}

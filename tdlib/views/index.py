@@ -1,7 +1,7 @@
-"""Which runs there are to look into, which of their examples pass a filter, and in which order.
+"""Finds runs that recorded selections, and filters and sorts their examples.
 
-An index holds a row per example, whatever the number of steps and choices; records are read when a view
-needs them.
+An index holds one row per example, however many steps and choices were recorded, so that a list of 20,000
+examples opens at once; the records themselves are read when a view needs them.
 """
 
 import json
@@ -21,7 +21,7 @@ from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT
 from tdlib.core.records import END, TargetRecord, read_records
 from tdlib.data.tasks import data_folder, task_of
-from tdlib.views.training import in_order
+from tdlib.views.evolution import in_order
 
 SELECTIONS = "selections.parquet"
 ORDERS = {  # the column, and whether it ascends
@@ -32,19 +32,19 @@ ORDERS = {  # the column, and whether it ascends
 
 
 class ExplorerError(ValueError):
-    """What was asked for cannot be shown: says why, and what would have to be there."""
+    """Raised when a view cannot be made; its message says why and what is missing."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that holds selections. ``name`` is unique among the runs that it was found with."""
+    """A run folder that holds selections; ``find_runs`` gives each of its runs another ``name``."""
 
     name: str
     folder: Path
 
     @cached_property
     def config(self) -> RunConfig:
-        """The run's parameters, not validated anew: it may name functions that only its notebook had."""
+        """The run's parameters, not validated: they may name functions that only its notebook defined."""
         return RunConfig.model_construct(**json.loads((self.folder / "config.json").read_text("utf-8")))
 
     @cached_property
@@ -53,7 +53,7 @@ class Run:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """The label set of a task without choices, as the stored student has it; else empty."""
+        """The labels of a task that has no choices, from the stored student; empty for other tasks."""
         if task_of(self.config).has_choices:
             return ()
         names = self._student["id2label"]
@@ -61,17 +61,17 @@ class Run:
 
     @property
     def layers(self) -> int:
-        """The stored student's layers with attention."""
+        """Number of layers of the stored student."""
         return self._student.get("num_hidden_layers", 0)
 
     @property
     def heads(self) -> int:
-        """The heads of each."""
+        """Number of attention heads of each layer."""
         return self._student.get("num_attention_heads", 0)
 
     @cached_property
     def index(self) -> pd.DataFrame:
-        """See ``read_index``; also ``STRATA`` of each example, "" where the data do not say (any more)."""
+        """``read_index``, with the ``STRATA`` of each example; "" where the data lack them or are gone."""
         index = read_index(self.folder / SELECTIONS, self.labels)
         questions = index["example_id"].str.removesuffix(":r")  # VCR's rationales
         return index.join(strata_by_row(index.assign(question=questions), data_folder(self.config)))
@@ -82,7 +82,10 @@ class Run:
         return recorded_steps(self.folder / SELECTIONS)
 
     def records(self, split: str, example_id: str, steps: Sequence[int] | None = None) -> list[TargetRecord]:
-        """The records of one example by step, the end last; all steps are read together and kept a while."""
+        """The records of one example by step, the end last.
+
+        All steps are read together and cached, as a slider of steps asks for one after the other.
+        """
         records = _records_of(self.folder / SELECTIONS, split, example_id)
         chosen = [record for record in records if steps is None or record.step in steps]
         if not chosen:
@@ -97,11 +100,11 @@ def _records_of(path: Path, split: str, example_id: str) -> list[TargetRecord]:
 
 
 def find_runs(patterns: Sequence[str | Path], home: Path = ROOT) -> list[Run]:
-    """The runs with selections under these paths or globs, each once, in the order given.
+    """Finds the runs with selections under these paths or globs, each once, in the order of the patterns.
 
-    Relative ones start at ``home``. A folder that is no run is searched for runs (so a batch's, or
-    ``reports/runs``, names all in it). A path that exists is taken as it is written, brackets included. An
-    ExplorerError if a pattern fits nothing, or nothing that recorded selections.
+    Relative paths start at ``home``. A folder stands for all runs in it, such as a batch's or
+    ``reports/runs``. A path that exists is no glob, even if it contains brackets. Raises an ExplorerError if
+    a pattern matches nothing, or nothing that recorded selections.
     """
     folders: dict[Path, None] = {}
     for pattern in patterns:
@@ -110,18 +113,18 @@ def find_runs(patterns: Sequence[str | Path], home: Path = ROOT) -> list[Run]:
         hits = [path] if path.exists() else sorted(map(Path, glob(_pattern(path, home), recursive=True)))
         if not hits:
             raise ExplorerError(f"{pattern}: no such folder (looked in {home}); give run folders or globs")
-        found = [file.parent for hit in hits for file in _selections(hit)]
-        if not found:
+        run_folders = [file.parent for hit in hits for file in _selections(hit)]
+        if not run_folders:
             raise ExplorerError(
                 f"{pattern}: no run in it recorded selections ({SELECTIONS}); arms without a teacher have "
                 "none, others need probe_examples above 0"
             )
-        folders |= dict.fromkeys(folder.resolve() for folder in found)
+        folders |= dict.fromkeys(folder.resolve() for folder in run_folders)
     return [Run(name, folder) for name, folder in zip(short_names([*folders]), folders, strict=True)]
 
 
 def _pattern(path: Path, home: Path) -> str:
-    """The glob; what it has of ``home`` is no pattern, whatever characters are in it."""
+    """The glob as text, with ``home`` escaped: its name may contain brackets or stars."""
     return str(Path(escape(str(home))) / path.relative_to(home)) if path.is_relative_to(home) else str(path)
 
 
@@ -135,7 +138,7 @@ def _selections(folder: Path) -> list[Path]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The fewest last parts of each path that tell it from the others."""
+    """Shortens each path to the fewest last parts that tell it from the others."""
     names = []
     for folder in folders:
         for count in range(1, len(folder.parts) + 1):
@@ -147,7 +150,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def run_named(runs: Sequence[Run], name: str) -> Run:
-    """The run of this name, or an ExplorerError that names those there are."""
+    """Returns the run of this name; raises an ExplorerError that lists the runs if there is none."""
     for run in runs:
         if run.name == name:
             return run
@@ -155,7 +158,7 @@ def run_named(runs: Sequence[Run], name: str) -> Run:
 
 
 def companion(runs: Sequence[Run], first: Run) -> Run | None:
-    """The run to compare with: of the same task, best of another arm, the same seed and the same student."""
+    """Chooses a run of the same task to compare with; prefers the same student, another arm, equal seeds."""
 
     def likeness(run: Run) -> tuple[bool, ...]:
         a, b = first.config, run.config
@@ -177,11 +180,12 @@ def recorded_steps(path: Path) -> tuple[int, ...]:
 
 
 def read_index(path: Path, labels: Sequence[str] = ()) -> pd.DataFrame:
-    """One row per example of a file of selections, as its last step has it, in the file's order.
+    """Reads one row per example of a file of selections, at its last step, in the file's order.
 
     Columns ``split``, ``example_id``, ``label`` and ``prediction`` (indices), ``answer`` (the right
     choice's statement, or the label's name), ``correct``, ``p_T``, ``p_S``, ``c``, ``disagreement``
-    (``|p_T - p_S|``), and ``text`` (all statements, a line each). Missing where there is no label.
+    (``|p_T - p_S|``), and ``text`` (all statements, a line each). Numbers that need a label are missing
+    where an example has none.
     """
     last = recorded_steps(path)[-1]
     has_step = "step" in pq.read_schema(path).names
@@ -206,9 +210,9 @@ def read_index(path: Path, labels: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def read_instances(path: Path, split: str, ids: Sequence[str]) -> pd.DataFrame:
-    """p_T, p_S and c of examples at every step: ``split``, ``example_id``, ``step``, ``p_T``, ``p_S``, ``c``.
+    """Reads ``split``, ``example_id``, ``step``, ``p_T``, ``p_S`` and ``c`` of examples at every step.
 
-    Reads narrow columns instead of decoding every token of every example.
+    Only these columns are read: decoding every token of thousands of examples would take minutes.
     """
     names = {"teacher_probability": "p_T", "student_probability": "p_S", "instance_weight": "c"}
     steps = ["step"] if "step" in pq.read_schema(path).names else []
@@ -221,12 +225,12 @@ def read_instances(path: Path, split: str, ids: Sequence[str]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Filter:
-    """Which examples of an index to show, and in which order (one of ``ORDERS``).
+    """Conditions that examples of an index must meet, and their ``order`` (one of ``ORDERS``).
 
-    Examples without a number are dropped only where the number is asked for. ``text``: words that all occur
-    (in any case) in id, statements or answer. ``label``: an index, or a label's name. ``correct``: whether
-    the student is right. ``weight``: lowest and highest c. ``disagreement``: the least ``|p_T - p_S|``.
-    ``concept``: "known" or "unknown" to the mini students' corpus; ``style``: of the picture.
+    ``text``: words that must all occur, in any case, in id, statements or answer. ``label``: an index, or a
+    label's name. ``correct``: True keeps examples that the student gets right. ``weight``: lowest and highest
+    c. ``disagreement``: the least ``|p_T - p_S|``. ``concept``: "known" or "unknown" to the mini students'
+    corpus; ``style``: of the picture. An example without c, p_T or p_S is dropped only by a condition on it.
     """
 
     text: str = ""
@@ -240,7 +244,7 @@ class Filter:
     style: str = ""
 
     def choose(self, index: pd.DataFrame) -> pd.DataFrame:
-        """The rows that pass, sorted, numbered anew from 0."""
+        """Returns the rows that meet all conditions, sorted, with a new index from 0."""
         keep = np.ones(len(index), dtype=bool)
         if self.text.split():
             texts = index["example_id"] + "\n" + index["text"] + "\n" + index["answer"].fillna("")

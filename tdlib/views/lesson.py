@@ -1,7 +1,7 @@
-"""A re-paired lesson: a text with another example's picture, and what CLIP and the student make of it.
+"""Shows a re-paired lesson: a text with another example's picture, and how CLIP and the student judge it.
 
-Shown beside what both make of the text with its own picture, before and after the training where the run
-has recorded it. Beyond the paper, see ``method.pairing``.
+Beside it stands how both judge the text with its own picture, before and after the training if the run
+recorded both. Re-pairing is beyond the paper, see ``method.pairing``.
 """
 
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ from collections.abc import Sequence
 import pandas as pd
 
 from tdlib.core.records import TargetRecord
+from tdlib.views.evolution import in_order
 from tdlib.views.figures.lesson import plot_lesson
 from tdlib.views.figures.style import step_name
-from tdlib.views.training import in_order
 from tdlib.views.view import View
 
 OWN, OTHER = "its own picture", "the other picture"
 
 
 def lesson_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
-    """A row per record and picture: what CLIP and the student say of the statement with it.
+    """Make a row per record and picture with the probabilities of CLIP and of the student.
 
     Columns ``split``, ``example_id``, ``step``, ``choice``, ``text``, ``picture`` ("its own picture" or "the
     other picture"), ``file``, ``teacher`` and ``student`` (probabilities among the statements that CLIP
-    judges), ``weight`` (of the pair in the loss; missing for the own picture, which is no lesson).
+    judges), ``weight`` (of the pair in the loss; missing for its own picture, which is no lesson).
     """
     rows = []
     for record in records:
@@ -41,11 +41,11 @@ def lesson_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
 
 
 def lesson_view(records: Sequence[TargetRecord]) -> View:
-    """Both pictures of a lesson and everyone's distribution over the choices, before and after training.
+    """Show both pictures of a lesson and all distributions over the choices, before and after training.
 
     "Before" is the first recorded step, where there are several; a student that chooses its own lessons
     (``repair_choice="disagreement"``) may then have been shown another picture, of which nothing is drawn.
-    ``records`` are of one example of one run, all its choices, at any steps.
+    ``records`` are those of one example of one run, with all its choices, at any steps.
 
     Raises:
         ValueError: the records are of several examples, or none has a lesson.
@@ -82,7 +82,7 @@ def lesson_view(records: Sequence[TargetRecord]) -> View:
 
 
 def _rows(shown: pd.DataFrame, first: int, last: int) -> pd.DataFrame:
-    """One row per statement and picture, as they are read, in %."""
+    """Make one row per statement and picture, rounded, in %."""
     keys = ["choice", "text", "picture"]
     now = shown[shown["step"] == last].set_index(keys)
     rows = pd.DataFrame({"CLIP": now["teacher"], "student": now["student"]})

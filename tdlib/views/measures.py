@@ -1,4 +1,4 @@
-"""Measures of the targeting as figures and tables: against ground truth, and by masking tokens."""
+"""Shows measures of the targeting: against ground truth, and by masking tokens."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def quality_view(quality: pd.DataFrame, method: str = METHOD) -> View:
-    """A ``targeting.targeting_quality`` as a figure and a table: the targeting beside its baselines.
+    """Show ``targeting.targeting_quality`` as a figure and a table: the targeting beside its baselines.
 
-    Values with 95 % intervals over pictures; the table's gains are targeting minus baseline, paired.
+    Values have 95 % intervals over pictures; the table's gains are targeting minus baseline, paired.
 
     Raises:
         ValueError: there are no rows.

@@ -1,8 +1,8 @@
-"""A picture as it is, with boxes and visual tokens over it as HTML, and where numbers stand on boxes.
+"""Draws a picture with boxes and visual tokens over it as HTML, and places the numbers on boxes.
 
-A token's colour is transparent at 0 (``scale``), so that nothing bleaches the picture; what a box says in
-words is its ``title``. A picture that is gone leaves a placeholder that names the file, and boxes, numbers
-and texts stay.
+A token's colour is transparent at 0 (``scale``), so that nothing bleaches the picture; the ``title`` of a
+box says its numbers in words. If the picture's file is gone, a placeholder names it, and boxes, numbers and
+texts are drawn all the same.
 """
 
 import io
@@ -38,7 +38,7 @@ def find_picture(path: Path) -> tuple[Image.Image | None, str]:
 def embedded(path: Path) -> tuple[bytes, str]:
     """A picture as JPEG of at most ``LARGEST`` pixels a side, and what is wrong with the file.
 
-    The bytes are empty where it cannot be read. Kept, as going to and fro shows the same pictures again.
+    The bytes are empty if it cannot be read. Cached, because a list of examples is walked to and fro.
     """
     picture, missing = find_picture(path)
     if picture is None:
@@ -50,7 +50,7 @@ def embedded(path: Path) -> tuple[bytes, str]:
 
 
 def picture_html(sheet: Sheet) -> str:
-    """The picture of a sheet with boxes, frames and numbers, ``WIDTH`` pixels wide where there is room."""
+    """Draws the picture of a sheet with boxes, frames and numbers, at most ``WIDTH`` pixels wide."""
     record = sheet.record
     over = [_region(sheet, int(i)) for i in sheet.regions]
     over += [frame(box, f"2px solid {OBJECT}") for box in record.object_boxes]
@@ -66,7 +66,7 @@ def picture_html(sheet: Sheet) -> str:
 
 
 def overlaid(path: Path, alt: str, over: Sequence[str], width: int) -> str:
-    """A picture, ``width`` pixels wide where there is room, with HTML over it; ``alt`` says what it shows."""
+    """Lays HTML over a picture, at most ``width`` pixels wide; ``alt`` describes the picture in words."""
     content, missing = embedded(path)
     if missing:
         look = style(background_color="#eeeeee", padding="0 0 75% 0", font_size="12px", color=BLACK)
@@ -112,7 +112,7 @@ def _region(sheet: Sheet, i: int) -> str:
 
 
 def frame(box: Box, line: str, casing: bool = False) -> str:
-    """A box as four lines: one element would keep the mouse from the tokens that it lies over."""
+    """Draws a box as four lines: one element would keep the mouse from the tokens below it."""
     left, top, right, bottom = box
     look = {"outline": f"1px solid {WHITE}"} if casing else {}
     sides = [
@@ -123,7 +123,7 @@ def frame(box: Box, line: str, casing: bool = False) -> str:
 
 
 def label(x: float, y: float, text: str, colour: str, ground: str, note: str = "") -> str:
-    """A number centred at (x, y), in shares of the picture."""
+    """Writes a number centred at (x, y), in shares of the picture."""
     around = style(
         position="absolute", left=f"{100 * x - 6:.2f}%", top=f"{100 * y - 2.6:.2f}%", width="12%",
         text_align="center", font_size="10px",
@@ -137,7 +137,7 @@ def label(x: float, y: float, text: str, colour: str, ground: str, note: str = "
 
 
 def object_labels(boxes: Sequence[Box]) -> list[tuple[int, float, float]]:
-    """Number and place of each object: a corner of its box that no other object's number takes."""
+    """Places each object's number: at a corner of its box that no other object's number takes."""
     taken: list[tuple[float, float]] = []
     labels = []
     for number, (left, top, right, bottom) in enumerate(boxes):
@@ -151,10 +151,12 @@ def object_labels(boxes: Sequence[Box]) -> list[tuple[int, float, float]]:
 
 
 def number_labels(sheet: Sheet) -> list[tuple[int, float, float]]:
-    """Token and place of each number that has room in its box and hides no other; small boxes first."""
+    """Places the number of each marked token that has room in its box and hides no other number."""
     record = sheet.record
     marked = np.flatnonzero(sheet.marked & record.is_region)
-    marked = marked[np.argsort(areas(record.boxes[marked]), kind="stable")]  # a large box has more room
+    marked = marked[
+        np.argsort(areas(record.boxes[marked]), kind="stable")
+    ]  # small boxes first: a large one has more room
     taken = [(x, y) for _, x, y in object_labels(record.object_boxes)]
     labels = []
     for i in marked.tolist():
@@ -169,7 +171,7 @@ def number_labels(sheet: Sheet) -> list[tuple[int, float, float]]:
 
 
 def _places(box: np.ndarray, frames: Sequence[Box]) -> list[tuple[float, float]]:
-    """Where a token's number can stand in it: first where no line of a frame runs through the number."""
+    """Lists places for a token's number in its box, first those where no line of a frame crosses it."""
     left, top, right, bottom = map(float, box)
     middle, centre = (left + right) / 2, (top + bottom) / 2
     across = [middle, *([left + 0.045, right - 0.045] if right - left > 0.12 else [])]
@@ -179,7 +181,7 @@ def _places(box: np.ndarray, frames: Sequence[Box]) -> list[tuple[float, float]]
 
 
 def _runs_through(frame: Box, x: float, y: float) -> bool:
-    """Whether a frame's line crosses a number at (x, y), 0.09 wide and 0.05 high."""
+    """True if a frame's line crosses a number at (x, y), which is 0.09 wide and 0.05 high."""
     left, top, right, bottom = frame
     wide, high = 0.055, 0.035
     meets = left - wide < x < right + wide and top - high < y < bottom + high
@@ -190,5 +192,5 @@ def _runs_through(frame: Box, x: float, y: float) -> bool:
 def _free(
     places: list[tuple[float, float]], taken: list[tuple[float, float]], wide: float
 ) -> list[tuple[float, float]]:
-    """The places where a number of this width hides no earlier one."""
+    """Keeps the places where a number of this width hides none that is already placed."""
     return [(x, y) for x, y in places if all(abs(x - u) >= wide or abs(y - v) > 0.055 for u, v in taken)]

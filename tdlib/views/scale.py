@@ -1,4 +1,4 @@
-"""Colours that mean what they show: transparent at 0, one hue that darkens up to the view's largest value.
+"""Colour scales of views: transparent at 0, one hue that darkens up to the largest value of the view.
 
 Words, boxes and figures of a view share one ``Scale``. Over a picture the hue's alpha is the value, so
 that the picture stays as it is where nothing weighs; on white the same mixture is a tint. A scale of
@@ -30,7 +30,7 @@ class Scale:
     signed: bool = False
 
     def rgba(self, value: float) -> tuple[int, int, int, float]:
-        """Hue (0 to 255) and alpha (0 to ``DARKEST``) of a value; beyond the ends as at the ends."""
+        """Hue (0 to 255) and alpha (0 to ``DARKEST``) of a value; beyond an end, those of the end."""
         place = float(np.clip(value / self.end if self.end > 0 else 0, -1 if self.signed else 0, 1))
         hue = HUE if not self.signed else MORE if place > 0 else LESS
         return (*hue, round(DARKEST * abs(place), 3))

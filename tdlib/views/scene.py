@@ -8,44 +8,43 @@ import numpy as np
 from tdlib.core.facts import token_name, truth_name
 from tdlib.views.picture import described, embedded, number_labels, object_labels
 from tdlib.views.scale import Scale
-from tdlib.views.sheet import Sheet, words_of
+from tdlib.views.sheet import Sheet, marks_of, words_of
 from tdlib.views.view import View
 
 
 def scene_of(view: View) -> dict[str, Any]:
     """Everything that the page needs to draw a view but the bytes of its pictures, see ``pictures_of``."""
     scales = dict.fromkeys(sheet.scale for sheet in view.sheets)
+    words, picture = view.arguments["words"], view.arguments["picture"]
     return {
         "heading": view.heading,
         "note": view.note,
-        "words": view.arguments["words"],
-        "picture": view.arguments["picture"],
+        "words": words,
+        "picture": picture,
         "sheets": [sheet_of(sheet) for sheet in view.sheets],
         "scales": [_legend(scale) for scale in scales if scale.end > 0],
-        "marks": " · ".join(_marks(view.sheets)),
+        "marks": " · ".join(_marks(view.sheets, words, picture)),
     }
 
 
-def _marks(sheets: Sequence[Sheet]) -> list[str]:
-    """What lines and grey letters mean, as far as these sheets show them."""
-    records = [sheet.record for sheet in sheets]
-    weights = [sheet for sheet in sheets if sheet.scores is not None]
-    marks = {
-        "underlined or outlined: selected": any(sheet.marked.any() for sheet in weights),
-        "underlined or outlined: the largest": len(weights) < len(sheets) and not weights,
-        "dotted line: selected by the first alone": any(sheet.dotted.any() for sheet in sheets),
-        f"dotted above, dashed box: decides the answer ({truth_name(records)})": truth_name(records),
-        "orange box: object": any(record.object_boxes for record in records),
-        "grey: no teacher target": any((~s.record.distilled & s.record.is_text).any() for s in weights),
+def _marks(sheets: Sequence[Sheet], words: bool, picture: bool) -> list[str]:
+    """Explains lines and grey letters, as far as these sheets show them."""
+    marks, truth = marks_of(sheets, words, picture), truth_name([sheet.record for sheet in sheets])
+    texts = {
+        "underlined or outlined: selected": {"selected"},
+        "underlined or outlined: the largest": {"largest"},
+        "dotted line: selected by the first alone": {"first alone"},
+        f"dotted above, dashed box: decides the answer ({truth})": {"decisive word", "decisive box"},
+        "orange box: object": {"object"},
+        "grey: no teacher target": {"no target"},
     }
-    return [text for text, is_shown in marks.items() if is_shown]
+    return [text for text, explained in texts.items() if explained & marks]
 
 
 def pictures_of(view: View) -> dict[str, bytes]:
-    """The JPEG of each picture of a view, by the name that its sheets have for it; none where it is gone."""
-    paths = {str(sheet.record.image): sheet.record.image for sheet in view.sheets}
-    found = {name: embedded(path)[0] for name, path in paths.items()}
-    return {name: content for name, content in found.items() if content}
+    """The JPEG of each picture of a view, by the name that ``sheet_of`` gives it, without missing files."""
+    paths = dict.fromkeys(sheet.record.image for sheet in view.sheets)
+    return {str(path): content for path in paths if (content := embedded(path)[0])}
 
 
 def sheet_of(sheet: Sheet) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def sheet_of(sheet: Sheet) -> dict[str, Any]:
 
 
 def key_of(sheet: Sheet) -> str:
-    """Names the statement and its tokens: sheets of one key agree on what agrees with what."""
+    """Names a statement and its tokenisation; sheets with the same key share one matrix of cosines."""
     record = sheet.record
     return f"{record.split} {record.example_id} {record.choice} {len(record.tokens)}"
 

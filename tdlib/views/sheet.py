@@ -33,11 +33,12 @@ class Piece:
 class Sheet:
     """Values of the tokens of one record.
 
-    ``values`` (tokens,) are shares of 1 on ``scale``; ``coloured`` (tokens,) says which have one at all,
-    ``marked`` (tokens,) which are emphasised: bold and underlined words, outlined and numbered boxes.
-    ``dotted`` (tokens,) which of these have a dotted line: those that only the first of two runs selected.
-    ``notes`` are what a token says when the mouse rests on it, ``scores`` (tokens,) what the selector saw.
-    ``name`` heads the sheet, ``about`` are facts of the record, ``below`` is what its numbers add up to.
+    All arrays are (tokens,). ``values`` are shares of 1 on ``scale``; ``coloured`` is True for tokens that
+    have a value at all, ``marked`` for tokens that are emphasised: bold and underlined words, outlined and
+    numbered boxes. ``dotted`` is True for marked tokens that only the first of two runs selected; their line
+    is dotted. ``scores`` are the numbers that the selector chose by; None where nothing is selected by them.
+    ``notes`` are the texts that appear when the mouse rests on a token. ``name`` heads the sheet, ``about``
+    are facts of the record, ``below`` says what its numbers add up to.
     """
 
     record: TargetRecord
@@ -56,6 +57,11 @@ class Sheet:
     def truth(self) -> list[bool | None]:
         return ground_truth(self.record)
 
+    @property
+    def is_selection(self) -> bool:
+        """True if marked tokens are the selected ones; else they are the largest, as in attention."""
+        return self.marked is self.coloured
+
     @cached_property
     def regions(self) -> np.ndarray:
         """Positions of the visual tokens, large boxes first, so that small ones lie above them."""
@@ -68,8 +74,30 @@ def areas(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
+def marks_of(sheets: Sequence[Sheet], words: bool = True, picture: bool = True) -> set[str]:
+    """Names the marks that occur in these sheets, so that a legend explains these and no others.
+
+    ``words`` and ``picture`` say which half is drawn. HTML, figures and the explorer's page draw the same
+    marks differently, so each has its text for a mark; whether it occurs is decided here for all.
+    """
+    records = [sheet.record for sheet in sheets]
+    selections = [sheet for sheet in sheets if sheet.is_selection]
+    occurs = {
+        "selected": any(sheet.marked.any() for sheet in selections),
+        "largest": bool(sheets) and not selections,
+        "first alone": any(sheet.dotted.any() for sheet in sheets),
+        "score": words and any(sheet.scores is not None for sheet in sheets),
+        "no target": words and any((~s.record.distilled & s.record.is_text).any() for s in selections),
+        "decisive word": words and any(record.relevant_spans for record in records),
+        "decisive box": picture and any(record.relevant_boxes for record in records),
+        "object": picture and any(record.object_boxes for record in records),
+        "reference": words and any(record.references for record in records),
+    }
+    return {mark for mark, is_there in occurs.items() if is_there}
+
+
 def weight_sheet(record: TargetRecord, highest: float, name: str = "", labels: Sequence[str] = ()) -> Sheet:
-    """The weights of a record on the scale 0 to ``highest``."""
+    """Makes the sheet of a record's weights on the scale 0 to ``highest``."""
     notes = tuple(_weight_note(record, i) for i in range(len(record.tokens)))
     special = [
         f"{token_name(record, i)} {percent(float(record.weight[i]))} %"
@@ -93,7 +121,7 @@ def _weight_note(record: TargetRecord, i: int) -> str:
 
 
 def difference_sheet(left: TargetRecord, right: TargetRecord, name: str, below: str) -> Sheet:
-    """Weights of ``right`` minus those of ``left``, records of one statement with the same tokens."""
+    """Makes the sheet of weights of ``right`` minus those of ``left``, of one statement and its tokens."""
     first, second = (np.where(record.selected, record.weight, 0) for record in (left, right))
     either = left.selected | right.selected
     notes = tuple(
@@ -106,7 +134,7 @@ def difference_sheet(left: TargetRecord, right: TargetRecord, name: str, below: 
 
 
 def value_sheet(record: TargetRecord, values: np.ndarray, name: str, what: str) -> Sheet:
-    """A number of at least 0 for every token, such as attention: shares of their sum.
+    """Makes the sheet of a number of at least 0 for every token, such as attention: shares of their sum.
 
     Raises:
         ValueError: there is not one finite number per token.
@@ -117,8 +145,8 @@ def value_sheet(record: TargetRecord, values: np.ndarray, name: str, what: str) 
             f"values {values.shape} for {len(record.tokens)} tokens; expected one finite number each"
         )
     marked = np.zeros(len(values), dtype=bool)
-    visual, words = np.flatnonzero(record.is_region), np.flatnonzero(record.is_text)
-    for part in (visual, words):
+    # Each modality has numbers: attention to either can be so small that the other would take them all.
+    for part in (np.flatnonzero(record.is_region), np.flatnonzero(record.is_text)):
         heaviest = part[np.argsort(-values[part], kind="stable")][:NUMBERED]
         marked[heaviest[values[heaviest] > 0]] = True
     parts = [("picture", record.is_region), ("words", record.is_text)]
@@ -137,10 +165,10 @@ def value_sheet(record: TargetRecord, values: np.ndarray, name: str, what: str) 
 
 
 def words_of(record: TargetRecord) -> list[list[Piece]]:
-    """The statement as words (between white space) of pieces (one token each), nothing left out or twice.
+    """Splits the statement into words (at white space) of pieces (one token each), each letter once.
 
-    A character belongs to the first token that covers it; a token that has none of its own (several
-    byte-level tokens of one letter) follows its word in its own spelling.
+    A character belongs to the first token that covers it. Where several byte-level tokens share one letter,
+    the others have no character left: they follow the word, spelled as the tokenizer spells them.
     """
     tokens = sorted(np.flatnonzero(record.is_text).tolist(), key=lambda i: tuple(record.spans[i]))
     owners: list[int | None] = [None] * len(record.text)

@@ -1,4 +1,4 @@
-"""A statement in running text: each token's value as colour and number, marks as borders, as HTML."""
+"""Draws a statement as HTML: running text in which each token has its value as colour and number."""
 
 from html import escape
 
@@ -8,7 +8,7 @@ from tdlib.views.sheet import Piece, Sheet, words_of
 
 
 def statement_html(sheet: Sheet) -> str:
-    """The statement of a sheet; what a token's colour stands for is in its ``title``."""
+    """Draws the statement of a sheet; the ``title`` of a token says its numbers in words."""
     look = style(display="inline-block", white_space="nowrap", vertical_align="top", margin="0 2px 4px 0")
     words = [
         f"<span {look}>{''.join(_piece(sheet, piece) for piece in word)}</span>"

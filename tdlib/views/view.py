@@ -1,4 +1,4 @@
-"""What every view returns: HTML for a notebook, a figure for a paper, a table for everything else.
+"""The type of every view: HTML for a notebook, a figure for a paper, a table for everything else.
 
 A view is a heading, a note, a figure with its arguments, and a table of every number that it shows; one
 template makes the HTML. Only where words and boxes are drawn as HTML (``sheets_html``) does it bring its
@@ -21,7 +21,7 @@ from tdlib.views.figures.style import Figure, drawn, to_pdf, to_png, to_svg
 from tdlib.views.html import page, source, style
 from tdlib.views.picture import WIDTH, picture_html
 from tdlib.views.scale import BLACK, GREY, OBJECT, Scale
-from tdlib.views.sheet import Sheet
+from tdlib.views.sheet import Sheet, marks_of
 from tdlib.views.statement import statement_html
 
 METHOD = "CLIP-TD (our reading)"
@@ -32,9 +32,9 @@ ROWS = 30  # tokens of a sheet that are listed where a view is printed as text; 
 class View:
     """A view of records.
 
-    ``plot`` with ``arguments`` draws the figure. ``data`` is every number of the view, unrounded; ``rows``
-    are those that stand under the figure and in the text of the view, as they are read. ``body`` is HTML in
-    place of figure and rows. ``sheets`` are what the explorer draws by itself.
+    ``plot`` with ``arguments`` draws the figure. ``data`` holds every number of the view, unrounded;
+    ``rows`` is the short, rounded table that stands under the figure and in the printed view. ``body``, if
+    not empty, is HTML that replaces figure and rows. ``sheets`` are drawn by the explorer's page itself.
     """
 
     heading: str
@@ -96,12 +96,12 @@ class View:
 
 
 def sheets_html(sheets: Sequence[Sheet], words: bool = True, picture: bool = True) -> str:
-    """Sheets as rows of what they are about, picture and words, with one legend for each of their scales."""
+    """Draws each sheet as a row of facts, picture and words; below them stands a legend for each scale."""
     rows = "".join(_sheet_row(sheet, words, picture) for sheet in sheets)
     scales: dict[Scale, list[Sheet]] = {}
     for sheet in sheets:
         scales.setdefault(sheet.scale, []).append(sheet)
-    return rows + "".join(_legend(scale, own, words, picture) for scale, own in scales.items())
+    return rows + "".join(_legend(scale, drawn_on, words, picture) for scale, drawn_on in scales.items())
 
 
 def _sheet_row(sheet: Sheet, words: bool, picture: bool) -> str:
@@ -122,32 +122,28 @@ def _sheet_row(sheet: Sheet, words: bool, picture: bool) -> str:
 
 
 def _legend(scale: Scale, sheets: Sequence[Sheet], words: bool, picture: bool) -> str:
-    """What colours, borders and numbers of these sheets mean, as far as they show them."""
-    records = [sheet.record for sheet in sheets]
+    """Explains the colours, borders and numbers that occur in these sheets."""
+    marks, truth = marks_of(sheets, words, picture), escape(truth_name([sheet.record for sheet in sheets]))
     entries = []
     if steps := scale.steps():
         swatches = "".join(_swatch(scale, step) for step in steps)
         less = " (blue, −: the first weighs more)" if scale.signed else ""
         entries.append(f"{swatches} {escape(scale.name)}{less}")
-    weights = any(sheet.marked is sheet.coloured for sheet in sheets)
-    if words and weights and steps:
-        entries.append(f"<b {style(border_bottom=f'3px solid {BLACK}')}>selected</b>, its number below")
-    if words and any(sheet.dotted.any() for sheet in sheets):
-        entries.append(f"<b {style(border_bottom=f'3px dotted {BLACK}')}>dotted</b> only by the first")
-    truth = escape(truth_name(records))
-    if words and any(record.relevant_spans for record in records):
-        mark = f"<span {style(border_top=f'2px dotted {BLACK}')}>dotted</span>"
-        entries.append(f"{mark} decides the answer ({truth})")
-    if words and weights and any((~record.distilled & record.is_text).any() for record in records):
-        entries.append(f"<span {style(color=GREY)}>grey</span> has no teacher target")
-    if words and any(record.references for record in records):
-        entries.append("[0] the object's number in the picture")
-    if picture and weights and steps:
-        entries.append(_boxed(f"1px solid {BLACK}", "selected") + " with its number")
-    if picture and any(record.object_boxes for record in records):
-        entries.append(_boxed(f"2px solid {OBJECT}", "object"))
-    if picture and any(record.relevant_boxes for record in records):
-        entries.append(_boxed(f"2px dashed {BLACK}", "decides the answer") + f" ({truth})")
+    of_words = {
+        "selected": f"<b {style(border_bottom=f'3px solid {BLACK}')}>selected</b>, its number below",
+        "first alone": f"<b {style(border_bottom=f'3px dotted {BLACK}')}>dotted</b> only by the first",
+        "decisive word": f"<span {style(border_top=f'2px dotted {BLACK}')}>dotted</span> "
+        f"decides the answer ({truth})",
+        "no target": f"<span {style(color=GREY)}>grey</span> has no teacher target",
+        "reference": "[0] the object's number in the picture",
+    }
+    of_picture = {
+        "selected": _boxed(f"1px solid {BLACK}", "selected") + " with its number",
+        "object": _boxed(f"2px solid {OBJECT}", "object"),
+        "decisive box": _boxed(f"2px dashed {BLACK}", "decides the answer") + f" ({truth})",
+    }
+    for is_drawn, texts in ((words, of_words), (picture, of_picture)):
+        entries += [text for mark, text in texts.items() if is_drawn and mark in marks]
     look = style(font_size="12px", line_height="1.8", border_top="1px solid #cccccc")
     return f"<div {look}>{' &nbsp;·&nbsp; '.join(entries)}</div>" if entries else ""
 
@@ -163,7 +159,7 @@ def _swatch(scale: Scale, value: float) -> str:
 
 
 def token_rows(sheets: Sequence[Sheet]) -> pd.DataFrame:
-    """The marked tokens of each sheet, at most ``ROWS``, largest values first, as they are read."""
+    """Lists the marked tokens of each sheet, the largest values first, at most ``ROWS`` of them."""
     rows = []
     for sheet in sheets:
         of = " ".join(part for part in (sheet.name, *sheet.about) if part)

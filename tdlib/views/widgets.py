@@ -1,8 +1,9 @@
-"""The explorer's controls in JupyterLab: a list moved through by keyboard and mouse, filters, views, export.
+"""The explorer's controls in JupyterLab: a list of examples for keyboard and mouse, filters, views, export.
 
-What is shown is ``explorer``'s, and a notebook shows the same without controls. Views of sheets are drawn
-by the page itself from numbers (``static/stage.js``), at once; others are figures. The list holds one page of
-rows, however many examples there are. Data reach the page as text nodes or through the views' escaping.
+``explorer`` makes the views, and a notebook shows the same ones without controls. The page draws views of
+sheets by itself from numbers (``static/stage.js``), which is instant; other views are figures. The list
+holds one page of rows, however many examples there are. Strings from the data reach the page as text nodes
+or escaped by the views.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ from tdlib.views.controls import (
     row_text,
     step_options,
 )  # fmt: skip
-from tdlib.views.explorer import VIEWS, Look
+from tdlib.views.explorer import VIEWS, ViewRequest
 from tdlib.views.index import ORDERS, Filter, Run, companion
 from tdlib.views.scene import key_of, pictures_of, scene_of
 from tdlib.views.view import View
@@ -49,15 +50,16 @@ FILES = {"png": "image/png", "svg": "image/svg+xml", "pdf": "application/pdf", "
 
 
 class Explorer(ipywidgets.VBox):
-    """Runs, filters, the list of examples, and beside it a view of the chosen one.
+    """Shows runs, filters, the list of examples, and beside it a view of the chosen example.
 
     Args:
-        runs: what can be looked at, of ``index.find_runs``.
+        runs: the runs that can be chosen, from ``index.find_runs``.
         first: the run that is shown first; the first of ``runs`` if None.
-        example: its id, where another than the first is meant.
-        view: the view shown first, of ``explorer.VIEWS``.
-        filter: what the list starts with, and returns to by "reset".
-        links: lights up what agrees with a token; opens the run's teacher in the background.
+        example: id of the example that is shown first; the first that passes the filter if empty.
+        view: the view that is shown first, a key of ``explorer.VIEWS``.
+        filter: the list starts with it, and "reset" returns to it.
+        links: a token under the mouse lights up the tokens that agree with it; this opens the run's teacher
+            in the background.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Explorer(ipywidgets.VBox):
         self.matches = first.index.iloc[:0]
         self._start, self._links, self._models = filter, links, threading.Lock()
         self._quiet = 0
-        self._made = lru_cache(maxsize=64)(lambda look, view: self._make(look, view))
+        self._made = lru_cache(maxsize=64)(lambda request, view: self._make(request, view))
         self._make_controls(runs, first, view)
         self.list, self.stage = ExampleList(), Stage()
         self.message, self.output = ipywidgets.HTML(), ipywidgets.HTML()
@@ -112,6 +114,8 @@ class Explorer(ipywidgets.VBox):
         )
         self.layer = named("layer", ipywidgets.SelectionSlider(options=[("all", ALL)]))
         self.head = dropdown("head", [("mean", ALL)])
+        self.word = named("word", ipywidgets.Text(placeholder="letters; empty: the heaviest"), "240px")
+        self.word.continuous_update = False
         # Values from a list, the run's own among them: JupyterLab moves any other to a slider's next step.
         self.mass = named("mass", ipywidgets.SelectionSlider(options=[1.0]), "280px")
         self.temperature = named("temperature", ipywidgets.SelectionSlider(options=[1.0]), "280px")
@@ -134,7 +138,7 @@ class Explorer(ipywidgets.VBox):
         right = ipywidgets.VBox(
             [
                 beside(self.view, self.modality, self.choice), beside(self.step, self.mass, self.temperature),
-                beside(self.second, self.second_step), beside(self.layer, self.head),
+                beside(self.second, self.second_step), beside(self.layer, self.head, self.word),
                 beside(ipywidgets.Label("save as"), *self.export.values(), self.paper),
                 self.message, self.stage, self.output,
             ]
@@ -152,7 +156,7 @@ class Explorer(ipywidgets.VBox):
 
     @property
     def filter(self) -> Filter:
-        """What the controls say; the whole range of c is no condition."""
+        """The filter that the controls are set to; a slider over the whole range of c filters nothing."""
         weight = self.weight.value if self.weight.value != (self.weight.min, self.weight.max) else None
         condition = {} if weight is None else {"weight": weight}
         return Filter(
@@ -162,11 +166,11 @@ class Explorer(ipywidgets.VBox):
         )  # fmt: skip
 
     @property
-    def look(self) -> Look | None:
-        """What is looked at now; None where no example passes."""
-        return None if self.matches.empty else self._look_at(self.list.position)
+    def request(self) -> ViewRequest | None:
+        """The view that the controls ask for; None if no example passes the filter."""
+        return None if self.matches.empty else self._request_at(self.list.position)
 
-    def _look_at(self, position: int) -> Look:
+    def _request_at(self, position: int) -> ViewRequest:
         row = self.matches.iloc[position]
         settings = {"mass": self.mass, "temperature": self.temperature}
         changed = {
@@ -174,18 +178,18 @@ class Explorer(ipywidgets.VBox):
             for name, control in settings.items()
             if not control.disabled and control.value != getattr(self.run.config, name)
         }
-        return Look(
+        return ViewRequest(
             self.run, row["split"], row["example_id"], self.runs[self.second.value], self.step.value,
             self.second_step.value, None if self.choice.value == ALL else self.choice.value,
             self.modality.value, () if self.layer.value == ALL else (self.layer.value,),
-            None if self.head.value == ALL else self.head.value, **changed,
+            None if self.head.value == ALL else self.head.value, word=self.word.value, **changed,
         )  # fmt: skip
 
     # Reactions.
 
     @contextmanager
     def _silence(self) -> Iterator[None]:
-        """Controls are set without a reaction to each."""
+        """Lets several controls be set without a reaction to each of them."""
         self._quiet += 1
         try:
             yield
@@ -206,7 +210,7 @@ class Explorer(ipywidgets.VBox):
         on(self._change_view, self.view)
         on(
             self._draw, self.step, self.second_step, self.modality, self.choice, self.layer, self.head,
-            self.mass, self.temperature,
+            self.mass, self.temperature, self.word,
         )  # fmt: skip
         on(self._turn, self.list, name="position")
         self.reset.on_click(lambda _: self._reset())
@@ -214,7 +218,7 @@ class Explorer(ipywidgets.VBox):
             button.on_click(lambda _, kind=kind: self.save(kind))
 
     def _change_run(self) -> None:
-        kept = self.look
+        kept = self.request
         with self._silence():
             self._load(self.filter)
             if kept is not None:  # the same example, where the other run has it too
@@ -243,10 +247,11 @@ class Explorer(ipywidgets.VBox):
             for control in (self.choice, self.layer, self.head, self.modality):
                 control.index = 0
             self.step.value = self.second_step.value = END
+            self.word.value = ""
         self._turn()
 
     def _load(self, filter: Filter) -> None:
-        """Takes over a run: its steps, splits, labels, range of c, settings, and the examples that pass."""
+        """Fills the controls from a run: steps, splits, labels, range of c, settings, examples that pass."""
         run, index = self.run, self.run.index
         offer(self.step, step_options(run))
         offer(self.second_step, step_options(self.runs[self.second.value]))
@@ -281,17 +286,18 @@ class Explorer(ipywidgets.VBox):
         self.list.position, self.list.total = 0, len(self.matches)
 
     def _enable(self) -> None:
-        """Greys out what the view, the run or the second run has no use for."""
+        """Greys out the controls that change nothing in this view, run and second run."""
         _, used = VIEWS[self.view.value]
         controls = {
             "second": self.second, "second_step": self.second_step, "step": self.step, "choice": self.choice,
             "modality": self.modality, "layers": self.layer, "head": self.head, "mass": self.mass,
-            "temperature": self.temperature,
+            "temperature": self.temperature, "word": self.word,
         }  # fmt: skip
         for name, control in controls.items():
             control.disabled = name not in used
         for control in (self.step, self.second_step, self.choice, self.layer):
             control.disabled = control.disabled or len(control.options) < 2
+        # only the nucleus selector has a mass; other selectors would show the same at every position
         self.mass.disabled = self.mass.disabled or self.run.config.selector != "nucleus"
 
     def _turn(self) -> None:
@@ -310,26 +316,26 @@ class Explorer(ipywidgets.VBox):
 
     # Drawing.
 
-    def _make(self, look: Look, view: str) -> View:
+    def _make(self, request: ViewRequest, view: str) -> View:
         if view in RECORDED:
-            return explorer.show(look, view)
-        with self._models:  # the teacher's cache is not made for two threads
-            return explorer.show(look, view)
+            return explorer.show(request, view)
+        with self._models:  # ``_link`` uses the same cache in a thread, and it is not made for two
+            return explorer.show(request, view)
 
     def _draw(self) -> None:
-        look = self.look
-        if look is None:
+        request = self.request
+        if request is None:
             self._show(None, "No example passes these filters.")
             return
         if self.view.value not in RECORDED:  # what takes a moment must not leave another example's view
             self._show(None, "drawing …")
         try:
-            self._show(self._made(look, self.view.value))
+            self._show(self._made(request, self.view.value))
         except Exception as error:  # JupyterLab shows none that a callback raises
             self._show(None, described(error))
 
     def _show(self, view: View | None, message: str = "") -> None:
-        drawn = view if view is not None and view.sheets else None  # in the page, not as one piece of HTML
+        drawn = view if view is not None and view.sheets else None  # the page draws sheets by itself
         html = "" if view is None or drawn else view.to_html()
         with self.stage.hold_sync():
             if drawn:
@@ -346,14 +352,14 @@ class Explorer(ipywidgets.VBox):
         if self.view.value not in RECORDED or self.list.position + 1 >= len(self.matches):
             return
         try:
-            view = self._made(self._look_at(self.list.position + 1), self.view.value)
+            view = self._made(self._request_at(self.list.position + 1), self.view.value)
         except Exception as error:
             log.debug("cannot be fetched ahead", exc_info=error)
             return
         self.stage.pictures = self.stage.pictures | pictures_of(view)
 
     def _link(self, view: View) -> None:
-        """Computes in the background what agrees with what, and sends it if the view still stands."""
+        """Computes the cosines of tokens in the background, and sends them if the view is still the same."""
         sheet = view.sheets[0]
         key, run, scene = key_of(sheet), self.run, self.stage.scene
         if key in self.stage.agreement or not sheet.record.is_region.any():
@@ -376,11 +382,11 @@ class Explorer(ipywidgets.VBox):
     # Export.
 
     def file(self, kind: str) -> tuple[str, bytes]:
-        """Name and content of what stands there as one of ``FILES``."""
-        look = self.look
-        if look is None:
+        """Name and content of the shown view as a file of this ``kind``, a key of ``FILES``."""
+        request = self.request
+        if request is None:
             raise explorer.ExplorerError("no example passes these filters: there is nothing to save")
-        view = self._made(look, self.view.value)
+        view = self._made(request, self.view.value)
         paper = {"paper": self.paper.value}
         make: dict[str, Callable[[], str | bytes]] = {
             "png": lambda: view.to_png(**paper), "svg": lambda: view.to_svg(**paper),
@@ -388,7 +394,9 @@ class Explorer(ipywidgets.VBox):
             "html": view.to_html,
         }  # fmt: skip
         content = make[kind]()
-        stem = re.sub(r"[^\w.-]+", "-", f"{look.example_id} {self.view.value} {look.run.name}").strip("-.")
+        stem = re.sub(r"[^\w.-]+", "-", f"{request.example_id} {self.view.value} {request.run.name}").strip(
+            "-."
+        )
         return f"{stem}.{kind}", content.encode() if isinstance(content, str) else content
 
     def save(self, kind: str) -> None:
@@ -404,11 +412,11 @@ class Explorer(ipywidgets.VBox):
 
 
 class OwnExample(ipywidgets.VBox):
-    """A picture and a text of yours, and what a run's method selects in it with its trained student.
+    """Takes your picture and text, and shows what a run's method selects in it with its trained student.
 
     Args:
-        source: the run whose settings and student count; or an explorer, whose run counts.
-        picture: shown first; likewise ``text`` and ``answers``.
+        source: the run whose settings and student are used; or an explorer, whose chosen run is used.
+        picture: fills the control at first, as do ``text`` and ``answers``.
     """
 
     def __init__(
@@ -436,19 +444,22 @@ class OwnExample(ipywidgets.VBox):
         return self.source.run if isinstance(self.source, Explorer) else self.source
 
     def _keep(self) -> None:
-        """Stores an uploaded picture under its name, in a folder of its content, and says where."""
+        """Stores an uploaded picture under its name, and writes its path into the control.
+
+        Its folder is named after the content: two pictures of one name stay apart in the caches.
+        """
         if self.upload.value:
-            given = self.upload.value[0]
-            content = bytes(given["content"])
+            uploaded = self.upload.value[0]
+            content = bytes(uploaded["content"])
             folder = Path(self._folder.name) / hashlib.sha256(content).hexdigest()[:16]
             folder.mkdir(exist_ok=True)
-            name = re.sub(r"[^\w. -]+", "_", Path(given["name"].replace("\\", "/")).name).strip(". ")
+            name = re.sub(r"[^\w. -]+", "_", Path(uploaded["name"].replace("\\", "/")).name).strip(". ")
             path = folder / (name or "picture.png")
             path.write_bytes(content)
             self.path.value = str(path)
 
     def show(self) -> None:
-        """Selects and draws; what is wrong with the input is said instead."""
+        """Selects and draws; a mistake in the input is shown as a message instead."""
         run = self.run
         self.message.value, self.output.value = f"selecting by {escape(run.name)} …", ""
         lines = [line.strip() for line in self.answers.value.splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Figures of attention heads. What one token attends to is a sheet, see ``figures.targets``."""
+"""Draws attention heads. The attention of one token is a sheet, which ``figures.targets`` draws."""
 
 import textwrap
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def plot_heads(
     axes = figure.add_subplot()
     axes.set_axis_off()
     place = border / maps.shape[-1] * (1 - GAP)
-    # One pair of axes for all tiles: laying out 144 takes seconds.
+    # All tiles share one pair of axes: laying out 144 pairs takes seconds.
     for row, layer in enumerate(layers):
         top = row * (1 + NAME)
         for head in range(heads):

@@ -1,6 +1,6 @@
 """Draws differences to a baseline, which is what a comparison asks; scores themselves are in other figures.
 
-Filled marks are differences that the paired test found, so that nothing is told by colour alone.
+Marks are filled where the paired test found a difference, so that nothing is told by colour alone.
 """
 
 from collections.abc import Sequence

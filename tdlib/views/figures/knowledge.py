@@ -72,7 +72,7 @@ def plot_votes(
     pictures: Sequence[tuple[str, Any]],
     votes: Mapping[str, Sequence[tuple[np.ndarray, Sequence[str], np.ndarray]]],
 ) -> Figure:
-    """Draw pictures (heading and image) with what their places speak of: a row each, a column per student.
+    """Draw pictures (heading and image) with the words of their places: a row each, a column per student.
 
     Every word that some place thinks likelier than not stands at the place that is surest of it, which
     is outlined: blue for patches and cells of a grid, orange for objects and the whole picture. ``votes`` are
@@ -80,8 +80,10 @@ def plot_votes(
     """
     figure = Figure(figsize=(2.7 * len(votes), 0.4 + 2.8 * len(pictures)))
     grid = figure.subplots(len(pictures), len(votes), squeeze=False)
-    for column, (student, found) in enumerate(votes.items()):
-        for row, ((heading, image), (boxes, words, shares)) in enumerate(zip(pictures, found, strict=True)):
+    for column, (student, of_pictures) in enumerate(votes.items()):
+        for row, ((heading, image), (boxes, words, shares)) in enumerate(
+            zip(pictures, of_pictures, strict=True)
+        ):
             axes = grid[row, column]
             axes.imshow(image, extent=(0, 1, 1, 0), alpha=0.45)
             _draw_words(axes, boxes, words, shares)

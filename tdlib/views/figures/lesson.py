@@ -1,4 +1,4 @@
-"""The figure of a re-paired lesson: two pictures, and what CLIP and the student say of texts with them."""
+"""Draws a re-paired lesson: two pictures, and how CLIP and the student judge texts with them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +21,11 @@ LINE = 44  # letters
 
 @styled
 def plot_lesson(pictures: dict[str, Path], texts: Sequence[str], table: pd.DataFrame, heading: str) -> Figure:
-    """Draw both pictures, and below each a bar for what everyone says of each text.
+    """Draw both pictures, and below each a bar for the probability that everyone gives each text.
 
-    ``pictures`` are the example's own and the other one, by name; ``texts`` one per statement, in the order
-    of their numbers. ``table`` has ``picture`` (a name), ``statement``, ``who`` (a key of ``BARS``) and
-    ``probability``.
+    ``pictures`` are the example's picture and the other one, by name; ``texts`` has one text per statement,
+    in the order of their numbers. ``table`` has ``picture`` (a name), ``statement``, ``who`` (a key of
+    ``BARS``) and ``probability``.
     """
     who = [name for name in BARS if (table["who"] == name).any()]
     labels = ["\n".join(wrap(plain(text), LINE)) for text in texts]

@@ -43,16 +43,17 @@ def plot_shots(shots: pd.DataFrame) -> Figure:
     for axes, (key, rows) in zip(grid, groups, strict=True):
         sizes = sorted(rows["train_examples"].unique())
         for place, arm in enumerate(arms):
-            own = rows[rows["arm"] == arm].sort_values("train_examples")
+            of_arm = rows[rows["arm"] == arm].sort_values("train_examples")
+            # a factor, as the axis is logarithmic: intervals of arms would hide each other
             apart = 1 + 0.02 * (place - (len(arms) - 1) / 2)
-            x = own["train_examples"] * apart
+            x = of_arm["train_examples"] * apart
             style = line_style(place) | {
                 "marker": MARKS[place % len(MARKS)],
                 "linewidth": 1.5,
                 "markersize": 5,
             }
-            axes.vlines(x, 100 * own["low"], 100 * own["high"], color=style["color"], linewidth=1)
-            axes.plot(x, 100 * own["mean"], label=plain(arm), **style)
+            axes.vlines(x, 100 * of_arm["low"], 100 * of_arm["high"], color=style["color"], linewidth=1)
+            axes.plot(x, 100 * of_arm["mean"], label=plain(arm), **style)
         axes.axhline(100 * rows["chance"].mean(), color=GREY, linewidth=1, linestyle="--", label="chance")
         axes.set_xscale("log")
         axes.minorticks_off()

@@ -30,7 +30,7 @@ TEXT_LINE: dict[str, Any] = {"color": "#000000", "marker": "o", "linestyle": "-"
 VISUAL_LINE: dict[str, Any] = {
     "color": "#d55e00", "marker": "s", "linestyle": "--", "markerfacecolor": "white",
 }  # fmt: skip
-MANY_STEPS = 12  # beyond, a cell is too narrow for its number
+MANY_STEPS = 12  # with more, a cell is too narrow for its number
 
 
 # One statement over training.
@@ -49,10 +49,10 @@ def plot_evolution(
 ) -> Figure:
     """Draw tokens x steps as a heat map, and below it set size, turnover and pictures, on one scale.
 
-    ``tokens`` is ``training.evolution_table`` of one statement, of the tokens to draw; ``steps`` its
-    rows of ``turnover_table``; ``shown`` the sheets whose pictures are drawn; ``hidden`` says which
-    visual tokens are drawn, ``decisive`` are positions to mark, as ``truth`` has it; ``highest`` ends the
-    scale.
+    ``tokens`` is ``evolution.evolution_table`` of one statement, of the tokens to draw; ``steps`` its
+    rows of ``turnover_table``; ``shown`` the sheets whose pictures are drawn; ``hidden`` heads the
+    visual tokens and says how many are drawn, ``decisive`` are positions to mark, which ``truth`` names;
+    ``highest`` ends the scale.
     """
     labels = [step_name(step) for step in tokens.drop_duplicates("order").sort_values("order")["step"]]
     is_visual = tokens["kind"] == "visual"
@@ -86,7 +86,7 @@ def plot_evolution(
 def _draw_heat(
     axes: Axes, tokens: pd.DataFrame, labels: list[str], decisive: Collection[int], highest: float
 ) -> Any:
-    """Tokens x steps; white where not selected."""
+    """Draws tokens x steps; cells are white where a token is not selected."""
     weights = tokens.pivot(index="position", columns="order", values="weight")
     selected = tokens.pivot(index="position", columns="order", values="selected").to_numpy(dtype=bool)
     names = tokens.drop_duplicates("position").set_index("position")["token"].loc[weights.index]
@@ -112,7 +112,7 @@ def _draw_heat(
 
 
 def _draw_steps(axes: Axes, steps: pd.DataFrame, value: str, name: str, labels: list[str]) -> None:
-    """Two lines over the steps: ``{value}_text`` and ``{value}_visual``."""
+    """Draws two lines over the steps: ``{value}_text`` and ``{value}_visual``."""
     rows = steps.sort_values("order")
     for kind, style in (("text", TEXT_LINE), ("visual", VISUAL_LINE)):
         axes.plot(rows["order"], rows[f"{value}_{kind}"], label=f"{kind} tokens", **style)
@@ -135,8 +135,8 @@ INSTANCE_LINES: dict[str, dict[str, Any]] = {
 def plot_instances(table: pd.DataFrame, example_id: str | None, heading: str) -> Figure:
     """Draw p_T, p_S and c of an example over training, c's distribution per step, and p_T against p_S.
 
-    ``table`` is that of ``training.instance_view``; without ``example_id``, or a single step, what needs
-    them is left out.
+    ``table`` is that of ``evolution.instance_view``. Without ``example_id`` the first panel is left out;
+    with a single example, the other two are.
     """
     steps = table.drop_duplicates("order").sort_values("order")
     labels = [step_name(step) for step in steps["step"]]
@@ -205,7 +205,7 @@ def _draw_pairs(axes: Axes, table: pd.DataFrame, chosen: pd.DataFrame, labels: l
 
 @styled
 def plot_history(history: pd.DataFrame) -> Figure:
-    """Draw how each term went while training: a panel per term, a line per arm.
+    """Draw each term of the loss over the training: a panel per term, a line per arm.
 
     ``history`` has a row per logged value: ``step``, ``term``, ``value``, ``arm``, ``seed``. Seeds are
     thin lines, their mean (where every seed has a value) a thick one. Raises ValueError for a missing

@@ -1,4 +1,4 @@
-"""The look of every figure, and how figures become files.
+"""The style of every figure, and its export to files.
 
 One matplotlib style, as an rc context that ``styled`` puts around every function that draws; in a paper
 (``drawn(..., paper=True)``) type is smaller and the heading is left to the caption. No pyplot, so that
@@ -87,7 +87,7 @@ class Figure(MatplotlibFigure):
 
 
 def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draws under the style's rules and lays the figure out, once and for all."""
+    """Makes a function draw under the style's rules, and lays its figure out once and for all."""
 
     @functools.wraps(plot)
     def draw(*arguments: Any, **options: Any) -> Figure:
@@ -102,7 +102,7 @@ def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def drawn(plot: Callable[..., Figure], arguments: Mapping[str, Any], paper: bool = False) -> Figure:
-    """A figure of ``plot``; ``paper``: in small type and without the heading, which a caption repeats."""
+    """Draws ``plot``; ``paper``: in small type and without the heading, which the caption says."""
     if not paper:
         return plot(**arguments)
     before = _rules.set(PAPER)
@@ -115,7 +115,7 @@ def drawn(plot: Callable[..., Figure], arguments: Mapping[str, Any], paper: bool
 
 
 def small() -> float:
-    """Points of small letters under the rules of the moment."""
+    """Size of small letters in points, on the screen or in a paper."""
     return float(matplotlib.rcParams["xtick.labelsize"])
 
 
@@ -169,7 +169,7 @@ def step_name(step: int) -> str:
 
 
 def step_axis(axes: Axes, labels: list[str]) -> None:
-    """Recorded steps along the axis; as many names as there is room for, first and last among them."""
+    """Names recorded steps along the axis: as many as fit, the first and the last always."""
     every = max(1, -(-len(labels) // 14))
     chosen = sorted({*range(0, len(labels), every), len(labels) - 1})
     if len(chosen) > 1 and chosen[-1] - chosen[-2] < every:

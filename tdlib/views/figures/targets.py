@@ -1,4 +1,4 @@
-"""Figures of sheets (a picture and a statement with a value per token) and of aligned tokens.
+"""Draws sheets (a picture and a statement with a value per token) and aligned tokens.
 
 Nothing is told by colour alone: numbers are written, selected tokens outlined and bold.
 """
@@ -34,7 +34,7 @@ from tdlib.views.figures.style import (
 )  # fmt: skip
 from tdlib.views.picture import find_picture, number_labels, object_labels
 from tdlib.views.scale import Scale
-from tdlib.views.sheet import Sheet
+from tdlib.views.sheet import Sheet, marks_of
 
 ROWS_PER_COLUMN = 30  # tokens in a column of bars
 OBJECT: dict[str, Any] = {"edgecolor": "#c24e00", "linewidth": 1.3}
@@ -70,7 +70,7 @@ def plot_sheets(
 
 
 def _largest(sheet: Sheet) -> float:
-    """The end of the words' axis: the largest value or score."""
+    """The end of the words' axis: the largest value or score, and above 0 where there is none."""
     tokens = _word_tokens(sheet)
     scores = 0 if sheet.scores is None else float(sheet.scores[tokens].max(initial=0))
     return max(float(np.abs(sheet.values[tokens]).max(initial=0)), scores) or 0.01
@@ -115,7 +115,7 @@ def _caption(sheet: Sheet, name: str, tokens: np.ndarray) -> str:
 
 
 def _width(sheet: Sheet, words: bool, picture: bool) -> float:
-    """Inches: 3.4 (4.2 alone) for the picture, and what the columns of words need."""
+    """Inches: 3.4 for the picture (4.2 if it stands alone), and the width of the columns of words."""
     of_words = max(3.8, 2.4 * _columns(sheet)) if words else 0
     return max(4.2, (3.4 if picture else 0) + of_words)
 
@@ -130,16 +130,16 @@ def _columns(sheet: Sheet) -> int:
 
 
 def _word_tokens(sheet: Sheet) -> np.ndarray:
-    """Tokens that have a bar: those of the text in its order, then those with a value and no place at all."""
+    """Tokens that have a bar: words in their order, then tokens with a value but without a place ([CLS])."""
     record = sheet.record
     elsewhere = sheet.coloured & ~record.is_text & ~record.is_visual
     return np.concatenate([np.flatnonzero(record.is_text), np.flatnonzero(elsewhere)])
 
 
 def draw_background(axes: Axes, record: TargetRecord) -> float:
-    """The picture in normalised coordinates (so boxes need no scaling); its width over its height.
+    """Draw the picture in normalised coordinates, so that boxes need no scaling; return width over height.
 
-    Where the file cannot be read, a grey ground that says so.
+    If the file cannot be read, a grey ground says so.
     """
     picture, missing = find_picture(record.image)
     axes.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(1, 0), anchor="N")
@@ -156,7 +156,7 @@ def draw_background(axes: Axes, record: TargetRecord) -> float:
 
 
 def draw_boxes(axes: Axes, sheet: Sheet) -> ScalarMappable:
-    """The visual tokens of a sheet over the picture, its marked ones outlined and numbered."""
+    """Draw the visual tokens of a sheet over its picture; marked ones are outlined and numbered."""
     record, scale = sheet.record, sheet.scale
     aspect = draw_background(axes, record)
     overlay = PatchCollection([rectangle(record.boxes[i]) for i in sheet.regions], cmap=_colours(scale))
@@ -209,13 +209,13 @@ def rectangle(box: Sequence[float] | np.ndarray, **style: Any) -> Rectangle:
 
 
 def outline(axes: Axes, box: Sequence[float] | np.ndarray, **style: Any) -> None:
-    """A box in a line that shows on any ground: cased in white."""
+    """Draw a box in a line that is cased in white, so that it shows on any ground."""
     casing = [withStroke(linewidth=style["linewidth"] + 1, foreground="white")]
     axes.add_patch(rectangle(box, fill=False, clip_on=False, path_effects=casing, **style))
 
 
 def _frame(axes: Axes, box: Box, aspect: float) -> None:
-    """A ground-truth box, drawn a little outside its edges: it often is an object's box as well."""
+    """Draw a ground-truth box a little outside its edges, as it often is an object's box as well."""
     left, top, right, bottom = box
     for style in ({"edgecolor": "white", "linewidth": GROUND_TRUTH["linewidth"] + 0.8}, GROUND_TRUTH):
         axes.add_patch(
@@ -235,8 +235,8 @@ def _draw_bars(axes: Axes, sheet: Sheet, tokens: np.ndarray) -> None:
         axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(rows, [short(token_name(record, i)) for i in tokens])
     for row, (i, name) in enumerate(zip(tokens, axes.get_yticklabels(), strict=True)):
-        known = sheet.scores is None or record.distilled[i]
-        name.set(weight="bold" if sheet.marked[i] else "normal", color="black" if known else GREY)
+        has_target = sheet.scores is None or record.distilled[i]
+        name.set(weight="bold" if sheet.marked[i] else "normal", color="black" if has_target else GREY)
         if sheet.truth[i]:
             axes.axhspan(row - 0.5, row + 0.5, color=BAND, zorder=0, linewidth=0)
         if sheet.marked[i]:
@@ -252,22 +252,18 @@ def _draw_bars(axes: Axes, sheet: Sheet, tokens: np.ndarray) -> None:
 
 
 def _legend(figure: Any, sheets: Sequence[Sheet], words: bool, picture: bool) -> None:
-    """What boxes, bars, dots and bands mean, as far as these sheets show them."""
-    records = [sheet.record for sheet in sheets]
-    weights = [sheet for sheet in sheets if sheet.scores is not None]
-    handles: list[Patch | Line2D] = []
-    if any(sheet.marked.any() for sheet in weights):
-        handles.append(Patch(facecolor=WEIGHTS(0.5), edgecolor="black", label="selected token, its weight"))
-    if words and weights:
-        handles.append(Line2D([], [], **SCORE, label="score (% of all words)"))
-    if picture and any(record.object_boxes for record in records):
-        handles.append(Patch(fill=False, **OBJECT, label="object"))
-    if picture and any(record.relevant_boxes for record in records):
-        line = {"color" if key == "edgecolor" else key: value for key, value in GROUND_TRUTH.items()}
-        handles.append(Line2D([], [], **line, label=f"{truth_name(records)} (box)"))
-    if words and any(record.relevant_spans for record in records):
-        handles.append(Patch(facecolor=BAND, label=f"{truth_name(records)} (words)"))
-    if handles:
+    """Explains the boxes, bars, dots and bands that occur in these sheets."""
+    truth = truth_name([sheet.record for sheet in sheets])
+    line = {"color" if key == "edgecolor" else key: value for key, value in GROUND_TRUTH.items()}
+    texts: dict[str, Patch | Line2D] = {
+        "selected": Patch(facecolor=WEIGHTS(0.5), edgecolor="black", label="selected token, its weight"),
+        "score": Line2D([], [], **SCORE, label="score (% of all words)"),
+        "object": Patch(fill=False, **OBJECT, label="object"),
+        "decisive box": Line2D([], [], **line, label=f"{truth} (box)"),
+        "decisive word": Patch(facecolor=BAND, label=f"{truth} (words)"),
+    }
+    marks = marks_of(sheets, words, picture)
+    if handles := [handle for mark, handle in texts.items() if mark in marks]:
         figure.legend(handles=handles, loc="outside lower center", ncols=5 if words and picture else 2,
                       handlelength=1.8, columnspacing=1.2)  # fmt: skip
 
@@ -282,8 +278,8 @@ def plot_alignment(
 ) -> Figure:  # fmt: skip
     """Draw which teacher tokens each student token covers: words as a matrix, boxes on the picture.
 
-    ``shares`` (student tokens, teacher tokens) is the alignment; ``token`` a visual student token to
-    mark with the teacher's patches that it covers.
+    ``shares`` (student tokens, teacher tokens) is the alignment; ``token`` is a visual student token that is
+    marked together with the teacher's patches that it covers.
     """
     words = np.flatnonzero(record.is_text & (shares.sum(1) > 0))
     theirs = np.flatnonzero(shares[words].sum(0) > 0) if len(words) else np.array([], dtype=int)

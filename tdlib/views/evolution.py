@@ -1,4 +1,4 @@
-"""What a run targeted while it trained: tokens over the steps, how the set turns over, instance weights."""
+"""Shows how targeting changes while a run trains: weights, turnover of the set, instance weights."""
 
 import math
 from collections.abc import Sequence
@@ -14,27 +14,27 @@ from tdlib.views.figures.style import step_name
 from tdlib.views.sheet import weight_sheet
 from tdlib.views.view import View
 
-PICTURES = 3  # along an evolution
-MOST_VISUAL = 16  # rows of visual tokens in it: those that weigh most on average
+PICTURES = 3  # drawn below an evolution: of the first, middle and last step
+MOST_VISUAL = 16  # visual tokens that have a row in an evolution: the heaviest on average
 
 
 def in_order(records: Sequence[TargetRecord]) -> list[TargetRecord]:
-    """Records by step, the end last; otherwise in the given order."""
+    """Sorts records by step, the end last; records of one step keep their order."""
     return sorted(records, key=lambda record: math.inf if record.step == END else record.step)
 
 
 def of_statement(
     records: Sequence[TargetRecord], example_id: str, choice: int | None = None, split: str | None = None
 ) -> list[TargetRecord]:
-    """All records of one statement, by step; ``choice`` None takes the right one (else the first)."""
+    """Picks the records of one statement, by step; ``choice`` None takes the right one (else the first)."""
     chosen = [r for r in records if r.example_id == example_id and (split is None or r.split == split)]
     if choice is None and chosen:
         choices = {record.choice for record in chosen}
         choice = chosen[0].label if chosen[0].label in choices else min(choices)
     chosen = [record for record in chosen if record.choice == choice]
     if not chosen:
-        known = list(dict.fromkeys(record.example_id for record in records))
-        shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+        ids = list(dict.fromkeys(record.example_id for record in records))
+        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         raise ValueError(
             f"no record of {example_id!r}, choice {choice}; there are {shown or 'no records at all'}"
         )
@@ -48,7 +48,7 @@ def _orders(records: Sequence[TargetRecord]) -> dict[int, int]:
 
 
 def evolution_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
-    """One row per step and token of one statement's records.
+    """Make a table with one row per step and token of one statement's records.
 
     Columns ``step`` (END for the end), ``order`` (its place from 0), ``position``, ``token``, ``kind``,
     ``weight``, ``score``, ``relevance`` and ``selected``, the records' own numbers.
@@ -87,7 +87,7 @@ def turnover(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def turnover_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
-    """How large each statement's selected set is at each step, and how much of it is new.
+    """Measure how large each statement's selected set is at each step, and how much of it is new.
 
     One row per statement and step: ``selected_text``, ``selected_visual`` (tokens), ``turnover_text``,
     ``turnover_visual`` and ``turnover`` against the statement's previous recorded step (missing at its
@@ -124,11 +124,11 @@ def _instance(record: TargetRecord) -> dict[str, float]:
 
 
 def evolution_view(records: Sequence[TargetRecord], labels: Sequence[str] = ()) -> View:
-    """One statement over training: tokens x steps as a heat map, set size and turnover, pictures.
+    """Show one statement over training: tokens x steps as a heat map, set size and turnover, pictures.
 
-    Words and pictures share one scale. All text tokens and the ``MOST_VISUAL`` visual tokens that weighed
-    most on average are drawn; the table, ``evolution_table``, has all. Records are those of one statement
-    and run, see ``of_statement``.
+    Words and pictures share one scale. The heat map has all text tokens and the ``MOST_VISUAL`` visual tokens
+    that weighed most on average; the table, ``evolution_table``, has all tokens. ``records`` are of one
+    statement of one run, see ``of_statement``.
     """
     data, steps = evolution_table(records), turnover_table(records)
     records = in_order(records)
@@ -145,7 +145,7 @@ def evolution_view(records: Sequence[TargetRecord], labels: Sequence[str] = ()) 
     heading = f"{title(first, labels)} over training"
     arguments = {
         "tokens": data[data["position"].isin(drawn)], "steps": steps, "shown": shown, "heading": heading,
-        "hidden": hidden, "decisive": {i for i, known in enumerate(ground_truth(first)) if known},
+        "hidden": hidden, "decisive": {i for i, decides in enumerate(ground_truth(first)) if decides},
         "truth": truth_name([first]), "highest": highest,
     }  # fmt: skip
     names = {"selected_text": "words", "selected_visual": "visual", "turnover_text": "turnover, words",
@@ -156,7 +156,7 @@ def evolution_view(records: Sequence[TargetRecord], labels: Sequence[str] = ()) 
 
 
 def _instances(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, one per example and step, with ``order``: the step's place, the end last."""
+    """Keep one row per example and step, and add ``order``, the step's place (the end last)."""
     rows = rows.drop_duplicates(["split", "example_id", "step"], keep="last")
     steps = sorted(rows["step"].unique(), key=lambda step: (step == END, step))
     order = rows["step"].map({step: place for place, step in enumerate(steps)})
@@ -166,11 +166,12 @@ def _instances(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def instance_view(records: Sequence[TargetRecord] | pd.DataFrame, example_id: str | None = None) -> View:
-    """Instance weights: p_T, p_S and c of one example over training, and c over all examples.
+    """Show instance weights: p_T, p_S and c of one example over training, and c over all examples.
 
-    ``records`` may be a table with ``split``, ``example_id``, ``step``, ``p_T``, ``p_S`` and ``c`` instead,
-    p of the true label; examples without one are left out. ``example_id`` names the example that is drawn by
-    itself and marked among the others; None, none. Table: those columns and ``order``, the step's place.
+    ``records`` may be a table with ``split``, ``example_id``, ``step``, ``p_T``, ``p_S`` and ``c`` instead.
+    p is the probability of the true label; examples without a label are left out. The example
+    ``example_id`` is drawn by itself and marked among the others; None marks none. Table: these columns and
+    ``order``, the step's place.
 
     Raises:
         ValueError: no record has an instance weight, or none is of that example.
@@ -185,8 +186,8 @@ def instance_view(records: Sequence[TargetRecord] | pd.DataFrame, example_id: st
             "no record has an instance weight: were the examples labelled, and was there a teacher?"
         )
     if example_id is not None and example_id not in set(data["example_id"]):
-        known = ", ".join(data["example_id"].unique()[:8])
-        raise ValueError(f"no instance weight of {example_id!r}; there are {known}")
+        ids = ", ".join(data["example_id"].unique()[:8])
+        raise ValueError(f"no instance weight of {example_id!r}; there are {ids}")
     if example_id is None and data["example_id"].nunique() == 1:
         example_id = str(data["example_id"].iloc[0])
     heading = f"Instance weights of {data['example_id'].nunique()} examples"
@@ -196,7 +197,7 @@ def instance_view(records: Sequence[TargetRecord] | pd.DataFrame, example_id: st
 
 
 def _instance_rows(data: pd.DataFrame, example_id: str | None) -> pd.DataFrame:
-    """Means and the spread of c at each step, and the example's own numbers beside them."""
+    """List means and the spread of c at each step, with the numbers of the chosen example beside them."""
     grouped = data.groupby("order")
     rows = grouped[["p_T", "p_S", "c"]].mean().add_prefix("mean ")
     spread = grouped["c"].quantile([0, 0.25, 0.5, 0.75, 1]).unstack()
