@@ -209,8 +209,8 @@ def alignment(request: ViewRequest) -> View:
 def conditioned_targets(request: ViewRequest) -> View:
     """Shows the patches that the targets of words are mixed from, in a run with conditioned targets.
 
-    Words that contain ``word``; without one, the ``DRAWN_WORDS`` that weigh most. Table: a row per word and
-    patch of the statement, ``share`` of the word's target.
+    It draws words that contain ``word``, or the selected ones without it: at most ``DRAWN_WORDS``, those that
+    weigh most. Table: a row per word and patch of the statement, ``share`` of the word's target.
     """
     run, record = request.run, request.record()
     if not run.config.conditioned_targets:
@@ -224,11 +224,16 @@ def conditioned_targets(request: ViewRequest) -> View:
         [(i, names[i], j, names[j], shares[i, j]) for i in words for j in patches],
         columns=["position", "token", "patch_position", "patch", "share"],
     )
-    named = [i for i in words if request.word.strip().lower() in names[i].lower()]
-    drawn = sorted(named, key=lambda i: -record.weight[i])[:DRAWN_WORDS]
+    asked = request.word.strip().lower()
+    drawn = [i for i in words if (asked in names[i].lower() if asked else record.selected[i])]
     if not drawn:
-        raise ExplorerError(f"no word with a target in {record.text!r} contains {request.word!r}")
+        said = f"contains {request.word!r}" if asked else "is selected; ask for one by its letters"
+        raise ExplorerError(f"no word with a target in {record.text!r} {said}")
+    drawn = sorted(drawn, key=lambda i: -record.weight[i])[:DRAWN_WORDS]
     sheets = [value_sheet(record, shares[i], f"“{names[i]}”", "of the word's target") for i in drawn]
+    # one scale, or a word that all patches share alike would look as dark as one with a single patch
+    scale = max((sheet.scale for sheet in sheets), key=lambda scale: scale.end)
+    sheets = [replace(sheet, scale=scale) for sheet in sheets]
     heading = f"{title(record, run.labels)}: patches that the targets of words are mixed from"
     return sheets_view(heading, sheets, data, words=False, note=run.name)
 

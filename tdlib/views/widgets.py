@@ -114,7 +114,7 @@ class Explorer(ipywidgets.VBox):
         )
         self.layer = named("layer", ipywidgets.SelectionSlider(options=[("all", ALL)]))
         self.head = dropdown("head", [("mean", ALL)])
-        self.word = named("word", ipywidgets.Text(placeholder="letters; empty: the heaviest"), "240px")
+        self.word = named("word", ipywidgets.Text(placeholder="letters; empty: selected ones"), "240px")
         self.word.continuous_update = False
         # Values from a list, the run's own among them: JupyterLab moves any other to a slider's next step.
         self.mass = named("mass", ipywidgets.SelectionSlider(options=[1.0]), "280px")
