@@ -7,7 +7,7 @@ import pytest
 
 from tdlib.data.chance import chance_scores, constant_answer
 from tdlib.data.examples import Example, Examples, TextPart
-from tdlib.training.run import prediction_table
+from tdlib.training.evaluation import prediction_table
 
 
 def example(label=None, choices=0, annotators=(), soft=()) -> Example:

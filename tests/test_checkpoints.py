@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import safe_globals
 from tdlib.core.paths import ConfigError
 from tdlib.runs import states as run_states
 from tdlib.training import run as training
-from tdlib.training.checkpoints import checkpoints_of, damaged, newest, remove, seal, staging
+from tdlib.training.checkpoints import checkpoints_of, damaged, newest, publish_checkpoint, remove, staging
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.run import train_run
 
@@ -34,7 +34,7 @@ def filled(home: Path, step: int, run: dict | None = None) -> Path:
     place.mkdir()
     (place / "model.safetensors").write_bytes(random.Random(step).randbytes(1000))
     (place / "state.json").write_text(json.dumps({"step": step}))
-    return seal(place, home, step, run or RUN)
+    return publish_checkpoint(place, home, step, run or RUN)
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_checkpoints_of_other_settings_or_code_are_refused(interrupted, prepared
         with pytest.raises(ConfigError, match=named):
             train_run(settings_of(config, **changes), prepared, folder)
     with monkeypatch.context() as patch:
-        patch.setattr("tdlib.training.run.code_version", lambda: "other")
+        patch.setattr("tdlib.training.run_folders.code_version", lambda: "other")
         with pytest.raises(ConfigError, match=r"code of tdlib was '.*' and is 'other'"):
             train_run(config, prepared, folder)
     assert steps_at(checkpoints_of(folder)) == kept and not folder.exists()

@@ -22,11 +22,10 @@ from training_helpers import settings_of
 from tdlib.config import RunConfig, apply_arm
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.method.selection import SELECTORS
-from tdlib.training import distributed
 from tdlib.training import prepare as experiments
 from tdlib.training.checkpoints import checkpoints_of
 from tdlib.training.data import EpochBatches, SharedBatches
-from tdlib.training.distributed import must_launch
+from tdlib.training.processes import must_launch
 from tdlib.training.run import train_run
 
 # The loader
@@ -170,7 +169,7 @@ def _training(folder: Path) -> list[psutil.Process]:
 
 def test_own_functions_are_refused_before_anything_starts(base, prepared, tmp_path, monkeypatch):
     monkeypatch.setitem(SELECTORS, "mine", lambda scores, valid, options=None, generator=None: valid)
-    monkeypatch.setattr(distributed, "_run", lambda *_args: 1 / 0)
+    monkeypatch.setattr("tdlib.training.processes._run", lambda *_args: 1 / 0)
     with pytest.raises(ConfigError, match=r"selector='mine'.*processes=2.*set processes=1"):
         train_run(settings_of(base, selector="mine", processes=2), prepared, tmp_path / "run")
 
@@ -200,7 +199,7 @@ def test_the_processes_end_with_the_one_that_started_them(base, tmp_path):
     (tmp_path / "config.json").write_text(settings_of(base, processes=2, epochs=10_000).model_dump_json())
     code = (
         "import sys; from pathlib import Path; from tdlib.config import RunConfig; import json\n"
-        "from tdlib.training.distributed import launch\n"
+        "from tdlib.training.processes import launch\n"
         "config = RunConfig.from_parameters(**json.loads(Path(sys.argv[1]).read_text()))\n"
         "launch(config, Path(sys.argv[2]), Path(sys.argv[3]))"
     )

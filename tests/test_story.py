@@ -19,9 +19,9 @@ from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT
 from tdlib.data.examples import low_shot
 from tdlib.runs.page import export_html
-from tdlib.training.checkpoints import finished
 from tdlib.training.prepare import prepare
-from tdlib.training.run import compare, run_identity
+from tdlib.training.run import compare
+from tdlib.training.run_folders import finished, run_identity
 from tdlib.training.workers import side_by_side
 from tdlib.views.captions import Captioned
 from tdlib.views.figures.style import Figure

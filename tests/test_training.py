@@ -30,6 +30,7 @@ from tdlib.data.examples import low_shot
 from tdlib.students.base import student_inputs
 from tdlib.students.registry import load_student
 from tdlib.students.vilt import ViltForMultipleChoice
+from tdlib.training import evaluation
 from tdlib.training import prepare as experiments
 from tdlib.training import run as training
 from tdlib.training.data import EncodedExamples, collate
@@ -86,7 +87,7 @@ def test_all_arms_of_a_seed_start_alike_and_see_the_same(base, prepared, tmp_pat
             patch.setattr(
                 training, "make_trainer", lambda *args, **options: make_trainer(*args, **options, log_every=1)
             )
-            patch.setattr(training, "predict", lambda _student, data: np.full((len(data), 4), 0.25))
+            patch.setattr(evaluation, "predict", lambda _student, data: np.full((len(data), 4), 0.25))
             train_run(config.model_copy(update={"probe_examples": 0}), prepared, tmp_path / arm)
         steps = math.ceil(len(low_shot(prepared.train, base.shots, 0)) / 4)
         seen[arm] = (

@@ -34,7 +34,7 @@ from torch import Generator, Tensor
 from tdlib.method.alignment import align, aligned_targets, image_conditioned_targets
 from tdlib.method.losses import Distance, distance_named
 from tdlib.method.priors import PRIORS, Idf, referred_prior
-from tdlib.method.registry import is_own
+from tdlib.method.registry import is_users
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.method.selection import DEFAULTS, SelectionOptions, Selector, select, token_scores
 from tdlib.method.tokens import TeacherTokens, Tokens, join
@@ -136,7 +136,7 @@ def score_apart(
         score_tokens, relevance=relevance, temperature=temperature, prior_weight=prior_weight, centres=centres
     )
     student = Tokens(join(text[0].spans, visual[0].spans, 2), join(text[0].boxes, visual[0].boxes, 2))
-    if relevance in RELEVANCE and is_own(RELEVANCE[relevance]):
+    if relevance in RELEVANCE and is_users(RELEVANCE[relevance]):
         teacher, prior = TeacherTokens.cat(text[1], visual[1]), join(text[2], visual[2], 2)
         rows = [score(student[row], teacher[row], prior[row]) for row in range(len(prior))]
         scored = {f.name: torch.stack([getattr(row, f.name) for row in rows]) for f in fields(ScoredTokens)}

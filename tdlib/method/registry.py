@@ -165,23 +165,23 @@ def signatures() -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def is_own(function: Function) -> bool:
-    """Whether a function is a user's, not the project's."""
+def is_users(function: Function) -> bool:
+    """True for a function that a user defined, False for the project's."""
     return not getattr(inspect.unwrap(function), "__module__", "").startswith("tdlib.")
 
 
-def own_functions(config: Any) -> dict[str, dict[str, str]]:
+def user_functions(config: Any) -> dict[str, dict[str, str]]:
     """The functions of a run that are not the project's: name and source text by parameter.
 
     The source is "" where Python cannot find it (a function typed at a bare prompt).
     """
-    own = {}
+    added = {}
     for parameter, table in tables().items():
         name = getattr(config, parameter)
-        if is_own(table[name]):
+        if is_users(table[name]):
             try:
                 source = textwrap.dedent(inspect.getsource(inspect.unwrap(table[name])))
             except (OSError, TypeError):
                 source = ""
-            own[parameter] = {"name": name, "source": source}
-    return own
+            added[parameter] = {"name": name, "source": source}
+    return added

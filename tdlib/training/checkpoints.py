@@ -1,7 +1,7 @@
 """Checkpoints of a training as folders that are either whole or not there, and finished runs known again.
 
 Owns where they lie, how they become final, how they are verified and which are kept. Does not own
-what is in them: the trainer fills a folder (``staging``) and hands it over (``seal``).
+what is in them: the trainer fills a folder (``staging``) and hands it over (``publish_checkpoint``).
 
 The checkpoints of the run folder ``runs/NAME`` lie in ``runs/.checkpoints/NAME/step-N``. A
 ``manifest.json`` with the SHA-256 of every other file is written last; files and folders reach the
@@ -23,7 +23,6 @@ from tdlib.core.paths import ConfigError
 log = logging.getLogger(__name__)
 
 HOME = ".checkpoints"  # hidden: no run, and kept where a run's other output is cleared
-IDENTITY = "identity.json"  # in a run folder: all that its results depend on
 KEPT = 2  # so that one is left when the newest turns out damaged
 STAGING = ".partial"  # below a run's checkpoints: what is not whole yet
 _MANIFEST, _RUN = "manifest.json", "run.json"
@@ -44,7 +43,7 @@ def staging(home: Path) -> Path:
     return place
 
 
-def seal(filled: Path, home: Path, step: int, run: dict[str, Any]) -> Path:
+def publish_checkpoint(filled: Path, home: Path, step: int, run: dict[str, Any]) -> Path:
     """Makes a filled folder the checkpoint of ``step``; all but the newest ``KEPT`` up to it go.
 
     ``filled`` lies below ``home``. ``run`` is what must be equal for a run to continue from it (JSON).
@@ -141,13 +140,3 @@ def _differences(stored: Any, run: dict[str, Any]) -> str:
 def _short(values: dict[str, Any], name: str) -> str:
     text = repr(values[name]) if name in values else "absent"
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics of a run folder that holds the finished run of this ``run_identity``; else None."""
-    try:
-        stored = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return metrics if stored == json.loads(json.dumps(identity)) else None

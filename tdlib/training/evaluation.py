@@ -1,6 +1,14 @@
-"""What a trained student predicts: probabilities, and the table that a run folder keeps of them."""
+"""Evaluates a trained student: probabilities, the table that a run folder keeps of them, and its figures.
 
+Evaluation needs the trained student and the data alone, so it can be repeated without training.
+"""
+
+import json
+import logging
+import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,11 +16,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tdlib.data.chance import chance_scores
+from tdlib.config import RunConfig
+from tdlib.core.devices import usual_device
+from tdlib.core.files import write_json
+from tdlib.data.chance import chance_scores, constant_answer
 from tdlib.data.examples import Example, Examples, path_names
-from tdlib.data.tasks import score
+from tdlib.data.tasks import data_folder, detail, score, task_of
+from tdlib.miniworld.worlds import STRATA, strata_of
+from tdlib.students import registry as students
 from tdlib.students.base import student_inputs
+from tdlib.training.card import model_card
 from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.prepare import PreparedData
+from tdlib.training.run_folders import UNEVALUATED
+
+log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -68,3 +86,56 @@ def prediction_table(
             "probabilities": [row.tolist() if few else None for row in probabilities],
         }
     )
+
+
+def evaluate(
+    config: RunConfig, prepared: PreparedData, student: PreTrainedModel, folder: Path
+) -> dict[str, Any]:
+    """Writes predictions of all evaluated splits (and a submission) to ``folder``; returns the figures."""
+    figures: dict[str, Any] = {"accuracy": {}, "measures": {}, "detail": {}}
+    frames = []
+    constant = constant_answer(prepared.train)
+    for split, examples in prepared.evaluated.items():
+        encoded = prepared.encoded[split]
+        if config.modality != "both":
+            encoded = EncodedExamples(
+                examples, prepared.encoder, memory=0, num_labels=len(prepared.labels),
+                modality=config.modality,
+            )  # fmt: skip
+        probabilities = predict(student, encoded)
+        table = prediction_table(split, examples, probabilities, prepared.labels, constant)
+        if examples.labelled:
+            of_split = task_of(config).measures(table)
+            figures["accuracy"][split] = next(iter(of_split.values()))
+            figures["measures"][split] = of_split
+            strata = strata_of(data_folder(config), split).reindex(table["question"]).fillna("")
+            figures["detail"][split] = detail(table.assign(**strata.reset_index(drop=True)), STRATA)
+        if split == config.submission_split:
+            path = task_of(config).write_submission(folder, examples, probabilities, prepared.labels)
+            figures["submission"] = path.name
+        frames.append(table)
+    pd.concat(frames).to_parquet(folder / "predictions.parquet", index=False)
+    return figures
+
+
+def finish(config: RunConfig, metrics: dict[str, Any], student: PreTrainedModel, folder: Path) -> None:
+    """Writes the model card and, last, the metrics: a folder that has them is a finished run."""
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    card = model_card(config, metrics, environment, type(student).__name__)
+    (folder / "student" / "README.md").write_text(card, encoding="utf-8")
+    write_json(folder / "metrics.json", metrics)
+
+
+def evaluate_again(
+    config: RunConfig, prepared: PreparedData, folder: Path, metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluates the trained student of a run folder and removes the mark ``UNEVALUATED``."""
+    log.info("%s: is trained already and only evaluated now", folder)
+    began = time.time()
+    student = students.load_student(str(folder / "student"), config.seed, prepared.labels)
+    student.to(usual_device())
+    metrics |= evaluate(config, prepared, student, folder)
+    metrics["seconds"] = round(metrics["train_seconds"] + time.time() - began, 2)
+    finish(config, metrics, student, folder)
+    (folder / UNEVALUATED).unlink()
+    return metrics

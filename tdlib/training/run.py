@@ -4,9 +4,7 @@ Everything about the teacher comes from the cache. A run may be interrupted and 
 checkpoints, and shared by several processes; neither changes what it computes.
 """
 
-import json
 import logging
-import platform
 import shutil
 import tempfile
 import time
@@ -16,34 +14,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
 from tdlib.arms import ARMS
-from tdlib.config import RunConfig, apply_arm, check_arm, parameters_with
-from tdlib.core.devices import usual_device
-from tdlib.core.files import remove_tree, write_folder, write_json, write_jsonl
+from tdlib.config import RunConfig, apply_arm, check_arm
+from tdlib.core.files import write_folder, write_json, write_jsonl
 from tdlib.core.paths import ConfigError
-from tdlib.core.provenance import code_version, digest, git_version
 from tdlib.core.records import END, write_records
-from tdlib.data.chance import constant_answer
 from tdlib.data.examples import Example, Examples, low_shot, save_manifest
-from tdlib.data.tasks import data_folder, detail, task_of
-from tdlib.method.registry import own_functions
-from tdlib.miniworld.worlds import STRATA, strata_of
-from tdlib.students import registry as students
+from tdlib.method.registry import user_functions
 from tdlib.students.base import report_cut
 from tdlib.teacher.probe import ClassProbe, count_cut
 from tdlib.teacher.towers import EXTRAS
 from tdlib.training import checkpoints
-from tdlib.training.card import model_card
 from tdlib.training.data import EncodedExamples
-from tdlib.training.distributed import launch, must_launch, place_among_processes
-from tdlib.training.evaluation import predict, prediction_table
+from tdlib.training.evaluation import evaluate, evaluate_again, finish
 from tdlib.training.judging import StatementJudge, asks_truth
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TeacherFeatureReader, token_centres
@@ -58,8 +46,17 @@ from tdlib.training.prepare import (
     prepare,
     shuffled_pictures,
 )
-from tdlib.training.provenance import data_manifest
+from tdlib.training.processes import launch, must_launch, place_among_processes
 from tdlib.training.recording import ProbeRecorder, RecordTargets
+from tdlib.training.run_folders import (
+    IDENTITY,
+    UNEVALUATED,
+    archive_previous_run,
+    environment,
+    finished,
+    pending_evaluation,
+    run_identity,
+)
 from tdlib.training.trainer import CheckpointKeeper, make_trainer
 from tdlib.training.workers import side_by_side
 
@@ -116,7 +113,7 @@ def compare(
     for name, run in sorted(folders.items(), key=lambda item: -passes_per_update(item[1]) * (workers > 1)):
         place, own = Path(folder) / name, prepared[_prepared(run)]
         subset = low_shot(own.train, run.shots, run.seed)
-        if reuse and (metrics := checkpoints.finished(place, run_identity(run, subset))) is not None:
+        if reuse and (metrics := finished(place, run_identity(run, subset))) is not None:
             if on_run:
                 on_run(metrics | {"reused": True})
         else:
@@ -141,7 +138,7 @@ def train_run(
     the functions that the user added), metrics.json, predictions.parquet, selections.parquet,
     environment.json, the submission file if one is asked for, and student/ (loadable with
     ``from_pretrained``; exactly the baseline's parameters; with a model card). It replaces an older one of
-    the same settings; one of others is kept beside it (``set_aside``). Returns the metrics.
+    the same settings; one of others is kept beside it (``archive_previous_run``). Returns the metrics.
 
     With ``checkpoint_every``, a run that was interrupted in training and is called again with the same
     settings and folder continues from its last whole checkpoint, and ends as if it had not been
@@ -158,8 +155,10 @@ def train_run(
     """
     check_arm(config)
     subset = low_shot(prepared.train, config.shots, config.seed)
-    if (pending := _unevaluated(folder, config, subset)) is not None:
-        return _evaluate_again(config, prepared, folder, pending)
+    if (pending := pending_evaluation(folder, config, subset)) is not None:
+        if place_among_processes() > 0:  # the first process evaluates alone
+            return pending
+        return evaluate_again(config, prepared, folder, pending)
     if must_launch(config):
         return launch(config, folder, prepared.cache.folder.parent, show_progress)
     if torch.cuda.is_available():
@@ -177,12 +176,12 @@ def train_run(
         run.write(partial)
         try:
             run.evaluate(partial)
-            set_aside(folder, config)
+            archive_previous_run(folder, config)
         except BaseException as error:  # also an interruption: what training made is kept
             failures.append(error)
             identity = run_identity(config, subset, files=False)
             write_json(partial / UNEVALUATED, {"error": repr(error), "run": identity, "metrics": run.metrics})
-            set_aside(folder, None)
+            archive_previous_run(folder, None)
 
     write_folder(folder, fill)
     if config.checkpoint_every:
@@ -294,13 +293,13 @@ class _Run:
         if records := [record for recorder in self.recorders for record in recorder.records]:
             write_records(records, partial / "selections.parquet")
         write_json(partial / "config.json", config.model_dump())
-        write_json(partial / checkpoints.IDENTITY, run_identity(config, self.subset))
+        write_json(partial / IDENTITY, run_identity(config, self.subset))
         resumed = {"resumed_after_updates": self.resumed} if self.resumed else {}
         write_json(partial / "environment.json", environment() | resumed)
         write_jsonl(partial / "history.jsonl", self.trainer.history)
         if self.trainer.diagnostics:
             write_jsonl(partial / "diagnostics.jsonl", self.trainer.diagnostics)
-        if functions := own_functions(config):
+        if functions := user_functions(config):
             write_json(partial / "functions.json", functions)
         save_manifest(partial / "manifest.json", self.subset, config.shots, config.seed)
         shutil.rmtree(partial / "trainer", ignore_errors=True)  # the Trainer's own folder: nothing is in it
@@ -357,129 +356,6 @@ def passes_per_update(config: RunConfig) -> float:
     """How often an example goes through the student at each update: once, if it is only finetuned."""
     more = config.feature_share if config.distils_unlabelled else 0
     return 1 + config.adversarial_steps + (config.repair_share if config.repair_weight > 0 else 0) + more
-
-
-# Evaluation: what it needs is the trained student alone, so it can be done again.
-
-UNEVALUATED = "unevaluated.json"  # marks a run folder whose student is trained and not yet evaluated
-
-
-def evaluate(
-    config: RunConfig, prepared: PreparedData, student: PreTrainedModel, folder: Path
-) -> dict[str, Any]:
-    """Writes predictions of all evaluated splits (and a submission) to ``folder``; returns the figures."""
-    figures: dict[str, Any] = {"accuracy": {}, "measures": {}, "detail": {}}
-    frames = []
-    constant = constant_answer(prepared.train)
-    for split, examples in prepared.evaluated.items():
-        encoded = prepared.encoded[split]
-        if config.modality != "both":
-            encoded = EncodedExamples(
-                examples, prepared.encoder, memory=0, num_labels=len(prepared.labels),
-                modality=config.modality,
-            )  # fmt: skip
-        probabilities = predict(student, encoded)
-        table = prediction_table(split, examples, probabilities, prepared.labels, constant)
-        if examples.labelled:
-            of_split = task_of(config).measures(table)
-            figures["accuracy"][split] = next(iter(of_split.values()))
-            figures["measures"][split] = of_split
-            known = strata_of(data_folder(config), split).reindex(table["question"]).fillna("")
-            figures["detail"][split] = detail(table.assign(**known.reset_index(drop=True)), STRATA)
-        if split == config.submission_split:
-            path = task_of(config).write_submission(folder, examples, probabilities, prepared.labels)
-            figures["submission"] = path.name
-        frames.append(table)
-    pd.concat(frames).to_parquet(folder / "predictions.parquet", index=False)
-    return figures
-
-
-def finish(config: RunConfig, metrics: dict[str, Any], student: PreTrainedModel, folder: Path) -> None:
-    """Writes what says that a run is done: its metrics, and the model card."""
-    around = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    card = model_card(config, metrics, around, type(student).__name__)
-    (folder / "student" / "README.md").write_text(card, encoding="utf-8")
-    write_json(folder / "metrics.json", metrics)
-
-
-def _unevaluated(folder: Path, config: RunConfig, subset: Examples) -> dict[str, Any] | None:
-    """The metrics so far of a folder whose student waits for its evaluation; None if there is none.
-
-    The data's files may have changed since (the missing picture is there now); all else must be the same.
-    """
-    try:
-        marker = json.loads((Path(folder) / UNEVALUATED).read_text(encoding="utf-8"))
-        stored, metrics = marker["run"], dict(marker["metrics"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    now = json.loads(json.dumps(run_identity(config, subset, files=False)))
-    return metrics if stored == now else None
-
-
-def _evaluate_again(
-    config: RunConfig, prepared: PreparedData, folder: Path, metrics: dict[str, Any]
-) -> dict[str, Any]:
-    """Evaluates the trained student of a run folder, and takes its mark away."""
-    if place_among_processes() > 0:
-        return metrics
-    log.info("%s: is trained already and only evaluated now", folder)
-    began = time.time()
-    student = students.load_student(str(folder / "student"), config.seed, prepared.labels)
-    student.to(usual_device())
-    metrics |= evaluate(config, prepared, student, folder)
-    metrics["seconds"] = round(metrics["train_seconds"] + time.time() - began, 2)
-    finish(config, metrics, student, folder)
-    (folder / UNEVALUATED).unlink()
-    return metrics
-
-
-def set_aside(folder: Path, config: RunConfig | None) -> None:
-    """Renames a run that has this run's name, to NAME-DIGEST beside it.
-
-    A run of the same settings is left to be replaced; with None every finished run is kept.
-    """
-    folder = folder.resolve()
-    if not folder.exists():
-        return
-    unimportant = set(parameters_with(role="machine"))
-    try:
-        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = {}
-    if config is not None:
-        now = json.loads(config.model_dump_json(exclude=unimportant))
-        if not before or {name: value for name, value in before.items() if name not in unimportant} == now:
-            return
-    other = folder.with_name(f"{folder.name}-{digest(before)[:8]}")
-    remove_tree(other)
-    folder.rename(other)
-    log.warning("%s held another run, which is now %s", folder, other.name)
-
-
-def run_identity(config: RunConfig, subset: Examples, files: bool = True) -> dict[str, Any]:
-    """All that a run's results depend on: what must be equal for an interrupted run to be continued.
-
-    ``files``: with the files of data and models.
-    """
-    settings = config.model_dump(exclude=set(parameters_with(role="machine")))
-    return {
-        **settings, "functions": own_functions(config),
-        "training subset": digest(list(subset.ids)),
-        **({"files of data and models": digest(data_manifest(settings))} if files else {}),
-        "code of tdlib": code_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "device": torch.device(usual_device()).type,
-    }  # fmt: skip
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware of this run."""
-    return {
-        "code": git_version(), "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "peak_gpu_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-    }  # fmt: skip
 
 
 def _agreed(found: Path | None) -> Path | None:

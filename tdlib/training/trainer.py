@@ -124,11 +124,11 @@ class DistillationTrainer(Trainer):
         if self.args.world_size > 1:  # all of them end together
             whole = self.accelerator.reduce(whole.float(), "mean") == 1
         if not bool(whole):
-            self.refuse()
+            self.abort_non_finite()
         self._window.clear()
         return norm
 
-    def refuse(self) -> None:
+    def abort_non_finite(self) -> None:
         """Ends the run; names what is not finite, and the examples of these batches or of this update."""
         data = self.train_dataset
         assert isinstance(data, EncodedExamples)
@@ -211,10 +211,10 @@ class DistillationTrainer(Trainer):
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Makes checkpoints of what the Trainer saves, into a folder below ``home``, and continues from one.
+    """Turns what the Trainer saves into checkpoints below ``home``, and continues from one of them.
 
-    ``run`` is what must be equal for a run to continue, see ``checkpoints.seal``. What the recorders have
-    recorded so far is part of a checkpoint.
+    A run continues only from a checkpoint whose ``run`` (``run_identity``) equals its identity. A checkpoint
+    also holds the records that the recorders have made so far.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class CheckpointKeeper(TrainerCallback):
             for place, recorder in enumerate(self.recorders):
                 if recorder.records:
                     write_records(recorder.records, folder / f"selections-{place}.parquet")
-            checkpoints.seal(folder, self.home, state.global_step, self.run)
+            checkpoints.publish_checkpoint(folder, self.home, state.global_step, self.run)
         self.trainer.accelerator.wait_for_everyone()
 
 
