@@ -1,5 +1,8 @@
 """A batch's targets, made together, are those of its examples by themselves."""
 
+from dataclasses import replace
+from inspect import cleandoc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +10,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from tdlib.config import RunConfig
+from tdlib.method import clip_td
+from tdlib.method.alignment import image_conditioned_targets
 from tdlib.method.clip_td import ScoredTokens, score_tokens
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE, relevance_value
-from tdlib.method.tokens import Tokens
+from tdlib.method.tokens import TeacherTokens, Tokens
+from tdlib.students.base import pad_last
 from tdlib.teacher.model import TeacherRecord
 from tdlib.training.pipeline import teacher_tokens
 from tdlib.training.targets import PACKED, TeacherFeatures, make_targets, pack
@@ -87,17 +93,22 @@ def single(record: TeacherRecord) -> TeacherRecord:
 def alone(features: TeacherFeatures, spans: torch.Tensor, config: RunConfig) -> ScoredTokens:
     """One example's, from the method's functions and whole sequences."""
     texts, picture = [single(text) for text in features.texts], single(features.picture)
-    saliencies = features.saliencies
-    if saliencies is not None:
-        saliencies = [(words.float(), places.float()) for words, places in saliencies]
-    teacher = teacher_tokens(texts, picture, saliencies)
+    teacher = teacher_tokens(texts, picture)
+    if features.saliencies is not None:
+        length = teacher.projected.shape[1] - len(picture.positions)
+        rows = [torch.cat([pad_last([w[None]], length)[0, 0], p]).float() for w, p in features.saliencies]
+        teacher = replace(teacher, saliency=torch.stack(rows))
     boxes = features.boxes.expand(CHOICES, -1, -1)
     visual = features.visual_prior if features.visual_prior is not None else torch.ones(boxes.shape[:2])
-    return score_tokens(
-        Tokens.cat([Tokens.text(spans), Tokens.visual(boxes)]), teacher,
-        torch.cat([features.text_prior, visual], dim=1), config.relevance, config.temperature,
-        config.prior_weight, features.centres, config.conditioned_targets,
+    student = Tokens.cat([Tokens.text(spans), Tokens.visual(boxes)])
+    scored = score_tokens(
+        student, teacher, torch.cat([features.text_prior, visual], dim=1), config.relevance,
+        config.temperature, config.prior_weight, features.centres,
     )  # fmt: skip
+    if config.conditioned_targets:
+        vectors = image_conditioned_targets(scored.vectors, student, config.temperature)
+        scored = replace(scored, vectors=vectors)
+    return scored
 
 
 @pytest.mark.parametrize("relevance", [*RELEVANCE, *STUDENT_RELEVANCE, "own"])
@@ -140,3 +151,31 @@ def test_each_distinct_text_and_picture_travels_once_in_half_precision(seed):
     again = make_targets(batch | {"spans": torch.zeros(8, CHOICES, 6, 2, dtype=torch.long)}, RunConfig())
     assert not any(name.startswith(PACKED) for name in again)
     assert make_targets(again, RunConfig()) is again
+
+
+def test_the_documented_steps_run_and_their_loss_is_the_formula():
+    """The example in the docstring of ``clip_td``, for one example of a batch of one."""
+    drawn = Drawn(3)
+    features, spans = drawn.example("value", False, False)
+    one = teacher_tokens([single(text) for text in features.texts], single(features.picture))
+    of_teacher = Tokens(one.tokens.spans[None], one.tokens.boxes[None])
+    vectors = one.projected, one.value, one.image_global, one.text_global
+    teacher = TeacherTokens(of_teacher, *(value[None] for value in vectors))
+    boxes = features.boxes.expand(CHOICES, -1, -1)
+    student = Tokens.cat([Tokens.text(spans), Tokens.visual(boxes)])
+    student = Tokens(student.spans[None], student.boxes[None])
+    phi = {name: torch.nn.Linear(4, DIM) for name in ("text", "visual")}
+    names = vars(clip_td) | {
+        "student": student, "phi": phi, "prior": torch.ones(student.spans.shape[:-1]), "teacher": teacher,
+        "hidden": drawn.normal(*student.spans.shape[:-1], 4), "labels": torch.tensor([1]),
+        "teacher_logits": drawn.normal(1, CHOICES), "student_logits": drawn.normal(1, CHOICES),
+    }  # fmt: skip
+    example = clip_td.__doc__.split("::\n\n")[1].split("\n\n")[0]
+    exec(cleandoc(example), names)
+    mapped = torch.where(
+        student.is_text[..., None], phi["text"](names["hidden"]), phi["visual"](names["hidden"])
+    )
+    distance = 1 - torch.cosine_similarity(mapped, names["scored"].vectors, dim=-1)
+    weight = names["instance"][:, None, None] * names["weights"]
+    assert_close(names["loss"], (weight * distance).sum(-1).mean())
+    assert names["loss"] > 0 and names["weights"].sum(-1).allclose(torch.ones(1, CHOICES))

@@ -1,6 +1,7 @@
 """Targets: what the teacher's tokens become for a student, in every relevance variant."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from tdlib.method.priors import Idf
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.teacher.cache import CacheError, TeacherCache
 from tdlib.teacher.towers import EXTRAS
-from tdlib.training.pipeline import Targets, TeacherFeatureReader, teacher_tokens
+from tdlib.training.pipeline import TeacherFeatureReader, teacher_tokens
 from tdlib.training.prepare import read_split
+from tdlib.training.targets import make_targets, pack
 
 HALF = {"rtol": 0, "atol": 3e-3}
 
@@ -40,6 +42,14 @@ def reader_of(cache, idf, relevance: str = "value", **options) -> TeacherFeature
     )
 
 
+def targets_of(feature_reader, example, spans, boxes) -> SimpleNamespace:
+    """The targets of one example, as a batch of one."""
+    batch = pack([feature_reader.features(example, spans, boxes)], spans.shape[1]) | {"spans": spans[None]}
+    return SimpleNamespace(
+        **{name: value[0] for name, value in make_targets(batch, feature_reader.config).items()}
+    )
+
+
 def as_the_teacher(teacher, example) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Records' spans, the same padded, and boxes: a student that sees what the teacher sees."""
     spans = [record.positions for record in teacher.encode_texts([s.text for s in example.statements()])]
@@ -50,7 +60,7 @@ def as_the_teacher(teacher, example) -> tuple[list[torch.Tensor], torch.Tensor, 
 FIELDS = ("vectors", "relevance", "prior", "scores", "valid", "teacher_logits")
 
 
-def assert_same(a: Targets, b: Targets, *names: str) -> None:
+def assert_same(a: SimpleNamespace, b: SimpleNamespace, *names: str) -> None:
     for name in names or FIELDS:
         assert_close(getattr(a, name), getattr(b, name))
 
@@ -59,9 +69,9 @@ def test_the_cache_has_to_be_filled_for_the_default(cache, idf, examples, teache
     feature_reader = reader_of(cache, idf)
     _, spans, boxes = as_the_teacher(teacher, examples[0])
     with pytest.raises(CacheError, match="call add"):
-        feature_reader(examples[0], spans, boxes)
+        targets_of(feature_reader, examples[0], spans, boxes)
     feature_reader.prepare(examples)
-    assert feature_reader(examples[0], spans, boxes).valid.any()
+    assert targets_of(feature_reader, examples[0], spans, boxes).valid.any()
     kinds = {file.name.rsplit("-", 1)[0] for file in cache.folder.glob("*.safetensors")}
     assert kinds == {"texts", "pictures"}
 
@@ -72,7 +82,7 @@ def test_relevance_alone_differs_between_variants(variant, cache, idf, examples,
     default.prepare(examples)
     other.prepare(examples)
     _, spans, boxes = as_the_teacher(teacher, examples[0])
-    a, b = default(examples[0], spans, boxes), other(examples[0], spans, boxes)
+    a, b = targets_of(default, examples[0], spans, boxes), targets_of(other, examples[0], spans, boxes)
     assert_same(a, b, "vectors", "prior", "valid", "teacher_logits")
     assert b.relevance.isfinite().all() and b.relevance[~b.valid].eq(0).all()
     assert ((a.relevance - b.relevance).abs().max() > 1e-3) == (variant != "value")
@@ -83,10 +93,10 @@ def test_what_was_not_prepared_is_added_when_asked_for(variant, cache, idf, exam
     default, feature_reader = reader_of(cache, idf), reader_of(cache, idf, variant)
     default.prepare(examples)  # an older cache, without the signal
     _, spans, boxes = as_the_teacher(teacher, examples[1])
-    late = feature_reader(examples[1], spans, boxes)
+    late = targets_of(feature_reader, examples[1], spans, boxes)
     fresh = reader_of(TeacherCache(tmp_path / "fresh", teacher), idf, variant)
     fresh.prepare(examples)
-    prepared = fresh(examples[1], spans, boxes)
+    prepared = targets_of(fresh, examples[1], spans, boxes)
     for name in FIELDS:  # batches of other sizes round differently
         tolerance = {"rtol": 1e-3, "atol": 1e-1} if name == "teacher_logits" else {"rtol": 0.02, "atol": 2e-3}
         assert_close(getattr(late, name), getattr(prepared, name), **tolerance)
@@ -100,14 +110,14 @@ def test_prepared_signals_are_not_computed_again(variant, cache, idf, examples, 
     for name in ("encode_texts", "encode_pictures", "pair_relevance"):
         monkeypatch.delattr(type(teacher), name)
     feature_reader.prepare(examples)
-    assert feature_reader(examples[2], *targets).valid.any()
+    assert targets_of(feature_reader, examples[2], *targets).valid.any()
 
 
 @pytest.mark.parametrize("variant", ["attention", "rollout", "gradient"])
 def test_a_student_with_the_teachers_tokens_gets_the_teachers_scalars(variant, cache, idf, examples, teacher):
     example, feature_reader = examples[0], reader_of(cache, idf, variant)
     lengths, spans, boxes = as_the_teacher(teacher, example)
-    relevance = feature_reader(example, spans, boxes).relevance
+    relevance = targets_of(feature_reader, example, spans, boxes).relevance
     texts, picture = [s.text for s in example.statements()], open_picture(example.image)
     if variant == "gradient":
         expected = teacher.pair_relevance(texts, picture)
@@ -129,8 +139,11 @@ def test_a_control_shows_the_teacher_another_picture(cache, idf, examples, teach
     assert len(cache) == len(first.statements()) + 1
     reader_of(cache, idf).prepare([first])
     _, spans, boxes = as_the_teacher(teacher, first)
-    shuffled, own = feature_reader(first, spans, boxes), reader_of(cache, idf)(first, spans, boxes)
-    swapped = reader_of(cache, idf)(dataclasses.replace(first, image=second.image), spans, boxes)
+    shuffled, own = (
+        targets_of(feature_reader, first, spans, boxes),
+        targets_of(reader_of(cache, idf), first, spans, boxes),
+    )
+    swapped = targets_of(reader_of(cache, idf), dataclasses.replace(first, image=second.image), spans, boxes)
     assert_same(shuffled, swapped)
     text = slice(0, spans.shape[1])
     assert_close(shuffled.vectors[:, text], own.vectors[:, text])
@@ -143,17 +156,18 @@ def test_relevance_that_depends_on_the_student_is_left_to_training(variant, cach
     feature_reader = reader_of(cache, idf, variant)
     feature_reader.prepare(examples)
     _, spans, boxes = as_the_teacher(teacher, examples[0])
-    targets = feature_reader(examples[0], spans, boxes)
+    targets = targets_of(feature_reader, examples[0], spans, boxes)
     assert targets.relevance.eq(0).all()
-    assert_same(targets, reader_of(cache, idf)(examples[0], spans, boxes), "vectors", "valid", "prior")
+    assert_same(
+        targets, targets_of(reader_of(cache, idf), examples[0], spans, boxes), "vectors", "valid", "prior"
+    )
 
 
 def test_teacher_tokens_stand_behind_each_other_and_are_padded_with_zeros(teacher, examples):
     texts = teacher.encode_texts(["two dogs", "a red cup on a bench"], extras=("vv",))
     (picture,) = teacher.encode_pictures([open_picture(examples[0].image)], extras=("vv",))
     short, long = (len(text.positions) for text in texts)
-    saliencies = [(torch.ones(len(text.positions)), torch.arange(16.0)) for text in texts]
-    tokens = teacher_tokens(texts, picture, saliencies)
+    tokens = teacher_tokens(texts, picture)
     for name in ("projected", "value", "vv"):
         vectors = getattr(tokens, name)
         assert vectors.shape == (2, long + 16, teacher.dim)
@@ -161,8 +175,6 @@ def test_teacher_tokens_stand_behind_each_other_and_are_padded_with_zeros(teache
         assert torch.equal(vectors[1, :long], getattr(texts[1], name))
         assert torch.equal(vectors[0, long:], getattr(picture, name))
         assert vectors[0, short:long].eq(0).all()
-    assert torch.equal(tokens.saliency[1], torch.cat([torch.ones(long), torch.arange(16.0)]))
-    assert tokens.saliency[0, short:long].eq(0).all()
     assert torch.equal(tokens.tokens.spans[0, :short], texts[0].positions)
     assert tokens.tokens.is_visual.sum(-1).tolist() == [16, 16]
     plain = teacher_tokens(

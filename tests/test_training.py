@@ -30,7 +30,7 @@ from tdlib.data.examples import low_shot
 from tdlib.students.base import student_inputs
 from tdlib.students.registry import load_student
 from tdlib.students.vilt import ViltForMultipleChoice
-from tdlib.training import evaluation
+from tdlib.training import evaluation, objective
 from tdlib.training import prepare as experiments
 from tdlib.training import run as training
 from tdlib.training.data import EncodedExamples, collate
@@ -164,13 +164,13 @@ def test_fitted_maps_start_nearer_to_the_targets(base, prepared):
     assert_same_bits(module.student.state_dict(), student)
 
 
-def test_fitted_maps_are_the_ridge_regression(base, prepared):
+def test_fitted_maps_are_the_ridge_regression(base, prepared, monkeypatch):
     """The same as least squares with the penalty as further rows, one modality at a time."""
     module, dataset = module_of(prepared, base), dataset_of(prepared, base)
     batch = module.with_targets(collate([dataset[index] for index in range(4)], dataset.encoder))
-    module.fit_phi(
-        DataLoader(dataset, 4, collate_fn=partial(collate, encoder=dataset.encoder)), ridge=0.1, batches=1
-    )
+    monkeypatch.setattr(objective, "PHI_RIDGE", 0.1)
+    monkeypatch.setattr(objective, "PHI_BATCHES", 1)
+    module.fit_phi(DataLoader(dataset, 4, collate_fn=partial(collate, encoder=dataset.encoder)))
     with torch.no_grad():
         output = module.student(**student_inputs(module.student, batch), output_hidden_states=True)
         for name, has_span in (("text", True), ("visual", False)):

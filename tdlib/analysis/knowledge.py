@@ -29,7 +29,7 @@ from tdlib.miniworld.worlds import read_concepts, save_picture, scene_at
 from tdlib.miniworld.writers import CURATED_READINGS, curated_texts
 from tdlib.students.base import StudentEncoder, student_inputs
 from tdlib.training.data import EncodedExamples, collate
-from tdlib.training.evaluation import predict
+from tdlib.training.evaluation import batch_logits, predict
 
 # Statements as examples
 
@@ -76,17 +76,10 @@ def curated_pictures(folder: Path, seed: int, number: int) -> list[Example]:
 def scores(student: Any, encoder: StudentEncoder, examples: Sequence[Example]) -> Tensor:
     """Computes the logit of each example of one statement: (examples,)."""
     dataset = EncodedExamples(examples, encoder)
-    student.eval()
-    device = next(student.parameters()).device
-    # By length, so that a batch has little padding.
-    order = sorted(range(len(dataset)), key=lambda index: dataset[index]["input_ids"].shape[1])
-    logit = torch.zeros(len(dataset))
-    for start in range(0, len(order), 64):
-        chosen = order[start : start + 64]
-        inputs = student_inputs(student, collate([dataset[index] for index in chosen], encoder))
-        logits = student(**{name: value.to(device) for name, value in inputs.items()}).logits
-        logit[chosen] = logits[:, 0].float().cpu()
-    return logit
+    logits_of_examples = torch.zeros(len(dataset))
+    for numbers, logits in batch_logits(student, dataset, 64):
+        logits_of_examples[numbers] = logits[:, 0].cpu()
+    return logits_of_examples
 
 
 # Matching

@@ -13,31 +13,39 @@ For every student token i of an example b, text or visual:
     8  instance weight  c[b]: how far the teacher is to be followed                    ``weighting``
     9  loss             mean_b c[b] * sum_i w[i] * D(phi(h[i]), u[i])                  ``losses``
 
-Steps 1 to 5 depend on the example and the frozen teacher alone (``score_tokens``; the relevance variants
-that look at the student are redone as it learns, ``score_by_student``), 6 to 9 on the student too. Beyond
-the paper, ``pairing`` teaches from pairs that the data do not hold.
+One token's weight, from top to bottom (``student`` and ``teacher`` are tokens of a batch of examples)::
+
+    scored = score_tokens(student, teacher, prior)                                  # 1, 2, 3, 5
+    selected, weights = choose_tokens(scored.scores, student, scored.valid)         # 6, 7
+    instance = weigh_examples(teacher_logits, student_logits, labels)               # 8
+    places = places_of(selected & scored.valid & (weights != 0), student)
+    on_words, on_places = distillation_loss(
+        hidden, phi, scored.vectors, weights, instance, places
+    )                                                                               # 9
+    loss = on_words + on_places
+
+Steps 1 to 5 depend on the example and the frozen teacher alone; relevance variants that compare the student
+with its targets are recomputed as it learns (``score_by_student``). Steps 6 to 9 depend on the student too.
+Beyond the paper, ``pairing`` teaches from pairs of text and picture that the data do not hold.
 
 Every function takes one example (choices, tokens, ...) or a batch of them (batch, choices, tokens, ...).
-Text and pictures do not mix before step 7 (but in conditioned targets): a batch does steps 1 to 5 for each
-by itself (``score_apart``), and what no text changes of a picture once for all its texts. Who calls them:
-``training.targets`` the first half, ``training.objective`` the second.
+Training calls steps 1 to 5 in ``training.targets``, for text and pictures separately, which is faster and
+gives the same because they do not mix before step 7; it calls steps 6 to 9 in ``training.objective``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from tdlib.method.alignment import align, aligned_targets, image_conditioned_targets
+from tdlib.method.alignment import align, aligned_targets
 from tdlib.method.losses import Distance, distance_named
 from tdlib.method.priors import PRIORS, Idf, referred_prior
-from tdlib.method.registry import is_users
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.method.selection import DEFAULTS, SelectionOptions, Selector, select, token_scores
-from tdlib.method.tokens import TeacherTokens, Tokens, join
+from tdlib.method.tokens import TeacherTokens, Tokens
 from tdlib.method.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS
 
 PerToken = Float[Tensor, "*#batch tokens"]
@@ -47,9 +55,9 @@ Vectors = Float[Tensor, "*#batch tokens teacher_dim"]
 
 @dataclass(frozen=True)
 class ScoredTokens:
-    """Steps 1 to 5: what each student token is drawn to, and how much it deserves to be.
+    """The result of steps 1 to 5: the target of each student token, and its score.
 
-    ``vectors`` have unit length, or are zero where a token is not distilled; ``valid`` marks the others.
+    ``valid`` marks the tokens that have a target; their ``vectors`` have unit length, all others are zero.
     ``relevance`` is 0 where it depends on the student (``score_by_student``). ``prior`` and ``scores`` lie
     in [0, 1]; scores sum to 1 over the valid tokens of each modality.
     """
@@ -72,15 +80,15 @@ def token_prior(
     """Step 4: the prior of each token of several statements about one picture, text then visual.
 
     ``prior`` names one of ``PRIORS`` for words. ``referred`` are the boxes that each statement points at;
-    None: all places are alike.
+    with None all visual tokens have the prior 1.
     """
     length = spans.shape[1]
-    whole = torch.ones(len(texts), length + len(boxes))
+    priors = torch.ones(len(texts), length + len(boxes))
     for row, text in enumerate(texts):
-        whole[row, :length] = PRIORS[prior](text, spans[row], idf)
+        priors[row, :length] = PRIORS[prior](text, spans[row], idf)
         if referred is not None:
-            whole[row, length:] = referred_prior(boxes, referred[row])
-    return whole
+            priors[row, length:] = referred_prior(boxes, referred[row])
+    return priors
 
 
 def score_tokens(
@@ -91,61 +99,25 @@ def score_tokens(
     temperature: float = 0.03,
     prior_weight: float = 1.0,
     centres: tuple[Float[Tensor, " teacher_dim"], Float[Tensor, " teacher_dim"]] | None = None,
-    conditioned: bool = False,
 ) -> ScoredTokens:
     """Steps 1, 2, 3 and 5 for the student's tokens; ``prior`` is step 4.
 
     ``relevance`` names one of ``RELEVANCE`` or ``STUDENT_RELEVANCE``. ``centres`` are the mean teacher
-    tokens of texts and of pictures, where targets are centred; ``conditioned``: words are drawn to the
-    patches that agree with them.
+    tokens of texts and of pictures, where targets are centred.
     """
     alignment = align(student, teacher.tokens)  # 1
     vectors = aligned_targets(alignment, teacher.projected)  # 2
-    valid = torch.linalg.vector_norm(vectors, dim=-1) != 0  # quicker than to ask every number
-    if centres is not None:  # only the direction of a target changes, not which tokens have one
+    valid = torch.linalg.vector_norm(vectors, dim=-1) != 0  # faster than (vectors != 0).any(-1)
+    if centres is not None:
+        # After ``valid``: centring turns targets, it must not decide which tokens have one.
         of_modality = torch.where(student.is_text.unsqueeze(-1), centres[0], centres[1])
         vectors = aligned_targets(alignment, teacher.projected, of_modality)
-    if conditioned:
-        vectors = image_conditioned_targets(vectors, student, temperature)
-    if relevance in STUDENT_RELEVANCE:  # 3
+    if relevance in STUDENT_RELEVANCE:  # 3: computed at every update instead, ``score_by_student``
         relevances = torch.zeros_like(prior)
     else:
         relevances = RELEVANCE[relevance](alignment, student, teacher)
     scores = token_scores(relevances, prior, student, valid, temperature, prior_weight)  # 5
     return ScoredTokens(vectors, valid, relevances, prior, scores)
-
-
-def score_apart(
-    text: tuple[Tokens, TeacherTokens, Float[Tensor, "batch choices text_tokens"]],
-    visual: tuple[Tokens, TeacherTokens, Float[Tensor, "*#shown visual_tokens"]],
-    relevance: str = "value",
-    temperature: float = 0.03,
-    prior_weight: float = 1.0,
-    centres: tuple[Float[Tensor, " teacher_dim"], Float[Tensor, " teacher_dim"]] | None = None,
-    conditioned: bool = False,
-) -> ScoredTokens:
-    """``score_tokens`` of a batch whose text and pictures come apart: student, teacher and prior of each.
-
-    Text is (batch, choices, tokens, ...), pictures (batch, 1, tokens, ...): their alignment and targets
-    are the same for every text about them. The result runs over text, then picture, (batch, choices, ...).
-
-    A user's own relevance was written for whole sequences of one example, (choices, tokens, ...), and is
-    called so, example by example, which is slower.
-    """
-    score = partial(
-        score_tokens, relevance=relevance, temperature=temperature, prior_weight=prior_weight, centres=centres
-    )
-    student = Tokens(join(text[0].spans, visual[0].spans, 2), join(text[0].boxes, visual[0].boxes, 2))
-    if relevance in RELEVANCE and is_users(RELEVANCE[relevance]):
-        teacher, prior = TeacherTokens.cat(text[1], visual[1]), join(text[2], visual[2], 2)
-        rows = [score(student[row], teacher[row], prior[row]) for row in range(len(prior))]
-        scored = {f.name: torch.stack([getattr(row, f.name) for row in rows]) for f in fields(ScoredTokens)}
-    else:
-        words, places = score(*text), score(*visual)
-        scored = {f.name: join(getattr(words, f.name), getattr(places, f.name), 2) for f in fields(words)}
-    if conditioned:  # the one step in which words read patches
-        scored["vectors"] = image_conditioned_targets(scored["vectors"], student, temperature)
-    return ScoredTokens(**scored)
 
 
 def score_by_student(
@@ -158,7 +130,7 @@ def score_by_student(
     temperature: float = 0.03,
     prior_weight: float = 1.0,
 ) -> tuple[PerToken, PerToken]:
-    """Steps 3 and 5 anew, for a relevance that looks at the student: ``projected`` is ``phi(h)``."""
+    """Steps 3 and 5 for a relevance that compares the student's tokens ``phi(h)`` with their targets."""
     relevances = STUDENT_RELEVANCE[relevance](projected, vectors, student, valid)
     return relevances, token_scores(relevances, prior, student, valid, temperature, prior_weight)
 
@@ -178,7 +150,7 @@ def choose_tokens(
 
 
 def places_of(distilled: Mask, student: Tokens) -> dict[str, Int[Tensor, " places"]]:
-    """Where the marked tokens of "text" and "visual" are, counted through all sequences of the batch.
+    """The numbers of the marked tokens of "text" and "visual", counted through all sequences of the batch.
 
     Waits for the device once, to count them. Do it before the student's pass, when there is little to wait
     for. Sorting marks finds the same places in the same order as ``nonzero``, which would wait each time.

@@ -1,7 +1,7 @@
-"""What is known of a token before the picture is seen: how much a word tells in this data set.
+"""The prior of a token: how much its word, or its place, tells before the picture is seen.
 
-Owns the values of words (IDF), their transfer to text tokens, and the prior of places that a text points
-at. Does not own how the prior enters the score (``selection``). Words are ``\\w+`` in lower case, the same
+Words that are rare in the training split tell more (IDF); places tell more if the text points at them.
+``selection`` multiplies the prior into the score. Words are ``\\w+`` in lower case, the same
 for fitting and for looking up.
 """
 
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from tdlib.method.alignment import visual_overlap
 
 WORD = re.compile(r"\w+")
 
@@ -82,16 +84,14 @@ def uniform_prior(text: str, spans: Int[Tensor, "tokens 2"], idf: Idf | None) ->
 def referred_prior(
     boxes: Float[Tensor, "tokens 4"], referred: Float[Tensor, "objects 4"], floor: float = 0.1
 ) -> Float[Tensor, " tokens"]:
-    """Prefer what the text points at: the largest share of a token's area within one referred box.
+    """Prefer what the text points at: the largest share of a token's area that lies in one referred box.
 
-    At least ``floor``, so that the rest stays in play; 1 for all where the text points at nothing (our
+    In [``floor``, 1], so that no token is excluded; 1 for all tokens where the text points at nothing (our
     reading of "the area referred to by tags"). Boxes are xyxy.
     """
     if not len(referred):
         return torch.ones(len(boxes))
-    low = torch.maximum(boxes[:, None, :2], referred[None, :, :2])
-    high = torch.minimum(boxes[:, None, 2:], referred[None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
+    shared = visual_overlap(boxes, referred)
     area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1)
     share = torch.where(area > 0, shared.amax(-1) / area.clamp(min=1e-12), 0.0)
     return share.clamp(floor, 1)

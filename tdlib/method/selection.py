@@ -33,7 +33,7 @@ class SelectionOptions:
     above the mean. Raises ValueError for a number outside its range.
     """
 
-    mass: float = 0.5
+    mass: float = 0.6
     count: int = 5
     fraction: float = 0.3
     deviations: float = 1.0

@@ -1,9 +1,10 @@
-"""Training one student: what it needs, what it minimises, the loop, what it leaves.
+"""Trains one student, from a configuration to a run folder.
 
-In the order of a run: ``prepare`` reads data and fills caches, ``pipeline`` gathers what an example's targets
-are made of, ``data`` makes batches, ``targets`` makes the targets of a batch where the student is, and
-``objective`` turns them into the loss (``repairing`` and ``judging``: with other pictures, beyond the paper;
-``pools``: what is learned from beside the labelled examples).
-``trainer`` does the updates, ``evaluation`` predicts, ``recording`` keeps what was targeted, and ``run``
-joins them into a run folder.
+In the order of a run: ``prepare`` reads the data and fills the teacher's cache, ``pipeline`` reads the
+teacher's features of an example, ``data`` makes batches, ``targets`` computes the targets of a batch on the
+student's device, and ``objective`` turns them into the loss. ``repairing`` and ``judging`` add terms with
+other pictures (beyond the paper), ``pools`` the examples and pictures that are used without their labels.
+``trainer`` does the updates, ``evaluation`` predicts, ``recording`` keeps which tokens were targeted, and
+``run`` joins all of this; ``run_folders`` recognises finished runs, ``processes`` and ``distributed`` share
+one run among several GPUs.
 """

@@ -1,7 +1,7 @@
-"""The model card of a trained student: what it is, how it was made, what it reached.
+"""Writes the model card of a trained student: what it is, how it was made, what it reached.
 
-Written beside the weights, so that a folder that is handed on says where it is from. Owns the card's
-text; its metadata block is huggingface_hub's.
+The card lies beside the weights, so that somebody who is handed the folder knows where they come from.
+huggingface_hub formats its metadata block.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from tdlib.config import RunConfig, parameters_with
 from tdlib.data.tasks import task_of
-from tdlib.training.objective import TERMS
+from tdlib.training.objective import TERMS, term_weights
 
 
 def model_card(
@@ -22,8 +22,8 @@ def model_card(
     data = config.data_dir or f"MiniWorld, seed {config.world_seed}"
     figures = [
         (split, measure, value)
-        for split, found in metrics["measures"].items()
-        for measure, value in found.items()
+        for split, measures in metrics["measures"].items()
+        for measure, value in measures.items()
     ]
     results = [
         EvalResult(
@@ -38,11 +38,8 @@ def model_card(
         eval_results=results or None,
     )  # fmt: skip
     rows = [f"| `{split}` | {measure} | {100 * value:.1f} % |" for split, measure, value in figures]
-    weights = (
-        1.0, config.choice_weight, config.distill_weight, config.repair_weight, config.truth_weight,
-        config.distill_weight if config.distils_unlabelled else 0.0,
-    )  # fmt: skip
-    terms = {name: weight for name, weight in zip(TERMS, weights, strict=True) if weight or name in TERMS[:3]}
+    weights = term_weights(config)
+    terms = {name: weights[name] for name in TERMS if weights[name] or name in TERMS[:3]}
     parts = [
         f"---\n{block.to_yaml()}\n---",
         f"# {name}: {config.task}",

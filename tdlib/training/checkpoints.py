@@ -1,7 +1,7 @@
-"""Checkpoints of a training as folders that are either whole or not there, and finished runs known again.
+"""Checkpoints of a training, as folders that are either complete or absent.
 
-Owns where they lie, how they become final, how they are verified and which are kept. Does not own
-what is in them: the trainer fills a folder (``staging``) and hands it over (``publish_checkpoint``).
+The trainer fills a folder (``staging``) and hands it over (``publish_checkpoint``). This module decides where
+checkpoints lie, how they become final, how they are verified and which are kept.
 
 The checkpoints of the run folder ``runs/NAME`` lie in ``runs/.checkpoints/NAME/step-N``. A
 ``manifest.json`` with the SHA-256 of every other file is written last; files and folders reach the
@@ -22,9 +22,9 @@ from tdlib.core.paths import ConfigError
 
 log = logging.getLogger(__name__)
 
-HOME = ".checkpoints"  # hidden: no run, and kept where a run's other output is cleared
-KEPT = 2  # so that one is left when the newest turns out damaged
-STAGING = ".partial"  # below a run's checkpoints: what is not whole yet
+HOME = ".checkpoints"  # hidden, so that nobody takes it for a run; survives the deletion of a run folder
+KEPT = 2  # one is left if the newest turns out to be damaged
+STAGING = ".partial"  # below a run's checkpoints: a checkpoint that is still being written
 _MANIFEST, _RUN = "manifest.json", "run.json"
 _STEP = re.compile(r"step-(\d+)")
 
@@ -36,7 +36,7 @@ def checkpoints_of(folder: Path) -> Path:
 
 
 def staging(home: Path) -> Path:
-    """An empty folder beside the checkpoints, for what is not whole yet; an earlier one's remains go."""
+    """Makes an empty folder for the next checkpoint; deletes what an interrupted run left in it."""
     place = home / STAGING
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -44,9 +44,12 @@ def staging(home: Path) -> Path:
 
 
 def publish_checkpoint(filled: Path, home: Path, step: int, run: dict[str, Any]) -> Path:
-    """Makes a filled folder the checkpoint of ``step``; all but the newest ``KEPT`` up to it go.
+    """Makes a filled folder the checkpoint of ``step``; deletes all but the newest ``KEPT`` up to it.
 
-    ``filled`` lies below ``home``. ``run`` is what must be equal for a run to continue from it (JSON).
+    ``filled`` lies below ``home``. A run continues from the checkpoint only if its ``run`` (JSON) is equal.
+
+    The order matters: every file reaches the disk, then the manifest with their digests, and only then the
+    folder gets its name. A machine that stops in between leaves no folder that looks complete.
     """
     write_json(filled / _RUN, run)
     files = [path for path in sorted(filled.rglob("*")) if path.is_file()]
@@ -73,9 +76,10 @@ def publish_checkpoint(filled: Path, home: Path, step: int, run: dict[str, Any])
 
 
 def newest(home: Path, run: dict[str, Any]) -> Path | None:
-    """The newest checkpoint that is whole; None if there is none. Damaged ones are named in the log.
+    """The newest undamaged checkpoint; None if there is none. The log names damaged ones.
 
-    ConfigError where it belongs to another run than ``run``.
+    Raises:
+        ConfigError: it belongs to another run than ``run``.
     """
     for folder in _steps(home).values():
         if damage := damaged(folder):
@@ -93,7 +97,7 @@ def newest(home: Path, run: dict[str, Any]) -> Path | None:
 
 
 def damaged(folder: Path) -> str:
-    """What is wrong with a checkpoint; "" if every file has the checksum of its manifest."""
+    """Says what is wrong with a checkpoint; "" if every file has the digest of the manifest."""
     try:
         files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
@@ -106,9 +110,9 @@ def damaged(folder: Path) -> str:
     for name, (size, digest) in listed.items():
         path = folder / name
         try:
-            found = path.stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, expected {size}"
+            bytes_there = path.stat().st_size
+            if bytes_there != size:
+                return f"{name} has {bytes_there} bytes, expected {size}"
             if file_digest(path) != digest:
                 return f"{name} does not have its SHA-256"
         except OSError as error:
@@ -125,12 +129,12 @@ def remove(home: Path) -> None:
 
 def _steps(home: Path) -> dict[int, Path]:
     """Checkpoints by their step, the newest first."""
-    found = {int(match[1]): path for path in home.glob("step-*") if (match := _STEP.fullmatch(path.name))}
-    return dict(sorted(found.items(), reverse=True))
+    steps = {int(match[1]): path for path in home.glob("step-*") if (match := _STEP.fullmatch(path.name))}
+    return dict(sorted(steps.items(), reverse=True))
 
 
 def _differences(stored: Any, run: dict[str, Any]) -> str:
-    """What differs between two runs, nested names joined by dots."""
+    """Lists what differs between two runs; dots join nested names."""
     old, new = flat(stored), flat(run)
     names = [name for name in old | new if old.get(name, "absent") != new.get(name, "absent")]
     shown = [f"{name} was {_short(old, name)} and is {_short(new, name)}" for name in names[:8]]

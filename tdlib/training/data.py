@@ -1,7 +1,6 @@
-"""Examples as batches: encoded once, padded together, and divided among processes.
+"""Turns examples into batches: encodes each once, pads them together, divides them among processes.
 
-Owns what turns examples into the tensors that the student and the loss read. Does not own how one example
-is encoded (``students``) nor what its targets are made of (``pipeline``, ``targets``).
+``students`` encode one example, ``pipeline`` reads its teacher features; this module joins both.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,18 +18,18 @@ from tdlib.training.judging import PicturePool, drawn, picture_number
 from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.targets import TeacherFeatures, pack
 
-UNLABELLED = "unlabelled."  # begins the names of a batch's entries that are a batch of ``UnlabelledExamples``
+UNLABELLED = "unlabelled."  # prefix of the entries that are a second batch, of ``UnlabelledExamples``
 
 
 class EncodedExamples(Dataset):
-    """Examples as the student's inputs, with what targets are made of if a feature_reader is given.
+    """Examples as the student's inputs, with the teacher's features if a ``feature_reader`` is given.
 
-    What was encoded once is kept while it fits into ``memory`` bytes (of each process that makes
-    batches); the rest is encoded anew in every epoch. Its text is not kept apart from it: that of four
-    choices takes 0.4 of the 3 to 5 ms that such an example of the mini students takes, about 2 % of its
-    share of a training step (`make bench` prints it). ``num_labels`` is the size of the label set where
-    examples have no choices. ``modality`` "text" blanks the picture, "image" every word
-    (controls: what can be answered without the other?).
+    Encoded examples are kept as long as they fit into ``memory`` bytes (in each process that makes
+    batches); all others are encoded again in every epoch. Their texts alone are not kept: tokenizing four
+    choices takes 0.4 of the 3 to 5 ms that encoding such an example takes for the mini students, about 2 %
+    of its share of a training step (`make bench` prints it). ``num_labels`` is the size of the label set
+    where examples have no choices. ``modality`` "text" blanks the picture and "image" every word: controls
+    that show what can be answered without the other.
     """
 
     def __init__(
@@ -61,13 +60,13 @@ class EncodedExamples(Dataset):
         return item
 
     def keeps_all(self) -> bool:
-        """Whether all examples are likely to fit into memory together, judged by the first one."""
+        """True if all examples are likely to fit into memory together, judged by the first one."""
         return not len(self) or len(self) * _nbytes(self[0]) <= self._memory
 
     def check_pictures(self) -> None:
-        """Encodes one example of each distinct picture, so that one that is missing or damaged is found now.
+        """Encodes one example of each distinct picture, so that a missing or damaged one is reported early.
 
-        Raises whatever encoding raises; what is encoded is kept as always.
+        Raises whatever encoding raises. The encoded examples are kept as always.
         """
         seen = set()
         for index in range(len(self)):
@@ -103,19 +102,19 @@ def _nbytes(item: dict[str, Any]) -> int:
 
 
 class UnlabelledExamples:
-    """Training examples beside the labelled ones, whose tokens are distilled too; no label of theirs is read.
+    """Training examples beside the labelled subset whose tokens are distilled too, without their labels.
 
     Args:
-        examples: with a feature_reader of targets.
+        examples: encoded with a ``feature_reader``.
         seed: of the draws, see ``judging.drawn``.
-        share: how many are drawn for each example of a batch.
+        share: number of examples drawn for each example of a batch.
     """
 
     def __init__(self, examples: EncodedExamples, seed: int, share: float):
         self.examples, self.seed, self.share = examples, seed, share
 
     def draw(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """A batch of them for the batch of these rows, ``UNLABELLED`` before each name."""
+        """Draws a batch for the batch of these rows; ``UNLABELLED`` stands before each name."""
         count = max(1, round(self.share * len(rows)))
         chosen = drawn(f"{self.seed} unlabelled", rows, len(self.examples), count)
         batch = collate([self.examples[place] | {"label": -1} for place in chosen], self.examples.encoder)
@@ -128,10 +127,11 @@ def collate(
     pool: PicturePool | None = None,
     unlabelled: UnlabelledExamples | None = None,
 ) -> dict[str, Tensor]:
-    """One batch: texts padded to the longest, pictures to the largest; with as many pictures of ``pool``.
+    """Makes one batch: texts are padded to the longest, pictures to the largest.
 
-    Targets are made of it where the student is: ``targets.make_targets``. Another batch of ``unlabelled``
-    examples travels along.
+    A batch carries the teacher's features; ``targets.make_targets`` computes the targets on the student's
+    device. With ``pool`` it also carries as many other pictures as it has examples, with ``unlabelled`` a
+    second batch of unlabelled examples.
     """
     length = max(item["input_ids"].shape[1] for item in items)
     padding = {"input_ids": encoder.tokenizer.pad_token_id, "objects": -1}
@@ -163,11 +163,11 @@ class EpochBatches(BatchSampler):
 
 
 class SharedBatches:
-    """What one process of several has of the batches that a single process would see.
+    """This process's share of every batch, so that N processes train on the batches that one would see.
 
-    Process ``rank`` takes every ``processes``-th example of each batch, from the ``rank``-th on. A last
-    batch of fewer examples than processes goes to the batch before it if both belong to one update (of
-    ``window`` batches); else every process takes the whole of it, which all sums count alike.
+    Process ``rank`` takes every ``processes``-th example of a batch, beginning with the ``rank``-th. A last
+    batch of fewer examples than processes is joined to the batch before it if both belong to one update (of
+    ``window`` batches). Otherwise every process takes all of it: sums and counts grow by the same factor.
     """
 
     def __init__(self, batch_sampler: EpochBatches, window: int, rank: int, processes: int):
@@ -178,7 +178,7 @@ class SharedBatches:
         self.batch_sampler.set_epoch(epoch)
 
     def _joins(self) -> bool:
-        """Whether the last batch goes to the one before it."""
+        """True if the last batch is joined to the one before it."""
         rest = len(self.batch_sampler.sampler) % self.batch_sampler.batch_size  # type: ignore[arg-type]
         return 0 < rest < self.processes and (len(self.batch_sampler) - 1) % self.window != 0
 
@@ -186,9 +186,9 @@ class SharedBatches:
         return len(self.batch_sampler) - self._joins()
 
     def __iter__(self) -> Iterator[list[int]]:
-        whole = list(self.batch_sampler)
+        batches = list(self.batch_sampler)
         if self._joins():
-            rest = whole.pop()
-            whole[-1] = whole[-1] + rest
-        for batch in whole:
+            rest = batches.pop()
+            batches[-1] = batches[-1] + rest
+        for batch in batches:
             yield batch if len(batch) < self.processes else batch[self.rank :: self.processes]

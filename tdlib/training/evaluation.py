@@ -6,7 +6,7 @@ Evaluation needs the trained student and the data alone, so it can be repeated w
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,29 @@ from tdlib.training.run_folders import UNEVALUATED
 log = logging.getLogger(__name__)
 
 
-@torch.inference_mode()
-def predict(student: PreTrainedModel, dataset: EncodedExamples, batch_size: int = 32) -> np.ndarray:
-    """Probabilities over choices or labels, (examples, choices or labels). No example is left out."""
+def batch_logits(
+    student: Any, dataset: EncodedExamples, batch_size: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yields the numbers of a batch's examples and their float32 logits, on the student's device.
+
+    Texts of like length share a batch, so that little is computed on padding; the order is therefore another.
+    """
     student.eval()
     device = next(student.parameters()).device
     order = sorted(range(len(dataset)), key=lambda i: dataset[i]["input_ids"].shape[1])
-    rows: list[Tensor | None] = [None] * len(dataset)
     for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collate([{**dataset[i], "teacher": None} for i in chosen], dataset.encoder)
+        numbers = order[start : start + batch_size]
+        batch = collate([{**dataset[i], "teacher": None} for i in numbers], dataset.encoder)
         output = student(**{name: value.to(device) for name, value in student_inputs(student, batch).items()})
-        for i, row in zip(chosen, output.logits.float().softmax(-1).cpu(), strict=True):
+        yield numbers, output.logits.float()
+
+
+@torch.inference_mode()
+def predict(student: PreTrainedModel, dataset: EncodedExamples, batch_size: int = 32) -> np.ndarray:
+    """Probabilities over choices or labels, (examples, choices or labels). No example is left out."""
+    rows: list[Tensor | None] = [None] * len(dataset)
+    for numbers, logits in batch_logits(student, dataset, batch_size):
+        for i, row in zip(numbers, logits.softmax(-1).cpu(), strict=True):
             rows[i] = row
     return torch.stack([row for row in rows if row is not None]).numpy()
 

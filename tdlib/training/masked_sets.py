@@ -1,4 +1,4 @@
-"""Masked VCR sets (Ye and Kovashka 2021), made from what a trained student leans on."""
+"""Writes VCR sets in which the words that a student relies on are masked (Ye and Kovashka 2021)."""
 
 import json
 from dataclasses import replace
@@ -22,10 +22,10 @@ from tdlib.training.prepare import encoder_of, open_cache
 
 @torch.inference_mode()
 def write_masked(folder: Path, shift: str) -> Path:
-    """Makes a masked set of val.jsonl from what the student of a run leans on.
+    """Makes a masked set of val.jsonl from the tokens that the student of a run relies on.
 
-    Every token of every choice is masked in turn; see ``vcr_shifts.shortcut_scores``. The scores are
-    kept beside the set. The student should know answers and rationales: a run of task "vcr".
+    Every token of every choice is masked in turn, see ``vcr_shifts.shortcut_scores``; the scores are
+    written beside the set. The student should know answers and rationales: take a run of task "vcr".
 
     Args:
         folder: the run folder.

@@ -1,8 +1,8 @@
-"""What training minimises: a student's task loss with the method's terms beside it.
+"""The loss that training minimises: the task's own, and the terms of the method.
 
-``TargetedDistillation`` joins the student with what training needs beside it (linear maps and
-weights of terms that are dropped afterwards). Owns which terms there are and what they weigh; the
-method's steps are in ``method.clip_td``, re-pairing in ``Repairing`` below.
+``TargetedDistillation`` joins the student with what only training needs: the linear maps into CLIP's space
+and learned weights of terms. It decides which terms there are and calls steps 6 to 9 of ``method.clip_td``;
+``repairing.Repairing`` computes the terms of re-pairing.
 """
 
 from collections.abc import Mapping
@@ -28,27 +28,51 @@ from tdlib.training.data import UNLABELLED
 from tdlib.training.repairing import Repaired, Repairing
 from tdlib.training.targets import make_targets
 
-TERMS = ("task", "choice", "distill", "repair", "truth", "features")
+TERMS = ("task", "choice", "distill", "repair", "truth", "features")  # in the order of logs and cards
+PHI_BATCHES = 8  # batches of the regression that ``phi`` starts from: more tokens than the student is wide
+PHI_RIDGE = 1e-2  # its penalty, as a share of the mean square of the features
+
+
+def term_weights(config: RunConfig, progress: float | None = None) -> dict[str, float]:
+    """What each term weighs in the loss, in the order in which terms are added; 0 for a term that is absent.
+
+    ``progress`` is the share of updates done; None gives the weights before any schedule.
+    """
+    distill, repair = config.distill_weight, config.repair_weight
+    if progress is not None:
+        distill = distill * SCHEDULES[config.distill_schedule](progress)
+        repair = repair * SCHEDULES[config.repair_schedule](progress)
+    return {
+        "task": 1.0,
+        "choice": config.choice_weight,
+        "distill": distill,
+        "features": distill if config.distils_unlabelled else 0.0,
+        "repair": repair,
+        "truth": config.truth_weight,
+    }
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The tokens of a batch that are distilled: a mask and weights (batch, choices, tokens), and where."""
+    """The tokens of a batch that are distilled: a mask and weights, both (batch, choices, tokens).
+
+    ``places`` are the same tokens as numbers (``places_of``); None where only the term "truth" reads tokens.
+    """
 
     selected: Tensor
     weights: Tensor
-    places: dict[str, Tensor] | None  # of ``places_of``, where the loss will ask
+    places: dict[str, Tensor] | None
 
 
 class TargetedDistillation(nn.Module):
-    """A student with the loss of the method (step 8).
+    """A student with the loss of the method (step 9 and the terms beside it).
 
     ``phi`` is one linear map per modality (or one for both) from the student's width to the teacher's
-    joint space; it exists only here and is dropped after training (our reading), as are ``log_variance``,
-    the terms' own uncertainty, where they are weighed by it (Kendall et al. 2018, eq. 10), and the map of
-    ``repairing`` that reads a statement's truth from its tokens.
+    joint space. It exists only here and is dropped after training (our reading). So are ``log_variance``, the
+    learned uncertainty of each term (Kendall et al. 2018, eq. 10; only with ``distill_schedule="learned"``),
+    and the map of ``repairing`` that reads a statement's truth from its tokens.
 
-    ``progress``, the share of updates done, is for the trainer to set.
+    The trainer sets ``progress``, the share of updates done, before each batch: schedules read it.
     """
 
     def __init__(self, student: PreTrainedModel, config: RunConfig, teacher_dim: int | None):
@@ -87,7 +111,7 @@ class TargetedDistillation(nn.Module):
 
     @staticmethod
     def _mapped(config: RunConfig) -> list[str]:
-        """Names of the maps that are learned; one for both modalities is called "text"."""
+        """Names of the maps that are learned; a map that both modalities share is called "text"."""
         tokens = ["text"] if config.shared_phi else ["text", "visual"]
         names = {"tokens": tokens, "global": ["text_global", "image_global"]}
         return names.get(config.distill_target) or [*names["tokens"], *names["global"]]
@@ -102,15 +126,16 @@ class TargetedDistillation(nn.Module):
         }
 
     def generators(self) -> dict[str, torch.Generator]:
-        """The generators that this module draws from, whose states belong to a checkpoint."""
+        """The generators that this module draws from; checkpoints store their states."""
         return {"generator": self.generator} | (
             {"repairing": self.repairing.generator} if self.repairing is not None else {}
         )
 
     def forward(self, batch: dict[str, Tensor], window: int | None = None) -> dict[str, Tensor]:
-        """The loss and its terms.
+        """Computes the loss and its terms for one batch.
 
-        ``window`` is the number of examples in the whole accumulation window; sums are divided by it.
+        Every term is a sum over the batch divided by ``window``, the number of examples in the whole
+        accumulation window, so that the gradients of its batches add up to those of one large batch.
         """
         config, batch = self.settings, self.with_targets(batch)
         examples = window or len(batch["labels"])
@@ -127,7 +152,7 @@ class TargetedDistillation(nn.Module):
         if self.repairing is not None:
             repaired = self.repairing.repair(self.student, batch, logits, config.repair_share)
         extra |= self._features(batch, examples)
-        with torch.autocast(logits.device.type, enabled=False):  # whatever the precision of the student
+        with torch.autocast(logits.device.type, enabled=False):  # losses are float32 in every precision
             terms = {"task": self.task_loss(logits, batch, examples), **extra}
             if config.choice_weight > 0:
                 terms["choice"] = self._choice_loss(logits, batch, examples)
@@ -140,12 +165,16 @@ class TargetedDistillation(nn.Module):
             return {"loss": self._total(terms, examples, len(batch["labels"])), "logits": logits, **terms}
 
     def with_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with its targets in place of what they are made of, see ``targets.make_targets``."""
+        """Replaces the teacher's features of a batch by its targets, see ``targets.make_targets``."""
         return make_targets(batch, self.settings)
 
     @property
     def _chooses_early(self) -> bool:
-        """Whether tokens are chosen before the student's pass, while the device is idle: ``places_of``."""
+        """True if the choice of tokens does not depend on the student.
+
+        It is then made before the student's pass, because ``places_of`` waits for the device, which has
+        little queued at that moment.
+        """
         return self.settings.relevance not in STUDENT_RELEVANCE
 
     @property
@@ -153,7 +182,7 @@ class TargetedDistillation(nn.Module):
         return self.phi is not None or self.settings.truth_weight > 0
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """What the student is called with."""
+        """The arguments with which the student is called."""
         inputs: dict[str, Any] = student_inputs(self.student, batch)
         return inputs | {"output_hidden_states": True} if self.needs_hidden_states else inputs
 
@@ -170,9 +199,9 @@ class TargetedDistillation(nn.Module):
         return loss / examples
 
     def _choice_loss(self, logits: Tensor, batch: dict[str, Tensor], examples: int) -> Tensor:
-        """The teacher's distribution over the choices (or labels)."""
+        """The term "choice": the divergence from the teacher's distribution over choices (or labels)."""
         config = self.settings
-        weights = batch["teacher_knows"]  # a distribution over texts cut short is no knowledge
+        weights = batch["teacher_knows"]  # 0 where CLIP had to cut a text: it compared other texts
         if config.choice_instance_weight != "uniform":  # "uniform" needs no right answer
             weights = weights * self.instance_weights(batch, logits, config.choice_instance_weight)
         return choice_distribution_loss(
@@ -180,7 +209,7 @@ class TargetedDistillation(nn.Module):
         )
 
     def _chosen(self, batch: dict[str, Tensor], output: StudentOutput | None = None) -> Chosen | None:
-        """Selected tokens and their weights, once for all terms that read them; None where none does."""
+        """Chooses tokens once for all terms that read them; None where no term does."""
         config = self.settings
         of_tokens = self.phi is not None and config.distill_target != "global"
         if not of_tokens and config.truth_weight == 0:
@@ -198,7 +227,7 @@ class TargetedDistillation(nn.Module):
         self, output: StudentOutput, repaired: Repaired | None, batch: dict[str, Tensor],
         chosen: Chosen | None, examples: int,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The terms beyond the paper: CLIP's judgement of re-paired examples, and of statements' truth."""
+        """The terms beyond the paper: CLIP's judgement of re-paired examples, and the truth of statements."""
         assert self.repairing is not None
         share = len(batch["labels"]) / examples
         terms = self.repairing.repair_loss(repaired, share) if repaired else {}
@@ -209,33 +238,30 @@ class TargetedDistillation(nn.Module):
         return terms
 
     def _features(self, batch: dict[str, Tensor], examples: int) -> dict[str, Tensor]:
-        """The term "features": the distilled tokens of unlabelled examples, where a batch brings any.
+        """The term "features": step 9 on the unlabelled examples that travel with a batch, if any.
 
-        ``L_features`` is step 9 averaged over these examples, and weighs what "distill" weighs (beyond the
-        paper; its relatives are all semi-supervised distillations). Nothing reads a label: an instance
-        weight that asks for the right answer is given CLIP's best one.
+        It is averaged over these examples and has the weight of "distill" (beyond the paper; a kind of
+        semi-supervised distillation). No label is read: an instance weight that asks for the right answer
+        is given CLIP's best one.
         """
-        own = {n.removeprefix(UNLABELLED): v for n, v in batch.items() if n.startswith(UNLABELLED)}
-        if not own or self.phi is None:
+        unlabelled = {n.removeprefix(UNLABELLED): v for n, v in batch.items() if n.startswith(UNLABELLED)}
+        if not unlabelled or self.phi is None:
             return {}
-        own = self.with_targets(own)
-        own["labels"] = own["teacher_logits"].argmax(-1)
-        chosen = self._chosen(own) if self._chooses_early else None
-        output = self.student(**self.inputs(own))
+        unlabelled = self.with_targets(unlabelled)
+        unlabelled["labels"] = unlabelled["teacher_logits"].argmax(-1)
+        chosen = self._chosen(unlabelled) if self._chooses_early else None
+        output = self.student(**self.inputs(unlabelled))
         assert output.logits is not None
         output.logits = output.logits.float()
         with torch.autocast(output.logits.device.type, enabled=False):
-            terms = self._distill(output, own, chosen or self._chosen(own, output), len(own["labels"]))
+            chosen = chosen or self._chosen(unlabelled, output)
+            terms = self._distill(output, unlabelled, chosen, len(unlabelled["labels"]))
         return {"features": terms["distill"] * (len(batch["labels"]) / examples)}
 
     def _total(self, terms: dict[str, Tensor], examples: int, here: int) -> Tensor:
-        config = self.settings
-        distill = self.distill_weight()
-        weights = {"task": 1.0, "choice": config.choice_weight, "distill": distill, "features": distill}
-        if self.repairing is not None:
-            weights |= self.repairing.weights(self.progress)
+        """The sum of the weighted terms; ``here`` of the window's ``examples`` are in this batch."""
         loss = terms["task"].new_zeros(())
-        for name, weight in weights.items():
+        for name, weight in term_weights(self.settings, self.progress).items():
             if name not in terms:
                 continue
             term = terms[name]
@@ -245,19 +271,17 @@ class TargetedDistillation(nn.Module):
             loss = loss + weight * term
         return loss + terms["adversarial"] if "adversarial" in terms else loss
 
-    def distill_weight(self) -> float:
-        """The weight of the distillation term at this point of the training."""
-        return self.settings.distill_weight * SCHEDULES[self.settings.distill_schedule](self.progress)
-
     def _distill(
         self, output: StudentOutput, batch: dict[str, Tensor], chosen: Chosen | None, examples: int
     ) -> dict[str, Tensor]:  # fmt: skip
+        """The term "distill" (step 9), and what the log keeps of the selection."""
         assert self.phi is not None and output.hidden_states is not None and output.logits is not None
         hidden = output.hidden_states[self.settings.distill_layer].float()
         instance = self.instance_weights(batch, output.logits)
         if self.settings.distill_target != "tokens" or self.settings.selector != "all":
-            # A text cut short has another global embedding, by which patches are chosen. What is left of
-            # its tokens is right: the teacher reads from left to right.
+            # Where CLIP had to cut a text, its global embedding, by which patches are selected, is that of
+            # another text. The tokens before the cut are right, as CLIP's text tower reads from left to
+            # right; so only a loss that needs neither the embedding nor a selection keeps such an example.
             instance = instance * batch["teacher_knows"]
         sequences = examples * hidden.shape[1]
         terms = {"distill": hidden.new_zeros(()), "instance_weight": instance.sum() / examples}
@@ -286,8 +310,8 @@ class TargetedDistillation(nn.Module):
     def scores(self, batch: dict[str, Tensor], hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Relevance and scores of the tokens, both (batch, choices, tokens).
 
-        They are the batch's own, made with the targets, unless relevance depends on the student: then
-        it is computed from ``hidden`` (batch, choices, tokens, student_dim).
+        They were computed together with the targets, unless relevance depends on the student: then they are
+        computed here from ``hidden`` (batch, choices, tokens, student_dim).
         """
         config = self.settings
         if config.relevance not in STUDENT_RELEVANCE:
@@ -312,28 +336,29 @@ class TargetedDistillation(nn.Module):
         )  # fmt: skip
 
     def instance_weights(self, batch: dict[str, Tensor], logits: Tensor, name: str = "") -> Tensor:
-        """c (batch,), from the probabilities of teacher and student; carries no gradient.
+        """Step 8: the weight c of each example, (batch,); carries no gradient.
 
-        0 for an example whose right answer is not in the label set, or whose texts the teacher cuts short:
-        there is no p_T. ``name`` is that of a function in ``INSTANCE_WEIGHTS``; "" takes the run's.
+        0 for an example whose right answer is not in the label set, or one of whose texts CLIP had to cut:
+        there is no p_T. ``name`` is a key of ``INSTANCE_WEIGHTS``; "" takes the run's.
         """
         name = name or self.settings.instance_weight
         weights = weigh_examples(batch["teacher_logits"], logits, batch["labels"], name)
         return weights if name == "uniform" else weights * batch["teacher_knows"]
 
     @torch.no_grad()
-    def fit_phi(self, loader: DataLoader, ridge: float = 1e-2, batches: int = 8) -> None:
+    def fit_phi(self, loader: DataLoader) -> None:
         """Starts the maps at the ridge regression of targets on the untrained student's hidden states.
 
-        So the first updates do not chase random directions: what the student already knows is
-        mapped to where the teacher has it, and only the rest is learned (our reading).
+        With random maps the first updates would pull the student in random directions. From here on, what
+        the student already knows is mapped to the teacher's vectors and only the rest is learned (our
+        reading).
         """
         assert self.phi is not None
         sums: dict[str, list[Tensor]] = {}
         device = next(self.student.parameters()).device
         self.student.eval()
         for number, batch in enumerate(loader):
-            if number == batches:
+            if number == PHI_BATCHES:
                 break
             batch = self.with_targets({name: value.to(device) for name, value in batch.items()})
             hidden = self.student(**self.inputs(batch)).hidden_states[self.settings.distill_layer]
@@ -350,6 +375,8 @@ class TargetedDistillation(nn.Module):
                     pairs[name] = first, batch[name][:, :, None].expand(*first.shape, -1)
             for name in self.phi:
                 chosen, targets = pairs[name]
+                # A column of ones gives the bias. Double precision: the normal equations square the
+                # condition number of x.
                 x = nn.functional.pad(hidden[chosen], (0, 1), value=1.0).double()
                 y = targets[chosen].double()
                 moments = [x.T @ x, x.T @ y]
@@ -357,7 +384,8 @@ class TargetedDistillation(nn.Module):
                     [a + b for a, b in zip(sums[name], moments, strict=True)] if name in sums else moments
                 )
         for name, (xx, xy) in sums.items():
-            penalty = ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=device)
+            # Relative to the size of the features, so that it means the same for every student.
+            penalty = PHI_RIDGE * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=device)
             linear = self.phi[name]
             assert isinstance(linear, nn.Linear)
             solution = torch.linalg.solve(xx + penalty, xy).to(linear.weight.dtype)

@@ -1,11 +1,11 @@
-"""Gathers what an example's targets are made of: cached teacher features, priors, CLIP's logits.
+"""Reads the teacher's features of an example from the cache: tokens, priors, CLIP's logits.
 
-All that is here depends on the example and the frozen teacher alone. What follows from it by tensor
-functions is made for whole batches (``targets``), and what changes while the student learns in ``objective``.
+Everything here depends on the example and the frozen teacher alone, so it is read once and kept with the
+encoded example. ``targets`` turns the features of a whole batch into targets; what changes while the student
+learns is computed in ``objective``.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -13,78 +13,51 @@ from torch import Tensor
 
 from tdlib.config import RunConfig
 from tdlib.data.examples import Example
-from tdlib.method.clip_td import ScoredTokens, token_prior
+from tdlib.method.clip_td import token_prior
 from tdlib.method.priors import Idf
 from tdlib.method.tokens import TeacherTokens, Tokens
+from tdlib.students.base import pad_last
 from tdlib.teacher.cache import TeacherCache, text_key
 from tdlib.teacher.model import TeacherRecord, choice_logits
 from tdlib.teacher.probe import compared_texts
 from tdlib.teacher.towers import EXTRAS
 from tdlib.training.judging import StatementJudge
-from tdlib.training.targets import TeacherFeatures, make_targets, pack
+from tdlib.training.targets import TeacherFeatures
 
 
-@dataclass(frozen=True)
-class Targets(ScoredTokens):
-    """What one example's tokens are drawn to; tokens run over text, then picture, as in the student.
+def teacher_tokens(texts: Sequence[TeacherRecord], picture: TeacherRecord) -> TeacherTokens:
+    """The teacher's tokens of several statements about one picture: (choices, text then patches, ...).
 
-    Beside the scored tokens (choices, tokens, ...): CLIP's ``teacher_logits`` and ``teacher_knows``, the
-    ``logits`` and ``knows`` of ``TeacherFeatures``.
+    Shorter statements are padded with zero vectors.
     """
-
-    tokens: Tokens
-    teacher_logits: Tensor
-    teacher_knows: Tensor
-    text_global: Tensor  # (choices, teacher_dim)
-    image_global: Tensor  # (choices, teacher_dim), the same picture for each
-
-
-def teacher_tokens(
-    texts: list[TeacherRecord],
-    picture: TeacherRecord,
-    saliencies: Sequence[tuple[Tensor, Tensor]] | None = None,
-) -> TeacherTokens:
-    """The teacher's tokens of several statements about one picture, text then patches, of one length.
-
-    ``saliencies`` are scalars of each statement's tokens and of the patches.
-    """
-    patches = len(picture.positions)
     longest = max(len(text.positions) for text in texts)
+    globals_ = picture.pooled.expand(len(texts), -1), torch.stack([text.pooled for text in texts])
 
-    def laid_out(of_texts: Sequence[Tensor], of_picture: Sequence[Tensor]) -> Tensor:
-        rows = of_texts[0].new_zeros(len(texts), longest + patches, *of_texts[0].shape[1:])
-        for row, words, cells in zip(rows, of_texts, of_picture, strict=True):
-            row[: len(words)] = words
-            row[longest:] = cells
-        return rows
+    def padded(name: str) -> Tensor:
+        return pad_last([getattr(text, name) for text in texts], longest, dim=0)
 
-    def vectors(name: str) -> Tensor:
-        return laid_out([getattr(text, name) for text in texts], [getattr(picture, name)] * len(texts))
-
-    spans = laid_out(
-        [text.positions for text in texts], [torch.zeros(patches, 2, dtype=torch.long)] * len(texts)
-    )
-    boxes = torch.zeros(len(texts), longest + patches, 4)
-    boxes[:, longest:] = picture.positions
-    return TeacherTokens(
-        Tokens(spans, boxes), vectors("projected"), vectors("value"), picture.pooled.expand(len(texts), -1),
-        torch.stack([text.pooled for text in texts]),
-        vv=None if picture.vv is None else vectors("vv"),
-        saliency=None if saliencies is None else laid_out(*zip(*saliencies, strict=True)),
+    words = TeacherTokens(
+        Tokens.text(padded("positions")), padded("projected"), padded("value"), *globals_,
+        vv=None if picture.vv is None else padded("vv"),
     )  # fmt: skip
+    patches = TeacherTokens(
+        Tokens.visual(picture.positions[None]), picture.projected[None], picture.value[None], *globals_,
+        vv=None if picture.vv is None else picture.vv[None],
+    )  # fmt: skip
+    return TeacherTokens.cat(words, patches)
 
 
 class TeacherFeatureReader:
-    """Makes the targets of examples from cached teacher features.
+    """Reads what the targets of an example are computed from: ``features``.
 
     Args:
-        cache: holds the features of every statement and picture asked for.
+        cache: holds the teacher's features of every statement and picture that will be read.
         idf: word statistics of the training split.
         config: names the relevance variant, the prior and their settings.
-        class_logits: the teacher's logits over the label set, where examples have no choices.
+        class_logits: computes the teacher's logits over the label set, where examples have no choices.
+        seen_as: gives the example as the teacher sees it: a control shows it another example's picture.
         labels: the label set, where ``class_logits`` compares the picture with answer statements.
-        seen_as: the example as the teacher sees it; itself, unless a control shows another's picture.
-        judge: what CLIP is asked about re-paired examples, where a run re-pairs.
+        judge: lists the statements that CLIP judges, where a run re-pairs.
         centres: mean teacher tokens of texts and of pictures, where targets are centred.
     """
 
@@ -101,17 +74,18 @@ class TeacherFeatureReader:
     ):
         self.cache, self.idf, self.config, self.class_logits = cache, idf, config, class_logits
         self.labels = labels
-        _ = cache.teacher.logit_scale  # is kept from now on: processes that make batches have no GPU
+        # Computed now and kept: processes that make batches must not load the teacher or touch the GPU.
+        _ = cache.teacher.logit_scale
         self.seen_as, self.judge, self.centres = seen_as, judge, centres
 
     def prepare(self, examples: Sequence[Example], part: int = 5_000) -> None:
-        """Computes in one go what the relevance variant needs of examples and the cache lacks.
+        """Adds to the cache, in large batches, what the relevance variant reads and the cache lacks.
 
-        Not needed, but calling the feature_reader adds them one by one, which is far slower.
+        ``features`` adds what is still missing, but one example at a time, which is far slower.
 
         Args:
-            examples: statements and pictures of these.
-            part: examples that are held in memory at once.
+            examples: their statements and pictures are added.
+            part: number of examples whose texts are held in memory at once.
 
         Raises:
             TeacherError: the teacher cannot give this relevance.
@@ -133,7 +107,7 @@ class TeacherFeatureReader:
     def _records(
         self, statements: Sequence[str], picture: Path
     ) -> tuple[list[TeacherRecord], TeacherRecord, list[tuple[Tensor, Tensor]] | None]:
-        """Features of statements and a picture as they are stored, and a relevance variant's scalars."""
+        """Reads statements and a picture as they are stored, and the scalars of a relevance variant."""
         variant = self.config.relevance
         extras = [variant] if variant in EXTRAS else []
         if variant in (*EXTRAS, "gradient"):
@@ -152,7 +126,7 @@ class TeacherFeatureReader:
         return texts, patches, None
 
     def features(self, example: Example, spans: Tensor, boxes: Tensor) -> TeacherFeatures:
-        """What the targets are made of, for a student whose tokens have these positions.
+        """Reads what the targets are computed from, for a student whose tokens have these positions.
 
         Args:
             example: the example.
@@ -172,6 +146,7 @@ class TeacherFeatureReader:
         else:
             pooled = torch.stack([text.pooled for text in texts]).float()
             logits = choice_logits(picture.pooled.float(), pooled, self.cache.teacher.logit_scale)
+        # Where the teacher cuts a text, its logits are those of another text; ``knows`` = 0 leaves them out.
         if self.labels:
             is_cut = any(map(self.cache.cut, compared_texts(example, self.labels)))
         else:
@@ -182,13 +157,6 @@ class TeacherFeatureReader:
             boxes, prior[:, : spans.shape[1]], logits, torch.tensor(float(not is_cut)),
             prior[:, spans.shape[1] :] if refers else None, saliencies, self.centres, *judged,
         )  # fmt: skip
-
-    def __call__(self, example: Example, spans: Tensor, boxes: Tensor) -> Targets:
-        """The targets of one example: a batch of one. Arguments as for ``features``."""
-        found = pack([self.features(example, spans, boxes)], spans.shape[1]) | {"spans": spans[None]}
-        made = {name: value[0] for name, value in make_targets(found, self.config).items()}
-        named = {field.name: made[field.name] for field in fields(Targets) if field.name != "tokens"}
-        return Targets(**named, tokens=Tokens(made["target_spans"], made["target_boxes"]))
 
     @staticmethod
     def _referred(example: Example) -> list[Tensor]:
@@ -202,11 +170,11 @@ class TeacherFeatureReader:
 
 @torch.no_grad()
 def token_centres(cache: TeacherCache, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """The mean token of the examples' distinct statements, and of their distinct pictures, (teacher_dim,).
+    """The mean teacher token of texts and that of pictures, both (teacher_dim,).
 
-    Each text, and each picture, counts with its number of tokens.
+    Every distinct statement and picture of the examples is read once and counts with its number of tokens.
     """
     texts = dict.fromkeys(statement.text for example in examples for statement in example.statements())
     pictures = dict.fromkeys(example.image for example in examples)
-    of_texts = torch.cat([cache.text(text).projected for text in texts]).mean(0)
-    return of_texts, torch.cat([cache.picture(picture).projected for picture in pictures]).mean(0)
+    text_centre = torch.cat([cache.text(text).projected for text in texts]).mean(0)
+    return text_centre, torch.cat([cache.picture(picture).projected for picture in pictures]).mean(0)

@@ -1,4 +1,4 @@
-"""What a run learns from beside its labelled examples: other pictures, and examples without their labels."""
+"""Opens what a run uses beside its labelled examples: other pictures, and examples without their labels."""
 
 from tdlib.config import RunConfig
 from tdlib.core.paths import ConfigError
@@ -12,7 +12,7 @@ from tdlib.training.prepare import PreparedData
 def picture_pool(
     config: RunConfig, prepared: PreparedData, subset: Examples, feature_reader: TeacherFeatureReader | None
 ) -> PicturePool | None:
-    """The pictures without labels that a run re-pairs with; None where those of the batch will do."""
+    """Opens the pictures that a run re-pairs texts with; None if it takes those of the batch, or none."""
     if feature_reader is None or config.repair_weight == 0 or config.repair_pool in ("batch", "own"):
         return None
     examples = prepared.train if config.repair_pool == "train" else subset
@@ -26,10 +26,10 @@ def picture_pool(
 def unlabelled_examples(
     config: RunConfig, prepared: PreparedData, subset: Examples, feature_reader: TeacherFeatureReader | None
 ) -> UnlabelledExamples | None:
-    """The training examples whose tokens are distilled without their labels; None where there are none.
+    """Opens the training examples whose tokens are distilled without their labels; None if the run has none.
 
     Raises:
-        ConfigError: the subset is all there is.
+        ConfigError: the labelled subset is already the whole training split.
     """
     if feature_reader is None or not config.distils_unlabelled:
         return None

@@ -10,14 +10,15 @@ from tdlib.miniworld.worlds import VERSION
 
 
 def data_manifest(parameters: dict[str, Any]) -> list[Any]:
-    """The files that parameters name: the data set's index, and the contents of models and vocabularies.
+    """Lists the state of the files that parameters name, as JSON; it changes if one of them does.
 
-    Of ``data_dir``, names, sizes and times of change of its json, jsonl and csv files and of those one
-    folder below; where it is "", the MiniWorld's version and seed.
+    Models and vocabularies count with their contents. Of ``data_dir`` the names, sizes and times of change of
+    json, jsonl and csv files count, in the folder and one folder below, as reading all would take too long.
+    Where ``data_dir`` is "", the MiniWorld's version and seed count.
     """
-    found: list[Any] = []
+    states: list[Any] = []
     if parameters.get("data_dir") == "" and "world_seed" in parameters:
-        found.append(["miniworld", VERSION, parameters["world_seed"]])
+        states.append(["miniworld", VERSION, parameters["world_seed"]])
     for name, value in sorted(parameters.items()):
         path = named_path(value, anything=name == "data_dir")
         if path is None or not path.exists():
@@ -26,16 +27,16 @@ def data_manifest(parameters: dict[str, Any]) -> list[Any]:
             state = file.stat()
             label = [name, file.relative_to(path).as_posix(), state.st_size]
             if name != "data_dir":
-                found.append([*label, _content(file, state.st_size, state.st_mtime_ns)])
+                states.append([*label, _content(file, state.st_size, state.st_mtime_ns)])
             elif file.suffix in (".json", ".jsonl", ".csv"):
-                found.append([*label, state.st_mtime_ns])
-    return found
+                states.append([*label, state.st_mtime_ns])
+    return states
 
 
 def named_path(value: Any, anything: bool = False) -> Path | None:
-    """The path that a parameter's value names, ``KIND:`` before it or not; None for other values.
+    """The path that a parameter's value names, with or without ``KIND:`` before it; None for other values.
 
-    A name without a slash is one only where ``anything`` may be.
+    A value without a slash is taken for a path only if ``anything`` is True.
     """
     if not isinstance(value, str) or not value:
         return None

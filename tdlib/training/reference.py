@@ -1,4 +1,4 @@
-"""What is reached without a student: the teacher itself, and guessing."""
+"""Computes the scores that need no student: those of the teacher itself, and of guessing."""
 
 from collections.abc import Sequence
 
@@ -26,11 +26,11 @@ def zero_shot(cache: TeacherCache, examples: Sequence[Example]) -> np.ndarray:
 
 
 def reference_scores(config: RunConfig, prepared: PreparedData) -> pd.DataFrame:
-    """What the teacher makes of the evaluated splits without a student, and what guessing reaches.
+    """Scores the teacher without a student, and guessing, on the evaluated splits.
 
     Columns arm, split, mean. The teacher chooses zero-shot where examples have choices; else a
     linear probe on its global embeddings, fitted on the subset of the config's seed. Guessing is as in
-    ``data.chance``. Task "vcr" is left out: its figure is joint.
+    ``data.chance``. Task "vcr" is left out, because its score joins two predictions.
     """
     rows: list[dict] = []
     subset = low_shot(prepared.train, config.shots, config.seed)

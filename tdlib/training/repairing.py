@@ -17,7 +17,7 @@ from tdlib.config import RunConfig
 from tdlib.method.losses import choice_distribution_loss
 from tdlib.method.pairing import PICTURE_CHOICES, judge_choices, judge_truth, other_pictures
 from tdlib.method.tokens import Tokens
-from tdlib.method.weighting import INSTANCE_WEIGHTS, SCHEDULES
+from tdlib.method.weighting import INSTANCE_WEIGHTS
 from tdlib.students.base import EncodedText, StudentOutput, student_inputs
 
 TEXT_INPUTS = {field.name for field in fields(EncodedText)}
@@ -74,14 +74,6 @@ class Repairing(nn.Module):
             nn.init.zeros_(self.psi.bias)
         weights = {"repair": config.repair_weight, "truth": config.truth_weight}
         self.terms = tuple(name for name, weight in weights.items() if weight > 0)
-
-    def weights(self, progress: float) -> dict[str, float]:
-        """What the terms weigh at a share of the updates."""
-        config = self.settings
-        return {
-            "repair": config.repair_weight * SCHEDULES[config.repair_schedule](progress),
-            "truth": config.truth_weight,
-        }
 
     def judge(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """CLIP's logits (batch, pictures, judged), the pictures' numbers, and where each is there first."""

@@ -1,7 +1,7 @@
-"""One training run, from configuration to run folder, and every arm of a comparison.
+"""Executes one training run, from configuration to run folder, and all arms of a comparison.
 
 Everything about the teacher comes from the cache. A run may be interrupted and continued from its
-checkpoints, and shared by several processes; neither changes what it computes.
+checkpoints, or shared by several processes; neither changes what it computes.
 """
 
 import logging
@@ -82,10 +82,10 @@ def compare(
         arms: keys of ``ARMS``.
         seeds: one run of each arm for each.
         folder: that the run folders are written to.
-        on_run: called with each run's metrics when it is there; ``reused`` in them says that it was before.
+        on_run: called with each run's metrics when it is done; ``reused`` marks one of an earlier call.
         show_progress: draw a bar for each run.
-        reuse: take over what an earlier call has left in ``folder``, where all that a run's result depends
-            on (``run_identity``) is still the same.
+        reuse: keep the runs that an earlier call has finished in ``folder``, if everything that their
+            results depend on (``run_identity``) is still the same.
         workers: runs that train side by side, see ``workers.side_by_side``.
 
     Raises:
@@ -104,20 +104,20 @@ def compare(
                 f"arm {run.arm!r} changes {', '.join(changed)}, which all arms of a comparison share"
             )
     prepared: dict[tuple, PreparedData] = {}
-    for run in runs:  # all before the first training: what is missing is found now
+    for run in runs:  # all before the first training, so that missing files are reported now
         if _prepared(run) not in prepared:
             prepared[_prepared(run)] = prepare(run, seeds)
     folders = {f"{run.arm}-seed{run.seed}": run for run in runs}
     jobs = []
     # The longest first, so that no core waits for the other at the end.
     for name, run in sorted(folders.items(), key=lambda item: -passes_per_update(item[1]) * (workers > 1)):
-        place, own = Path(folder) / name, prepared[_prepared(run)]
-        subset = low_shot(own.train, run.shots, run.seed)
+        place, of_run = Path(folder) / name, prepared[_prepared(run)]
+        subset = low_shot(of_run.train, run.shots, run.seed)
         if reuse and (metrics := finished(place, run_identity(run, subset))) is not None:
             if on_run:
                 on_run(metrics | {"reused": True})
         else:
-            jobs.append(partial(train_run, run, own, place, show_progress))
+            jobs.append(partial(train_run, run, of_run, place, show_progress))
     for _, metrics in side_by_side(jobs, workers):
         if on_run:
             on_run(metrics)
@@ -133,21 +133,20 @@ def train_run(
 ) -> dict[str, Any]:
     """Trains one arm with one seed, evaluates it and writes the run folder.
 
-    The folder holds config.json, identity.json (by which it is known again), manifest.json
-    (ids of the training subset), history.jsonl, diagnostics.jsonl (if asked for), functions.json (source of
-    the functions that the user added), metrics.json, predictions.parquet, selections.parquet,
-    environment.json, the submission file if one is asked for, and student/ (loadable with
-    ``from_pretrained``; exactly the baseline's parameters; with a model card). It replaces an older one of
-    the same settings; one of others is kept beside it (``archive_previous_run``). Returns the metrics.
+    The folder holds config.json, identity.json (``run_identity``), manifest.json (ids of the training
+    subset), history.jsonl, diagnostics.jsonl (with ``diagnostics_every``), functions.json (source of the
+    functions that the user added), metrics.json, predictions.parquet, selections.parquet,
+    environment.json, the submission file (with ``submission_split``), and student/ (loadable with
+    ``from_pretrained``; exactly the baseline's parameters; with a model card). It replaces an older run of
+    the same settings; a run of others is kept beside it (``archive_previous_run``). Returns the metrics.
 
     With ``checkpoint_every``, a run that was interrupted in training and is called again with the same
     settings and folder continues from its last whole checkpoint, and ends as if it had not been
     interrupted (on the CPU bit for bit). With ``processes`` above 1 they are started here
     (``distributed``), unless this is one of them.
 
-    Where the evaluation fails, the folder is written all the same, with the trained student and
-    ``UNEVALUATED`` in place of metrics and predictions; the same call then evaluates that student, and
-    trains nothing.
+    If the evaluation fails, the folder is written nevertheless, with the trained student and the mark
+    ``UNEVALUATED`` instead of metrics and predictions. The same call then only evaluates that student.
 
     Raises:
         ConfigError: settings that do not fit each other or the prepared data, or checkpoints of another run.
@@ -167,7 +166,7 @@ def train_run(
         transformers.utils.logging.disable_progress_bar()
     run = _Run(config, prepared, subset, checkpoints.checkpoints_of(folder))
     log.info("%s, seed %d: %d examples, %d epochs", config.arm, config.seed, len(subset), config.epochs)
-    if place_among_processes() > 0:  # it helps to train; the first process evaluates and writes
+    if place_among_processes() > 0:  # only the first process evaluates and writes
         return run.help_train(show_progress)
     failures: list[BaseException] = []
 
@@ -177,7 +176,7 @@ def train_run(
         try:
             run.evaluate(partial)
             archive_previous_run(folder, config)
-        except BaseException as error:  # also an interruption: what training made is kept
+        except BaseException as error:  # also an interruption: hours of training must not be lost
             failures.append(error)
             identity = run_identity(config, subset, files=False)
             write_json(partial / UNEVALUATED, {"error": repr(error), "run": identity, "metrics": run.metrics})
@@ -193,7 +192,7 @@ def train_run(
 
 
 class _Run:
-    """One run from its parts to the trained student; ``train`` and ``write`` are its stages."""
+    """The state of one run; its stages are ``train``, ``write`` and ``evaluate``."""
 
     def __init__(self, config: RunConfig, prepared: PreparedData, subset: Examples, home: Path):
         self.started = time.time()
@@ -218,7 +217,10 @@ class _Run:
             self.metrics["probe_accuracy"] = self.feature_reader.class_logits.held_out_accuracy
 
     def _count_cut_texts(self) -> None:
-        """Counts what teacher and student cut; after the checkpoint's run has been held against this one."""
+        """Counts the texts that teacher and student have to cut, and warns of them.
+
+        Called after a checkpoint was compared with this run, so that a refused one costs no time.
+        """
         if self.feature_reader is not None:
             seen = map(self.feature_reader.seen_as, self.subset)
             cut = count_cut(seen, self.feature_reader.cache.cut, self.feature_reader.labels)
@@ -255,7 +257,7 @@ class _Run:
             self.resumed, self.seconds_before = keeper.resumed, keeper.seconds
         self._count_cut_texts()
         if self.module.phi is not None and whole is None:
-            with torch.random.fork_rng():  # a loader draws a seed
+            with torch.random.fork_rng():  # a loader draws a seed, which would shift the training's numbers
                 self.module.fit_phi(
                     DataLoader(self.dataset, config.batch_size, collate_fn=self.trainer.data_collator)
                 )
@@ -271,13 +273,13 @@ class _Run:
             recorder.record(END)
 
     def help_train(self, show_progress: bool) -> dict[str, Any]:
-        """Trains beside the process that writes; what has to be written on the way is thrown away."""
+        """Trains beside the process that writes the run folder; this process's files are deleted."""
         with tempfile.TemporaryDirectory() as elsewhere:
             self.train(Path(elsewhere), show_progress)
         return self.metrics
 
     def _recorders(self) -> list[ProbeRecorder]:
-        """A recorder for each evaluated split's probes, where the run distils or re-pairs."""
+        """Opens a recorder for the probes of each evaluated split, if the run distils or re-pairs."""
         targets = self.module.phi is not None or self.module.repairing is not None
         if not targets or not self.config.probe_examples:
             return []
@@ -288,7 +290,7 @@ class _Run:
         return [ProbeRecorder(examples, self.module, split) for split, examples in probes.items()]
 
     def write(self, partial: Path) -> None:
-        """Writes all that training made: the student, and what was recorded on the way."""
+        """Writes what training produced: the student, the log and the records of targets."""
         config = self.config
         if records := [record for recorder in self.recorders for record in recorder.records]:
             write_records(records, partial / "selections.parquet")
@@ -353,13 +355,13 @@ def feature_reader_of(
 
 
 def passes_per_update(config: RunConfig) -> float:
-    """How often an example goes through the student at each update: once, if it is only finetuned."""
+    """How often an example passes through the student at each update: once in plain finetuning."""
     more = config.feature_share if config.distils_unlabelled else 0
     return 1 + config.adversarial_steps + (config.repair_share if config.repair_weight > 0 else 0) + more
 
 
-def _agreed(found: Path | None) -> Path | None:
-    """What the first process has found, for all of them."""
-    shared = [found]
+def _agreed(checkpoint: Path | None) -> Path | None:
+    """Sends the checkpoint that the first process chose to all of them."""
+    shared = [checkpoint]
     broadcast_object_list(shared)
     return shared[0]

@@ -1,37 +1,41 @@
-"""Targets of a batch: what they are made of travels, and they are made where the student is.
+"""Computes the targets of a batch on the student's device: steps 1 to 5 of ``method.clip_td``.
 
-Owns the form in which the teacher's features of a batch travel (``pack``): each distinct text and picture
-once, in the precision of the cache, and which sequence shows which. Alignment, targets, relevance and
-scores follow from it by tensor functions on the student's device (``make_targets``), steps 1 to 5 of
-``method.clip_td``. Does not own where the features come from (``pipeline``).
+Batches carry the teacher's features instead of targets, because these are far smaller (``pack``): every
+distinct text and picture once, in the precision of the cache, and which sequence shows which. From them
+``make_targets`` computes alignment, targets, relevance and scores. ``pipeline`` reads the features.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tdlib.config import RunConfig
-from tdlib.method.clip_td import score_apart
+from tdlib.method.alignment import image_conditioned_targets
+from tdlib.method.clip_td import ScoredTokens, score_tokens
+from tdlib.method.registry import is_users
+from tdlib.method.relevance import RELEVANCE
 from tdlib.method.tokens import TeacherTokens, Tokens, join
+from tdlib.students.base import pad_last
 from tdlib.teacher.model import TeacherRecord
 
-PACKED = "packed."  # begins the names of a batch's entries that targets are made of
+PACKED = "packed."  # prefix of the batch entries from which targets are computed
 _SIGNALS = ("positions", "projected", "value", "vv")
 
 
 @dataclass(frozen=True)
 class TeacherFeatures:
-    """What the targets of one example are made of, beside what the student reads itself.
+    """The features from which the targets of one example are computed, beside the student's inputs.
 
-    ``texts`` and ``picture`` are the teacher's tokens as they are stored, with keys that tell distinct ones
-    apart. ``boxes`` are the student's visual tokens. Priors: of words always; of places where they are not
-    all alike. ``saliencies`` are a relevance variant's scalars of each statement's tokens and of the
-    picture's. ``logits`` are CLIP's zero-shot scaled cosines (choices,), or class logits (labels,);
-    ``knows`` is 0 where a text was too long for it, so that they tell nothing, else 1. ``statements`` and
-    ``judged`` say what CLIP judges of the example with any picture, see ``judging.StatementJudge``.
+    ``texts`` and ``picture`` are the teacher's tokens as the cache stores them; the keys tell distinct ones
+    apart. ``boxes`` are those of the student's visual tokens. ``visual_prior`` is None where all visual
+    tokens have the prior 1. ``saliencies`` are the scalars that some relevance variants read, of each
+    statement's tokens and of the picture's. ``logits`` are CLIP's zero-shot scaled cosines (choices,), or
+    class logits (labels,). ``knows`` is 0 where CLIP had to cut a text, so that its logits tell nothing, else
+    1. ``statements`` and ``judged`` name what CLIP judges about the text with any picture, see
+    ``judging.StatementJudge``.
     """
 
     texts: tuple[TeacherRecord, ...]
@@ -52,14 +56,13 @@ class TeacherFeatures:
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         records = [value for record in (*self.texts, self.picture) for value in vars(record).values()]
-        own = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        return sum(value.nbytes for value in [*records, *own] if isinstance(value, Tensor))
+        return sum(value.nbytes for value in [*records, *vars(self).values()] if isinstance(value, Tensor))
 
 
 def pack(features: Sequence[TeacherFeatures], text_tokens: int) -> dict[str, Tensor]:
-    """The teacher's part of a batch, whose statements are padded to ``text_tokens``.
+    """Packs the teacher's features of a batch whose statements are padded to ``text_tokens``.
 
-    The entries that begin with ``PACKED`` are turned into targets by ``make_targets``.
+    ``make_targets`` turns the entries that begin with ``PACKED`` into targets.
     """
     texts = {key: text for one in features for key, text in zip(one.text_keys, one.texts, strict=True)}
     pictures = {one.picture_key: one.picture for one in features}
@@ -69,18 +72,18 @@ def pack(features: Sequence[TeacherFeatures], text_tokens: int) -> dict[str, Ten
         "text.rows": torch.tensor([[text_rows[key] for key in one.text_keys] for one in features]),
         "picture.rows": torch.tensor([picture_rows[one.picture_key] for one in features]),
         "boxes": pad_sequence([one.boxes for one in features], batch_first=True),
-        "text_prior": _padded([one.text_prior for one in features], text_tokens),
+        "text_prior": pad_last([one.text_prior for one in features], text_tokens),
         **_end_to_end("text", [*texts.values()]), **_end_to_end("picture", [*pictures.values()]),
     }  # fmt: skip
     first = features[0]
     if first.visual_prior is not None:
         of_places = [one.visual_prior for one in features if one.visual_prior is not None]
-        packed["visual_prior"] = _padded(of_places, packed["boxes"].shape[1])
+        packed["visual_prior"] = pad_last(of_places, packed["boxes"].shape[1])
     if first.saliencies is not None:
         for place, kind in enumerate(("text", "picture")):
             rows = [[pair[place] for pair in one.saliencies or ()] for one in features]
             length = packed[f"{kind}.index"].shape[1]
-            packed[f"{kind}.saliency"] = torch.stack([_padded(row, length, dim=0) for row in rows])
+            packed[f"{kind}.saliency"] = torch.stack([pad_last(row, length, dim=0) for row in rows])
     if first.centres is not None:
         packed["centres"] = torch.stack(first.centres)
     batch = {PACKED + name: value for name, value in packed.items()}
@@ -92,39 +95,29 @@ def pack(features: Sequence[TeacherFeatures], text_tokens: int) -> dict[str, Ten
     return batch
 
 
-def _padded(rows: Sequence[Tensor], length: int, dim: int = 1) -> Tensor:
-    """Rows stacked, each with zeros up to ``length`` along ``dim``."""
-    shape = [*rows[0].shape]
-    shape[dim] = length
-    whole = rows[0].new_zeros(len(rows), *shape)
-    for place, row in enumerate(rows):
-        whole[place].narrow(dim, 0, row.shape[dim]).copy_(row)
-    return whole
-
-
 def _end_to_end(kind: str, records: Sequence[TeacherRecord]) -> dict[str, Tensor]:
-    """Tokens of records one after the other, a row of zeros behind them, and where those of each are.
+    """Lays the tokens of all records one after the other, with a row of zeros at the end.
 
-    ``index`` (records, most tokens) names the row of each token, that of zeros where there is none.
+    ``index`` (records, most tokens) gives the row of each token of a record; padding points at the zeros.
     """
     lengths = torch.tensor([len(record.positions) for record in records])
     place = torch.arange(int(lengths.max()))
     index = (lengths.cumsum(0) - lengths)[:, None] + place
     index[place >= lengths[:, None]] = int(lengths.sum())
-    found = {
+    laid_out = {
         f"{kind}.index": index,
         f"{kind}.pooled": torch.stack([record.pooled for record in records]),
     }
     for name in _SIGNALS:
         parts = [getattr(record, name) for record in records]
         if parts[0] is not None:
-            found[f"{kind}.{name}"] = torch.cat([*parts, parts[0].new_zeros(1, *parts[0].shape[1:])])
-    return found
+            laid_out[f"{kind}.{name}"] = torch.cat([*parts, parts[0].new_zeros(1, *parts[0].shape[1:])])
+    return laid_out
 
 
 @torch.no_grad()
 def make_targets(batch: dict[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
-    """A batch with its targets in place of what they are made of; unchanged where there is nothing to make.
+    """Replaces the packed features of a batch by its targets; returns a batch without features as it is.
 
     Adds, for (batch, choices) sequences of the student's tokens, text then picture: ``vectors``, ``valid``,
     ``relevance``, ``prior`` and ``scores`` (see ``ScoredTokens``), ``target_spans`` and ``target_boxes``
@@ -133,8 +126,8 @@ def make_targets(batch: dict[str, Tensor], config: RunConfig) -> dict[str, Tenso
     packed = {name[len(PACKED) :]: value for name, value in batch.items() if name.startswith(PACKED)}
     if not packed:
         return batch
-    with torch.autocast(batch["spans"].device.type, enabled=False):  # whatever the student's precision
-        rows = packed["text.rows"]
+    with torch.autocast(batch["spans"].device.type, enabled=False):  # targets are float32 in every run
+        rows, pictures = packed["text.rows"], packed["picture.rows"][:, None]
         of_texts = packed["text.pooled"].float()[rows]
         of_pictures = packed["picture.pooled"].float()[packed["picture.rows"]]
         pooled = of_pictures[:, None].expand_as(of_texts), of_texts
@@ -142,27 +135,50 @@ def make_targets(batch: dict[str, Tensor], config: RunConfig) -> dict[str, Tenso
         visual_prior = packed.get("visual_prior")
         if visual_prior is None:
             visual_prior = torch.ones_like(boxes[..., 0])
-        centres = packed.get("centres")
-        scored = score_apart(
+        visual = Tokens.visual(boxes)
+        scored = _score(
             (texts, _teacher_tokens(packed, "text", rows, pooled), packed["text_prior"]),
-            (
-                Tokens.visual(boxes),
-                _teacher_tokens(packed, "picture", packed["picture.rows"][:, None], pooled),
-                visual_prior,
-            ),
-            config.relevance,
-            config.temperature,
-            config.prior_weight,
-            None if centres is None else (centres[0], centres[1]),
-            config.conditioned_targets,
+            (visual, _teacher_tokens(packed, "picture", pictures, pooled), visual_prior),
+            packed.get("centres"),
+            config,
         )
-    visual = Tokens.visual(boxes)
+        student = Tokens(join(texts.spans, visual.spans, 2), join(texts.boxes, visual.boxes, 2))
+        if config.conditioned_targets:  # last, because only here do words read the patches of their picture
+            vectors = image_conditioned_targets(scored.vectors, student, config.temperature)
+            scored = replace(scored, vectors=vectors)
     rest = {name: value for name, value in batch.items() if not name.startswith(PACKED)}
     return {
-        **rest, **vars(scored), "target_spans": join(texts.spans, visual.spans, 2),
-        "target_boxes": join(texts.boxes, visual.boxes, 2),
+        **rest, **vars(scored), "target_spans": student.spans, "target_boxes": student.boxes,
         "image_global": pooled[0], "text_global": pooled[1],
     }  # fmt: skip
+
+
+Part = tuple[Tokens, TeacherTokens, Tensor]  # student's tokens, teacher's tokens, prior of the student's
+
+
+def _score(text: Part, visual: Part, centres: Tensor | None, config: RunConfig) -> ScoredTokens:
+    """``clip_td.score_tokens`` of a batch whose texts and pictures are scored separately and then joined.
+
+    Text is (batch, choices, tokens, ...), pictures (batch, 1, tokens, ...): alignment and targets of a
+    picture are the same for every text about it, so they are computed once. The joined result is
+    (batch, choices, text then visual tokens, ...).
+    """
+
+    def score(student: Tokens, teacher: TeacherTokens, prior: Tensor) -> ScoredTokens:
+        means = None if centres is None else (centres[0], centres[1])
+        return score_tokens(
+            student, teacher, prior, config.relevance, config.temperature, config.prior_weight, means
+        )
+
+    names = [field.name for field in fields(ScoredTokens)]
+    if config.relevance in RELEVANCE and is_users(RELEVANCE[config.relevance]):
+        # A user's function takes whole sequences of one example, (choices, tokens, ...), which is slower.
+        student = Tokens(join(text[0].spans, visual[0].spans, 2), join(text[0].boxes, visual[0].boxes, 2))
+        teacher, prior = TeacherTokens.cat(text[1], visual[1]), join(text[2], visual[2], 2)
+        rows = [score(student[row], teacher[row], prior[row]) for row in range(len(prior))]
+        return ScoredTokens(**{name: torch.stack([getattr(row, name) for row in rows]) for name in names})
+    words, places = score(*text), score(*visual)
+    return ScoredTokens(**{name: join(getattr(words, name), getattr(places, name), 2) for name in names})
 
 
 def _teacher_tokens(

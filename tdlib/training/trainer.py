@@ -1,6 +1,6 @@
-"""The trainer: transformers' Trainer with our loss, our log, our clipping, our checkpoints.
+"""The loop over updates: transformers' Trainer with our loss, log, clipping and checkpoints.
 
-Owns the loop over updates and everything that happens in it; ``run`` says what is trained on what.
+``run`` decides what is trained on which examples.
 """
 
 import gc
@@ -71,7 +71,7 @@ class DistillationTrainer(Trainer):
             return super().train(*args, **options)
         finally:
             gc.unfreeze()
-            student._compiled_call_impl = None  # who evaluates it runs it as it is
+            student._compiled_call_impl = None  # evaluation uses other sizes, which would compile again
 
     def get_train_dataloader(self) -> DataLoader:
         if self.args.world_size == 1:
@@ -88,7 +88,10 @@ class DistillationTrainer(Trainer):
         )  # fmt: skip
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """The number of examples in an update, of all processes; the Trainer would ask the device for it."""
+        """The number of examples in an update, over all processes.
+
+        The Trainer's version counts on the device, and waits for it.
+        """
         here = sum(len(batch["labels"]) for batch in batch_samples)
         if self.args.world_size == 1 or not batch_samples:
             return here or None
@@ -96,8 +99,8 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         module = self.module
-        module.progress = self.state.global_step / max(1, self.state.max_steps)  # schedules read it
-        window = None if num_items_in_batch is None else int(num_items_in_batch)  # of all processes
+        module.progress = self.state.global_step / max(1, self.state.max_steps)
+        window = None if num_items_in_batch is None else int(num_items_in_batch)  # over all processes
         every = self.settings.diagnostics_every
         if every and self.state.global_step % every == 0 and not self._window:
             step = {"step": self.state.global_step}
@@ -107,29 +110,34 @@ class DistillationTrainer(Trainer):
         self._window.append((inputs["rows"], terms))
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-        loss = output["loss"] * self.args.world_size  # gradients are averaged over processes: here, a sum
+        loss = output["loss"] * self.args.world_size  # averaged over processes later, but must be a sum
         return (loss, output) if return_outputs else loss
 
     def _clip_grad_norm(self, model):
-        """Clips, and ends a run whose loss or gradients are not finite, before the optimizer steps.
+        """Clips gradients; ends a run whose loss or gradients are not finite, before the optimizer steps.
 
-        One look per update, as a look waits for the device. With fp16, too large a gradient makes the
-        scaler skip the update; the run ends when scaling down has not helped.
+        It reads all losses of an update at once, because every read waits for the device. With fp16 a
+        gradient that overflows makes the scaler skip the update and scale down; the run ends only when the
+        scale is below 1 and it still overflows.
         """
         norm = super()._clip_grad_norm(model)
         numbers = [terms["loss"] for _, terms in self._window]
         if not self.args.fp16 or self.accelerator.scaler.get_scale() < 1:
             numbers.append(norm)
-        whole = torch.stack(numbers).isfinite().all()
-        if self.args.world_size > 1:  # all of them end together
-            whole = self.accelerator.reduce(whole.float(), "mean") == 1
-        if not bool(whole):
+        finite = torch.stack(numbers).isfinite().all()
+        if self.args.world_size > 1:  # all processes end together, none waits for another forever
+            finite = self.accelerator.reduce(finite.float(), "mean") == 1
+        if not bool(finite):
             self.abort_non_finite()
         self._window.clear()
         return norm
 
     def abort_non_finite(self) -> None:
-        """Ends the run; names what is not finite, and the examples of these batches or of this update."""
+        """Ends the run with an error that names the terms that are not finite, and their examples.
+
+        Raises:
+            FloatingPointError: always.
+        """
         data = self.train_dataset
         assert isinstance(data, EncodedExamples)
         bad = [
@@ -151,8 +159,8 @@ class DistillationTrainer(Trainer):
     def create_optimizer(self, model=None):
         config = self.settings
         assert self.model is not None
-        # What is new starts from noise and learns at a higher rate than what was pretrained; biases and norms
-        # do not decay, as everywhere since BERT.
+        # New layers start from noise and learn at a higher rate than pretrained ones. Biases and norms do not
+        # decay, as is usual since BERT.
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.model.named_parameters():
             is_new = name.startswith(("phi.", "log_variance.", "repairing.", "student.classifier."))
@@ -257,11 +265,12 @@ class CheckpointKeeper(TrainerCallback):
 def diagnose(
     module: TargetedDistillation, batch: dict[str, Tensor], accelerator: Accelerator
 ) -> dict[str, Any]:
-    """What pulls at the student in this batch (of all processes); changes nothing, not even random states.
+    """Measures how the terms pull at the student in this batch (of all processes).
 
-    Norms of each term's gradient with respect to the student's parameters (as the terms stand in the
-    log: before their weights) and the cosines between them, quartiles of the instance weights, and the
-    share of examples on which teacher and student choose the same.
+    Returns the norms of each term's gradient with respect to the student's parameters (terms as in the log,
+    before their weights), the cosines between these gradients, quartiles of the instance weights, and the
+    share of examples on which teacher and student choose the same. Changes nothing, not even the states of
+    random generators.
     """
     parameters = [p for p in module.student.parameters() if p.requires_grad]
     states = {name: generator.get_state() for name, generator in module.generators().items()}
@@ -277,22 +286,22 @@ def diagnose(
         if name in output:
             parts = torch.autograd.grad(output[name], parameters, retain_graph=True, allow_unused=True)
             pairs = zip(parameters, parts, strict=True)
-            whole = [torch.zeros_like(p) if part is None else part for p, part in pairs]
-            gradients[name] = accelerator.reduce(torch.cat([part.flatten() for part in whole]), "sum")
-    found: dict[str, Any] = {f"{name}_gradient": float(g.norm()) for name, g in gradients.items()}
+            filled = [torch.zeros_like(p) if part is None else part for p, part in pairs]
+            gradients[name] = accelerator.reduce(torch.cat([part.flatten() for part in filled]), "sum")
+    measures: dict[str, Any] = {f"{name}_gradient": float(g.norm()) for name, g in gradients.items()}
     names = list(gradients)
     for place, first in enumerate(names):
         for second in names[place + 1 :]:
             cosine = nn.functional.cosine_similarity(gradients[first], gradients[second], dim=0)
-            found[f"{first}_{second}_cosine"] = float(cosine)
+            measures[f"{first}_{second}_cosine"] = float(cosine)
     if "teacher_logits" in batch:
         logits = output["logits"].detach()
         agree = batch["teacher_logits"].argmax(-1) == logits.argmax(-1)
         weights = torch.tensor(gather_object(module.instance_weights(batch, logits).float().tolist()))
         quartiles = weights.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
-        found["instance_weight_quartiles"] = [round(value, 4) for value in quartiles.tolist()]
-        found["teacher_agreement"] = float(torch.tensor(gather_object(agree.float().tolist())).mean())
-    return found
+        measures["instance_weight_quartiles"] = [round(value, 4) for value in quartiles.tolist()]
+        measures["teacher_agreement"] = float(torch.tensor(gather_object(agree.float().tolist())).mean())
+    return measures
 
 
 def make_trainer(
