@@ -1,8 +1,8 @@
 """The arms of a comparison: named settings of the same training.
 
 An arm says which terms the loss has. A weight of ``WEIGHTS`` that it sets to 0 stays 0: the arm lacks that
-term. One that it sets above 0 is where the arm starts: a run that sets the weight to something else than
-``RunConfig``'s default has its own, so that a batch can tune it. All else is what the arm is.
+term. A weight above 0 is the arm's default: a run that sets it to something else than ``RunConfig``'s default
+keeps its value, so that a batch can tune it. All other settings define the arm and cannot be changed.
 """
 
 WEIGHTS = ("distill_weight", "choice_weight", "repair_weight", "truth_weight", "label_smoothing")

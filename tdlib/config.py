@@ -1,4 +1,4 @@
-"""The parameters of a run, validated before any work."""
+"""The parameters of a run, validated before any work is done."""
 
 import difflib
 from collections.abc import Mapping
@@ -201,12 +201,12 @@ class RunConfig(BaseModel):
 
     @property
     def distils_unlabelled(self) -> bool:
-        """Whether tokens of training examples beyond the labelled subset are distilled, too."""
+        """True if tokens of training examples beyond the labelled subset are distilled too."""
         return self.feature_pool == "train" and self.distill_weight > 0
 
     @property
     def asks_judge(self) -> bool:
-        """Whether CLIP judges statements by themselves, for re-paired pictures or their truth."""
+        """True if CLIP judges statements, for re-paired pictures or for their truth."""
         return self.repair_weight > 0 or self.truth_weight > 0
 
     @classmethod
@@ -231,7 +231,7 @@ class RunConfig(BaseModel):
 
         Args:
             namespace: of the notebook.
-            others: parameters that the notebook computes; they go before the variables.
+            others: parameters that the notebook computes; they take precedence over variables.
 
         Raises:
             ConfigError: as ``from_parameters``; also an annotated variable that is no parameter but is
@@ -301,7 +301,7 @@ def _explain(error: Any) -> str:
 
 
 def arm_settings(arm: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What an arm's settings change of a run's: all of them, but for weights that the run sets itself.
+    """The settings of an arm that apply to a run: all but the weights that the run sets itself.
 
     A weight (``arms.WEIGHTS``) is set where it is not ``RunConfig``'s default, so that notebooks and
     batches need no word for "unset"; an arm that sets it to 0 lacks the term whatever a run says.
@@ -321,7 +321,7 @@ def arm_settings(arm: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
 
 
 def replaced_by_arm(settings: Mapping[str, Any], arm: Mapping[str, Any] | None = None) -> list[str]:
-    """What a run sets to no effect, because its arm (or ``arm``) is something else; in words."""
+    """Names, in words, the settings of a run that its arm (or ``arm``) overrides."""
     fields = RunConfig.model_fields
     name = settings.get("arm", fields["arm"].default)
     return [
@@ -332,7 +332,7 @@ def replaced_by_arm(settings: Mapping[str, Any], arm: Mapping[str, Any] | None =
 
 
 def apply_arm(config: RunConfig) -> RunConfig:
-    """The configuration with its arm's settings in force; weights that it sets itself are its own.
+    """Applies an arm's settings to a configuration, except the weights that it sets itself.
 
     ``finetune`` uses no teacher; ``naive`` distils every token with equal weight and c = 1
     (our reading of "naive distillation"), ``naive_global`` CLIP's global embeddings to [CLS];
@@ -355,7 +355,7 @@ def apply_arm(config: RunConfig) -> RunConfig:
 
 
 def check_arm(config: RunConfig) -> None:
-    """Raises ConfigError where settings are not those of the arm that they bear the name of."""
+    """Raises ConfigError if the settings are not those of their ``arm``."""
     own = arm_settings(ARMS.get(config.arm, {}), config.model_dump())
     other = {name: value for name, value in own.items() if getattr(config, name) != value}
     if other:

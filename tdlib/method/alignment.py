@@ -1,7 +1,7 @@
-"""Which teacher tokens a student token stands for, and the target they make together.
+"""Aligns student tokens with the teacher tokens that lie where they lie, and computes their targets.
 
-Owns the overlap of characters and of area, the row-stochastic alignment built on it, and the
-targets. Does not own the positions themselves (``tokens``) nor which rows are used (``selection``).
+Two tokens overlap by characters of the text or by area of the picture; the alignment spreads every student
+token over the teacher tokens that it overlaps (rows sum to 1), and mixes their vectors into its target.
 """
 
 import torch
@@ -41,7 +41,8 @@ def visual_overlap(
     original picture, as the boxes are xyxy normalised to it. A box without area shares nothing.
     """
     student, teacher = student_boxes.unsqueeze(-2), teacher_boxes.unsqueeze(-3)
-    # one axis of the picture after the other: the inner loops run over teacher tokens, not over two numbers
+    # One axis of the picture after the other: faster, as the innermost loop then runs over teacher tokens
+    # and not over two coordinates.
     left, top, right, bottom = zip(student.unbind(-1), teacher.unbind(-1), strict=True)
     width = (torch.minimum(*right) - torch.maximum(*left)).clamp_min(0)
     return width * (torch.minimum(*bottom) - torch.maximum(*top)).clamp_min(0)
@@ -103,7 +104,7 @@ def image_conditioned_targets(
 
 
 def _extent(tokens: Tokens) -> Float[Tensor, "*batch tokens"]:
-    """Size of each token in the unit of its overlaps: characters of a text token, area of a visual one."""
+    """The size of each token in the unit of its overlaps: characters of text tokens, area of visual ones."""
     characters = tokens.spans[..., 1] - tokens.spans[..., 0]
     area = (tokens.boxes[..., 2:] - tokens.boxes[..., :2]).clamp_min(0).prod(dim=-1)
     return torch.where(tokens.is_text, characters.to(area.dtype), area)

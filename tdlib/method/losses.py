@@ -1,10 +1,10 @@
 """The two losses of distillation: on targeted tokens, and on the distribution over choices.
 
-Owns the distances and the reductions. Does not own the projection ``phi``, the coefficients of the
-losses, nor the task loss. No gradient reaches the teacher through either loss.
+No gradient reaches the teacher through either loss.
 
-A distance is a function ``(student_projected, targets)`` of all tokens of a modality to one number
-per token, blind to the length of both vectors; add one with ``DISTANCES["mine"] = my_distance``.
+A distance is a function from ``(student_projected, targets)`` of all tokens of a modality to one number
+per token, which does not depend on the length of the vectors. Add one with
+``DISTANCES["mine"] = my_distance``.
 """
 
 import math
@@ -102,7 +102,7 @@ def targeted_distillation_loss(
     targets, weights = targets.detach(), token_weights.detach()
     is_distilled = (weights != 0) & (targets != 0).any(dim=-1)
     student = student_projected.masked_fill(~is_distilled.unsqueeze(-1), 0)
-    targets = targets.masked_fill(~is_distilled.unsqueeze(-1), 0)  # nor are they negatives of others
+    targets = targets.masked_fill(~is_distilled.unsqueeze(-1), 0)  # else info_nce takes them as negatives
     per_token = distance_named(distance)(student, targets).masked_fill(~is_distilled, 0)
     # expand, not broadcasting: (batch, 1) over (batch,) must fail instead of pairing all with all.
     per_sequence = instance_weights.detach().expand(weights.shape[:-1]) * (weights * per_token).sum(dim=-1)
@@ -153,7 +153,7 @@ def _at_least_float32(values: Tensor) -> Tensor:
 
 
 def _count(name: str, given: int | None, found: int) -> int:
-    """The divisor of a mean: the number given for the accumulation window, else the number found here."""
+    """The divisor of a mean: the number of the whole accumulation window if given, else that of the batch."""
     if given is not None and given < 1:
         raise ValueError(f"{name} is {given}; expected at least 1, or None for the number in this batch")
     return given if given is not None else max(found, 1)

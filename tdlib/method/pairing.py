@@ -6,8 +6,8 @@ lessons. Relatives: KDDAug (Chen et al. 2022, arXiv 2207.08739: a VQA teacher an
 image-question pairs) and function matching (Beyer et al. 2021, arXiv 2106.05237: a wider support than the
 data, and patience). New here: CLIP's zero-shot judgement as the teacher, and the weight by its certainty.
 
-Owns CLIP's distribution over the statements of a re-paired example, and the choice of the other picture.
-The loss is ``losses.choice_distribution_loss`` with one of ``weighting.INSTANCE_WEIGHTS``.
+This module computes CLIP's distribution over the statements of a re-paired example, and chooses the other
+picture. The loss is ``losses.choice_distribution_loss`` with one of ``weighting.INSTANCE_WEIGHTS``.
 """
 
 import math

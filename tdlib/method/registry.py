@@ -1,4 +1,4 @@
-"""The functions that parameters name: where their tables lie, how they are called, which are a user's own.
+"""The tables of functions that parameters name: where they lie, how their functions are called.
 
 Anyone may add one in a notebook cell, ``SELECTORS["mine"] = my_selector``, and name it in the
 parameters, ``selector="mine"``; its source is kept with the run. ``signatures`` lists every table with
@@ -32,7 +32,7 @@ class Table:
     returns: str  # shape and range of what they return
 
     def names(self) -> list[str]:
-        """What the table holds now, without importing its module if nobody has."""
+        """The names in the table now; its module is not imported for this."""
         return table_keys(f"tdlib.method.{self.module}", self.name)
 
     def functions(self) -> dict[str, Function]:
@@ -92,8 +92,8 @@ TABLES: dict[str, tuple[Table, ...]] = {
 
 
 def table_keys(module: str, name: str) -> list[str]:
-    """What a table of any module of ``tdlib`` holds now, without importing the module if nobody has."""
-    # Only who imports the module can add to the table, so until then its source says it all.
+    """The names in a table of any module of ``tdlib`` now; the module is not imported for this."""
+    # Only code that has imported the module can have added to the table; until then its source is complete.
     loaded = sys.modules.get(module)
     return list(getattr(loaded, name)) if loaded else list(_keys_in_source(module, name))
 
@@ -111,12 +111,12 @@ def _keys_in_source(module: str, name: str) -> tuple[str, ...]:
 
 
 def names(parameter: str) -> list[str]:
-    """What a parameter may name now."""
+    """The names that a parameter may have now."""
     return [name for table in TABLES[parameter] for name in table.names()]
 
 
 def tables() -> dict[str, dict[str, Function]]:
-    """Parameters that name a function, each with what it may name now; imports torch."""
+    """Every parameter that names a function, with the functions that it may name now; imports torch."""
     return {
         parameter: {name: function for table in known for name, function in table.functions().items()}
         for parameter, known in TABLES.items()
@@ -124,9 +124,9 @@ def tables() -> dict[str, dict[str, Function]]:
 
 
 def call_problem(parameter: str, name: str) -> str:
-    """Why the function of this name cannot be called as training will call it; "" if it can.
+    """Says why the function of this name cannot be called as training will call it; "" if it can.
 
-    A table that nobody has imported holds the project's functions alone, which can.
+    A table that was never imported holds only the project's functions, which can.
     """
     for table in TABLES[parameter]:
         if f"tdlib.method.{table.module}" in sys.modules and name in table.functions():
@@ -140,7 +140,7 @@ def _call_problem(table: Table, name: str, function: Any) -> str:
         return f"{table.name}[{name!r}] is {function!r}, expected a function of ({wanted})"
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions written in C say nothing of their arguments
+    except (TypeError, ValueError):  # some functions written in C do not tell their arguments
         return ""
     try:
         signature.bind(*table.arguments)

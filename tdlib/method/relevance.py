@@ -1,11 +1,10 @@
-"""How much each student token, seen by the teacher, has to do with the other modality.
+"""Relevance variants: how much a student token has to do with the other modality, in the teacher's eyes.
 
-Owns the relevance variants: those that read the teacher's cached tokens, and those that compare the
-student with its targets while it trains. Does not own the alignment that carries the teacher's
-tokens to the student's, nor the prior and the score made of relevance (``selection``).
+Variants in ``RELEVANCE`` read the teacher's cached tokens; those in ``STUDENT_RELEVANCE`` compare the student
+with its targets while it trains. ``selection`` turns relevance and prior into scores.
 
-Those of here take whole batches, of which an axis may have length 1. One of yours is called
-with one example at a time: ``alignment`` (choices, student_tokens, teacher_tokens), text then picture.
+The functions here take whole batches, in which an axis may have length 1. A function that a user adds is
+called with one example at a time: ``alignment`` (choices, student_tokens, teacher_tokens), text then picture.
 """
 
 import math
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from tdlib.method.tokens import TeacherTokens, Tokens
 
-SMALLEST = 1e-8  # length of a vector, below which it has no direction
+SMALLEST = 1e-8  # a vector shorter than this has no direction
 
 
 def relevance_projected(
@@ -60,10 +59,10 @@ def relevance_vv(
 def relevance_saliency(
     alignment: Float[Tensor, "*#batch student_tokens teacher_tokens"], student: Tokens, teacher: TeacherTokens
 ) -> Float[Tensor, "*#batch student_tokens"]:
-    """The teacher's scalars of the tokens that a student token is aligned with, mixed as its target is.
+    """Mix the teacher's scalars of the tokens that a student token is aligned with, as its target is mixed.
 
-    ``r[i] = sum_j A[i, j] a[j]``, in [0, 1]; 0 where the row of ``alignment`` is zero. What ``a`` is,
-    decides the variant: "attention" of the pooled position in the last layer, "rollout" of attention
+    ``r[i] = sum_j A[i, j] a[j]``, in [0, 1]; 0 where the row of ``alignment`` is zero. The variant decides
+    what ``a`` is: "attention" of the pooled position in the last layer, "rollout" of attention
     through the layers (Abnar & Zuidema 2020), or "gradient", the relevancy for the cosine of this text
     with this picture (Chefer et al. 2021). Only the last depends on the other modality.
     """
@@ -80,7 +79,7 @@ def relevance_entropy(
     valid: Bool[Tensor, "*batch tokens"],
     temperature: float = 0.1,
 ) -> Float[Tensor, "*batch tokens"]:
-    """How unsure the student is which of the targets a token stands for (our reading).
+    """Measure how unsure the student is which of the targets a token stands for (our reading).
 
     ``r[i] = H(softmax_j cos(phi(h[i]), u[j]) / temperature) / log n``, over the n valid targets j of
     the token's modality. In [0, 1]; 1 for a token that is equally near to all of them, 0 for one that
@@ -112,7 +111,7 @@ def relevance_disagreement(
     student: Tokens,
     valid: Bool[Tensor, "*batch tokens"],
 ) -> Float[Tensor, "*batch tokens"]:
-    """How far the student still is from a token's target: ``r[i] = 1 - cos(phi(h[i]), u[i])``.
+    """Measure how far the student still is from a token's target: ``r[i] = 1 - cos(phi(h[i]), u[i])``.
 
     In [0, 2]; 0 for tokens that are not valid. No gradient. Arguments as in ``relevance_entropy``.
     """

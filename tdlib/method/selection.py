@@ -1,7 +1,6 @@
-"""Which tokens of an example are distilled: from relevance to scores, from scores to a selection.
+"""Selects the tokens of an example that are distilled: from relevance to scores to a selection.
 
-Owns the score, the selectors and their options. Does not own where relevance and prior come from,
-nor what the selected tokens weigh in the loss (``weighting``).
+``relevance`` and ``priors`` compute what a score is made of, ``weighting`` what selected tokens weigh.
 
 A selector is a function ``(scores, valid, options, generator) -> selected``, all over the last
 axis; add one with ``SELECTORS["mine"] = my_selector``.
@@ -20,7 +19,7 @@ from tdlib.method.tokens import Tokens
 Scores = Float[Tensor, "*batch tokens"]
 Mask = Bool[Tensor, "*batch tokens"]
 
-# Rounding must not decide: a mass or a threshold counts as reached this (relative) bit early.
+# A mass or a threshold counts as reached this (relative) bit early, so that rounding does not decide.
 TOLERANCE = 1e-5
 
 

@@ -1,7 +1,6 @@
-"""The token type of the method: where each token of a sequence lies.
+"""The types that the method reads: positions of tokens, and the teacher's tensors.
 
-Owns the geometry that lets tokens of two models be compared (characters for text, area for
-pictures) and the bundle of teacher tensors that the method reads. Knows no model and no file.
+Positions are characters of the text and areas of the picture, so that tokens of two models can be compared.
 """
 
 from dataclasses import dataclass, fields
@@ -47,7 +46,7 @@ class Tokens:
         return Tokens(self.spans.to(device), self.boxes.to(device))
 
     def __getitem__(self, row: int) -> "Tokens":
-        """Those of one entry of the first axis."""
+        """The tokens of one entry of the first axis."""
         return Tokens(self.spans[row], self.boxes[row])
 
     @staticmethod
@@ -84,8 +83,8 @@ class TeacherTokens:
     ``projected`` are the tokens after the tower's final norm and projection; ``value`` the same
     with the last attention block replaced by its value path (relevance variant). Padded tokens
     are zero vectors. ``image_global`` and ``text_global`` are CLIP's pooled embeddings. The last two
-    are there only where a relevance variant reads them: ``vv`` the tokens of value-value attention,
-    ``saliency`` a scalar per token in [0, 1] that the teacher gave it (attention, rollout, gradient).
+    are None unless a relevance variant reads them: ``vv`` are the tokens of value-value attention,
+    ``saliency`` is a scalar per token in [0, 1] (attention, rollout or gradient).
     An axis of ``batch`` may have length 1: a picture's tokens are the same for all texts about it.
     """
 
@@ -98,7 +97,7 @@ class TeacherTokens:
     saliency: Float[Tensor, "*#batch teacher_tokens"] | None = None
 
     def __getitem__(self, row: int) -> "TeacherTokens":
-        """Those of one entry of the first axis."""
+        """The tokens of one entry of the first axis."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         ours: Any = {name: None if part is None else part[row] for name, part in parts.items()}
         return TeacherTokens(**ours)

@@ -1,8 +1,7 @@
-"""How much a selected token and a whole example weigh in the targeted loss.
+"""Weighs selected tokens, whole examples and the whole term in the targeted loss.
 
-Owns the token weights (fixed per example), the instance weights (which change as the student
-learns) and the schedules of the whole term. Does not own the selection, nor where the teacher's
-probabilities come from. No weight carries a gradient.
+Token weights are fixed per example, instance weights change as the student learns, schedules weigh the
+term over the training. No weight carries a gradient.
 
 An instance weight is a function ``(teacher, student, labels)`` of probabilities over the choices to
 [0, 1]; ``p_T`` and ``p_S`` stand for the probability of the true label. Add one with
@@ -150,8 +149,9 @@ INSTANCE_WEIGHTS = {
     "uniform": uniform_weight,
 }
 
-# What the distillation term weighs at a share of the updates in [0, 1), in [0, 1]. "learned": its weight
-# is constant, but each term is divided by its own uncertainty, see ``TargetedDistillation``.
+# Functions from the share of updates done, in [0, 1), to the factor of a term's weight, in [0, 1].
+# "learned": the factor is constant, but each term is divided by its learned uncertainty, see
+# ``TargetedDistillation``.
 SCHEDULES = {
     "constant": constant_schedule,
     "linear": linear_schedule,

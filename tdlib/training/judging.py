@@ -1,7 +1,7 @@
-"""What CLIP is asked about a text and any picture, and the other pictures that a text is shown with.
+"""Chooses the statements that CLIP judges about a text and any picture, and draws other pictures.
 
-Owns the readings of the tasks for re-pairing (``method.pairing``): which statements CLIP compares, and
-which outputs of the student they stand for. No label of the example is read.
+For re-pairing (``method.pairing``) each task needs a reading: which statements CLIP compares, and to which
+outputs of the student they belong. The example's label is never read.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ JUDGED_ANSWERS = 32  # of a VQA question
 
 
 def asks_truth(labels: Sequence[str]) -> bool:
-    """Whether a task asks if one statement is true of the picture (entailment): see ``judge_truth``."""
+    """True for a task that asks whether one statement is true of the picture (entailment)."""
     return {"entailment", "contradiction"} <= set(labels)
 
 
@@ -36,7 +36,7 @@ class StatementJudge:
       distribution over these alone is compared; each costs one text in the teacher's cache.
 
     Args:
-        cache: gets and holds the statements' embeddings.
+        cache: stores the statements' embeddings; missing ones are added.
         examples: the training subset, whose answers are counted.
         labels: the label set, where examples have no choices.
     """
@@ -71,29 +71,29 @@ class StatementJudge:
 
 
 def _frequent_answers(examples: Sequence[Example], num_labels: int) -> dict[str, list[int]]:
-    """The labels that are judged for each stratum, most frequent first; under "" those of all."""
+    """The labels that are judged for each stratum, most frequent first; "" holds those of all strata."""
     counts: dict[str, Counter[int]] = defaultdict(Counter)
     for example in examples:
         if example.label is not None:
             counts[example.stratum][example.label] += 1
     overall: Counter[int] = sum(counts.values(), Counter())
-    whole = [label for label, _ in overall.most_common()]
-    whole += [label for label in range(num_labels) if label not in overall]  # so that all lists are as long
+    by_frequency = [label for label, _ in overall.most_common()]
+    by_frequency += [label for label in range(num_labels) if label not in overall]  # for equal lengths
     size = min(JUDGED_ANSWERS, num_labels)
     ordered = {
-        stratum: [*dict.fromkeys([label for label, _ in own.most_common()] + whole)][:size]
-        for stratum, own in counts.items()
+        stratum: [*dict.fromkeys([label for label, _ in counted.most_common()] + by_frequency)][:size]
+        for stratum, counted in counts.items()
     }
-    return ordered | {"": whole[:size]}
+    return ordered | {"": by_frequency[:size]}
 
 
 def picture_number(picture: Path) -> int:
-    """A number that tells pictures apart, the same in every process."""
+    """A number that identifies a picture, the same in every process (Python's ``hash`` is not)."""
     return int.from_bytes(hashlib.sha256(str(picture).encode()).digest()[:7])
 
 
 def drawn(key: str, rows: Sequence[int], total: int, count: int) -> list[int]:
-    """``count`` of ``total`` places, drawn for the batch of these rows.
+    """Draws ``count`` of ``total`` numbers for the batch of these rows.
 
     They depend on the key and the batch's examples alone, so that an interrupted run, or one whose batches
     are made by other processes, draws the same.
@@ -128,7 +128,7 @@ class PicturePool:
         return len(self.examples)
 
     def draw(self, rows: Sequence[int], count: int) -> dict[str, Tensor]:
-        """``count`` pictures as entries of a batch whose examples have these numbers, "pool_" before each."""
+        """Draws ``count`` pictures for the batch of these examples, as entries with the prefix "pool_"."""
         chosen = drawn(str(self.seed), rows, len(self.examples), count)
         seen = [self.seen_as(self.examples[place]).image for place in chosen]
         visual = self.encoder.pad_visual([self._visual(place) for place in chosen])

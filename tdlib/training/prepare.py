@@ -1,7 +1,6 @@
-"""What runs need before they train: data read, teacher's features cached, encoder and student opened.
+"""Prepares a run: reads the data, fills the teacher's cache, opens encoder and student.
 
-Owns the data that the arms of a comparison share, and the student and the teacher's class logits of
-one run.
+The arms of a comparison share ``PreparedData``; the student and the teacher's class logits belong to one run.
 """
 
 import logging
@@ -39,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 CACHE_ROOT = ROOT / "data" / "cache"
-COUNTED = 20_000  # examples whose words are counted: more change no idf that matters
+COUNTED = 20_000  # examples whose words are counted; more would hardly change the idf of any frequent word
 AT_ONCE = 5_000  # examples whose texts are held in memory while the cache is filled
 
 SHARED = parameters_with(prepares="all")
@@ -48,7 +47,7 @@ PREPARED = parameters_with(prepares="arm")  # each combination is prepared by it
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What the arms of one comparison share: data, encoder and cached teacher."""
+    """The data, encoder and cached teacher that the arms of one comparison share."""
 
     train: Examples
     evaluated: dict[str, Examples]
@@ -60,7 +59,7 @@ class PreparedData:
 
 
 def read_split(config: RunConfig, split: str) -> Examples:
-    """The examples of a split, made when asked for; of the training split, what is not ``held_out``.
+    """Opens the examples of a split; without those ``held_out`` if it is the training split.
 
     Raises:
         DataError: the data set lacks the split.
@@ -96,7 +95,7 @@ def open_cache(name: str, pretrained: str, random_weights: int | None = None) ->
 
 
 def teacher_cache(config: RunConfig) -> TeacherCache:
-    """The cache of a run's teacher, or of the one with random weights that stands in for it (a control)."""
+    """The cache of a run's teacher, or of the one with random weights that replaces it as a control."""
     drawn = 1 if config.teacher_control == "random_weights" else None
     return open_cache(config.teacher, config.teacher_pretrained, drawn)
 
@@ -130,7 +129,9 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
     }
     for split, examples in evaluated.items():
         encoder.prepare(examples)
-        encoded[split].check_pictures()  # a bad example, picture or region is found now, not after training
+        encoded[
+            split
+        ].check_pictures()  # so that a bad example, picture or region stops the run before it trains
         add_to_cache(cache, examples if whole_splits else examples[: config.probe_examples], worded)
     _ = cache.teacher.logit_scale  # computed once, before runs side by side are forked from this process
     return PreparedData(
@@ -145,9 +146,9 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
 
 
 def encoder_of(config: RunConfig, cache: TeacherCache | None = None, student: str = "") -> StudentEncoder:
-    """The encoder of the run's student (or of a stored ``student``), with the regions that it reads.
+    """Opens the encoder of the run's student (or of a stored ``student``), with the regions that it reads.
 
-    Regions computed on this machine are stored, see ``RegionEncoder.prepare``.
+    Regions that are computed on this machine are stored, see ``RegionEncoder.prepare``.
     """
 
     def regions() -> RegionSource:
@@ -166,7 +167,7 @@ def encoder_of(config: RunConfig, cache: TeacherCache | None = None, student: st
 
 
 def fit_idf(train: Examples) -> Idf:
-    """Word statistics of a training split; of examples at even distances where it is large."""
+    """Counts the words of a training split; in a large one, of ``COUNTED`` or more evenly spaced examples."""
     every = range(0, len(train), max(1, len(train) // COUNTED))
     return Idf.fit(statement.text for index in every for statement in train[index].statements())
 
@@ -186,7 +187,7 @@ def add_to_cache(cache: TeacherCache, examples: Sequence[Example], labels: Seque
 
 
 def load_student(config: RunConfig, prepared: PreparedData) -> PreTrainedModel:
-    """The untrained student of a run, with the head of its task and room for added tokens."""
+    """Loads the untrained student of a run, with the head of its task and embeddings for added tokens."""
     student: Any
     if config.student == "teacher":
         source = config.teacher, config.teacher_pretrained
@@ -204,7 +205,9 @@ def load_student(config: RunConfig, prepared: PreparedData) -> PreTrainedModel:
             student.renew_visual(prepared.encoder.regions.dim)
     if task_of(config).has_soft_labels:
         head = [layer for layer in student.classifier.modules() if isinstance(layer, nn.Linear)][-1]
-        nn.init.constant_(head.bias, -math.log(max(1, len(prepared.labels) - 1)))  # one answer of all
+        # Every answer starts at the probability 1 / labels, as about one of them is right. From 1/2 each, the
+        # first updates would only push thousands of biases down.
+        nn.init.constant_(head.bias, -math.log(max(1, len(prepared.labels) - 1)))
     return student
 
 
@@ -220,7 +223,10 @@ def class_logits(
 
 
 def shuffled_pictures(examples: Sequence[Example], seed: int) -> dict[str, Path]:
-    """For each example another's picture, the same for all of one picture: one cycle of all pictures."""
+    """Gives each example another picture, by shifting all pictures along one random cycle.
+
+    Examples that share a picture share the new one too, so that the teacher stays consistent but wrong.
+    """
     pictures = list(dict.fromkeys(example.image for example in examples))
     order = np.random.default_rng(seed).permutation(len(pictures))
     following = {pictures[a]: pictures[b] for a, b in zip(order, np.roll(order, -1), strict=True)}

@@ -1,7 +1,6 @@
-"""Records of what a run targets in its probes, made while it trains.
+"""Records which tokens a run targets in a few fixed examples (probes), while it trains.
 
-Owns the recorder; the record and its file are ``core.records``, and which tokens are chosen and what they
-weigh is the module's business.
+``core.records`` defines the record and its file.
 """
 
 from collections.abc import Sequence
@@ -26,11 +25,11 @@ from tdlib.training.repairing import asks_truth
 
 
 class ProbeRecorder:
-    """Records what a run targets in a fixed set of examples of one split, as often as it is asked to.
+    """Records the targets of a fixed set of examples of one split, each time ``record`` is called.
 
-    A call costs the student's forward on the probes, without gradient; the targets are those that
-    ``probes`` keep. It changes nothing: neither weights nor random numbers, so that a run with and
-    one without a recorder are the same. Records gather in ``records``, for ``write_records``.
+    A call costs one forward pass of the student on the probes, without gradient. It changes neither weights
+    nor random numbers, so that a run trains the same with and without a recorder. ``records`` collects the
+    records for ``write_records``.
     """
 
     def __init__(
@@ -117,10 +116,11 @@ class ProbeRecorder:
     def _lessons(
         self, examples: Sequence[Example], batch: dict[str, Tensor], logits: Tensor
     ) -> dict[tuple[int, int], dict[str, Any]]:
-        """What CLIP and the student make of the probes with each other's pictures, by row and statement.
+        """What CLIP and the student say of the probes with each other's pictures, by row and statement.
 
-        Empty where the run re-pairs nothing, or where what CLIP judges are no statements of the student's
-        (VQA). The same pictures at every step, unless their choice depends on the student.
+        Empty if the run re-pairs nothing, and for VQA, where the statements that CLIP judges are not those
+        that the student reads. Every step shows the same pictures, unless their choice depends on the
+        student.
         """
         repairing = self.module.repairing
         if repairing is None or repairing.settings.repair_weight == 0:
@@ -153,7 +153,7 @@ class ProbeRecorder:
 
 
 class RecordTargets(TrainerCallback):
-    """Records what is targeted in the probes, before the first update and every few."""
+    """Calls the recorders before the first update and after every ``every`` updates."""
 
     def __init__(self, recorders: Sequence[ProbeRecorder], every: int):
         self.recorders, self.every = recorders, every
@@ -174,11 +174,11 @@ class RecordTargets(TrainerCallback):
 def preview_targets(
     config: RunConfig, prepared: PreparedData, examples: Sequence[Example], student: Any = None
 ) -> list[TargetRecord]:
-    """What the method would target in examples before any training: one record per statement.
+    """Records what the method would target in examples before any training: one record per statement.
 
-    Where the settings re-pair, with a lesson for each example that another one has a picture for.
-    ``student`` is ``load_student``'s for these settings, which is loaded if none is given; what the cache
-    lacks is added to it. Any example will do, also one of your own (``Example`` with a picture and a text).
+    If the settings re-pair, records also tell what is learned from each example with another's picture.
+    ``student`` defaults to ``load_student``'s for these settings. Features that the cache lacks are added to
+    it. An example need not belong to a data set: any ``Example`` with a picture and a text will do.
     """
     subset = low_shot(prepared.train, config.shots, config.seed)
     feature_reader = TeacherFeatureReader(

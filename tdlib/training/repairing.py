@@ -1,7 +1,7 @@
-"""Re-pairing while a student trains: the second pass with other pictures, and the loss on it.
+"""Re-pairing while a student trains: the second pass with other pictures, and its loss (beyond the paper).
 
-Owns what happens at an update; what CLIP makes of a pair and which picture is taken are
-``method.pairing``, which statements CLIP judges ``judging``. Beyond the paper: see ``method.pairing``.
+``method.pairing`` computes CLIP's judgement of a pair and chooses the picture; ``judging`` lists the
+statements that CLIP judges. This module does what happens at an update.
 """
 
 import math
@@ -41,7 +41,7 @@ class Pairs:
 
 @dataclass
 class Repaired:
-    """Pairs, and what the student says of them."""
+    """Pairs, and the student's output for them."""
 
     pairs: Pairs
     output: StudentOutput
@@ -50,13 +50,13 @@ class Repaired:
 
 
 class Repairing(nn.Module):
-    """The terms "repair" and "truth" of one run; ``psi`` is dropped with it.
+    """The terms "repair" and "truth" of one run; its map ``psi`` is dropped after training.
 
     ``L_repair = mean_b c[b] * KL(CLIP(. | text b, picture j(b)) || student(. | text b, picture j(b)))``,
-    c being ``repair_instance_weight``. A weight that asks for the right answer is given CLIP's best one: no
-    label is read. The mean is over the rows that are shown, so that ``repair_share`` changes its cost and
-    not its size. Where several processes train together, each pairs within its own share of the batch:
-    with n of them there are n times fewer pictures to choose from (a pool does not depend on it).
+    where ``repair_instance_weight`` gives c. A weight that asks for the right answer is given CLIP's best
+    one, so no label is read. The mean runs over the pairs that are shown, so that ``repair_share`` changes
+    the cost of the term and not its size. Of several processes that train together, each pairs within its
+    share of the batch: n of them have n times fewer pictures to choose from (unless there is a pool).
 
     ``L_truth = mean_b c[b] * sum_i w[b, i] * BCE(psi(h[b, i]), p_CLIP(statement))``: the selected text
     tokens, one layer below the top, predict whether their statement is true of the picture.
@@ -76,7 +76,7 @@ class Repairing(nn.Module):
         self.terms = tuple(name for name, weight in weights.items() if weight > 0)
 
     def judge(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """CLIP's logits (batch, pictures, judged), the pictures' numbers, and where each is there first."""
+        """CLIP's logits (batch, pictures, judged), the pictures' numbers, and the first place of each."""
         numbers, images = batch["picture"], batch["image_global"][:, 0]
         if "pool_picture" in batch:
             numbers = torch.cat([numbers, batch["pool_picture"]])
@@ -102,7 +102,7 @@ class Repairing(nn.Module):
             allowed = other_pictures(batch["picture"], numbers)
             if "pool_picture" in batch:
                 allowed[:, :examples] = False
-            else:  # so that a picture of several examples is not taken more often
+            else:  # a picture of several examples must not be drawn more often than others
                 allowed &= (first == torch.arange(len(numbers), device=numbers.device))[None]
             student = logits.detach().gather(1, batch["judged"])
             choose = PICTURE_CHOICES[config.repair_choice]
@@ -112,7 +112,7 @@ class Repairing(nn.Module):
             index = columns[:, None, None].expand(-1, -1, judged.shape[2])
             judged_there = judged.gather(1, index)[:, 0]
         noise = torch.rand(examples, generator=self.generator).to(numbers.device, non_blocking=True)
-        order = noise + 2.0 * ~exists
+        order = noise + 2.0 * ~exists  # noise is below 1: rows without another picture come last
         rows = order.argsort()[: math.ceil(share * examples)].sort().values
         return Pairs(rows, columns[rows], exists[rows], judged_there[rows], own)
 
@@ -132,12 +132,12 @@ class Repairing(nn.Module):
         teacher = pairs.teacher.softmax(-1)
         weigh = INSTANCE_WEIGHTS[config.repair_instance_weight]
         weights = weigh(teacher, own_logits.detach().softmax(-1), teacher.argmax(-1))
-        # What the teacher cuts short, it misjudges with any picture.
+        # CLIP misjudges a text that it had to cut, with any picture.
         weights = weights * pairs.exists * batch["teacher_knows"][pairs.rows]
         return Repaired(pairs, output, own_logits, weights)
 
     def repair_loss(self, repaired: Repaired, share: float) -> dict[str, Tensor]:
-        """The term "repair", and what the log keeps of it; ``share`` of the window's examples are here."""
+        """The term "repair", and figures for the log; this batch has ``share`` of the window's examples."""
         pairs = repaired.pairs.exists.sum().clamp_min(1)
         loss = choice_distribution_loss(
             repaired.student, repaired.pairs.teacher, num_examples=1, instance_weights=repaired.weights
@@ -154,7 +154,7 @@ class Repairing(nn.Module):
         self, output: StudentOutput, repaired: Repaired | None, batch: dict[str, Tensor],
         selected: Tensor, weights: Tensor,
     ) -> Tensor:  # fmt: skip
-        """The term "truth" on the true pairs and, where there are any, on the re-paired ones."""
+        """The term "truth", on the true pairs and on the re-paired ones if there are any."""
         text = Tokens(batch["target_spans"], batch["target_boxes"]).is_text
         of_text = weights * (selected & text)
         judged, _, first = self.judge(batch)
@@ -189,7 +189,7 @@ class Repairing(nn.Module):
 
 
 def asks_truth(batch: dict[str, Tensor]) -> bool:
-    """Whether CLIP judges one statement, true or false, rather than compares several."""
+    """True if CLIP judges whether one statement is true, False if it compares several statements."""
     return batch["statements"].shape[1] == 1 and batch["judged"].shape[1] == 2
 
 

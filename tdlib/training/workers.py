@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
-_jobs: Sequence[Callable[[], Any]] = ()  # what the forked processes find; closures cannot be sent to them
+_jobs: Sequence[Callable[[], Any]] = ()  # read by the forked processes; closures cannot be pickled
 
 
 def side_by_side(jobs: Sequence[Callable[[], Any]], workers: int) -> Iterator[tuple[int, Any]]:
@@ -46,7 +46,7 @@ def side_by_side(jobs: Sequence[Callable[[], Any]], workers: int) -> Iterator[tu
 
 
 def _begin() -> None:
-    torch.set_num_threads(1)  # its pool of threads did not come along; and each process has one core
+    torch.set_num_threads(1)  # a fork loses torch's pool of threads, and each process has one core anyway
     ctypes.CDLL(None).prctl(
         _END_WITH_PARENT, signal.SIGKILL
     )  # else a kernel that is killed leaves it waiting
