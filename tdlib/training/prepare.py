@@ -129,9 +129,7 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
     }
     for split, examples in evaluated.items():
         encoder.prepare(examples)
-        encoded[
-            split
-        ].check_pictures()  # so that a bad example, picture or region stops the run before it trains
+        encoded[split].check_pictures()  # a damaged picture or region must stop a run before it trains
         add_to_cache(cache, examples if whole_splits else examples[: config.probe_examples], worded)
     _ = cache.teacher.logit_scale  # computed once, before runs side by side are forked from this process
     return PreparedData(
