@@ -10,6 +10,7 @@ from training_helpers import CLOSE, dataset_of, module_of, settings_of
 
 from tdlib.config import apply_arm
 from tdlib.students.base import student_inputs
+from tdlib.training import objective
 from tdlib.training import prepare as experiments
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.judging import StatementJudge
@@ -130,6 +131,26 @@ def test_the_tokens_that_are_left_of_a_cut_text_are_right(base, prepared, mixed)
     before = float(module(batch)["distill"])
     batch["teacher_knows"][0] = 0
     assert float(module(batch)["distill"]) == before > 0
+
+
+@pytest.mark.parametrize(
+    ("distance", "arm"), [("cosine", "clip_td"), ("info_nce", "clip_td"), ("l1", "naive")]
+)
+def test_reading_every_token_gives_the_loss_of_the_selected(
+    base, prepared, mixed, monkeypatch, distance, arm
+):
+    """A device is not asked how many tokens are selected: the others have no weight and no target there."""
+    losses = {}
+    for gathering in ({"cpu"}, set()):
+        monkeypatch.setattr(objective, "GATHERING", gathering)
+        module = module_of(prepared, apply_arm(settings_of(base, distance=distance, arm=arm))).eval()
+        loss = module(collate(mixed, prepared.encoder))["distill"]
+        loss.backward()
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        losses[bool(gathering)] = loss.detach(), *gradients
+    assert losses[True][0] > 0 and len(losses[True]) == len(losses[False]) > 2
+    for gathered, whole in zip(losses[True], losses[False], strict=True):
+        assert_close(gathered, whole, rtol=1e-4, atol=1e-6)
 
 
 def test_distillation_follows_the_formula(base, prepared, mixed):

@@ -152,13 +152,20 @@ def choose_tokens(
 def places_of(distilled: Mask, student: Tokens) -> dict[str, Int[Tensor, " places"]]:
     """The numbers of the marked tokens of "text" and "visual", counted through all sequences of the batch.
 
-    Waits for the device once, to count them. Do it before the student's pass, when there is little to wait
-    for. Sorting marks finds the same places in the same order as ``nonzero``, which would wait each time.
+    Counting them waits for the device that the marks are on.
     """
-    marks = torch.stack([distilled & student.is_text, distilled & ~student.is_text]).flatten(1)
-    order = marks.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    counts = marks.sum(1).tolist()
-    return {"text": order[0, : counts[0]], "visual": order[1, : counts[1]]}
+    masks = {"text": distilled & student.is_text, "visual": distilled & ~student.is_text}
+    return {name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()}
+
+
+def all_places(mask: Mask, text_tokens: int) -> dict[str, Int[Tensor, " places"]]:
+    """The numbers of all tokens of a batch whose sequences begin with ``text_tokens`` of text.
+
+    In place of ``places_of`` where the loss may as well read every token; those that are not distilled have
+    a weight and a target of zero.
+    """
+    numbers = torch.arange(mask.numel(), device=mask.device).view_as(mask)
+    return {"text": numbers[..., :text_tokens].flatten(), "visual": numbers[..., text_tokens:].flatten()}
 
 
 def weigh_examples(

@@ -22,7 +22,10 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 def cosine_distance(student_projected: Vectors, targets: Vectors) -> PerToken:
     """Measure ``1 - cos(student, target)``: in [0, 2], and 1 where one of them is the zero vector."""
-    return 1 - (_unit(student_projected) * _unit(targets)).sum(dim=-1)
+    student, targets = _at_least_float32(student_projected), _at_least_float32(targets)
+    # Scales the products, not the vectors: two passes over all numbers less in each direction.
+    scale = _length(student).reciprocal() * _length(targets).reciprocal()
+    return 1 - (student * targets).sum(dim=-1) * scale
 
 
 def l1_distance(student_projected: Vectors, targets: Vectors) -> PerToken:
@@ -138,14 +141,19 @@ def _difference(student_projected: Tensor, targets: Tensor) -> Vectors:
     return math.sqrt(targets.shape[-1]) * (_unit(student_projected) - _unit(targets))
 
 
-def _unit(vectors: Tensor, smallest: float = 1e-6) -> Float[Tensor, "*batch teacher_dim"]:
-    """L2-normalise in float32 or better; vectors shorter than ``smallest`` become 0, with gradient 0.
+def _unit(vectors: Tensor) -> Float[Tensor, "*batch teacher_dim"]:
+    """L2-normalise in float32 or better; vectors that are too short (``_length``) become 0."""
+    vectors = _at_least_float32(vectors)
+    return vectors / _length(vectors).unsqueeze(-1)
+
+
+def _length(vectors: Tensor, smallest: float = 1e-6) -> PerToken:
+    """L2 norms; infinite for vectors shorter than ``smallest``, whose gradient is then 0.
 
     F.normalize would multiply their gradient by up to 1e12 instead.
     """
-    vectors = _at_least_float32(vectors)
-    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors / length.masked_fill(length < smallest, math.inf)
+    length = torch.linalg.vector_norm(vectors, dim=-1)
+    return length.masked_fill(length < smallest, math.inf)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

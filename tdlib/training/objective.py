@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 
 from tdlib.config import RunConfig
 from tdlib.core.paths import ConfigError
-from tdlib.method.clip_td import choose_tokens, distillation_loss, places_of, score_by_student, weigh_examples
+from tdlib.method.clip_td import (
+    all_places,
+    choose_tokens,
+    distillation_loss,
+    places_of,
+    score_by_student,
+    weigh_examples,
+)
 from tdlib.method.losses import choice_distribution_loss, targeted_distillation_loss
 from tdlib.method.relevance import STUDENT_RELEVANCE
 from tdlib.method.selection import SelectionOptions
@@ -31,6 +38,9 @@ from tdlib.training.targets import make_targets
 TERMS = ("task", "choice", "distill", "repair", "truth", "features")  # in the order of logs and cards
 PHI_BATCHES = 8  # batches of the regression that ``phi`` starts from: more tokens than the student is wide
 PHI_RIDGE = 1e-2  # its penalty, as a share of the mean square of the features
+# Devices on which the loss reads only the selected tokens. To count them others would wait for all their
+# work, which costs more than mapping every token: half a percent of a step at the paper's sizes.
+GATHERING = {"cpu"}
 
 
 def term_weights(config: RunConfig, progress: float | None = None) -> dict[str, float]:
@@ -56,12 +66,14 @@ def term_weights(config: RunConfig, progress: float | None = None) -> dict[str, 
 class Chosen:
     """The tokens of a batch that are distilled: a mask and weights, both (batch, choices, tokens).
 
-    ``places`` are the same tokens as numbers (``places_of``); None where only the term "truth" reads tokens.
+    ``places`` are where the loss reads, ``vectors`` the targets there; None where only the term "truth" reads
+    tokens.
     """
 
     selected: Tensor
     weights: Tensor
-    places: dict[str, Tensor] | None
+    places: dict[str, Tensor] | None = None
+    vectors: Tensor | None = None
 
 
 class TargetedDistillation(nn.Module):
@@ -139,7 +151,6 @@ class TargetedDistillation(nn.Module):
         """
         config, batch = self.settings, self.with_targets(batch)
         examples = window or len(batch["labels"])
-        chosen = self._chosen(batch) if self._chooses_early else None
         if config.adversarial_steps and self.training:
             output, extra = adversarial_loss(
                 self.student, batch, self.task_loss, config, examples, self.needs_hidden_states
@@ -156,8 +167,7 @@ class TargetedDistillation(nn.Module):
             terms = {"task": self.task_loss(logits, batch, examples), **extra}
             if config.choice_weight > 0:
                 terms["choice"] = self._choice_loss(logits, batch, examples)
-            if not self._chooses_early:
-                chosen = self._chosen(batch, output)
+            chosen = self._chosen(batch, output)
             if self.phi is not None:
                 terms |= self._distill(output, batch, chosen, examples)
             if self.repairing is not None:
@@ -167,15 +177,6 @@ class TargetedDistillation(nn.Module):
     def with_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Replaces the teacher's features of a batch by its targets, see ``targets.make_targets``."""
         return make_targets(batch, self.settings)
-
-    @property
-    def _chooses_early(self) -> bool:
-        """True if the choice of tokens does not depend on the student.
-
-        It is then made before the student's pass, because ``places_of`` waits for the device, which has
-        little queued at that moment.
-        """
-        return self.settings.relevance not in STUDENT_RELEVANCE
 
     @property
     def needs_hidden_states(self) -> bool:
@@ -208,20 +209,25 @@ class TargetedDistillation(nn.Module):
             logits, batch["teacher_logits"], config.choice_temperature, examples, weights
         )
 
-    def _chosen(self, batch: dict[str, Tensor], output: StudentOutput | None = None) -> Chosen | None:
+    def _chosen(self, batch: dict[str, Tensor], output: StudentOutput) -> Chosen | None:
         """Chooses tokens once for all terms that read them; None where no term does."""
         config = self.settings
         of_tokens = self.phi is not None and config.distill_target != "global"
         if not of_tokens and config.truth_weight == 0:
             return None
         hidden = None
-        if output is not None and output.hidden_states is not None:
+        if output.hidden_states is not None:
             hidden = output.hidden_states[config.distill_layer].float()
         selected, weights = self.choose_tokens(batch, hidden)
         if not of_tokens:
-            return Chosen(selected, weights, None)
-        student = Tokens(batch["target_spans"], batch["target_boxes"])
-        return Chosen(selected, weights, places_of(selected & batch["valid"] & (weights != 0), student))
+            return Chosen(selected, weights)
+        distilled = selected & batch["valid"] & (weights != 0)
+        if distilled.device.type in GATHERING:
+            places = places_of(distilled, Tokens(batch["target_spans"], batch["target_boxes"]))
+            return Chosen(selected, weights, places, batch["vectors"])
+        # A target of zeros is none, also to a distance that compares tokens with each other.
+        targets = batch["vectors"] * distilled.unsqueeze(-1)
+        return Chosen(selected, weights, all_places(distilled, batch["spans"].shape[2]), targets)
 
     def _repair(
         self, output: StudentOutput, repaired: Repaired | None, batch: dict[str, Tensor],
@@ -249,12 +255,11 @@ class TargetedDistillation(nn.Module):
             return {}
         unlabelled = self.with_targets(unlabelled)
         unlabelled["labels"] = unlabelled["teacher_logits"].argmax(-1)
-        chosen = self._chosen(unlabelled) if self._chooses_early else None
         output = self.student(**self.inputs(unlabelled))
         assert output.logits is not None
         output.logits = output.logits.float()
         with torch.autocast(output.logits.device.type, enabled=False):
-            chosen = chosen or self._chosen(unlabelled, output)
+            chosen = self._chosen(unlabelled, output)
             terms = self._distill(output, unlabelled, chosen, len(unlabelled["labels"]))
         return {"features": terms["distill"] * (len(batch["labels"]) / examples)}
 
@@ -292,10 +297,10 @@ class TargetedDistillation(nn.Module):
                     torch.full_like(hidden[:, :, :1, 0], 0.5), instance[:, None],
                     self.settings.distance, sequences,
                 )  # fmt: skip
-        if chosen is None or chosen.places is None:
+        if chosen is None or chosen.places is None or chosen.vectors is None:
             return terms
         on_words, on_places = distillation_loss(
-            hidden, self.token_maps, batch["vectors"], chosen.weights, instance, chosen.places,
+            hidden, self.token_maps, chosen.vectors, chosen.weights, instance, chosen.places,
             self.settings.distance, sequences,
         )  # fmt: skip
         selected, text = chosen.selected, Tokens(batch["target_spans"], batch["target_boxes"]).is_text
