@@ -21,11 +21,12 @@ from tdlib.students.registry import architecture, load_student
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
 from tdlib.students.visual_bert import VisualBertForMultipleChoice
 from tdlib.students.vlbert import VlBertConfig, VlBertForMultipleChoice
+from tdlib.training import objective
 from tdlib.training import prepare as experiments
 from tdlib.training.adversarial import moved_words, symmetric_divergence
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.evaluation import predict
-from tdlib.training.objective import TargetedDistillation
+from tdlib.training.objective import TargetedDistillation, term_weights
 from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.prepare import prepare
 from tdlib.training.run import compare, train_run
@@ -228,10 +229,13 @@ def test_the_schedule_weighs_the_distillation_term(settings, schedule, expected)
 def test_training_follows_the_schedule(settings, tmp_path, monkeypatch):
     config = settings(distill_schedule="linear", epochs=2)
     _, module, dataset, _ = batch_of(config, 16)
-    seen, real = [], TargetedDistillation.distill_weight
-    monkeypatch.setattr(
-        TargetedDistillation, "distill_weight", lambda self: seen.append(self.progress) or real(self)
-    )
+    seen = []
+
+    def noted(config, progress):
+        seen.append(progress)
+        return term_weights(config, progress)
+
+    monkeypatch.setattr(objective, "term_weights", noted)
     make_trainer(module, config, dataset, tmp_path / "trainer").train()
     assert seen == [0, 0.25, 0.5, 0.75]
 

@@ -22,6 +22,7 @@ from tdlib.training import prepare as experiments
 from tdlib.training.data import EncodedExamples
 from tdlib.training.evaluation import predict
 from tdlib.training.masked_sets import write_masked
+from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.prepare import prepare
 from tdlib.training.reference import reference_scores
 from tdlib.training.run import train_run
@@ -149,7 +150,7 @@ def test_an_answer_outside_the_vocabulary_weighs_nothing(settings):
     subset = low_shot(prepared.train, config.shots, 0)
     unknown = [i for i, example in enumerate(subset) if example.label is None]
     assert unknown, "the test needs a rare answer"
-    feature_reader = experiments.TeacherFeatureReader(
+    feature_reader = TeacherFeatureReader(
         prepared.cache, prepared.idf, config, class_logits(config, prepared, subset)
     )
     data = EncodedExamples(subset, prepared.encoder, feature_reader, num_labels=len(prepared.labels))
