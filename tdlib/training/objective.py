@@ -38,8 +38,8 @@ from tdlib.training.targets import make_targets
 TERMS = ("task", "choice", "distill", "repair", "truth", "features")  # in the order of logs and cards
 PHI_BATCHES = 8  # batches of the regression that ``phi`` starts from: more tokens than the student is wide
 PHI_RIDGE = 1e-2  # its penalty, as a share of the mean square of the features
-# Devices on which the loss reads only the selected tokens. To count them others would wait for all their
-# work, which costs more than mapping every token: half a percent of a step at the paper's sizes.
+# Devices on which the loss reads only the selected tokens. To count these, any other device would have to
+# finish its queue first, so there every token is read, which needs no count.
 GATHERING = {"cpu"}
 
 

@@ -42,11 +42,13 @@ def plot_shots(shots: pd.DataFrame) -> Figure:
     figure, grid = panels(len(groups), 2.9, sharex=False, sharey=False)
     for axes, (key, rows) in zip(grid, groups, strict=True):
         sizes = sorted(rows["train_examples"].unique())
-        for place, arm in enumerate(arms):
+        of_panel = [arm for arm in arms if arm in set(rows["arm"])]
+        for column, arm in enumerate(of_panel):
             of_arm = rows[rows["arm"] == arm].sort_values("train_examples")
             # a factor, as the axis is logarithmic: intervals of arms would hide each other
-            apart = 1 + 0.02 * (place - (len(arms) - 1) / 2)
+            apart = 1 + 0.02 * (column - (len(of_panel) - 1) / 2)
             x = of_arm["train_examples"] * apart
+            place = arms.index(arm)  # an arm looks alike in every panel
             style = line_style(place) | {
                 "marker": MARKS[place % len(MARKS)],
                 "linewidth": 1.5,
