@@ -200,6 +200,11 @@ class RunConfig(BaseModel):
     probe_every: int = _recording(0, "updates between records of these selections; 0: only at the end", ge=0)
 
     @property
+    def asks_teacher(self) -> bool:
+        """True if a term of the loss needs the teacher."""
+        return self.distill_weight > 0 or self.choice_weight > 0 or self.asks_judge
+
+    @property
     def distils_unlabelled(self) -> bool:
         """True if tokens of training examples beyond the labelled subset are distilled too."""
         return self.feature_pool == "train" and self.distill_weight > 0
@@ -348,10 +353,18 @@ def apply_arm(config: RunConfig) -> RunConfig:
     (after CLIP-ViL, Shen et al. 2021). ``clip_finetune``: CLIP's two towers with a fusion head.
 
     Raises:
-        ConfigError: the arm sets an unknown parameter or a bad value.
+        ConfigError: the arm sets an unknown parameter or a bad value, or its settings contradict the others.
     """
     settings = config.model_dump()
-    return RunConfig.from_parameters(**{**settings, **arm_settings(ARMS[config.arm], settings)})
+    applied = RunConfig.from_parameters(**{**settings, **arm_settings(ARMS[config.arm], settings)})
+    alone = applied.batch_size < 2 * applied.processes
+    if alone and applied.repair_weight > 0 and applied.repair_pool == "batch":
+        raise ConfigError(
+            f"batch_size={applied.batch_size}, processes={applied.processes}: each example is alone in its "
+            "batch, so repair_pool='batch' has no other picture to show it with; raise batch_size, or set "
+            "repair_pool='subset'"
+        )
+    return applied
 
 
 def check_arm(config: RunConfig) -> None:

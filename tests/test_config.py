@@ -298,6 +298,16 @@ def test_what_an_arm_is_goes_before_what_a_run_sets():
     assert line.startswith("repair_pool='train'")
 
 
+@pytest.mark.parametrize(("batch_size", "processes"), [(1, 1), (8, 8)])
+def test_an_example_alone_in_its_batch_cannot_be_repaired_within_it(batch_size, processes):
+    alone = {"batch_size": batch_size, "processes": processes}
+    with pytest.raises(ConfigError, match=r"alone in its batch.*repair_pool='subset'"):
+        apply_arm(RunConfig.from_parameters(arm="clip_td_repaired", **alone))
+    apply_arm(RunConfig.from_parameters(arm="clip_td_repaired", repair_pool="subset", **alone))
+    apply_arm(RunConfig.from_parameters(arm="repair_own", **alone))
+    apply_arm(RunConfig.from_parameters(arm="finetune", repair_weight=1.0, **alone))
+
+
 # Paths
 
 

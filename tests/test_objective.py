@@ -153,6 +153,15 @@ def test_reading_every_token_gives_the_loss_of_the_selected(
         assert_close(gathered, whole, rtol=1e-4, atol=1e-6)
 
 
+def test_the_log_has_the_mass_that_was_selected(base, prepared, mixed):
+    """Also where relevance depends on the student, whose scores come after the batch's."""
+    config = base.model_copy(update={"relevance": "disagreement"})
+    module = module_of(prepared, config).eval()
+    with torch.no_grad():
+        mass = module(make_targets(collate(mixed, prepared.encoder), config))["selected_mass"]
+    assert 2 * config.mass - 1e-5 <= mass < 2  # of words and of places
+
+
 def test_distillation_follows_the_formula(base, prepared, mixed):
     """mean over examples and choices of c * sum of w * (1 - cos(phi(h), u)), token by token."""
     module = module_of(prepared, base).eval()
@@ -160,7 +169,7 @@ def test_distillation_follows_the_formula(base, prepared, mixed):
     with torch.no_grad():
         terms = module(batch)
         output = module.student(**student_inputs(module.student, batch), output_hidden_states=True)
-        selected, weights = module.choose_tokens(batch)
+        selected, weights = module.choose_tokens(batch, batch["scores"])
         instance = module.instance_weights(batch, output.logits)
         total, count = 0.0, 0
         for row in range(len(mixed)):

@@ -16,6 +16,7 @@ from tdlib.students.registry import load_student
 from tdlib.training.data import EncodedExamples
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TeacherFeatureReader
+from tdlib.training.prepare import shuffled_pictures
 from tdlib.training.recording import ProbeRecorder, preview_targets
 from tdlib.training.trainer import make_trainer
 
@@ -159,3 +160,19 @@ def test_a_preview_records_what_the_recorder_does_before_training(base, prepared
                 assert a == pytest.approx(b, abs=1e-5)
             elif field.name not in ("step", "split"):
                 assert a == b, field.name
+
+
+def test_a_preview_of_a_control_shows_what_its_teacher_sees(base, prepared):
+    control = base.model_copy(update={"teacher_control": "shuffled_images"})
+    subset = low_shot(prepared.train, base.shots, base.seed)
+    example = subset[0]
+    other = replace(example, image=shuffled_pictures(subset, base.seed)[example.id])
+    seen, own, expected = (
+        preview_targets(config, prepared, [one])[0]
+        for config, one in ((control, example), (base, example), (base, other))
+    )
+    assert seen.image == example.image != other.image
+    words = slice(0, len(seen.tokens))
+    assert seen.teacher_probability == pytest.approx(expected.teacher_probability, abs=1e-5)
+    np.testing.assert_allclose(seen.relevance[words], expected.relevance[words], atol=1e-5)
+    assert np.abs(seen.relevance[words] - own.relevance[words]).max() > 1e-3

@@ -60,7 +60,9 @@ def test_a_statement_is_true_of_the_picture_it_fits_best():
     again = judge_truth(texts, twice, distinct).softmax(-1)
     assert_close(again[:, :5], p)
     assert_close(again[:, 5:], p[:, :2])
-    assert judge_truth(texts, pictures[:1]).isfinite().all()
+    same = torch.tensor([True, False])
+    for alone in (judge_truth(texts, pictures[:1]), judge_truth(texts, pictures[[0, 0]], same)):
+        assert_close(alone.softmax(-1), torch.full_like(alone, 0.5))  # one picture alone tells nothing
 
 
 @pytest.mark.parametrize("choice", PICTURE_CHOICES)
@@ -275,7 +277,7 @@ def test_truth_reads_selected_words_one_layer_below_the_top(base, prepared):
     module, batch = parts(prepared, settings_of(base, arm="truth_only"))
     terms = module.eval()(batch)
     output = module.student(**module.inputs(batch))
-    selected, weights = module.choose_tokens(batch)
+    selected, weights = module.choose_tokens(batch, batch["scores"])
     p = batch["teacher_logits"].softmax(-1)
     certainty = certainty_weight(p, p, p.argmax(-1))
     assert float(terms["truth"]) == pytest.approx(float(certainty.mean()) * math.log(2), rel=1e-4)  # psi is 0
@@ -305,7 +307,7 @@ def test_truth_is_asked_of_re_paired_pictures_too(base, prepared):
     other = module.student(
         **repaired_inputs(module.student, batch, pairs.rows, pairs.columns), output_hidden_states=True
     )
-    selected, weights = module.choose_tokens(batch)
+    selected, weights = module.choose_tokens(batch, batch["scores"])
     is_text = batch["target_spans"][..., 1] > batch["target_spans"][..., 0]
     w = weights * (selected & is_text)
     w = w / w.sum(-1, keepdim=True)

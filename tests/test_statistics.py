@@ -385,6 +385,12 @@ def test_six_pairs_can_tell_one_arm_but_not_two():
     assert {found.verdict() for found in seven.values()} == {"better"}
 
 
+def test_fewer_pairs_beside_arms_that_pass_are_found_where_holm_finds_them():
+    three = {"a": compared(14), "b": compared(14), "c": compared(6)}
+    few = adjusted_together(three)["c"]
+    assert few.p_adjusted == pytest.approx(2 / 64) and few.verdict() == "better"
+
+
 def test_pairs_needed():
     assert [pairs_needed(arms) for arms in (1, 2, 3, 4, 12)] == [6, 7, 7, 8, 9]
     assert pairs_needed(1, alpha=0.5) == 6 and pairs_needed(1, alpha=0.001) == 11
@@ -438,6 +444,14 @@ def test_worlds_count_alike_and_their_pairs_together():
     assert pooled_mean([(arm, clusters) for arm, _, clusters in both], resamples=100)[0] == pytest.approx(
         found.mean
     )
+
+
+def test_a_verdict_has_the_sign_of_the_difference_that_was_tested():
+    """A world with one pair counts as much as one with eight, in the difference and in its test."""
+    clusters, many, one = np.arange(50), np.full((8, 50), 0.5), np.full((1, 50), 0.5)
+    found = pooled_difference([(many + 0.02, many, clusters), (one - 0.021, one, clusters)], resamples=50)
+    assert found.difference == pytest.approx(-0.0005)
+    assert found.p_value > 0.5 and found.verdict() == "not distinguishable"
 
 
 def test_what_is_left_out_of_one_world_leaves_the_other_whole():

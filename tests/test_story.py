@@ -123,7 +123,7 @@ def test_a_finished_run_is_taken_over_only_while_all_it_depends_on_is_the_same(
 
 def gains(verdict: str, n: int = 3) -> pd.DataFrame:
     rows = [
-        {"arm": arm, "split": split, "mean": 0.5 + gain, "low": 0.4, "high": 0.6, "n": n,
+        {"arm": arm, "split": split, "mean": 0.5 + gain, "low": 0.4, "high": 0.6, "n": 9, "pairs": n,
          "difference": gain if arm != "finetune" else float("nan"), "difference_low": gain - 0.01,
          "difference_high": gain + 0.02, "verdict": verdict if arm != "finetune" else ""}
         for split in ("val", "val_shortcut") for arm, gain in (("finetune", 0.0), ("clip_td", -0.031))
@@ -135,7 +135,8 @@ def test_the_answer_has_numbers_intervals_and_a_plain_verdict():
     said = answer(gains("too few pairs"), TESTS)
     assert "right in 50.0 % on the usual test and 50.0 % on the shortcut test" in said
     assert said.count("**\u22123.1 points** [\u22124.1, \u22121.1]") == 2
-    assert "**Not significant at this size**" in said and "6 seeds are the fewest" in said
+    assert "**Not significant at this size**: the test over 3 seeds and 1 arms" in said
+    assert "6 seeds are the fewest" in said
     assert "Not significant" in answer(gains("not distinguishable", 7), TESTS)
     found = answer(gains("worse", 7), TESTS)
     assert "`clip_td` worse on the usual test" in found and "Not significant" not in found

@@ -165,9 +165,10 @@ def compare_within(runs: pd.DataFrame, scores: pd.DataFrame, by: str, **options:
 def summarise(predictions: pd.DataFrame) -> pd.DataFrame:
     """Mean score per arm and split with 95 % intervals, and the paired difference to finetuning.
 
-    Columns: arm, split, mean, low, high, n (seeds), difference, difference_low, difference_high, and the
-    verdict, corrected for the number of arms on the same split. Splits without labels are left out;
-    for task "vcr" the score is Q->AR. ``predictions`` (``scores.read_predictions``) are of one setting.
+    Columns: arm, split, mean, low, high, n (seeds), pairs (seeds that finetuning has too), difference,
+    difference_low, difference_high, and the verdict, corrected for the number of arms on the same split.
+    Splits without labels are left out; for task "vcr" the score is Q->AR. ``predictions``
+    (``scores.read_predictions``) are of one setting.
     """
     rows: list[dict[str, Any]] = []
     labelled = predictions.groupby("split")["score"].transform("count") > 0
@@ -179,8 +180,8 @@ def summarise(predictions: pd.DataFrame) -> pd.DataFrame:
         }
         compared = arm_rows([Tested(arms, pictures.to_numpy())], float("nan"), Options())
         rows += [{"split": split, "n": row["seeds"]} | row for row in compared]
-    columns = ["arm", "split", "mean", "low", "high", "n", "difference", "difference_low", "difference_high"]
-    return pd.DataFrame(rows, columns=[*columns, "verdict"])
+    columns = ["arm", "split", "mean", "low", "high", "n", "pairs", "difference", "difference_low"]
+    return pd.DataFrame(rows, columns=[*columns, "difference_high", "verdict"])
 
 
 def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from tdlib.analysis.compare import CELL, USUAL, number_of_worlds, worlds_in_words
-from tdlib.analysis.statistics import ALPHA, pairs_needed
+from tdlib.analysis.statistics import ALPHA, FOUND, pairs_needed
 from tdlib.data.tasks import TASKS
 
 CONTROLS = ("balanced",)  # tests of what was learned, which are no shift and so count for no claim
@@ -136,9 +136,9 @@ def claims_table(compared: pd.DataFrame, methods: Sequence[str] = METHODS) -> pd
     training examples on the usual test, *domain shift* the task's own shift (``TASKS[task].shift``) in the
     cell that ``shift_table`` shows, *fully supervised* all examples. ``finding`` is "shown" where the arm is
     better by the paired test, "contrary" where it is worse, "not shown" where neither, "not run" without a
-    finished pair; ``worlds`` are those in which the same test, alone, finds what the row says. ``largest`` is
-    the largest relative gain among the condition's ``cells`` cells: what "up to" says, and by its choice
-    too good. Compared with another baseline, a method's rows are what it adds to that.
+    finished pair; ``worlds`` are those in which the same test, alone, finds what is shown or contrary.
+    ``largest`` is the largest relative gain among the condition's ``cells`` cells: what "up to" says, and by
+    its choice too good. Compared with another baseline, a method's rows are what it adds to that.
     """
     rows = []
     whole = main_measure(_of_most_worlds(compared))
@@ -184,7 +184,7 @@ def _claim(chosen: pd.Series, cells: pd.DataFrame, compared: pd.DataFrame) -> di
     limits = [f"{name}{end}" for name in ("relative", "difference") for end in ("", "_low", "_high")]
     return {name: chosen[name] for name in (*limits, "verdict", "pairs", "batch", "shots", "split")} | {
         "finding": FINDINGS[chosen["verdict"]],
-        "worlds": ", ".join(alone["world"]),
+        "worlds": ", ".join(alone["world"]) if chosen["verdict"] in FOUND else "",
         "where": f"{chosen['batch']}: {chosen['train_examples']:.0f} examples, {chosen['split']}{apart}",
         "largest": cells["relative"].max(),
         "cells": len(cells),
@@ -196,8 +196,8 @@ def claim_sentences(
 ) -> list[str]:
     """Writes a paragraph (Markdown) per claim of the abstract, seven in all, with what the runs show.
 
-    ``claims`` are of ``claims_table``, methods against finetuning; ``added`` with the paper's reading as the
-    baseline: what re-pairing adds to it. ``kinds`` are comparisons within kinds of examples
+    ``claims`` are of ``claims_table``, methods against finetuning; ``added`` with our reading of the paper as
+    the baseline: what re-pairing adds to it. ``kinds`` are comparisons within kinds of examples
     (``compare.compare_within``): what known and unknown concepts gain is said of each claim.
     """
     paragraphs = []
@@ -221,7 +221,7 @@ def _claim_words(row: Any) -> str:
     if not row.pairs:
         return f"{row.arm} on {_placed(row)}: not run"
     relative = f"{100 * row.relative:+.1f} % relative" if row.relative == row.relative else "no relative gain"
-    worlds = f", alone in world {row.worlds}" if row.worlds and row.finding in ("shown", "contrary") else ""
+    worlds = f", alone in world {row.worlds}" if row.worlds else ""
     gain = f"{relative}, {_points(row)}, {row.pairs} pairs"
     return f"{row.arm} on {_placed(row)}: **{row.finding}**{worlds}: {gain}"
 

@@ -255,14 +255,15 @@ class PairedDifference:
     def verdict(self, alpha: float = ALPHA) -> str:
         """Returns "better", "worse", "not distinguishable" or "too few pairs".
 
-        Too few: even if all differences had the same sign, the test could not reach ``alpha`` among so many
-        arms.
+        Too few: even if all differences had the same sign, the test alone could not reach ``alpha`` among so
+        many arms. (Beside arms that pass, Holm asks less of the last: such a difference is found all the
+        same.)
         """
-        if self.pairs < pairs_needed(self.arms, alpha):
+        if self.pairs < MINIMUM_PAIRS:
             return "too few pairs"
-        if self.p_adjusted > alpha:
-            return "not distinguishable"
-        return "better" if self.difference > 0 else "worse"
+        if self.p_adjusted <= alpha:
+            return "better" if self.difference > 0 else "worse"
+        return "too few pairs" if self.pairs < pairs_needed(self.arms, alpha) else "not distinguishable"
 
 
 def pairs_needed(arms: int, alpha: float = ALPHA) -> int:
@@ -284,8 +285,10 @@ def pooled_difference(
     columns and in [0, 1], and the clusters (examples,) as in ``bootstrap_interval``. Both arms are resampled
     with the same draws, so that what a seed or a picture has in common cancels. Each world's seeds and
     pictures are resampled by themselves, as strata; the worlds themselves are not: a few of them cannot
-    say how much a world matters. The sign-flip test takes the pairs of all worlds together. ``chance`` is the
-    accuracy of guessing.
+    say how much a world matters. The sign-flip test takes the pairs of all worlds together, each divided by
+    the number of its world's, so that it tests the difference that is reported. It flips seeds and keeps
+    the examples: its verdict is of these questions, and the interval, which draws pictures too, can be
+    wider. ``chance`` is the accuracy of guessing.
 
     Raises:
         ValueError: as ``bootstrap_interval``.
@@ -300,7 +303,7 @@ def pooled_difference(
     elif usual > 0:  # no interval: the baseline has nothing right in some resamples
         relative = mean / usual - 1
     by_pair = [np.mean(np.asarray(arm, float) - np.asarray(other, float), axis=1) for arm, other, _ in worlds]
-    p_value = sign_flip_test(np.concatenate(by_pair))
+    p_value = sign_flip_test(np.concatenate([pairs / len(pairs) for pairs in by_pair]))
     return PairedDifference(
         pairs=sum(map(len, by_pair)), mean=mean, baseline=usual, difference=mean - usual, low=low, high=high,
         relative=relative, relative_low=relative_low, relative_high=relative_high,

@@ -59,7 +59,7 @@ def _limits(row: Any) -> str:
 
 def _proves(gains: pd.DataFrame) -> str:
     """Says what was significant; where no outcome could be, how many seeds that would take."""
-    arms, pairs = gains["arm"].nunique(), int(gains["n"].max())
+    arms, pairs = gains["arm"].nunique(), int(gains["pairs"].max())
     if (gains["verdict"] == TOO_FEW).all():
         return (
             f"**Not significant at this size**: the test over {pairs} seeds and {arms} arms cannot reach "

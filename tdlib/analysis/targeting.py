@@ -323,13 +323,15 @@ def verdicts(quality: pd.DataFrame, by: Sequence[str] = ("truth", "modality")) -
 
     ``verdict`` is "better" or "worse" where the interval of the paired gain lies on one side of 0,
     "undecided" where it does not, and "too few pictures" below ``FEWEST`` of them. The strongest
-    baseline is chosen by the same figures, which favours it: a "better" is earned.
+    baseline is chosen by the same figures, which favours it: a "better" is earned. The method's own score,
+    which ranks tokens before selection, is no baseline.
     """
     rows = []
     for key, part in quality.groupby([*by, "metric"], sort=False):
         targeting = part[part["source"] == "targeting"].iloc[0]
         less = targeting["metric"] in LESS_IS_BETTER
-        best = part[part["source"] != "targeting"].sort_values("value", ascending=less, kind="stable").iloc[0]
+        others = part[~part["source"].isin(["targeting", "score"])]
+        best = others.sort_values("value", ascending=less, kind="stable").iloc[0]
         low, high = _advantage(best)
         verdict = "better" if low > 0 else "worse" if high < 0 else "undecided"
         rows.append(

@@ -46,21 +46,22 @@ def judge_truth(
     ``p[j] = softmax over the pictures of the scaled cosines``: a statement is taken to be true of the
     picture that it fits best, and of at most one (our reading); the logits are ``log p`` and
     ``log (1 - p)``. It needs no threshold, which a cosine alone would. What it costs: a statement that
-    is true of two of the pictures is called half true of each, and with one picture it is always true.
+    is true of two of the pictures is called half true of each, and how sure p is depends on how many
+    pictures there are. Beside a single picture nothing can be said: p is 1/2, whose certainty is 0.
 
     Entailment is "true" and contradiction "false". CLIP cannot judge "neutral", what a picture neither
     shows nor excludes: the student's probability of it is left out of the comparison (its other two are
     renormalised), so that re-pairing neither teaches nor unteaches it.
     """
     fits = torch.einsum("bkd,jd->bjk", statements.detach(), pictures.detach())[..., 0]
-    if distinct is not None:  # a picture that is there twice counts once
-        together = fits.masked_fill(~distinct, -math.inf).logsumexp(dim=-1, keepdim=True)
-    else:
-        together = fits.logsumexp(dim=-1, keepdim=True)
-    log_true = fits - together
+    if distinct is None:
+        distinct = torch.ones_like(fits[0], dtype=torch.bool)
+    # a picture that is there twice counts once
+    log_true = fits - fits.masked_fill(~distinct, -math.inf).logsumexp(dim=-1, keepdim=True)
     # log(1 - p) = log of the other pictures' share; -expm1 keeps it exact where p is small
     log_false = torch.log(-torch.expm1(log_true.clamp_max(-1e-7)))
-    return torch.stack([log_true, log_false], dim=-1).clamp_min(NEVER)
+    logits = torch.stack([log_true, log_false], dim=-1).clamp_min(NEVER)
+    return torch.where(distinct.sum() > 1, logits, -math.log(2))
 
 
 def other_pictures(

@@ -161,14 +161,19 @@ def all_valid(
 def first(
     scores: Scores, valid: Mask, options: SelectionOptions = DEFAULTS, generator: Generator | None = None
 ) -> Mask:
-    """Select the first valid tokens by position, as many as ``nucleus`` selects: a control."""
+    """Select the first valid tokens by position, as many as ``nucleus`` does: a control, see ``random``."""
     return _highest(torch.zeros_like(scores), valid, _nucleus_size(scores, valid, options))
 
 
 def random(
     scores: Scores, valid: Mask, options: SelectionOptions = DEFAULTS, generator: Generator | None = None
 ) -> Mask:
-    """Select valid tokens uniformly at random, as many as ``nucleus`` selects: the control of selection."""
+    """Select valid tokens uniformly at random, as many as ``nucleus`` selects: the control of selection.
+
+    The same number of words and of places, but not the same balance of weight between them: with
+    ``token_weight="score"`` weights are shares of the scores of all selected tokens, of which the nucleus
+    has about the same part in either modality and a random choice any. "uniform" keeps the balance.
+    """
     device = generator.device if generator is not None else scores.device
     noise = torch.rand(scores.shape, generator=generator, device=device)
     noise = noise.to(scores.device, non_blocking=True)
@@ -178,7 +183,7 @@ def random(
 def inverse(
     scores: Scores, valid: Mask, options: SelectionOptions = DEFAULTS, generator: Generator | None = None
 ) -> Mask:
-    """Select the valid tokens of lowest score, as many as ``nucleus`` selects: a control."""
+    """Select the valid tokens of lowest score, as many as ``nucleus`` does: a control, see ``random``."""
     return _highest(-scores, valid, _nucleus_size(scores, valid, options))
 
 

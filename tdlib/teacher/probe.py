@@ -66,8 +66,8 @@ class ClassProbe:
         seed: of the folds.
 
     At most ``MOST`` examples are fitted on, the first in a seeded order. The penalty is the one of
-    ``PENALTIES`` with the least cross-entropy on the held-out folds. It is the only quantity through which an
-    example influences its own held-out prediction.
+    ``PENALTIES`` with the least cross-entropy on the held-out folds. It and the features' mean and scale are
+    the only quantities through which an example influences its own held-out prediction.
 
     Raises:
         ValueError: labelled examples of fewer pictures than folds.

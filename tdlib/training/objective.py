@@ -64,7 +64,7 @@ def term_weights(config: RunConfig, progress: float | None = None) -> dict[str, 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The tokens of a batch that are distilled: a mask and weights, both (batch, choices, tokens).
+    """The tokens of a batch that are distilled: a mask, weights and scores, all (batch, choices, tokens).
 
     ``places`` are where the loss reads, ``vectors`` the targets there; None where only the term "truth" reads
     tokens.
@@ -72,6 +72,7 @@ class Chosen:
 
     selected: Tensor
     weights: Tensor
+    scores: Tensor
     places: dict[str, Tensor] | None = None
     vectors: Tensor | None = None
 
@@ -147,7 +148,9 @@ class TargetedDistillation(nn.Module):
         """Computes the loss and its terms for one batch.
 
         Every term is a sum over the batch divided by ``window``, the number of examples in the whole
-        accumulation window, so that the gradients of its batches add up to those of one large batch.
+        accumulation window, so that the gradients of its batches add up to those of one large batch. (A term
+        that compares examples with each other finds fewer in a small batch: re-pairing its pictures, "truth"
+        of one statement and ``info_nce`` their rivals.)
         """
         config, batch = self.settings, self.with_targets(batch)
         examples = window or len(batch["labels"])
@@ -218,16 +221,18 @@ class TargetedDistillation(nn.Module):
         hidden = None
         if output.hidden_states is not None:
             hidden = output.hidden_states[config.distill_layer].float()
-        selected, weights = self.choose_tokens(batch, hidden)
+        _, scores = self.scores(batch, hidden)
+        selected, weights = self.choose_tokens(batch, scores)
         if not of_tokens:
-            return Chosen(selected, weights)
+            return Chosen(selected, weights, scores)
         distilled = selected & batch["valid"] & (weights != 0)
         if distilled.device.type in GATHERING:
             places = places_of(distilled, Tokens(batch["target_spans"], batch["target_boxes"]))
-            return Chosen(selected, weights, places, batch["vectors"])
+            return Chosen(selected, weights, scores, places, batch["vectors"])
         # A target of zeros is none, also to a distance that compares tokens with each other.
         targets = batch["vectors"] * distilled.unsqueeze(-1)
-        return Chosen(selected, weights, all_places(distilled, batch["spans"].shape[2]), targets)
+        places = all_places(distilled, batch["spans"].shape[2])
+        return Chosen(selected, weights, scores, places, targets)
 
     def _repair(
         self, output: StudentOutput, repaired: Repaired | None, batch: dict[str, Tensor],
@@ -286,7 +291,7 @@ class TargetedDistillation(nn.Module):
         if self.settings.distill_target != "tokens" or self.settings.selector != "all":
             # Where CLIP had to cut a text, its global embedding, by which patches are selected, is that of
             # another text. The tokens before the cut are right, as CLIP's text tower reads from left to
-            # right; so only a loss that needs neither the embedding nor a selection keeps such an example.
+            # right; so only a loss without a selection keeps such an example.
             instance = instance * batch["teacher_knows"]
         sequences = examples * hidden.shape[1]
         terms = {"distill": hidden.new_zeros(()), "instance_weight": instance.sum() / examples}
@@ -308,7 +313,7 @@ class TargetedDistillation(nn.Module):
             "distill": terms["distill"] + on_words + on_places,
             "selected_text": (selected & text).sum() / sequences,
             "selected_visual": (selected & ~text).sum() / sequences,
-            "selected_mass": batch["scores"].masked_fill(~selected, 0).sum() / sequences,
+            "selected_mass": chosen.scores.masked_fill(~selected, 0).sum() / sequences,
             "empty_selections": (~selected.any(-1)).sum() / sequences,
         }
 
@@ -331,10 +336,9 @@ class TargetedDistillation(nn.Module):
             config.temperature, config.prior_weight,
         )  # fmt: skip
 
-    def choose_tokens(self, batch: dict[str, Tensor], hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Selected tokens and their weights, both (batch, choices, tokens); ``hidden`` as in ``scores``."""
+    def choose_tokens(self, batch: dict[str, Tensor], scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Selected tokens and their weights, both (batch, choices, tokens) as the ``scores``."""
         config, student = self.settings, Tokens(batch["target_spans"], batch["target_boxes"])
-        _, scores = self.scores(batch, hidden)
         return choose_tokens(
             scores, student, batch["valid"], config.selector, self.options, config.token_weight,
             self.generator,

@@ -6,7 +6,7 @@ The arms of a comparison share ``PreparedData``; the student and the teacher's c
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import Teacher
 from tdlib.teacher.probe import ClassProbe, answer_statements, statement_logits
 from tdlib.training.data import EncodedExamples
+from tdlib.training.judging import StatementJudge, asks_truth
+from tdlib.training.pipeline import TeacherFeatureReader, token_centres
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +220,42 @@ def class_logits(
     if config.class_probabilities == "probe":
         return ClassProbe(prepared.cache, subset, len(prepared.labels), config.seed)
     return partial(statement_logits, prepared.cache, prepared.labels)
+
+
+def feature_reader_of(config: RunConfig, prepared: PreparedData, subset: Examples) -> TeacherFeatureReader:
+    """Opens the reader of the teacher's features for the examples of a run.
+
+    Args:
+        config: of the run, with its arm applied.
+        prepared: its data and cache, which must hold what the subset's examples show the teacher.
+        subset: the labelled training examples.
+
+    Raises:
+        ConfigError: these settings have no such reader, as where the student sees one modality only.
+    """
+    if config.modality != "both":
+        raise ConfigError(f"modality={config.modality!r} is for arms without a teacher, not {config.arm!r}")
+    if config.truth_weight > 0 and prepared.labels and not asks_truth(prepared.labels):
+        raise ConfigError(
+            f"truth_weight={config.truth_weight:g}: the student of task={config.task!r} reads a question "
+            "without an answer, which is neither true nor false; set truth_weight=0"
+        )
+    shown = {}
+    if config.teacher_control == "shuffled_images":
+        every = config.repair_pool == "train" or config.distils_unlabelled
+        shown = shuffled_pictures(prepared.train if every else subset, config.seed)
+
+    def seen_as(example: Example) -> Example:
+        return replace(example, image=shown[example.id]) if example.id in shown else example
+
+    seen = [seen_as(example) for example in subset] if shown else subset
+    cache = prepared.cache
+    return TeacherFeatureReader(
+        cache, prepared.idf, config, class_logits(config, prepared, seen), seen_as,
+        prepared.labels if config.class_probabilities == "statements" else (),
+        StatementJudge(cache, subset, prepared.labels) if config.asks_judge else None,
+        token_centres(cache, seen) if config.centred_targets else None,
+    )  # fmt: skip
 
 
 def shuffled_pictures(examples: Sequence[Example], seed: int) -> dict[str, Path]:

@@ -17,10 +17,8 @@ from tdlib.data.examples import Example, low_shot
 from tdlib.method.relevance import STUDENT_RELEVANCE
 from tdlib.students.base import student_inputs
 from tdlib.training.data import EncodedExamples, collate
-from tdlib.training.judging import StatementJudge
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.pipeline import TeacherFeatureReader
-from tdlib.training.prepare import PreparedData, class_logits, load_student
+from tdlib.training.prepare import PreparedData, feature_reader_of, load_student
 from tdlib.training.repairing import asks_truth
 
 
@@ -72,7 +70,7 @@ class ProbeRecorder:
         output = module.student(**student_inputs(module.student, batch), output_hidden_states=reads_student)
         hidden = output.hidden_states[module.settings.distill_layer] if reads_student else None
         relevance, scores = module.scores(batch, hidden)
-        selected, weight = module.choose_tokens(batch, hidden)
+        selected, weight = module.choose_tokens(batch, scores)
         columns = {
             "relevance": relevance, "score": scores, "selected": selected, "weight": weight,
             "spans": batch["target_spans"], "boxes": batch["target_boxes"], "distilled": batch["valid"],
@@ -181,10 +179,7 @@ def preview_targets(
     it. An example need not belong to a data set: any ``Example`` with a picture and a text will do.
     """
     subset = low_shot(prepared.train, config.shots, config.seed)
-    feature_reader = TeacherFeatureReader(
-        prepared.cache, prepared.idf, config, class_logits(config, prepared, subset),
-        judge=StatementJudge(prepared.cache, subset, prepared.labels) if config.asks_judge else None,
-    )  # fmt: skip
+    feature_reader = feature_reader_of(config, prepared, subset)
     feature_reader.prepare(examples)
     prepared.encoder.prepare(examples)
     probes = EncodedExamples(examples, prepared.encoder, feature_reader, num_labels=len(prepared.labels))

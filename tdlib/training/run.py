@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from tdlib.config import RunConfig, apply_arm, check_arm
 from tdlib.core.files import write_folder, write_json, write_jsonl
 from tdlib.core.paths import ConfigError
 from tdlib.core.records import END, write_records
-from tdlib.data.examples import Example, Examples, low_shot, save_manifest
+from tdlib.data.examples import Examples, low_shot, save_manifest
 from tdlib.method.registry import user_functions
 from tdlib.students.base import report_cut
 from tdlib.teacher.probe import ClassProbe, count_cut
@@ -32,19 +31,17 @@ from tdlib.teacher.towers import EXTRAS
 from tdlib.training import checkpoints
 from tdlib.training.data import EncodedExamples
 from tdlib.training.evaluation import evaluate, evaluate_again, finish
-from tdlib.training.judging import StatementJudge, asks_truth
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.pipeline import TeacherFeatureReader, token_centres
+from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.pools import picture_pool, unlabelled_examples
 from tdlib.training.prepare import (
     PREPARED,
     SHARED,
     PreparedData,
     add_to_cache,
-    class_logits,
+    feature_reader_of,
     load_student,
     prepare,
-    shuffled_pictures,
 )
 from tdlib.training.processes import launch, must_launch, place_among_processes
 from tdlib.training.recording import ProbeRecorder, RecordTargets
@@ -198,7 +195,7 @@ class _Run:
         self.started = time.time()
         self.config, self.prepared, self.subset, self.checkpoints = config, prepared, subset, home
         self.student = load_student(config, prepared)
-        self.feature_reader = feature_reader_of(config, prepared, subset)
+        self.feature_reader = self._open_feature_reader()
         self.encode = partial(
             EncodedExamples,
             encoder=prepared.encoder,
@@ -215,6 +212,19 @@ class _Run:
         }  # fmt: skip
         if self.feature_reader is not None and isinstance(self.feature_reader.class_logits, ClassProbe):
             self.metrics["probe_accuracy"] = self.feature_reader.class_logits.held_out_accuracy
+
+    def _open_feature_reader(self) -> TeacherFeatureReader | None:
+        """Opens the reader of the teacher's features and fills the cache; None for arms without a teacher."""
+        config, prepared = self.config, self.prepared
+        if not config.asks_teacher:
+            return None
+        feature_reader = feature_reader_of(config, prepared, self.subset)
+        if config.distils_unlabelled or (config.repair_pool == "train" and config.asks_judge):
+            texts = feature_reader.labels if config.distils_unlabelled else ()
+            add_to_cache(prepared.cache, [*map(feature_reader.seen_as, prepared.train)], texts)
+        if config.relevance in (*EXTRAS, "gradient"):
+            feature_reader.prepare(prepared.train if config.distils_unlabelled else self.subset)
+        return feature_reader
 
     def _count_cut_texts(self) -> None:
         """Counts the texts that teacher and student have to cut, and warns of them.
@@ -313,45 +323,6 @@ class _Run:
         self.metrics |= evaluate(self.config, self.prepared, self.student, partial)
         self.metrics["seconds"] = round(self.seconds_before + time.time() - self.started, 2)
         finish(self.config, self.metrics, self.student, partial)
-
-
-def feature_reader_of(
-    config: RunConfig, prepared: PreparedData, subset: Examples
-) -> TeacherFeatureReader | None:
-    """Opens the reader of the teacher's features for a run's examples; None for an arm without a teacher."""
-    repairs = config.asks_judge
-    if not (config.distill_weight > 0 or config.choice_weight > 0 or repairs):
-        return None
-    if config.modality != "both":
-        raise ConfigError(f"modality={config.modality!r} is for arms without a teacher, not {config.arm!r}")
-    if config.truth_weight > 0 and prepared.labels and not asks_truth(prepared.labels):
-        raise ConfigError(
-            f"truth_weight={config.truth_weight:g}: the student of task={config.task!r} reads a question "
-            "without an answer, which is neither true nor false; set truth_weight=0"
-        )
-    shown = {}
-    if config.teacher_control == "shuffled_images":
-        every = config.repair_pool == "train" or config.distils_unlabelled
-        shown = shuffled_pictures(prepared.train if every else subset, config.seed)
-
-    def seen_as(example: Example) -> Example:
-        return replace(example, image=shown[example.id]) if example.id in shown else example
-
-    seen = [seen_as(example) for example in subset] if shown else subset
-    worded = prepared.labels if config.class_probabilities == "statements" else ()
-    logits = class_logits(config, prepared, seen)
-    cache = prepared.cache
-    if (config.repair_pool == "train" and repairs) or config.distils_unlabelled:
-        texts = worded if config.distils_unlabelled else ()
-        add_to_cache(cache, [seen_as(example) for example in prepared.train], texts)
-    feature_reader = TeacherFeatureReader(
-        cache, prepared.idf, config, logits, seen_as, worded,
-        StatementJudge(cache, subset, prepared.labels) if repairs else None,
-        token_centres(cache, seen) if config.centred_targets else None,
-    )  # fmt: skip
-    if config.relevance in (*EXTRAS, "gradient"):
-        feature_reader.prepare(prepared.train if config.distils_unlabelled else subset)
-    return feature_reader
 
 
 def passes_per_update(config: RunConfig) -> float:

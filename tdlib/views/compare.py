@@ -121,13 +121,15 @@ def _change_text(data: pd.DataFrame) -> str:
     return f"{', '.join(parts)}; {percent(moved)} % of the weight moved"
 
 
-def values_view(record: TargetRecord, values: np.ndarray, method: str, query: str = "") -> View:
+def values_view(
+    record: TargetRecord, values: np.ndarray, method: str, query: str = "", what: str = ""
+) -> View:
     """Show a number of at least 0 per token, such as attention, on the picture and in the statement.
 
-    ``method`` names model, layers and heads, ``query`` the token whose attention it is. Table:
-    ``position``, ``token``, ``value``.
+    ``method`` names model, layers and heads, ``query`` the token whose attention it is, ``what`` the whole of
+    which the numbers are shares. Table: ``position``, ``token``, ``value``.
     """
-    what = f"of the attention of {query}" if query else "of all relevance"
+    what = what or (f"of the attention of {query}" if query else "of all relevance")
     sheet = value_sheet(record, values, method, what)
     data = pd.DataFrame(
         {"position": range(len(record.tokens)), "token": token_names(record), "value": sheet.values}
