@@ -287,6 +287,13 @@ def test_a_checkpoint_of_other_settings_is_refused(made, work, detector):
         make_student("vilt", work / "no", work, detector, steps=6, **TINY | {"pairs": 3})
 
 
+def test_a_checkpoint_of_other_code_is_neither_continued_nor_published(made, work, detector, monkeypatch):
+    """Its training is complete: without the refusal the old weights would be written as the new code's."""
+    monkeypatch.setattr(loop, "maker_code", lambda: "another")
+    with pytest.raises(DataError, match="checkpoint of a run with other code"):
+        make_student("vilt", work / "no", work, detector, steps=6, **TINY)
+
+
 class Runaway:
     """A job whose loss is not finite from its third step on."""
 

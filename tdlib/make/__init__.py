@@ -12,6 +12,7 @@
 
 The web corpus has all concepts and styles, the curated one some concepts and one style: CLIP learns from
 the first, the students see pictures of the second. Prepared arrays and checkpoints lie under
-``--work`` (data/cache/make); the same command continues where an earlier one ended. Two makers with one
+``--work`` (data/cache/make); the same command continues where an earlier one ended, unless makers' or
+students' code has changed since (the detector, minutes of work, has no checkpoint). Two makers with one
 thread each are faster than one with two. Only tests import this package.
 """

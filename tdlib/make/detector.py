@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdlib.core.files import write_json
+from tdlib.core.files import write_folder, write_json
 from tdlib.data.examples import Box
 from tdlib.make.loop import make_optimizer, mixed_precision
 from tdlib.miniworld.drawing import SIZE, Drawn, Picture, draw
@@ -176,15 +176,19 @@ def train_mini_detector(
         losses.append(float(loss.detach()))
         if (step + 1) % 50 == 0:
             log.info("step %d: %.3f (%.0f s)", step + 1, np.mean(losses[-50:]), time.time() - started)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            save_detector(detector, folder)
-    write_json(folder / "provenance.json", {
+    made = {
         "made_by": "tdlib.make.detector.train_mini_detector", "corpus": "curated", "world": VERSION,
         "scenes": scenes, "steps": steps, "batch": batch, "peak_learning_rate": peak, "seed": seed,
         "size": size, "minutes": round((time.time() - started) / 60, 1),
         "final_loss": round(float(np.mean(losses[-50:])), 3),
         "torch": torch.__version__, "threads": torch.get_num_threads(),
-    })  # fmt: skip
+    }  # fmt: skip
+
+    def fill(partial: Path) -> None:
+        save_detector(detector, partial)
+        write_json(partial / "provenance.json", made)
+
+    write_folder(folder, fill)  # at once: students read what lies there
     return losses
 
 

@@ -18,9 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tdlib.core.files import file_digest, whole_path, write_json
+from tdlib.core.provenance import digest, executed_code
 from tdlib.data.examples import DataError
 
 log = logging.getLogger("tdlib.make")
+
+APART = ("__main__.py", "detector.py", "measure.py", "page.py")  # modules that no checkpoint depends on
 
 
 @cache
@@ -157,6 +160,21 @@ def load_checkpoint(
     return Position(**json.loads(text["position"]))
 
 
+@cache
+def maker_code() -> str:
+    """Hash of the code that decides what a maker trains: makers and students, without docstrings.
+
+    A checkpoint holds it: after a change of a loss, the weights of the loss before are neither continued
+    nor taken for the result.
+    """
+    sources = [
+        p for name in ("make", "students") for p in sorted((Path(__file__).parents[1] / name).glob("*.py"))
+    ]
+    return digest(
+        [[p.name, executed_code(p.read_text(encoding="utf-8"))] for p in sources if p.name not in APART]
+    )
+
+
 def phase_at(phases: Sequence[tuple[str, float]], progress: float) -> str:
     """Returns the phase of a run after a share of it is done."""
     total = 0.0
@@ -190,14 +208,14 @@ def train(
 
     Raises:
         ValueError: not exactly one of steps and minutes is given.
-        DataError: the checkpoint belongs to another run.
+        DataError: the checkpoint is of other settings or other code.
         FloatingPointError: a loss is not finite.
     """
     if (steps is None) == (minutes is None):
         raise ValueError(f"steps={steps}, minutes={minutes}: give exactly one of the two")
     module = job.module.train()
     optimizer = make_optimizer(module, weight_decay)
-    settings = job.settings | {"peak": peak, "weight_decay": weight_decay}
+    settings = job.settings | {"peak": peak, "weight_decay": weight_decay, "code": maker_code()}
     position = _start(job, checkpoint, optimizer, settings)
     clock = _clock(module)
     before, began = position.seconds, clock()
