@@ -251,7 +251,11 @@ def _sample(rng: np.random.Generator, table: Table, count: int, shift: str) -> I
 
 
 def annotators(rng: np.random.Generator, answer: str, others: list[str]) -> list[dict[str, Any]]:
-    """Makes ten answers: at least six right ones, some in other words, some wrong."""
+    """Makes ten answers: at least six right ones, some in other words, some wrong.
+
+    Where only one other answer exists (yes or no), the wrong ones agree: in 35 of the 189 such questions of
+    seed 0's val2014, three or four of them give it an accuracy of 0.9 or 1.
+    """
     answers = [answer] * 10
     confidence = ["yes"] * 10
     for place in rng.permutation(10)[: int(rng.choice(5, p=[0.4, 0.2, 0.2, 0.1, 0.1]))]:
