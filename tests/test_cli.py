@@ -193,6 +193,31 @@ def test_data_that_are_not_there_are_found_before_a_kernel_starts(tdlib, tmp_pat
     assert not list(tmp_path.iterdir()), "no kernel was started"
 
 
+def test_a_page_replaces_no_folder_but_its_predecessor(tdlib, tmp_path):
+    notebook = own_notebook(tmp_path, "raise ValueError(runs_dir)")
+    page = tmp_path / "page"
+    page.mkdir()
+
+    def began(folder: Path = page, runs: Path = tmp_path / "runs") -> bool:
+        before = sorted(path for path in tmp_path.rglob("*") if path.name != "page-failed.ipynb")
+        done = tdlib("run", str(notebook), "--folder", str(folder), "-p", "runs_dir", str(runs))
+        after = sorted(path for path in tmp_path.rglob("*") if path.name != "page-failed.ipynb")
+        assert done.returncode == 1 and before == after
+        return "ValueError" in done.stderr or str(folder) not in done.stderr
+
+    assert not began(folder=tmp_path), "the notebook is in it"
+    for runs in (page, page / "runs", tmp_path):
+        assert not began(runs=runs), runs
+    (page / "own.ipynb").write_text("{}")
+    assert not began(), "a notebook of that name is no page"
+    (page / "own.html").write_text("")
+    (page / "notes.md").write_text("mine")
+    assert not began()
+    (page / "notes.md").unlink()
+    (page / ".ipynb_checkpoints").mkdir()
+    assert began()
+
+
 def test_killed_kernel_is_a_failure(tdlib, tmp_path):
     notebook = own_notebook(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     done = tdlib("run", str(notebook), "--folder", str(tmp_path / "page"))

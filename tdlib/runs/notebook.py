@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tdlib.core.files import write_folder
-from tdlib.core.paths import ROOT
+from tdlib.core.paths import ROOT, ConfigError
 from tdlib.runs.checks import check_parameters, difference_reason, differences
 from tdlib.runs.page import export_html
 from tdlib.runs.template import read_template
@@ -30,13 +30,15 @@ def run_notebook(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
     The folder appears (or replaces its predecessor) only after success.
 
     Raises:
-        ConfigError: bad parameters, before anything runs.
+        ConfigError: bad parameters, or a folder whose files would be lost (``refuse_folder``), before
+            anything runs.
         NotebookFailed: a cell raised, the kernel was killed, or it was run with other parameters.
     """
     template = read_template(path)
     for note in check_parameters(template, parameters):
         print(f"note: {note}", flush=True)
     planned = template.defaults | parameters
+    refuse_folder(path, folder, str(planned.get("runs_dir") or ""))
     print(f"{path.stem}: executing; its page goes to {folder}", flush=True)
     import papermill  # with nbconvert it takes a second to load, and bad parameters need neither
     from nbclient.exceptions import DeadKernelError
@@ -71,6 +73,26 @@ def run_notebook(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
         export_html(executed, partial / f"{path.stem}.html")
 
     return write_folder(folder, fill) / f"{path.stem}.html"
+
+
+def refuse_folder(path: Path, folder: Path, runs_dir: str) -> None:
+    """Raises ConfigError if a page that replaces ``folder`` would delete what ``run_notebook`` did not write.
+
+    That is: the notebook itself, runs (``runs_dir``, "" for none) in or around the folder, and any other
+    file in it. What JupyterLab and file browsers leave behind does not count.
+    """
+    folder, runs = folder.resolve(), (ROOT / runs_dir).resolve()
+    advice = "the page would replace that folder; choose another one with --folder"
+    if path.resolve().is_relative_to(folder):
+        raise ConfigError(f"{folder}: holds the notebook {path.name} itself, and {advice}")
+    if runs_dir and (runs.is_relative_to(folder) or folder.is_relative_to(runs)):
+        raise ConfigError(f"{folder}: runs_dir={runs_dir!r} is the same folder or one in the other; {advice}")
+    page = {path.name, f"{path.stem}.html"}
+    there = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    there -= {".ipynb_checkpoints", ".DS_Store"}
+    if there and there != page:
+        other = sorted(there - page) or sorted(there)
+        raise ConfigError(f"{folder}: holds {', '.join(other[:3])}, expected a page of {path.name}; {advice}")
 
 
 def kernel_options(
