@@ -157,6 +157,23 @@ def test_clip_finetune_trains_both_towers_and_loads_again(settings, tmp_path, ta
     assert (rows["prediction"] == again.argmax(1)).all()
 
 
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """A teacher's cache that no other arm has filled."""
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "CACHE_ROOT", tmp_path / "cache")
+        experiments.open_cache.cache_clear()
+        yield
+    experiments.open_cache.cache_clear()
+
+
+def test_clip_input_needs_no_arm_before_it(settings, tmp_path, empty_cache):
+    config = apply_arm(settings("uniter", arm="clip_input"))
+    prepared = prepare(config, whole_splits=False)
+    metrics = train_run(config, prepared, tmp_path / "run")
+    assert 0 <= metrics["accuracy"]["val"] <= 1
+
+
 def test_clip_input_needs_a_student_that_reads_regions(settings, tmp_path):
     with pytest.raises(ConfigError, match="regions"):
         compare(settings("vilt"), ["clip_input"], [0], tmp_path)

@@ -103,6 +103,10 @@ class ClipGridRegions:
     def __init__(self, cache: TeacherCache):
         self.cache, self.dim = cache, cache.teacher.dim
 
+    def add(self, examples: Sequence[Example]) -> None:
+        """Adds the pictures that the teacher's cache lacks."""
+        self.cache.add(pictures=[example.image for example in examples])
+
     def __call__(self, example: Example) -> Regions:
         record = self.cache.picture(example.image)
         inside = (record.positions[:, 2:] > record.positions[:, :2]).all(1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from tdlib.data.examples import Example
-from tdlib.regions.computed import CachedRegions, Regions, RegionSource
+from tdlib.regions.computed import CachedRegions, ClipGridRegions, Regions, RegionSource
 from tdlib.students.base import (
     EncodedText,
     Row,
@@ -214,7 +214,7 @@ class RegionEncoder(StudentEncoder):
 
     def prepare(self, examples: Sequence[Example], part: int = 5_000) -> None:
         """Computes and stores the regions of the examples, ``part`` at a time, if they are computed here."""
-        if isinstance(self.regions, CachedRegions):
+        if isinstance(self.regions, CachedRegions | ClipGridRegions):
             for start in range(0, len(examples), part):
                 self.regions.add(examples[start : start + part])
 
