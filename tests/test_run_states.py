@@ -119,6 +119,31 @@ def test_states_that_cannot_be_true_are_lost(tmp_path):
         assert run_states.current_state(tmp_path)["state"] == "lost"
 
 
+def test_a_notebook_that_was_saved_again_damages_no_run(tmp_path):
+    notebook = write_template(tmp_path).rename(tmp_path / run_states.NOTEBOOK)
+    run_states.write_state(tmp_path, {"state": "done", "files": run_states.file_sizes(tmp_path)})
+    notebook.write_text(notebook.read_text() + "\n")
+    assert run_states.current_state(tmp_path)["state"] == "done"
+    notebook.unlink()
+    assert run_states.current_state(tmp_path)["state"] == "lost"
+
+
+@pytest.mark.parametrize("place", ["clip_td-seed0", "vcr/clip_td-seed0", "."])
+def test_an_attempt_keeps_a_trained_student_that_was_not_evaluated(tmp_path, place):
+    folder = tmp_path / "output" / place
+    (folder / "student").mkdir(parents=True)
+    (folder / "student" / "weights").write_bytes(b"1")
+    (folder / "unevaluated.json").write_text("{}")
+    other = tmp_path / "output" / "rest" / "metrics.json"
+    if place != ".":
+        other.parent.mkdir()
+        other.write_text("{}")
+    run_states.write_state(tmp_path, {"state": "failed"})
+    assert run_states.clear_for_attempt(tmp_path) == 2
+    assert (folder / "student" / "weights").is_file() and (folder / "unevaluated.json").is_file()
+    assert not other.parent.exists()
+
+
 def test_gpus_are_leased_in_parts_and_against_other_runners(tmp_path, monkeypatch):
     monkeypatch.setattr(GpuLeases, "folder", tmp_path)
     first, second = GpuLeases(["0", "1"]), GpuLeases(["0", "1"])

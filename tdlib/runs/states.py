@@ -21,6 +21,7 @@ from tdlib.config import parameters_with
 from tdlib.core.files import remove_tree, whole_file
 from tdlib.core.provenance import code_version, digest
 from tdlib.training.checkpoints import HOME as CHECKPOINTS
+from tdlib.training.checkpoints import UNEVALUATED
 from tdlib.training.provenance import data_manifest
 
 # queued: not begun. running: a worker executes it. done: finished. failed: a cell raised, or the files
@@ -152,13 +153,16 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def damaged(folder: Path, state: dict[str, Any]) -> str:
-    """Compares a finished run's files with their sizes at its end; returns what is wrong, or ""."""
+    """Compares a finished run's files with their sizes at its end; returns what is wrong, or "".
+
+    The notebook only has to be there: whoever opens it in JupyterLab saves it, with another size.
+    """
     for name, size in state.get("files", {}).items():
         try:
             actual = (folder / name).stat().st_size
         except OSError:
             return f"{name} is missing"
-        if actual != size:
+        if actual != size and name != NOTEBOOK:
             return f"{name} has {actual} bytes, expected {size}"
     return ""
 
@@ -167,7 +171,8 @@ def clear_for_attempt(folder: Path) -> int:
     """Makes room for an attempt and returns its number, from 1. The caller has claimed the run.
 
     State, log and notebook of an earlier attempt move to ``attempt-N``. Its partial output is deleted,
-    except checkpoints of its trainings, and every process that it has left behind is killed.
+    except checkpoints of its trainings and trained students that were not evaluated, and every process that
+    it has left behind is killed.
     """
     end_processes(folder)
     scratch = recorded_state(folder).get("scratch", "")
@@ -191,14 +196,19 @@ def clear_for_attempt(folder: Path) -> int:
 
 
 def _clear_output(folder: Path) -> None:
-    """Removes what an attempt has written, except checkpoints: the next one continues from them."""
+    """Removes what an attempt has written, except what the next one continues from.
+
+    That is: checkpoints, and run folders with a trained student whose evaluation failed.
+    """
     if not folder.is_dir() or folder.is_symlink():
         return remove_tree(folder)
+    if (folder / UNEVALUATED).is_file():
+        return
     for path in folder.iterdir():
         if path.name == CHECKPOINTS and not path.is_symlink():
             continue
         if path.is_dir() and not path.is_symlink():
-            if any(path.rglob(CHECKPOINTS)):
+            if any(path.rglob(CHECKPOINTS)) or any(path.rglob(UNEVALUATED)):
                 _clear_output(path)
             else:
                 remove_tree(path)

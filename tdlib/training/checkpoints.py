@@ -23,6 +23,7 @@ from tdlib.core.paths import ConfigError
 log = logging.getLogger(__name__)
 
 HOME = ".checkpoints"  # hidden, so that nobody takes it for a run; survives the deletion of a run folder
+UNEVALUATED = "unevaluated.json"  # marks a run folder whose student is trained and not yet evaluated
 KEPT = 2  # one is left if the newest turns out to be damaged
 STAGING = ".partial"  # below a run's checkpoints: a checkpoint that is still being written
 _MANIFEST, _RUN = "manifest.json", "run.json"

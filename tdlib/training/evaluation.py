@@ -26,9 +26,9 @@ from tdlib.miniworld.worlds import STRATA, strata_of
 from tdlib.students import registry as students
 from tdlib.students.base import student_inputs
 from tdlib.training.card import model_card
+from tdlib.training.checkpoints import UNEVALUATED
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.prepare import PreparedData
-from tdlib.training.run_folders import UNEVALUATED
 
 log = logging.getLogger(__name__)
 

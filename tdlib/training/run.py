@@ -47,7 +47,6 @@ from tdlib.training.processes import launch, must_launch, place_among_processes
 from tdlib.training.recording import ProbeRecorder, RecordTargets
 from tdlib.training.run_folders import (
     IDENTITY,
-    UNEVALUATED,
     archive_previous_run,
     environment,
     finished,
@@ -176,7 +175,8 @@ def train_run(
         except BaseException as error:  # also an interruption: hours of training must not be lost
             failures.append(error)
             identity = run_identity(config, subset, files=False)
-            write_json(partial / UNEVALUATED, {"error": repr(error), "run": identity, "metrics": run.metrics})
+            mark = {"error": repr(error), "run": identity, "metrics": run.metrics}
+            write_json(partial / checkpoints.UNEVALUATED, mark)
             archive_previous_run(folder, None)
 
     write_folder(folder, fill)

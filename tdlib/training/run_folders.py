@@ -18,12 +18,12 @@ from tdlib.core.files import remove_tree
 from tdlib.core.provenance import code_version, digest, git_version
 from tdlib.data.examples import Examples
 from tdlib.method.registry import user_functions
+from tdlib.training.checkpoints import UNEVALUATED
 from tdlib.training.provenance import data_manifest
 
 log = logging.getLogger(__name__)
 
 IDENTITY = "identity.json"  # everything that the run's results depend on
-UNEVALUATED = "unevaluated.json"  # marks a run folder whose student is trained and not yet evaluated
 
 
 def run_identity(config: RunConfig, subset: Examples, files: bool = True) -> dict[str, Any]:
