@@ -192,6 +192,17 @@ def test_what_is_right_passes(given):
     assert check_parameters(read_template(ROOT / "notebooks" / "04_distill.ipynb"), given) == []
 
 
+def test_regions_in_several_files_are_there_or_named(tmp_path):
+    template = read_template(ROOT / "notebooks" / "04_distill.ipynb")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "r.pth").touch()
+    for there in (f"npz:{tmp_path},{tmp_path}/b", f"boxes:resnet50@{tmp_path}/r.pth"):
+        assert check_parameters(template, {"regions": there}) == []
+    for missing in (f"npz:{tmp_path},{tmp_path}/c", f"grid:resnet50@{tmp_path}/c"):
+        with pytest.raises(ConfigError, match=f"there is no {tmp_path}/c"):
+            check_parameters(template, {"regions": missing})
+
+
 def test_parameters_may_be_arithmetic_unannotated_and_beside_other_code():
     declared = declared_in(
         "import os\n%load_ext autoreload\n!ls\n"

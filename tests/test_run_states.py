@@ -14,6 +14,7 @@ from tdlib.core.paths import ROOT, ConfigError
 from tdlib.core.provenance import code_version, executed_code
 from tdlib.runs import states as run_states
 from tdlib.runs.engines import GpuLeases, LocalEngine, Resources
+from tdlib.training import provenance as training_provenance
 from tdlib.training.provenance import data_manifest
 
 
@@ -49,6 +50,38 @@ def test_an_id_changes_with_what_a_result_depends_on_and_with_nothing_else(tmp_p
     training = (ROOT / "notebooks" / "04_distill.ipynb").read_bytes()
     code = run_states.identity(training, {})["code"]
     assert code == code_version() and not run_states.identity(template.read_bytes(), {})["code"]
+
+
+def test_files_of_regions_are_in_an_id_whatever_form_names_them(tmp_path, monkeypatch):
+    parts = ["a/1.npz", "b/2.npz", "db,1/feat/data.mdb", "net.pth", "detector/model.safetensors"]
+    files = [tmp_path / part for part in parts]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"1")
+    npz, other, database, weights, detector = files
+    named = {
+        f"npz:{npz.parent},{other.parent}": [npz, other],
+        f"lmdb:{database.parent.parent}, {npz.parent}": [database, npz],
+        f"boxes:resnet50@{weights}": [weights], f"boxes+grid:resnet50@{weights}": [weights],
+        f"grid:{detector.parent}": [detector],
+    }  # fmt: skip
+    for spec, read in named.items():
+        for given in (spec, ["clip", spec]):  # notebooks list some parameters
+            for file in files:
+                before = data_manifest({"regions": given})
+                file.write_bytes(file.read_bytes() + b"1")
+                assert (data_manifest({"regions": given}) != before) == (file in read), (spec, file)
+    monkeypatch.setattr(training_provenance, "ROOT", tmp_path)
+    assert data_manifest({"regions": "boxes:resnet50@net.pth"})
+    assert data_manifest({"student": "detector"}) and not data_manifest({"other": "detector"})
+
+
+def test_folders_of_region_features_are_not_read_for_an_id(tmp_path, monkeypatch):
+    (tmp_path / "1.npz").write_bytes(b"1")
+    monkeypatch.setattr(training_provenance, "_content", lambda *_: 1 / 0)
+    before = data_manifest({"regions": f"npz:{tmp_path}"})
+    os.utime(tmp_path / "1.npz", ns=(1, 1))
+    assert data_manifest({"regions": f"npz:{tmp_path}"}) != before
 
 
 SOURCE = '"""Of a module."""\nimport math\n\n\ndef f(x):\n    """Doubles."""\n    return 2 * x  # why\n'

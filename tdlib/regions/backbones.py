@@ -26,6 +26,7 @@ from tdlib.core.files import why_unreadable, write_json
 from tdlib.core.paths import resolve
 from tdlib.core.store import fingerprint
 from tdlib.data.examples import DataError
+from tdlib.regions.specs import backbone_parts
 
 
 class Backbone(Protocol):
@@ -224,7 +225,7 @@ def load_detector(name: Path | str) -> MiniDetector:
 def open_backbone(name: str) -> Backbone:
     """Opens MODEL@WEIGHTS of torchvision's, or the folder of a mini detector, on ``usual_device``."""
     device = usual_device()
-    model, at, weights = name.partition("@")
-    if at and not Path(resolve(name)).is_dir():
+    model, weights = backbone_parts(name)
+    if model:
         return TorchvisionBackbone(model, weights, device=device)
     return DetectorBackbone(load_detector(name), device)

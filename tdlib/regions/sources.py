@@ -1,25 +1,12 @@
 """Opens the region features that a run's parameter ``regions`` names."""
 
-from pathlib import Path
-
-from tdlib.core.paths import resolve
 from tdlib.data.examples import DataError
 from tdlib.regions.backbones import open_backbone
 from tdlib.regions.computed import BackboneRegions, ClipGridRegions, RegionSource
 from tdlib.regions.files import NpzRegions
 from tdlib.regions.lmdb import LmdbRegions
+from tdlib.regions.specs import COMPUTED, listed_paths
 from tdlib.teacher.cache import TeacherCache
-
-
-def listed_paths(where: str) -> list[str]:
-    """Splits a list of paths at commas, but not inside the name of a path that exists."""
-    parts, paths = where.split(","), []
-    while parts:
-        joined = (",".join(parts[:length]).strip() for length in range(len(parts), 1, -1))
-        path = next((path for path in joined if Path(resolve(path)).exists()), parts[0].strip())
-        del parts[: path.count(",") + 1]
-        paths += [path] if path else []
-    return paths
 
 
 def open_regions(spec: str, cache: TeacherCache | None = None) -> RegionSource:
@@ -42,7 +29,7 @@ def open_regions(spec: str, cache: TeacherCache | None = None) -> RegionSource:
     readers = {"lmdb": LmdbRegions, "npz": NpzRegions}
     if kind in readers and where:
         return readers[kind](*listed_paths(where))
-    if kind in ("boxes", "grid", "boxes+grid") and where:
+    if kind in COMPUTED and where:
         return BackboneRegions(open_backbone(where), kind)  # type: ignore[arg-type]
     if kind == "clip" and not where:
         if cache is None:

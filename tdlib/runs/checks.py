@@ -19,6 +19,7 @@ from tdlib.config import RunConfig, apply_arm, arm_settings, replaced_by_arm
 from tdlib.core.files import visible_files
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
 from tdlib.method import registry
+from tdlib.regions.specs import each_path
 from tdlib.runs.template import Template
 from tdlib.training.provenance import named_path
 
@@ -121,7 +122,9 @@ def _missing_files(template: Template, values: Mapping[str, Any], given: Collect
             continue
         for one in value if isinstance(value, list) and name.endswith("s") else [value]:
             if isinstance(one, str) and one and not has_magic(one):  # 05_tokens' `runs` may be globs
-                problems += _file_problem(template, name.removesuffix("s") if one is not value else name, one)
+                said = name.removesuffix("s") if one is not value else name
+                for path in each_path(one):
+                    problems += _file_problem(template, said, path)
     return problems
 
 

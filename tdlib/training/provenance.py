@@ -7,41 +7,49 @@ from typing import Any
 
 from tdlib.core.paths import ROOT
 from tdlib.miniworld.worlds import VERSION
+from tdlib.regions.specs import COMPUTED, FILES, each_path
+
+PATHS = ("data_dir", "vocabulary", "teacher", "teacher_pretrained", "student")  # may name one without a slash
 
 
 def data_manifest(parameters: dict[str, Any]) -> list[Any]:
     """Lists the state of the files that parameters name, as JSON; it changes if one of them does.
 
-    Models and vocabularies count with their contents. Of ``data_dir`` the names, sizes and times of change of
-    json, jsonl and csv files count, in the folder and one folder below, as reading all would take too long.
-    Where ``data_dir`` is "", the MiniWorld's version and seed count.
+    Models and vocabularies count with their contents. Of ``data_dir`` and of folders of region features the
+    names, sizes and times of change count, in the folder and one folder below, as reading all would take
+    too long; of ``data_dir`` those of json, jsonl and csv files. Where ``data_dir`` is "", the MiniWorld's
+    version and seed count.
     """
     states: list[Any] = []
     if parameters.get("data_dir") == "" and "world_seed" in parameters:
         states.append(["miniworld", VERSION, parameters["world_seed"]])
     for name, value in sorted(parameters.items()):
-        path = named_path(value, anything=name == "data_dir")
-        if path is None or not path.exists():
-            continue
-        for file in _files(path):
-            state = file.stat()
-            label = [name, file.relative_to(path).as_posix(), state.st_size]
-            if name != "data_dir":
-                states.append([*label, _content(file, state.st_size, state.st_mtime_ns)])
-            elif file.suffix in (".json", ".jsonl", ".csv"):
-                states.append([*label, state.st_mtime_ns])
+        several = value if isinstance(value, list) else [value]
+        for one in (part for text in several if isinstance(text, str) for part in each_path(text)):
+            kind, found = one.partition(":")[0], named_path(one, anything=name in PATHS)
+            if found is None or not found.exists():
+                continue
+            for file in _files(found):
+                state = file.stat()
+                label = [name, file.relative_to(found).as_posix(), state.st_size]
+                if name != "data_dir" and kind not in FILES:
+                    states.append([*label, _content(file, state.st_size, state.st_mtime_ns)])
+                elif name != "data_dir" or file.suffix in (".json", ".jsonl", ".csv"):
+                    states.append([*label, state.st_mtime_ns])
     return states
 
 
 def named_path(value: Any, anything: bool = False) -> Path | None:
     """The path that a parameter's value names, with or without ``KIND:`` before it; None for other values.
 
-    A value without a slash is taken for a path only if ``anything`` is True.
+    A value without a slash is taken for a path only if ``anything`` is True or it is one of regions. A value
+    that names several paths must be split before, see ``regions.specs.each_path``.
     """
     if not isinstance(value, str) or not value:
         return None
-    name = value.partition(":")[2] if ":" in value else value
-    if not name or not (anything or "/" in name):
+    kind, colon, rest = value.partition(":")
+    name = rest if colon and "/" not in kind else value
+    if not name or not (anything or "/" in name or (colon and kind in (*FILES, *COMPUTED))):
         return None
     return ROOT / Path(name).expanduser()
 
