@@ -211,6 +211,34 @@ def test_values_that_arms_replace_are_told_and_make_no_second_run(tmp_path):
     assert problem.startswith("repair_weight=0.0, 3.0: arm='clip_td_repaired'"), "0 is the arm's own, 3"
 
 
+def test_a_run_that_is_described_twice_is_one_run(tmp_path):
+    def planned(**more):
+        plan = plan_batch({"template": "04_distill", "seeds": 3} | more, "b", tmp_path)
+        assert not plan.problems
+        assert len({run.id for run in plan.runs}) == len(plan.runs)
+        return len(plan.runs), plan.repeated
+
+    arms = {"arm": ["finetune", "clip_td"]}
+    assert planned(grid=arms) == (6, 0)
+    assert planned(grid=arms, include=[{"arm": "clip_td", "shots": 48}]) == (6, 3), "the default, written out"
+    assert planned(grid=arms | {"loader_workers": [0, 2]}) == (6, 6), "changes no result"
+
+
+def test_a_whole_number_is_one_setting_however_it_is_written(tmp_path):
+    def ids(**more) -> list[str]:
+        plan = plan_batch({"template": "04_distill"} | more, "b", tmp_path)
+        assert not plan.problems
+        return [run.id for run in plan.runs]
+
+    (usual,) = ids()
+    weight = {"arm": "clip_td_repaired", "repair_weight": 10}
+    assert ids(parameters=weight) == ids(parameters=weight | {"repair_weight": 10.0}) != [usual]
+    assert ids(grid={"shots": [48, 48.0]}) == ids(parameters={"distill_weight": 1}) == [usual]
+    write_template(tmp_path, "print(b)\n" + RESULT, PARAMETERS + "b: list = []\nc: bool = True\n")
+    twice = make_batch(tmp_path, grid={"b": [[{"x": 1}], [{"x": 1.0}], [{"x": True}], [{"x": 1.5}]]}).plan
+    assert (len(twice.runs), twice.repeated) == (3, 1), "true is no number"
+
+
 def test_every_arm_of_the_tuning_batches_has_as_many_settings():
     for name in ("tune", "repair_tune"):
         plan = plan_batch(read_batch(ROOT / f"notebooks/batches/{name}.yaml"), name)

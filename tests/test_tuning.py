@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from batch_folders import row_of, write_run
 
-from tdlib.analysis.scores import ProtocolError
+from tdlib.analysis.scores import ProtocolError, read_runs
 from tdlib.analysis.tuning import rank_settings, write_tuned
 from tdlib.cli import main
 
@@ -46,6 +46,15 @@ def test_each_arm_gets_the_setting_that_is_best_for_it(tmp_path):
         ({"arm": "finetune"}, {"rate": 0.2}),  # whose own distill_weight is 0
         ({"arm": "clip_td"}, {"rate": 0.1, "distill_weight": 5.0}),
     ]
+
+
+def test_a_setting_written_in_two_ways_is_one(tmp_path):
+    for seed, weight in ((100, 1), (101, 1.0)):
+        for rate in (0.1, 0.2):
+            write_run(tmp_path / "b", seed=seed, share=rate, splits=("train_held_out",),
+                      more={"rate": rate, "distill_weight": weight})  # fmt: skip
+    assert list(rank_settings(tmp_path / "b", resamples=50)["seeds"]) == [2, 2]
+    assert set(read_runs(tmp_path / "b")["setting"]) == {"rate=0.1", "rate=0.2"}
 
 
 def test_settings_are_chosen_apart_for_each_task_and_size(tmp_path):

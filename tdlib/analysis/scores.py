@@ -14,6 +14,7 @@ import pandas as pd
 
 from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT
+from tdlib.core.provenance import canonical, canonical_json
 from tdlib.data.tasks import TASKS, world_folder
 from tdlib.data.vcr_results import joint_scores
 from tdlib.miniworld.worlds import STRATA, strata_of
@@ -68,9 +69,9 @@ def read_runs(folder: Path) -> pd.DataFrame:
             row |= {name: parameters[name] for name in DESCRIBED} | {"arm": _variant(parameters, variants)}
             if not parameters.get("data_dir"):
                 row["world"] = str(parameters.get("world_seed", ""))
-            row["tuned"] = ", ".join(f"{name}={json.dumps(parameters.get(name))}" for name in tuned)
+            row["tuned"] = ", ".join(f"{name}={canonical_json(parameters.get(name))}" for name in tuned)
             hidden = (*DESCRIBED, "world_seed", "interactive", entry["output"], *tuned, *variants)
-            described[entry["run"]] = {n: json.dumps(v) for n, v in parameters.items() if n not in hidden}
+            described[entry["run"]] = {n: canonical_json(v) for n, v in parameters.items() if n not in hidden}
         if entry["state"] == "done":
             ids = _training_ids(folder / entry["run"])
             digest = hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:12]
@@ -85,12 +86,11 @@ def read_runs(folder: Path) -> pd.DataFrame:
 def _variant(parameters: Mapping[str, Any], names: Sequence[str]) -> str:
     """Names a run's arm, with the values of these parameters that are not the default."""
     fields = RunConfig.model_fields
+    values = {name: canonical(parameters[name]) for name in names if name in parameters}
     more = [
-        f"{name}={parameters[name]:g}"
-        if isinstance(parameters[name], float)
-        else f"{name}={parameters[name]}"
-        for name in names
-        if name in parameters and not (name in fields and parameters[name] == fields[name].default)
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in values.items()
+        if not (name in fields and value == fields[name].default)
     ]
     return ", ".join([str(parameters["arm"]), *more])
 

@@ -18,6 +18,7 @@ from tdlib.arms import ARMS
 from tdlib.config import arm_settings, parameters_with
 from tdlib.core.files import write_json
 from tdlib.core.pages import is_missing
+from tdlib.core.provenance import canonical_json
 from tdlib.data.tasks import HELD_OUT, TASKS
 from tdlib.runs.report import recorded_runs
 
@@ -55,7 +56,7 @@ def rank_settings(folder: Path, split: str = "", uneven: bool = False, resamples
     output = str(entries["output"].iloc[0])
     parameters = {run: dict(known) for run, known in entries["parameters"].items()}
     names = [name for name in next(iter(parameters.values())) if name not in ("seed", output)]
-    varied = [n for n in names if len({json.dumps(known.get(n)) for known in parameters.values()}) > 1]
+    varied = [n for n in names if len({canonical_json(known.get(n)) for known in parameters.values()}) > 1]
     context = [name for name in varied if name in CONTEXT]
     tuned = [name for name in varied if name not in CONTEXT]
     if not tuned:
@@ -64,7 +65,7 @@ def rank_settings(folder: Path, split: str = "", uneven: bool = False, resamples
     settings = {run: _setting(known, tuned) for run, known in parameters.items()}
     groups: dict[str, dict[str, list[str]]] = {}
     for run, known in parameters.items():
-        where = json.dumps([known[name] for name in context])
+        where = canonical_json([known[name] for name in context])
         groups.setdefault(where, {}).setdefault(settings[run], []).append(run)
     _check_effort(folder, context, groups, parameters, uneven)
     rows = []
@@ -118,7 +119,7 @@ def write_tuned(folder: Path, ranked: pd.DataFrame) -> Path:
 def _setting(parameters: Mapping[str, Any], tuned: Sequence[str]) -> str:
     """Returns the tuned parameters of a run as JSON, without those that its arm sets itself."""
     fixed = arm_settings(ARMS.get(parameters["arm"], {}), parameters)
-    return json.dumps({name: parameters[name] for name in tuned if name not in fixed})
+    return canonical_json({name: parameters[name] for name in tuned if name not in fixed})
 
 
 def _held_out_scores(folder: Path, runs: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -156,7 +157,7 @@ def _check_effort(
     for where, tried in groups.items():
         compared = dict(zip(context, json.loads(where), strict=True))
         arm = compared.pop("arm", "")
-        efforts.setdefault(json.dumps(compared), {})[arm] = len(tried)
+        efforts.setdefault(canonical_json(compared), {})[arm] = len(tried)
     for where, numbers in efforts.items():
         if len(set(numbers.values())) > 1 and not uneven:
             listed = ", ".join(f"{arm} {number}" for arm, number in numbers.items())

@@ -16,9 +16,23 @@ RESULT_PACKAGES = ("core", "method", "data", "miniworld", "teacher", "regions", 
 NO_RESULT = ("core/facts.py", "core/pages.py")  # views and reports alone use these
 
 
+def canonical(value: Any) -> Any:
+    """Makes whole floats ints, also in lists and dicts: 3 and 3.0 are one setting, written in two ways."""
+    if isinstance(value, dict):
+        return {name: canonical(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def canonical_json(value: Any) -> str:
+    """Writes a value as JSON that is equal for equal settings (``canonical``, keys in order)."""
+    return json.dumps(canonical(value), sort_keys=True)
+
+
 def digest(value: Any) -> str:
-    """Hashes a JSON value to sixteen hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    """Hashes a JSON value to sixteen hex digits, by its ``canonical_json``."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
 
 
 def code_version() -> str:

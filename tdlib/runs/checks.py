@@ -18,6 +18,7 @@ from tdlib.arms import ARMS
 from tdlib.config import RunConfig, apply_arm, arm_settings, replaced_by_arm
 from tdlib.core.files import visible_files
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
+from tdlib.core.provenance import canonical_json
 from tdlib.method import registry
 from tdlib.regions.specs import each_path
 from tdlib.runs.template import Template
@@ -95,14 +96,15 @@ def without_effect(rows: Sequence[dict[str, Any]], template: Template) -> list[s
     for row in rows:
         values = template.defaults | row
         of_arm = arm_settings(arm_of(template, values) or {}, values)
-        same.setdefault(json.dumps(values | of_arm, sort_keys=True), []).append(row)
+        same.setdefault(canonical_json(values | of_arm), []).append(values)
     problems: Counter[str] = Counter()
     for alike in same.values():
-        names = [name for name in alike[0] if len({json.dumps(row.get(name)) for row in alike}) > 1]
-        for name in names:
-            tried = ", ".join(dict.fromkeys(repr(row.get(name)) for row in alike))
-            arm = alike[0].get("arm", template.defaults.get("arm"))
-            problems[f"{name}={tried}: arm={arm!r} sets it by itself; exclude all but one"] += len(alike)
+        for name in alike[0]:
+            tried = {canonical_json(values[name]): repr(values[name]) for values in alike}
+            if len(tried) == 1:
+                continue
+            named, arm = ", ".join(tried.values()), alike[0].get("arm")
+            problems[f"{name}={named}: arm={arm!r} sets it by itself; exclude all but one"] += len(alike)
     return [f"{text} ({number} of {len(rows)} runs)" for text, number in problems.items()]
 
 

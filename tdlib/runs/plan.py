@@ -20,7 +20,6 @@ number with a leading zero, a key that stands twice) is refused with its line.
 """
 
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -41,7 +40,7 @@ from pydantic import (
 
 from tdlib.core.files import parse_json
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
-from tdlib.core.provenance import code_version
+from tdlib.core.provenance import canonical_json, code_version
 from tdlib.runs.checks import notes, run_problems, without_effect
 from tdlib.runs.engines import Resources
 from tdlib.runs.states import identity
@@ -264,7 +263,7 @@ class Plan:
     def varied(self) -> list[str]:
         """Names of the parameters in which runs differ."""
         names = dict.fromkeys(name for run in self.runs for name in run.overrides)
-        return [n for n in names if len({json.dumps(run.parameters.get(n)) for run in self.runs}) > 1]
+        return [n for n in names if len({canonical_json(run.parameters.get(n)) for run in self.runs}) > 1]
 
 
 def plan_batch(
@@ -314,10 +313,13 @@ def plan_batch(
     problems += without_effect(rows, template) if not problems else []
     if not problems:
         defaults, code = template.defaults, code_version()
-        plan.runs = [
-            PlannedRun(row, defaults | row, identity(template.content, defaults | row, plan.output, code))
-            for row in rows
-        ]
+        runs: dict[str, PlannedRun] = {}
+        for row in rows:
+            whole_row = defaults | row
+            run = PlannedRun(row, whole_row, identity(template.content, whole_row, plan.output, code))
+            # Rows that differ only in a default written out, or in what changes no result, are one run.
+            runs.setdefault(run.id, run)
+        plan.runs, plan.repeated = [*runs.values()], plan.repeated + len(rows) - len(runs)
         plan.notes = list(dict.fromkeys(n for run in plan.runs for n in notes(template, run.parameters)))
     return plan
 
@@ -385,7 +387,9 @@ def expand(parts: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
     rows += [base | entry for entry in parts.get("include", [])]
     if parts.get("seeds"):
         rows = [{"seed": seed} | row for seed in parts["seeds"] for row in rows]
-    distinct = {json.dumps(row, sort_keys=True): row for row in rows}
+    distinct: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        distinct.setdefault(canonical_json(row), row)
     return list(distinct.values()), len(rows) - len(distinct)
 
 

@@ -19,6 +19,7 @@ import pandas as pd
 from tdlib.core import pages
 from tdlib.core.files import visible_files, whole_file, whole_path
 from tdlib.core.pages import Html, interval_chart, table_html
+from tdlib.core.provenance import canonical_json
 from tdlib.runs.plan import Plan, plan_batch, read_batch
 from tdlib.runs.states import FINAL, LOG, NOTEBOOK, OUTPUT, current_state
 
@@ -60,7 +61,7 @@ def results_table(plan: Plan, states: Mapping[str, Mapping[str, Any]]) -> pd.Dat
 
 
 def _cell(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, list | dict) else value
+    return canonical_json(value) if isinstance(value, list | dict) else value
 
 
 def failures(states: Mapping[str, Mapping[str, Any]]) -> list[tuple[list[str], Mapping[str, Any]]]:
