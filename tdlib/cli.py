@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from tdlib.data.examples import Example
     from tdlib.runs.batch import Batch
+    from tdlib.runs.plan import PlannedRun
 
 FIRST = "00_start_here"
 
@@ -156,7 +157,7 @@ def _mask(options: argparse.Namespace) -> int:
 
 
 def _batch(options: argparse.Namespace) -> int:
-    """Executes a command of ``tdlib batch``; returns 0 if nothing failed."""
+    """Executes a command of ``tdlib batch``; returns 0 if all runs that it was asked for are done."""
     from tdlib.runs.batch import Batch, find_batch
 
     print(f"batch {options.action}: reading {find_batch(options.file)}", file=sys.stderr, flush=True)
@@ -178,8 +179,7 @@ def _batch(options: argparse.Namespace) -> int:
             f"still running: {', '.join(running)}" if running else f"{batch.plan.name}: nothing runs any more"
         )
         return int(bool(running))
-    if options.action != "status":
-        _execute(batch, options)
+    asked = [run.id for run in (batch.plan.runs if options.action == "status" else _execute(batch, options))]
     from tdlib.runs.report import summary
 
     states = batch.states()
@@ -189,10 +189,11 @@ def _batch(options: argparse.Namespace) -> int:
     except OSError as error:
         print(f"tdlib batch: no page was written: {error}", file=sys.stderr)
     good = {"done", "queued", "running"} if options.action == "status" else {"done", "running"}
-    return int(any(state["state"] not in good for state in states.values()))
+    return int(any(states[run]["state"] not in good for run in asked))
 
 
-def _execute(batch: "Batch", options: argparse.Namespace) -> None:
+def _execute(batch: "Batch", options: argparse.Namespace) -> "list[PlannedRun]":
+    """Executes runs of a batch; returns those that were asked for, by which the command is judged."""
     engine: dict[str, Any] = {"cpus": options.cpus}
     if options.gpus is not None:
         engine["gpus"] = [gpu for gpu in options.gpus.split(",") if gpu]
@@ -201,15 +202,17 @@ def _execute(batch: "Batch", options: argparse.Namespace) -> None:
     if options.action == "retry":
         if not options.failed and not options.runs:
             raise ConfigError("say what to try again: --failed, or the ids of runs")
+        asked = batch.to_retry(options.runs)  # before they are executed: then they have other states
         batch.retry(options.runs, options.engine, **engine)
-    else:
-        from tdlib.runs.template import read_template
+        return asked
+    from tdlib.runs.template import read_template
 
-        template, where = read_template(batch.plan.template), {}
-        for name, text in pairs_of(options.where, "-w").items():
-            value = parse_value(text, name)  # a list means any of them, also where the parameter holds text
-            where[name] = value if isinstance(value, list) else template.from_text(name, text)
-        (batch.run if options.action == "run" else batch.resume)(options.engine, where, **engine)
+    template, where = read_template(batch.plan.template), {}
+    for name, text in pairs_of(options.where, "-w").items():
+        value = parse_value(text, name)  # a list means any of them, also where the parameter holds text
+        where[name] = value if isinstance(value, list) else template.from_text(name, text)
+    (batch.run if options.action == "run" else batch.resume)(options.engine, where, **engine)
+    return batch.like(where)
 
 
 def _best(batch: "Batch", options: argparse.Namespace) -> int:

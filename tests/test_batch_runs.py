@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from batch_helpers import RESULT, command, make_batch, results_of, states_of, wait_for, write_template
 
+from tdlib.cli import main
 from tdlib.core.paths import ConfigError
 from tdlib.runs import states as run_states
 
@@ -76,10 +77,28 @@ def test_the_same_run_of_another_batch_is_taken_over_if_it_is_whole(tmp_path):
     assert not (second.folder / three.id).exists()
 
 
+def test_a_command_is_judged_by_the_runs_that_it_was_asked_for(tmp_path, capsys):
+    batch = make_batch(tmp_path, grid={"a": [1, 2, 3]})
+    done, failed, _ = batch.plan.runs
+    for run, state in ((done, "done"), (failed, "failed")):
+        batch.folder_of(run).mkdir(parents=True)
+        run_states.write_state(batch.folder_of(run), {"state": state, "files": {}})
+
+    def status(*words: str) -> int:
+        action, *more = words
+        return main(["batch", action, str(batch.file), *more, "--folder", str(batch.reports)])
+
+    assert status("run", "-w", "a", "1") == status("resume", "-w", "a", "1") == status("retry", done.id) == 0
+    assert status("run", "-w", "a", "[1, 2]") == status("status") == 1
+    run_states.write_state(batch.folder_of(failed), {"state": "done", "files": {}})
+    assert status("retry", "--failed") == status("status") == 0
+    assert "queued" in states_of(batch)
+
+
 def test_a_part_of_a_batch_can_be_run_by_itself(tmp_path):
     batch = make_batch(tmp_path, grid={"a": [1, 2, 4]}, parameters={"mode": "150"}, seeds=[0, 5])
     like = ["-w", "a", "[1, 4]", "-w", "seed", "5", "-w", "mode", "150"]
-    assert command(batch, "run", *like).wait(120) == 1, "not all are done"
+    assert command(batch, "run", *like).wait(120) == 0
     done = [run.overrides for run in batch.plan.runs if batch.states()[run.id]["state"] == "done"]
     assert done == [{"seed": 5, "a": 1, "mode": "150"}, {"seed": 5, "a": 4, "mode": "150"}]
     with pytest.raises(ConfigError, match=r"\{'a': 3\}: no run of small is like that"):

@@ -125,31 +125,42 @@ class Batch:
         Raises:
             ConfigError: mistakes in the batch, or no run is like ``where``, before anything starts.
         """
-        return self._run(BEGIN, engine, options, self._like(where))
+        return self._run(BEGIN, engine, options, self.like(where or {}))
 
     def resume(
         self, engine: str | Engine = "local", where: Mapping[str, Any] | None = None, **options: Any
     ) -> "pd.DataFrame":
         """Executes what has not begun, was killed or was lost, of those like ``where``; returns the table."""
-        return self._run(RESUME, engine, options, self._like(where))
+        return self._run(RESUME, engine, options, self.like(where or {}))
 
-    def _like(self, where: Mapping[str, Any] | None) -> list[PlannedRun] | None:
+    def like(self, where: Mapping[str, Any]) -> list[PlannedRun]:
+        """Returns the runs with these values of parameters (all for none); ConfigError if there is none."""
         self.check()
-        chosen = [run for run in self.plan.runs if matches(run.parameters, where or {})]
+        chosen = [run for run in self.plan.runs if matches(run.parameters, where)]
         if where and not chosen:
             raise ConfigError(f"{dict(where)}: no run of {self.plan.name} is like that")
-        return chosen if where else None
+        return chosen
 
     def retry(
         self, only: Sequence[str] = (), engine: str | Engine = "local", **options: Any
     ) -> "pd.DataFrame":
         """Executes what failed or ran out of time again (or the runs with these ids); returns the table."""
-        chosen = [run for run in self.plan.runs if any(run.id.startswith(start) for start in only)]
+        states = tuple(set(run_states.FINAL) - {"done"}) if only else RETRY
+        return self._run(states, engine, options, self.to_retry(only) if only else self.plan.runs)
+
+    def to_retry(self, only: Sequence[str] = ()) -> list[PlannedRun]:
+        """Returns the runs whose ids begin like that, or without any those that failed or ran out of time.
+
+        Raises:
+            ConfigError: no run's id begins like one of ``only``.
+        """
         unknown = [start for start in only if not any(run.id.startswith(start) for run in self.plan.runs)]
         if unknown:
             raise ConfigError(f"{', '.join(unknown)}: no such run in {self.plan.name}")
-        states = tuple(set(run_states.FINAL) - {"done"}) if only else RETRY
-        return self._run(states, engine, options, chosen if only else None)
+        if only:
+            return [run for run in self.plan.runs if run.id.startswith(tuple(only))]
+        states = self.states()
+        return [run for run in self.plan.runs if states[run.id]["state"] in RETRY]
 
     def cancel(self, patience: float = 30.0) -> list[str]:
         """Stops the batch, whoever runs it; returns the runs that did not end within ``patience`` seconds."""
@@ -190,7 +201,7 @@ class Batch:
 
     def _run(
         self, states: Sequence[str], engine: str | Engine, options: dict[str, Any],
-        chosen: list[PlannedRun] | None = None,
+        chosen: list[PlannedRun],
     ) -> "pd.DataFrame":  # fmt: skip
         self.check()
         if isinstance(engine, str) and engine not in ENGINES:
@@ -201,7 +212,7 @@ class Batch:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "batch.json", self._description())
             make_worlds(self.plan)
-            Runner(self.plan, self.folder, where, states, chosen or self.plan.runs, _live_table(self)).run()
+            Runner(self.plan, self.folder, where, states, chosen, _live_table(self)).run()
         finally:
             if isinstance(engine, str):
                 where.close()
