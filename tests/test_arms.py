@@ -138,6 +138,10 @@ def test_clip_input_gives_the_student_the_teachers_patches(settings, tmp_path, t
     one, other = (experiments.load_student(run, prepare(run)).state_dict() for run in runs)
     differing = {n for n in one if one[n].shape != other[n].shape or not torch.equal(one[n], other[n])}
     assert differing == {"uniter.img_embeddings.img_linear.weight"}
+    # nor is what a run has trained
+    again = runs[1].model_copy(update={"student": str(clip / "student")})
+    continued, stored = experiments.load_student(again, prepare(again)), load_student(str(clip / "student"))
+    assert all(torch.equal(p, stored.get_parameter(n)) for n, p in continued.named_parameters())
 
 
 @pytest.mark.parametrize("task", ["vcr_qa", "snli_ve", "vqa_v2"])

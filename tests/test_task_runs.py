@@ -73,6 +73,12 @@ def test_a_task_trains_evaluates_and_submits(settings, task, tmp_path):
     stored = table[table["split"] == usual]
     assert (again.argmax(1) == stored["prediction"]).mean() > 0.98
     np.testing.assert_allclose(again.max(1), stored["probability"], atol=1e-4)
+    # a run that begins with it keeps all of it; a head that is drawn begins at the probability 1 / labels
+    continued = experiments.load_student(settings(task, student=str(folder / "student")), prepared)
+    assert all(torch.equal(p, student.get_parameter(n)) for n, p in continued.named_parameters())
+    if TASKS[task].has_soft_labels:
+        start = experiments.load_student(config, prepared).classifier[-1].bias
+        torch.testing.assert_close(start, torch.full_like(start, -np.log(len(start) - 1)))
 
 
 @pytest.mark.parametrize("task", ["snli_ve", "vqa_v2"])

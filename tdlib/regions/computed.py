@@ -95,13 +95,13 @@ class ClipGridRegions:
     In the arm ``clip_input`` CLIP's grid is the student's visual input (CLIP-ViL, Shen et al. 2021; they
     take a ResNet's grid before projection). Patches that lie wholly outside the picture are left out.
     No student was pretrained with these features, so its projection of features is re-initialised
-    (``foreign``).
+    (``foreign``), unless it comes from a run with the same teacher (``fingerprint``).
     """
 
     foreign = True
 
     def __init__(self, cache: TeacherCache):
-        self.cache, self.dim = cache, cache.teacher.dim
+        self.cache, self.dim, self.fingerprint = cache, cache.teacher.dim, cache.teacher.fingerprint[:16]
 
     def add(self, examples: Sequence[Example]) -> None:
         """Adds the pictures that the teacher's cache lacks."""

@@ -259,7 +259,9 @@ def report_cut(encoder: StudentEncoder, examples: Sequence[Example], split: str)
     return cut
 
 
-def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ()) -> Any:
+def load_checkpoint(
+    kind: Any, name: str, seed: int, labels: Sequence[str] = (), bias: float | None = None
+) -> Any:
     """Loads a student in float32; parameters of its head that are not stored are drawn from ``seed``.
 
     Args:
@@ -268,6 +270,8 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
         seed: of new parameters.
         labels: names of the classes, where the head is a classifier. A stored classifier is fitted to
             them by name, see ``fit_classifier``.
+        bias: what the biases of a classifier's last layer start from if that layer is drawn; a trained one
+            keeps its own.
 
     Raises:
         StudentError: the checkpoint is missing, of another architecture or of another shape.
@@ -289,18 +293,27 @@ def load_checkpoint(kind: Any, name: str, seed: int, labels: Sequence[str] = ())
             f"student {name!r}: not a {what} checkpoint of its own config's shape "
             f"(missing {sorted(missing)[:3]}, mismatched {sorted(mismatched)[:3]})"
         )
-    last = f"classifier.{len(model.classifier) - 1}.weight" if labels else ""
-    if labels and last not in report["missing_keys"]:
-        if any(last in str(key) for key in report["mismatched_keys"]):
-            named = not all(str(label).startswith("LABEL_") for label in stored.values())
-            log.log(  # a head that scored choices has no named outputs, so nobody expects it to be kept
-                logging.WARNING if named else logging.INFO,
-                "student %s: its head has another number of outputs than the %d labels, so its last layer is "
-                "drawn anew", name, len(labels),
-            )  # fmt: skip
-        else:
-            fit_classifier(model, stored, labels, seed, name)
+    if labels and _draws_last_layer(model, report, stored, labels, seed, name) and bias is not None:
+        nn.init.constant_(model.classifier[-1].bias, bias)
     return model
+
+
+def _draws_last_layer(
+    model: Any, report: dict[str, Any], stored: Mapping[int, str], labels: Sequence[str], seed: int, name: str
+) -> bool:
+    """Fits a loaded classifier to the labels; True if its last layer is not the stored one."""
+    last = f"classifier.{len(model.classifier) - 1}.weight"
+    if last in report["missing_keys"]:
+        return True
+    if any(last in str(key) for key in report["mismatched_keys"]):
+        named = not all(str(label).startswith("LABEL_") for label in stored.values())
+        log.log(  # a head that scored choices has no named outputs, so nobody expects it to be kept
+            logging.WARNING if named else logging.INFO,
+            "student %s: its head has another number of outputs than the %d labels, so its last layer is "
+            "drawn anew", name, len(labels),
+        )  # fmt: skip
+        return True
+    return not fit_classifier(model, stored, labels, seed, name)
 
 
 def _from_pretrained(
@@ -336,16 +349,16 @@ def _from_pretrained(
 
 def fit_classifier(
     model: Any, stored: Mapping[int, str], labels: Sequence[str], seed: int, where: str
-) -> None:
+) -> bool:
     """Gives every label the output that was trained for it; a change of the order is logged.
 
     An output belongs to the label of its name, whatever its number: two runs, or an official checkpoint,
     may list the same labels in another order. If the names differ (capitals aside), nobody knows what
-    the outputs mean, so the last layer is drawn from ``seed``.
+    the outputs mean, so the last layer is drawn from ``seed``. Returns whether the trained layer is kept.
     """
     names = [str(stored.get(index)) for index in range(len(labels))]
     if names == list(labels):
-        return
+        return True
     last = model.classifier[-1]
     rows = {name.casefold(): row for row, name in enumerate(names)}
     if rows.keys() == {label.casefold() for label in labels} and len(rows) == len(labels):
@@ -355,7 +368,7 @@ def fit_classifier(
         with torch.no_grad():
             last.weight.copy_(last.weight[order])
             last.bias.copy_(last.bias[order])
-        return
+        return True
     log.warning(
         "student %s: its classifier's outputs are called %s, ..., the labels %s, ...: its last layer is "
         "drawn anew. To keep it, name its outputs as the labels in id2label of its config.json",
@@ -365,6 +378,7 @@ def fit_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model._init_weights(model.classifier[-1])
+    return False
 
 
 class FusedAttention:

@@ -188,15 +188,20 @@ def _store_buffers(model: nn.Module) -> nn.Module:
 
 
 def open_teacher_as_student(
-    name: str, pretrained: str = "", seed: int = 0, labels: Sequence[str] = ()
+    name: str, pretrained: str = "", seed: int = 0, labels: Sequence[str] = (), bias: float | None = None
 ) -> ClipFusionForMultipleChoice:
-    """Makes a student that is a trainable copy of a teacher, in float32, with a head drawn from ``seed``."""
+    """Makes a student that is a trainable copy of a teacher, in float32, with a head drawn from ``seed``.
+
+    ``bias`` is what the biases of a classifier's last layer start from; if None, they are drawn too.
+    """
     teacher = Teacher(name, pretrained, device="cpu")
     kind = ClipFusionForClassification if labels else ClipFusionForMultipleChoice
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = kind(fusion_config(teacher, labels))
     student.clip.load_state_dict(_store_buffers(teacher.model).state_dict())
+    if labels and bias is not None:
+        nn.init.constant_(student.classifier[-1].bias, bias)  # type: ignore[arg-type]
     return student.eval()
 
 

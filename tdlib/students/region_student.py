@@ -161,8 +161,9 @@ class RegionEncoder(StudentEncoder):
 
     @property
     def foreign(self) -> bool:
-        """True if no student was pretrained with features of this kind."""
-        return getattr(self.regions, "foreign", False)
+        """True if the student was not trained with features of this kind; its run notes ``region_source``."""
+        trained_with = getattr(self.config, "region_source", None)
+        return getattr(self.regions, "foreign", False) and trained_with != self.regions.fingerprint  # type: ignore[attr-defined]
 
     def _parts(self, example: Example) -> list[list[tuple[str, int, int]]]:
         """Splits each statement into parts: text, its start in the statement, and its token type."""

@@ -71,7 +71,7 @@ def open_encoder(
     return kind.encoder(name, max_text_tokens, regions())
 
 
-def load_student(name: str, seed: int = 0, labels: Sequence[str] = ()) -> Any:
+def load_student(name: str, seed: int = 0, labels: Sequence[str] = (), bias: float | None = None) -> Any:
     """Loads a student with a multiple-choice head, or one for ``labels``; see ``load_checkpoint``."""
     kind = architecture(name)
-    return load_checkpoint(kind.labels if labels else kind.choices, name, seed, labels)
+    return load_checkpoint(kind.labels if labels else kind.choices, name, seed, labels, bias)

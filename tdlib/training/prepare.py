@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tdlib.config import RunConfig, parameters_with
@@ -189,11 +189,14 @@ def add_to_cache(cache: TeacherCache, examples: Sequence[Example], labels: Seque
 def load_student(config: RunConfig, prepared: PreparedData) -> PreTrainedModel:
     """Loads the untrained student of a run, with the head of its task and embeddings for added tokens."""
     student: Any
+    # Where each answer is decided by itself, it starts at the probability 1 / labels, as about one of them is
+    # right. From 1/2 each, the first updates would only push thousands of biases down.
+    bias = -math.log(max(1, len(prepared.labels) - 1)) if task_of(config).has_soft_labels else None
     if config.student == "teacher":
         source = config.teacher, config.teacher_pretrained
-        student = open_teacher_as_student(*source, config.seed, prepared.labels)
+        student = open_teacher_as_student(*source, config.seed, prepared.labels, bias)
     else:
-        student = students.load_student(config.student, config.seed, prepared.labels)
+        student = students.load_student(config.student, config.seed, prepared.labels, bias)
     tokens = len(prepared.encoder.tokenizer)
     if tokens > student.config.vocab_size:
         with torch.random.fork_rng():
@@ -203,11 +206,7 @@ def load_student(config: RunConfig, prepared: PreparedData) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             student.renew_visual(prepared.encoder.regions.dim)
-    if task_of(config).has_soft_labels:
-        head = [layer for layer in student.classifier.modules() if isinstance(layer, nn.Linear)][-1]
-        # Every answer starts at the probability 1 / labels, as about one of them is right. From 1/2 each, the
-        # first updates would only push thousands of biases down.
-        nn.init.constant_(head.bias, -math.log(max(1, len(prepared.labels) - 1)))
+        student.config.region_source = prepared.encoder.regions.fingerprint  # type: ignore[attr-defined]
     return student
 
 
