@@ -4,8 +4,10 @@ import ast
 import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
 
 from tdlib.core.paths import ROOT
@@ -32,3 +34,12 @@ def test_calls_fit_what_is_imported(path: Path):
             continue
         given = {keyword.arg for keyword in call.keywords} - {None}
         assert given <= names.keys(), f"{ast.unparse(call)}: has no {given - names.keys()}"
+
+
+def test_the_defaults_of_the_tokens_notebook_hide_no_example():
+    names: dict[str, Any] = {}
+    cells = nbformat.read(ROOT / "notebooks" / "05_tokens.ipynb", as_version=4).cells
+    for source in [cell.source for cell in cells if cell.cell_type == "code"][:2]:  # parameters, filter
+        exec(source, names)
+    index = pd.DataFrame({"example_id": ["labelled", "unlabelled"], "c": [0.5, float("nan")]})
+    assert len(names["filter"].choose(index)) == 2
