@@ -48,6 +48,17 @@ def test_each_arm_gets_the_setting_that_is_best_for_it(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("weights", "edge"), [((0.0, 1.0, 10.0), ""), ((10.0, 30.0, 0.0), "repair_weight")])
+def test_the_weight_of_the_arm_itself_may_be_best(tmp_path, weights, edge):
+    for weight in weights:
+        write_run(tmp_path / "b", arm="clip_td_repaired", share=0.3 if weight else 0.8,
+                  splits=("train_held_out",), more={"repair_weight": weight})  # fmt: skip
+    ranked = rank_settings(tmp_path / "b", resamples=50)
+    assert ranked["edge"][0] == edge, "0 stands for the arm's 3"
+    (chosen,) = json.loads(write_tuned(tmp_path / "b", ranked).read_text())["chosen"]
+    assert chosen["settings"] == {}
+
+
 def test_a_setting_written_in_two_ways_is_one(tmp_path):
     for seed, weight in ((100, 1), (101, 1.0)):
         for rate in (0.1, 0.2):

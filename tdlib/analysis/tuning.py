@@ -70,16 +70,18 @@ def rank_settings(folder: Path, split: str = "", uneven: bool = False, resamples
     _check_effort(folder, context, groups, parameters, uneven)
     rows = []
     for where, tried in groups.items():
-        ranked = []
+        ranked, used = [], []
         for setting, own in tried.items():
             row = dict(zip(context, json.loads(where), strict=True)) | json.loads(setting)
             measured = _measured(folder, scores[scores["run"].isin(own)], resamples)
             ranked.append(row | {"settings": len(tried), "seeds": len(own)} | measured)
-        ranked.sort(key=lambda row: -row["mean"])
-        for number, row in enumerate(ranked):
-            rows.append(row | {"chosen": number == 0, "edge": "" if number else _edge(row, ranked, tuned)})
-    order = [*context, *tuned, "settings", "seeds", "mean", "low", "high", "chosen", "edge"]
-    return pd.DataFrame(rows).reindex(columns=order)
+            used.append(parameters[own[0]] | _fixed(parameters[own[0]]))
+        order = sorted(range(len(ranked)), key=lambda i: -ranked[i]["mean"])
+        for i in order:
+            best = i == order[0]
+            rows.append(ranked[i] | {"chosen": best, "edge": _edge(used[i], used, tuned) if best else ""})
+    columns = [*context, *tuned, "settings", "seeds", "mean", "low", "high", "chosen", "edge"]
+    return pd.DataFrame(rows).reindex(columns=columns)
 
 
 def _measured(folder: Path, scores: pd.DataFrame, resamples: int) -> dict[str, float]:
@@ -118,8 +120,12 @@ def write_tuned(folder: Path, ranked: pd.DataFrame) -> Path:
 
 def _setting(parameters: Mapping[str, Any], tuned: Sequence[str]) -> str:
     """Returns the tuned parameters of a run as JSON, without those that its arm sets itself."""
-    fixed = arm_settings(ARMS.get(parameters["arm"], {}), parameters)
+    fixed = _fixed(parameters)
     return canonical_json({name: parameters[name] for name in tuned if name not in fixed})
+
+
+def _fixed(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return arm_settings(ARMS.get(parameters["arm"], {}), parameters)
 
 
 def _held_out_scores(folder: Path, runs: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -168,9 +174,10 @@ def _check_effort(
 
 
 def _edge(best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]], tuned: Sequence[str]) -> str:
+    """Names the tuned parameters at an edge of what was tried; an arm's weight counts where it applied."""
     at = []
     for name in tuned:
-        values = {row[name] for row in tried if name in row and isinstance(row[name], int | float)}
+        values = {row[name] for row in tried if isinstance(row[name], int | float)}
         if len(values) > 2 and best[name] in (min(values), max(values)):
             at.append(name)
     return ", ".join(at)
