@@ -12,7 +12,8 @@ from nbclient import NotebookClient
 
 from tdlib.core.paths import ConfigError
 from tdlib.runs import report as batch_reports
-from tdlib.runs.report import open_results
+from tdlib.runs.batch import Batch
+from tdlib.runs.report import open_results, write_reports
 
 pytestmark = pytest.mark.usefixtures("no_orphans")
 
@@ -62,6 +63,19 @@ def test_tables_and_sql(finished):
     assert connection.execute(query).fetchall() == [(0, 3.0), (1, 3.0)]
     with pytest.raises(FileNotFoundError, match="batch status"):
         open_results(batch.reports)
+
+
+@pytest.mark.parametrize(("split", "drawn"), [("val", "val"), ("val_balanced", "val_shortcut")])
+def test_the_drawing_shows_the_usual_test_and_names_what_it_shows(tmp_path, split, drawn):
+    batch = Batch(
+        {"template": "04_distill", "grid": {"arm": ["finetune", "clip_td"]}, "seeds": 3}, reports=tmp_path
+    )
+    accuracy = {"val_shortcut": 0.25, split: 0.75}
+    metrics = {f"accuracy.{name}": value for name, value in accuracy.items()}
+    states = {run.id: {"state": "done", "metrics": metrics} for run in batch.plan.runs}
+    page = write_reports(batch.folder, batch.plan, states, None).read_text()
+    figure = page.partition("<figure>")[2].partition("</figure>")[0]
+    assert f"Accuracy on {drawn} (%)" in figure and f"{100 * accuracy[drawn]:.1f}" in figure
 
 
 def test_a_batch_s_folder_may_look_like_a_pattern(finished, tmp_path):

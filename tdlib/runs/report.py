@@ -184,16 +184,19 @@ def _done_by_setting(plan: Plan, table: pd.DataFrame) -> Iterator[tuple[dict[str
 
 
 def _main_chart(plan: Plan, table: pd.DataFrame) -> Html:
-    """Draws the first score of every setting: means over seeds, the arms of a setting together.
+    """Draws a score of every setting: means over seeds, the arms of a setting together.
+
+    It is the accuracy on the task's usual test where the runs were evaluated on it, else the first score.
 
     Lines are 95 % intervals of the mean over seeds by Student's t, from three seeds on.
     """
     metrics = _metrics(plan, table)
     scores = [name for name in metrics if "accuracy" in name.split(".")] or metrics
-    rows = []
+    rows, drawn_scores = [], dict[str, None]()
     for setting, part in _done_by_setting(plan, table) if scores else ():
-        # Tests have other names in other tasks: the first that a run has is its usual one.
-        main = part[scores].bfill(axis=1).iloc[:, 0].dropna().to_numpy(float)
+        score = _main_score(scores, part)
+        drawn_scores[score] = None
+        main = part[score].dropna().to_numpy(float)
         inner = "arm" if "arm" in setting else next(reversed(setting), "")
         group = ", ".join(f"{name} {value}" for name, value in setting.items() if name != inner)
         mean, low, high = seed_interval(main)
@@ -205,10 +208,20 @@ def _main_chart(plan: Plan, table: pd.DataFrame) -> Html:
     drawn = drawn.sort_values("group", key=lambda c: c.map({g: i for i, g in enumerate(dict.fromkeys(c))}),
                               kind="stable")  # fmt: skip
     share = all(_is_share(name) for name in scores)
-    said = f"{'Accuracy on the usual test (%)' if share else scores[0]}: means over seeds"
+    names = ", ".join(name.rpartition("accuracy.")[2] for name in drawn_scores)
+    said = f"{f'Accuracy on {names} (%)' if share else names}: means over seeds"
     chart = interval_chart(drawn, said, percent=share)
     note = "lines: 95 % interval over seeds (Student's t), from three seeds on."
     return Html(f"<figure>{chart}<figcaption>{escape(said)}; {note}</figcaption></figure>")
+
+
+def _main_score(scores: Sequence[str], part: pd.DataFrame) -> str:
+    """Chooses what is drawn of a setting's runs: their task's usual test, or the first score they have."""
+    from tdlib.data.tasks import TASKS
+
+    usual = TASKS[part["task"].iloc[0]].evaluated if "task" in part and part["task"].iloc[0] in TASKS else ""
+    measured = [name for name in scores if part[name].notna().any()] or list(scores)
+    return next((name for name in measured if name.rpartition("accuracy.")[2] == usual), measured[0])
 
 
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; beyond, the normal distribution's is near.
