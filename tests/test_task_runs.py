@@ -167,6 +167,18 @@ def test_an_answer_outside_the_vocabulary_weighs_nothing(settings):
     assert torch.isfinite(module(batch)["loss"])
 
 
+def test_a_vocabulary_that_is_corrected_is_read_again(settings, tmp_path):
+    config = settings("vqa_v2")
+    answers, file = experiments.class_labels(config), tmp_path / "answers.json"
+    config = config.model_copy(update={"vocabulary": str(file)})
+    found = []
+    for named in (answers, ["other", *answers]):
+        file.write_text(json.dumps({answer: label for label, answer in enumerate(named)}))
+        split = experiments.read_split(config, TASKS["vqa_v2"].train)
+        found.append([example.label for example in split if example.label is not None])
+    assert found[0] and found[1] == [label + 1 for label in found[0]]
+
+
 def test_masked_sets_follow_a_trained_student(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue, "SHIFTED_FILES", tmp_path / "shifts")
     config = settings("vcr", submission_split="")

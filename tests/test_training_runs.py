@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_hook
 from torch.testing import assert_close
 from training_helpers import TERMS, assert_same_bits, settings_of, weights_of
@@ -260,6 +261,21 @@ def test_a_bad_picture_of_an_evaluated_split_is_found_before_training(base, worl
     picture.unlink() if damage == "missing" else picture.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=picture.name):
         prepare(config, whole_splits=False)
+
+
+def test_files_that_are_corrected_are_read_again(base, world, teacher_folder, tmp_path):
+    """In the same kernel, as their state is part of a run's identity."""
+    shutil.copytree(world, tmp_path / "vcr")
+    shutil.copytree(teacher_folder, tmp_path / "clip")
+    config = settings_of(base, data_dir=str(tmp_path / "vcr"), teacher=f"local-dir:{tmp_path / 'clip'}")
+    val, cache = read_split(config, "val"), experiments.teacher_cache(config)
+    assert read_split(config, "val") is val and experiments.teacher_cache(config) is cache
+    lines = (tmp_path / "vcr" / "val.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "vcr" / "val.jsonl").write_text("".join(lines[1:]))
+    assert len(read_split(config, "val")) == len(val) - 1
+    weights = tmp_path / "clip" / "open_clip_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights)
+    assert experiments.teacher_cache(config).teacher.fingerprint != cache.teacher.fingerprint
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -17,7 +17,7 @@ from tdlib.miniworld.writers import ensure_data
 from tdlib.students.base import student_inputs
 from tdlib.students.registry import load_student
 from tdlib.training.data import EncodedExamples, collate
-from tdlib.training.prepare import encoder_of, open_cache
+from tdlib.training.prepare import encoder_of, teacher_cache
 
 
 @torch.inference_mode()
@@ -41,7 +41,7 @@ def write_masked(folder: Path, shift: str) -> Path:
         raise ConfigError(f"{folder}: a run of task={config.task!r}; masked sets are VCR's")
     home = ensure_data(config)
     source = home / "val.jsonl"
-    cache = open_cache(config.teacher, config.teacher_pretrained) if config.regions == "clip" else None
+    cache = teacher_cache(config) if config.regions == "clip" else None
     encoder = encoder_of(config, cache, str(folder / "student"))
     student = load_student(str(folder / "student")).eval()
     lines = []

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tdlib.config import RunConfig, parameters_with
-from tdlib.core.paths import ROOT, ConfigError
+from tdlib.core.paths import ROOT, ConfigError, resolve
+from tdlib.core.provenance import digest
 from tdlib.data.examples import Example, Examples, divide_by_picture, low_shot
 from tdlib.data.tasks import HELD_OUT, class_labels, reader, splits_of, task_of
 from tdlib.data.vcr import PERSON_TOKENS
@@ -35,6 +36,7 @@ from tdlib.teacher.probe import ClassProbe, answer_statements, statement_logits
 from tdlib.training.data import EncodedExamples
 from tdlib.training.judging import StatementJudge, asks_truth
 from tdlib.training.pipeline import TeacherFeatureReader, token_centres
+from tdlib.training.provenance import data_manifest
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +72,28 @@ def read_split(config: RunConfig, split: str) -> Examples:
     names = {
         "task", "data_dir", "world_seed", "references", "train_split", "vocabulary", "vocabulary_minimum"
     }  # fmt: skip
-    whole = _open(ensure_data(config), config.model_dump_json(include=names), split.removesuffix(HELD_OUT))
+    folder, source = ensure_data(config), split.removesuffix(HELD_OUT)
+    # The first may lie elsewhere if it is generated, the second wherever the user likes.
+    named = [reader(config, source).path, Path(resolve(config.vocabulary)).expanduser()]
+    states = tuple(map(_state, sorted({*filter(_holds_texts, [*named, *folder.iterdir()])})))
+    whole = _open(folder, config.model_dump_json(include=names), source, states)
     if not config.held_out or split.removesuffix(HELD_OUT) != splits_of(config)[0]:
         return whole
     return _divide(whole, config.held_out)[split.endswith(HELD_OUT)]
 
 
+def _holds_texts(file: Path) -> bool:
+    return file.suffix in (".json", ".jsonl", ".csv") and file.is_file()
+
+
+def _state(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    return str(file), status.st_size, status.st_mtime_ns
+
+
 @lru_cache(maxsize=16)
-def _open(folder: Path, key: str, split: str) -> Examples:
+def _open(folder: Path, key: str, split: str, _states: tuple) -> Examples:
+    """Opens a split once; ``_states`` make the cache miss when a file of the data set has changed."""
     config = RunConfig.model_validate_json(key)
     return reader(config, split, task_of(config).vocabulary(config)).open()
 
@@ -91,15 +107,21 @@ def _divide(examples: Examples, share: float) -> tuple[Examples, Examples]:
 
 
 @lru_cache(maxsize=4)
-def open_cache(name: str, pretrained: str, random_weights: int | None = None) -> TeacherCache:
-    """The verified cache of a teacher; the teacher itself is its attribute."""
+def open_cache(
+    name: str, pretrained: str, random_weights: int | None = None, _state: str = ""
+) -> TeacherCache:
+    """The verified cache of a teacher; the teacher itself is its attribute.
+
+    ``_state`` makes the cache miss when the teacher's files have changed.
+    """
     return TeacherCache(CACHE_ROOT, Teacher(name, pretrained, random_weights=random_weights))
 
 
 def teacher_cache(config: RunConfig) -> TeacherCache:
     """The cache of a run's teacher, or of the one with random weights that replaces it as a control."""
     drawn = 1 if config.teacher_control == "random_weights" else None
-    return open_cache(config.teacher, config.teacher_pretrained, drawn)
+    files = data_manifest({"teacher": config.teacher, "teacher_pretrained": config.teacher_pretrained})
+    return open_cache(config.teacher, config.teacher_pretrained, drawn, digest(files))
 
 
 def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = True) -> PreparedData:
