@@ -87,6 +87,30 @@ def test_folders_of_region_features_are_not_read_for_an_id(tmp_path, monkeypatch
 SOURCE = '"""Of a module."""\nimport math\n\n\ndef f(x):\n    """Doubles."""\n    return 2 * x  # why\n'
 
 
+def test_an_id_changes_with_the_modules_that_cells_import(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_states, "NOTEBOOKS", tmp_path)
+    (tmp_path / "kit").mkdir()
+    files = {"mine.py": "import kit.deep\n", "kit/deep.py": "from . import more\n", "kit/more.py": "A = 1\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "other.py").write_text("A = 1\n")
+    template = write_template(tmp_path, "%matplotlib inline\nfrom mine import x\n" + RESULT).read_bytes()
+
+    def identity() -> dict[str, str]:
+        return run_states.identity(template, {})
+
+    first = identity()
+    (tmp_path / "other.py").write_text("A = 2\n")
+    (tmp_path / "mine.py").write_text("import kit.deep  # and more\n")
+    assert identity() == first and not first["code"]
+    for name, text in files.items():
+        before = identity()
+        (tmp_path / name).write_text(text + "B = 2\n")
+        assert identity()["template"] != before["template"], name
+    (tmp_path / "kit" / "more.py").write_text("import tdlib")
+    assert identity()["code"] == code_version(), "the library counts where a module uses it"
+
+
 def test_the_code_of_an_id_is_what_is_executed():
     same = ['import math\ndef f(x):\n    """Twice."""\n\n    # another reason\n    return (2 *\n  x)']
     other = [SOURCE.replace("2 * x", "3 * x"), SOURCE.replace("import math", "")]

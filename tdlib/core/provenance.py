@@ -47,13 +47,22 @@ def code_version() -> str:
     for package in RESULT_PACKAGES:
         sources += sorted((home / package).rglob("*.py"))
     named = {path.relative_to(home).as_posix(): path for path in sources}
-    states = {name: path.stat() for name, path in named.items() if name not in NO_RESULT}
-    return digest([[n, _code_of(named[n], s.st_size, s.st_mtime_ns)] for n, s in states.items()])
+    return digest([[name, code_of(path)] for name, path in named.items() if name not in NO_RESULT])
+
+
+def code_of(path: Path) -> str:
+    """Hash of a Python file's ``executed_code``, or of its bytes where it is no Python."""
+    state = path.stat()
+    return _code_of(path, state.st_size, state.st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)  # a batch computes it for every run; size and time tell a changed file
 def _code_of(path: Path, size: int, changed: int) -> str:
-    return executed_code(path.read_text(encoding="utf-8"))
+    content = path.read_bytes()
+    try:
+        return executed_code(content.decode("utf-8"))
+    except (SyntaxError, ValueError):
+        return hashlib.sha256(content).hexdigest()
 
 
 def executed_code(source: str) -> str:

@@ -15,7 +15,7 @@ from tdlib.core.files import write_folder
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.runs.checks import check_parameters, difference_reason, differences
 from tdlib.runs.page import export_html
-from tdlib.runs.template import read_template
+from tdlib.runs.template import NOTEBOOKS, read_template
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -54,7 +54,7 @@ def run_notebook(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
         began, scratch = time.time(), Path(tempfile.mkdtemp(prefix="tdlib-"))
         try:
             papermill.execute_notebook(
-                str(path), str(executed), parameters=parameters, cwd=str(ROOT / "notebooks"),
+                str(path), str(executed), parameters=parameters, cwd=str(NOTEBOOKS),
                 kernel_name="python3", progress_bar=sys.stderr.isatty(), log_output=False,
                 request_save_on_cell_execute=True,
                 **kernel_options(scratch, bars=bool(planned.get("interactive"))),

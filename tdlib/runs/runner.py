@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tdlib.core.files import write_json
-from tdlib.core.paths import ROOT
 from tdlib.runs import states as run_states
 from tdlib.runs.engines import Engine, Started
 from tdlib.runs.plan import Plan, PlannedRun
+from tdlib.runs.template import NOTEBOOKS
 
 POLL = 0.2  # seconds between looks at the runs
 
@@ -225,5 +225,5 @@ def specification(plan: Plan, run: PlannedRun, attempt: int) -> dict[str, Any]:
     return {
         "template": str(plan.template), "parameters": run.parameters, "overrides": run.overrides,
         "output": plan.output, "identity": run.identity, "attempt": attempt,
-        "cwd": str(ROOT / "notebooks"), "resources": asdict(plan.resources),
+        "cwd": str(NOTEBOOKS), "resources": asdict(plan.resources),
     }  # fmt: skip

@@ -19,7 +19,8 @@ import psutil
 
 from tdlib.config import parameters_with
 from tdlib.core.files import remove_tree, whole_file
-from tdlib.core.provenance import code_version, digest
+from tdlib.core.provenance import code_of, code_version, digest
+from tdlib.runs.template import NOTEBOOKS, imported_files
 from tdlib.training.checkpoints import HOME as CHECKPOINTS
 from tdlib.training.checkpoints import UNEVALUATED
 from tdlib.training.provenance import data_manifest
@@ -45,8 +46,8 @@ def identity(
     """Hashes all that results depend on: "parameters", "template", "data", "code", and "id" of these.
 
     Args:
-        template: the notebook file; its code cells count, outputs and prose do not. The library's
-            sources count where it uses them.
+        template: the notebook file; its code cells count, outputs and prose do not, and so do the modules
+            beside notebooks that they import. The library's sources count where these use them.
         parameters: all of them, defaults included.
         output: name of the parameter that says where results go, which does not count; neither do
             ``interactive`` and the parameters of the machine (``RunConfig``'s roles), such as
@@ -56,11 +57,14 @@ def identity(
     apart = (output, "interactive", *parameters_with(role="machine"))
     counted = {name: value for name, value in parameters.items() if name not in apart}
     cells = ["".join(cell["source"]) for cell in json.loads(template)["cells"] if cell["cell_type"] == "code"]
+    modules = imported_files(cells, NOTEBOOKS)
+    sources = [*cells, *(file.read_text(encoding="utf-8", errors="replace") for file in modules)]
+    imported = [[file.relative_to(NOTEBOOKS).as_posix(), code_of(file)] for file in modules]
     parts = {
         "parameters": digest(counted),
-        "template": digest(cells),
+        "template": digest([cells, imported]),
         "data": digest(data_manifest(counted)),
-        "code": (code or code_version()) if any("tdlib" in cell for cell in cells) else "",
+        "code": (code or code_version()) if any("tdlib" in source for source in sources) else "",
     }
     return {"id": digest(parts)[:12], **parts}
 

@@ -8,9 +8,9 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tdlib.core.files import parse_value
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
 from tdlib.method import registry
 
+NOTEBOOKS = ROOT / "notebooks"  # kernels work there, so that cells import modules that lie beside notebooks
 UNKNOWN = object()  # a default that only the kernel can compute, such as os.environ["DATA"]
 _KINDS: dict[str, tuple[type, ...]] = {
     "bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "list": (list,), "dict": (dict,),
@@ -223,6 +224,30 @@ def parse_cell(source: str) -> ast.Module:
         return ast.parse(without_magics(source))
     except SyntaxError:
         return ast.Module([], [])
+
+
+def imported_files(sources: Iterable[str], home: Path) -> list[Path]:
+    """Lists the modules in ``home`` that code imports, also through each other; packages count whole."""
+    files: dict[Path, None] = {}
+    waiting = [*sources]
+    while waiting:
+        for name in _imports(waiting.pop()):
+            for file in (home / f"{name}.py", *(home / name).rglob("*.py")):
+                if file.is_file() and file not in files:
+                    files[file] = None
+                    waiting.append(file.read_text(encoding="utf-8", errors="replace"))
+    return sorted(files)
+
+
+@lru_cache(maxsize=1024)  # a batch asks for every run
+def _imports(source: str) -> tuple[str, ...]:
+    names: list[str] = []
+    for node in ast.walk(parse_cell(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    return tuple(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
 _ARITHMETIC = (
