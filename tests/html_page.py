@@ -4,7 +4,16 @@ import re
 from html.parser import HTMLParser
 
 TAGS = {"div", "span", "b", "small", "br", "img", "table", "thead", "tbody", "tr", "td", "th", "p"}
-ATTRIBUTES = {"style", "title", "src", "alt", "width", "class", "data-v"}  # the last is dropped without harm
+ATTRIBUTES = {
+    "style",
+    "title",
+    "src",
+    "alt",
+    "width",
+    "class",
+    "dir",
+    "data-v",
+}  # the last is dropped without harm
 NUMBER = r"(0|\d+(\.\d+)?(px|%)?)"
 HEX = r"#[0-9a-f]{6}"
 ALPHA = r"rgba\(\d+, \d+, \d+, [01](\.\d+)?\)"

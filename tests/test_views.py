@@ -139,6 +139,25 @@ def test_every_character_and_every_token_is_drawn_once(text, stretches):
     assert not Page(text_view(record).to_html()).problems
 
 
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [("למה הוא כועס?", "rtl"), ("[1] لماذا", "rtl"), ("Why does שלום cry", "ltr"), ("Why [1]?", "")],
+)
+def test_a_text_is_written_in_the_direction_of_its_script(image, text, written):
+    spans = np.array([(i, i + 1) for i in range(len(text))])
+    size = len(text)
+    record = replace(
+        make_record(image), text=text, spans=spans, boxes=np.zeros((size, 4)), tokens=tuple(text),
+        references=(), relevant_spans=(), weight=np.zeros(size), selected=np.zeros(size, bool),
+        distilled=np.ones(size, bool), score=np.zeros(size), relevance=np.zeros(size), prior=np.zeros(size),
+    )  # fmt: skip
+    page = Page(text_view(record).to_html())
+    assert not page.problems
+    directions = [attributes["dir"] for _, attributes, _ in page.elements if "dir" in attributes]
+    assert directions == ([written, *["auto"] * len(text.split())] if written else [])
+    assert sheet_of(weight_sheet(record, 1.0))["direction"] == written
+
+
 def test_a_shared_character_belongs_to_the_first_token_and_the_other_follows_its_word(record):
     spans = record.spans.copy()
     spans[1:5] = [(0, 3), (2, 6), (8, 9), (7, 12)]  # "Why", " is" and one more letter, "C" within "Casey"

@@ -9,7 +9,7 @@ from html import escape
 from itertools import pairwise
 
 from tdlib.data.examples import Example, TextPart
-from tdlib.views.html import page, style
+from tdlib.views.html import direction_attribute, page, style
 from tdlib.views.picture import frame, label, object_labels, overlaid
 from tdlib.views.scale import BLACK, GREY, WHITE
 
@@ -88,10 +88,14 @@ def _answer(example: Example, labels: Sequence[str]) -> str:
     return example.choices[example.label].text if example.choices else labels[example.label] if labels else ""
 
 
+def _element(tag: str, part: TextPart, before: str = "") -> str:
+    return f"<{tag}{direction_attribute(part.text)}>{before}{text_html(part)}</{tag}>"
+
+
 def _row(name: str, example: Example, labels: Sequence[str], width: int) -> str:
     """Name and kind, picture, and texts of an example beside each other, below where there is no room."""
     choices = "".join(
-        f"<li>{'<b>&#10003;</b> ' if i == example.label else ''}{text_html(choice)}</li>"
+        _element("li", choice, "<b>&#10003;</b> " if i == example.label else "")
         for i, choice in enumerate(example.choices)
     )
     said = f"<p>{escape(', '.join(example.annotators))}</p>" if example.annotators else ""
@@ -99,7 +103,7 @@ def _row(name: str, example: Example, labels: Sequence[str], width: int) -> str:
     parts = {
         "1 1 120px": f"<b>{escape(name)}</b><br><span {style(color=GREY)}>{escape(example.stratum)}</span>",
         f"0 1 {width}px": boxed_picture(example, width),
-        "3 1 300px": f"<p>{text_html(example.prompt)}</p><ol start='0'>{choices}</ol>"
+        "3 1 300px": f"{_element('p', example.prompt)}<ol start='0'>{choices}</ol>"
         f"<p><b>{escape(answer)}</b></p>{said}",
     }
     cells = "".join(f"<div {style(flex=size)}>{part}</div>" for size, part in parts.items())

@@ -5,6 +5,7 @@ nothing here needs them; every string from the data is escaped by the caller.
 """
 
 import base64
+from unicodedata import bidirectional
 
 from tdlib.views.scale import BLACK, WHITE
 
@@ -13,6 +14,17 @@ def style(**properties: str) -> str:
     """A style attribute; ``font_size`` is written font-size."""
     rules = "; ".join(f"{name.replace('_', '-')}: {value}" for name, value in properties.items())
     return f'style="{rules}"'
+
+
+def direction(text: str) -> str:
+    """Returns "rtl" or "ltr", by the first letter that has a direction; "" where all run left to right."""
+    strong = [kind for kind in map(bidirectional, text) if kind in ("L", "R", "AL")]
+    return "" if not {"R", "AL"} & {*strong} else "ltr" if strong[0] == "L" else "rtl"
+
+
+def direction_attribute(text: str) -> str:
+    """The attribute of an element whose words are written in the ``direction`` of a text; "" for none."""
+    return f' dir="{direction(text)}"' if direction(text) else ""
 
 
 def page(body: str) -> str:

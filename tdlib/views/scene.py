@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tdlib.core.facts import token_name, truth_name
+from tdlib.views.html import direction
 from tdlib.views.picture import described, embedded, number_labels, object_labels
 from tdlib.views.scale import Scale
 from tdlib.views.sheet import Sheet, marks_of, words_of
@@ -58,6 +59,7 @@ def sheet_of(sheet: Sheet) -> dict[str, Any]:
         "about": list(sheet.about),
         "below": sheet.below,
         "words": [[[p.text, p.token, list(p.objects)] for p in word] for word in words_of(record)],
+        "direction": direction(record.text),
         "tokens": [_token(sheet, i) for i in range(len(record.tokens))],
         "boxes": [[int(i), *np.round(record.boxes[i], 5).tolist()] for i in sheet.regions],
         "objects": [[str(name), *box] for name, box in zip(names, record.object_boxes, strict=True)],

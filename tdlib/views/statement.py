@@ -2,7 +2,7 @@
 
 from html import escape
 
-from tdlib.views.html import style
+from tdlib.views.html import direction_attribute, style
 from tdlib.views.scale import BLACK, GREY, WHITE
 from tdlib.views.sheet import Piece, Sheet, words_of
 
@@ -10,11 +10,15 @@ from tdlib.views.sheet import Piece, Sheet, words_of
 def statement_html(sheet: Sheet) -> str:
     """Draws the statement of a sheet; the ``title`` of a token says its numbers in words."""
     look = style(display="inline-block", white_space="nowrap", vertical_align="top", margin="0 2px 4px 0")
+    # Blocks beside each other have no direction of their own, unlike letters: without these attributes the
+    # words of a right-to-left text, and the pieces of each word, would stand in the opposite order.
+    written = direction_attribute(sheet.record.text)
+    of_word = ' dir="auto"' if written else ""
     words = [
-        f"<span {look}>{''.join(_piece(sheet, piece) for piece in word)}</span>"
+        f"<span {look}{of_word}>{''.join(_piece(sheet, piece) for piece in word)}</span>"
         for word in words_of(sheet.record)
     ]
-    return f"<div {style(line_height='1.35', font_size='16px')}>{' '.join(words)}</div>"
+    return f"<div {style(line_height='1.35', font_size='16px')}{written}>{' '.join(words)}</div>"
 
 
 def _piece(sheet: Sheet, piece: Piece) -> str:

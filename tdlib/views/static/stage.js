@@ -18,12 +18,16 @@ function shape(tag, attributes) {
   return node;
 }
 
-// The words, one span per token; `at` collects the nodes of each token.
+// The words, one span per token; `at` collects the nodes of each token. Blocks beside each other have no direction
+// of their own, unlike letters: without `dir` the words of a right-to-left text, and the pieces of each word,
+// would stand in the opposite order.
 function statement(sheet, at) {
   const root = make("div", { fontSize: "16px", lineHeight: "1.35" });
+  root.dir = sheet.direction;
   for (const pieces of sheet.words) {
     const word = make("span", { display: "inline-block", whiteSpace: "nowrap", verticalAlign: "top",
                                 margin: "0 2px 4px 0" });
+    if (sheet.direction) word.dir = "auto";
     for (const [text, token, objects] of pieces) {
       const own = token === null ? null : sheet.tokens[token];
       const [ground, ink] = own && own.tint.length ? own.tint : ["#ffffff", INK];
