@@ -101,8 +101,8 @@ class RunConfig(BaseModel):
     )
     loader_workers: int = _machine(
         -1,
-        "processes that make the training's batches; 0: none but this one; -1: some where there are a GPU, "
-        "four cores or more, and more data than memory keeps encoded",
+        "processes that make the batches of training and evaluation; 0: none but this one; -1: some where "
+        "there are a GPU, four cores or more, and more data than memory keeps encoded",
         ge=-1,
     )
     compile: bool = _training(False, "whether torch compiles the student for its training")

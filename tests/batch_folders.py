@@ -10,7 +10,7 @@ from tdlib.analysis.compare import compare_arms
 from tdlib.analysis.scores import read_runs, read_scores
 from tdlib.data.examples import Example, TextPart, save_manifest
 from tdlib.runs import states as run_states
-from tdlib.training.evaluation import prediction_table
+from tdlib.training.evaluation import Predictions, prediction_table
 
 CLASSES = ("yes", "no", "maybe")
 
@@ -65,7 +65,8 @@ def write_run(
         tables = []
         for split in splits:
             tested = examples_of(task, split, number)
-            tables.append(prediction_table(split, tested, predict(tested, share, seed), labels, constant=1))
+            said = Predictions.of(predict(tested, share, seed))
+            tables.append(prediction_table(split, tested, said, labels, constant=1))
         pd.concat(tables).to_parquet(output / "predictions.parquet", index=False)
         many = 100 if shots == 0 else int(shots)
         learned = [example(name, task, 0, "p") for name in ids or [f"{seed}-{i}" for i in range(many)]]

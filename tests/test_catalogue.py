@@ -303,10 +303,11 @@ def test_an_entailment_submission_has_a_line_per_pair(tmp_path, task):
 @pytest.mark.parametrize("task", ["vqa_v2", "vqa_cp_v2"])
 def test_a_vqa_submission_is_the_servers(tmp_path, task):
     examples = Examples(["70", "9"], ["all"] * 2, lambda _: example(), False)
-    path = TASKS[task].write_submission(tmp_path, examples, probabilities([1, 0], 2), ("yes", "no"))
-    assert json.loads(path.read_text()) == [
-        {"question_id": 70, "answer": "no"}, {"question_id": 9, "answer": "yes"},
-    ]  # fmt: skip
+    for told in (probabilities([1, 0], 2), np.array([1, 0])):  # of many labels only the chosen ones
+        path = TASKS[task].write_submission(tmp_path, examples, told, ("yes", "no"))
+        assert json.loads(path.read_text()) == [
+            {"question_id": 70, "answer": "no"}, {"question_id": 9, "answer": "yes"},
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("task", ["vcr", "snli_ve", "vqa_v2"])

@@ -7,7 +7,7 @@ import pytest
 
 from tdlib.data.chance import chance_scores, constant_answer
 from tdlib.data.examples import Example, Examples, TextPart
-from tdlib.training.evaluation import prediction_table
+from tdlib.training.evaluation import Predictions, prediction_table
 
 
 def example(label=None, choices=0, annotators=(), soft=()) -> Example:
@@ -48,7 +48,7 @@ def test_vqa_counts_by_its_soft_accuracy():
 
 def test_predictions_keep_the_chance_of_each_example():
     tested = [example(label) for label in (0, 2)]
-    table = prediction_table("dev", tested, np.eye(3)[:2], ("a", "b", "c"), constant=2)
+    table = prediction_table("dev", tested, Predictions.of(np.eye(3)[:2]), ("a", "b", "c"), constant=2)
     assert list(table["chance"]) == [0.0, 1.0] and list(table["score"]) == [1.0, 0.0]
-    table = prediction_table("val", [example(1, 4)], np.eye(4)[:1])
+    table = prediction_table("val", [example(1, 4)], Predictions.of(np.eye(4)[:1]))
     assert list(table["chance"]) == [0.25]

@@ -1,7 +1,9 @@
 """What makes a training's batches, and how a batch's examples are counted."""
 
 import os
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from training_helpers import settings_of
@@ -11,9 +13,12 @@ from tdlib.config import apply_arm
 from tdlib.core import devices
 from tdlib.core.devices import MOST_WORKERS, in_threads, usual_workers
 from tdlib.data.examples import low_shot
+from tdlib.students.base import student_inputs
 from tdlib.students.registry import load_student
-from tdlib.training import trainer as trainer_module
-from tdlib.training.data import EncodedExamples
+from tdlib.training import data as data_module
+from tdlib.training import evaluation
+from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.evaluation import Predictions, batch_logits, predict
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.trainer import make_trainer
 
@@ -43,7 +48,7 @@ def test_a_training_uses_them_where_memory_does_not_keep_its_data(
     config = apply_arm(settings_of(base, arm="finetune"))
     subset = low_shot(prepared.train, config.shots, config.seed)
     asked = []
-    monkeypatch.setattr(trainer_module, "usual_workers", lambda processes=1: asked.append(processes) or 3)
+    monkeypatch.setattr(data_module, "usual_workers", lambda processes=1: asked.append(processes) or 3)
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
 
@@ -64,3 +69,42 @@ def test_a_training_uses_them_where_memory_does_not_keep_its_data(
     assert [part for part, _ in compiled] == [trainer.module.student]
     batches = [{"labels": torch.zeros(4)}, {"labels": torch.zeros(3)}]
     assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) == 7
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@torch.inference_mode()
+def test_evaluation_opens_each_picture_once_and_sees_the_batches_of_always(
+    base, prepared, monkeypatch, workers
+):  # fmt: skip
+    """Also where memory keeps nothing, and with processes that make the batches; bit for bit."""
+    student, examples = load_student(base.student).eval(), prepared.evaluated["val"]
+    kept = EncodedExamples(examples, prepared.encoder)
+    order = sorted(range(len(kept)), key=lambda i: kept[i]["input_ids"].shape[1])
+    expected = []
+    for start in range(0, len(order), 4):
+        batch = collate([kept[i] for i in order[start : start + 4]], prepared.encoder)
+        logits = student(**student_inputs(student, batch)).logits
+        expected.append((order[start : start + 4], logits))
+    opened, visual = Counter(), prepared.encoder.visual
+    monkeypatch.setattr(
+        prepared.encoder, "visual", lambda example: opened.update([example.id]) or visual(example)
+    )
+    state = torch.random.get_rng_state()
+    found = [*batch_logits(student, EncodedExamples(examples, prepared.encoder, memory=0), 4, workers)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [numbers for numbers, _ in found] == [numbers for numbers, _ in expected]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, expected, strict=True))
+    assert opened == ({} if workers else Counter(examples.ids))  # workers open them in their own memory
+
+
+def test_of_many_labels_the_chosen_are_kept(base, prepared, monkeypatch):
+    student = load_student(base.student)
+    data = EncodedExamples(prepared.evaluated["val"], prepared.encoder)
+    every = predict(student, data)
+    few = Predictions.by(student, data)
+    monkeypatch.setattr(evaluation, "MOST_KEPT", every.shape[1] - 1)
+    many = Predictions.by(student, data)
+    assert np.array_equal(few.every, every) and many.every is None
+    for found in (few, many):
+        assert np.array_equal(found.chosen, every.argmax(-1))
+        assert np.array_equal(found.probability, every.max(-1))

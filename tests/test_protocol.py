@@ -34,7 +34,7 @@ from tdlib.analysis.statistics import bootstrap_interval, pooled_difference, sig
 from tdlib.analysis.study import lead_charts, readable
 from tdlib.miniworld.worlds import STRATA
 from tdlib.runs import states as run_states
-from tdlib.training.evaluation import prediction_table
+from tdlib.training.evaluation import Predictions, prediction_table
 from tdlib.views.figures.differences import plot_differences
 from tdlib.views.figures.protocol import plot_shots
 
@@ -129,7 +129,8 @@ def test_questions_and_pictures_are_told_apart_by_more_than_a_part_of_their_name
         replace(example(f"a:r{i // 2}", "vcr", 0, "", ("", "r")[i % 2]), image=path)
         for i, path in enumerate(paths)
     ]
-    table = prediction_table("val", examples, np.eye(4)[[0, 0, 0, 1]]).assign(arm="x", seed=0)
+    table = prediction_table("val", examples, Predictions.of(np.eye(4)[[0, 0, 0, 1]]))
+    table = table.assign(arm="x", seed=0)
     assert list(table["image"]) == ["clipA/000.jpg"] * 2 + ["clipB/000.jpg"] * 2
     joint = joint_predictions(table)
     assert dict(zip(joint["id"], joint["score"], strict=True)) == {"a:r0": 1.0, "a:r1": 0.0}

@@ -34,7 +34,7 @@ from tdlib.training import evaluation, objective
 from tdlib.training import prepare as experiments
 from tdlib.training import run as training
 from tdlib.training.data import EncodedExamples, collate
-from tdlib.training.evaluation import predict, prediction_table
+from tdlib.training.evaluation import Predictions, predict, prediction_table
 from tdlib.training.prepare import read_split
 from tdlib.training.recording import ProbeRecorder
 from tdlib.training.reference import zero_shot
@@ -253,7 +253,7 @@ def test_zero_shot_equals_the_live_teacher(base, prepared):
 def test_prediction_table_of_labelled_and_unlabelled_examples(prepared):
     examples = [prepared.evaluated["val"][0], replace(prepared.evaluated["val"][1], label=None)]
     probabilities = np.eye(4, dtype=np.float32)[[examples[0].label, 2]]
-    table = prediction_table("val", examples, probabilities)
+    table = prediction_table("val", examples, Predictions.of(probabilities))
     assert table["score"][0] == 1 and math.isnan(table["score"][1])
     assert table["label"].isna().tolist() == [False, True] and table["prediction"].tolist() == [
         examples[0].label,

@@ -122,7 +122,8 @@ class Task:
         Args:
             folder: where the file ``submission`` is written.
             examples: the whole split.
-            probabilities: (examples, choices or labels).
+            probabilities: (examples, choices or labels); of a large label set, which needs no more, the
+                chosen labels (examples,) will do.
             labels: the label set; empty where examples have choices.
 
         Raises:
@@ -207,8 +208,7 @@ class EntailmentTask(Task):
     def fill_submission(
         self, path: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
     ) -> None:
-        chosen = map(int, probabilities.argmax(-1))
-        snli_ve.write_submission(path, dict(zip(examples.ids, chosen, strict=True)))
+        snli_ve.write_submission(path, dict(zip(examples.ids, _chosen(probabilities), strict=True)))
 
     def check_submission(self, path: Path, examples: Examples) -> list[str]:
         return snli_ve.check_submission(path, examples.ids)
@@ -245,11 +245,16 @@ class VqaTask(Task):
         self, path: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
     ) -> None:
         ids = [int(identifier) for identifier in examples.ids]
-        answers = {i: labels[int(row.argmax())] for i, row in zip(ids, probabilities, strict=True)}
+        answers = {i: labels[label] for i, label in zip(ids, _chosen(probabilities), strict=True)}
         vqa_metric.write_submission(path, answers, ids)
 
     def check_submission(self, path: Path, examples: Examples) -> list[str]:
         return vqa_metric.check_submission(path, [int(identifier) for identifier in examples.ids])
+
+
+def _chosen(probabilities: np.ndarray) -> list[int]:
+    """The labels that a submission names, see ``Task.write_submission``."""
+    return (probabilities if probabilities.ndim == 1 else probabilities.argmax(-1)).tolist()
 
 
 @lru_cache(maxsize=4)

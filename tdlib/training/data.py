@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
 
+from tdlib.core.devices import usual_workers
 from tdlib.data.examples import Example, TextPart
 from tdlib.students.base import EncodedText, StudentEncoder, pad_last
 from tdlib.teacher.probe import soft_target
@@ -63,6 +64,21 @@ class EncodedExamples(Dataset):
         """True if all examples are likely to fit into memory together, judged by the first one."""
         return not len(self) or len(self) * _nbytes(self[0]) <= self._memory
 
+    def workers(self, asked: int, processes: int = 1) -> int:
+        """Returns how many processes make batches: ``asked``, or as data and machine ask if that is -1.
+
+        ``processes`` share the machine, each with workers of its own.
+        """
+        if asked >= 0:
+            return asked
+        return 0 if usual_workers() == 0 or self.keeps_all() else usual_workers(processes)
+
+    def text_length(self, index: int) -> int:
+        """Returns the number of text tokens of an example once encoded, without opening its picture."""
+        if index in self._kept:
+            return self._kept[index]["input_ids"].shape[1]
+        return self.encoder.text(self._shown(self.examples[index])).input_ids.shape[1]
+
     def check_pictures(self) -> None:
         """Encodes one example of each distinct picture, so that a missing or damaged one is reported early.
 
@@ -75,10 +91,15 @@ class EncodedExamples(Dataset):
                 seen.add((example.image, example.boxes))
                 _ = self[index]
 
+    def _shown(self, example: Example) -> Example:
+        """Blanks the words where ``modality`` is "image"."""
+        if self.modality != "image":
+            return example
+        nothing = TextPart("")
+        return replace(example, prompt=nothing, choices=(nothing,) * len(example.choices))
+
     def _encode(self, example: Example) -> dict[str, Any]:
-        if self.modality == "image":
-            nothing = TextPart("")
-            example = replace(example, prompt=nothing, choices=(nothing,) * len(example.choices))
+        example = self._shown(example)
         text = self.encoder.text(example)
         visual = self.encoder.visual(example)
         if self.modality == "text":

@@ -7,6 +7,8 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from tdlib.config import RunConfig
@@ -24,7 +27,7 @@ from tdlib.data.examples import Example, Examples, path_names
 from tdlib.data.tasks import data_folder, detail, score, task_of
 from tdlib.miniworld.worlds import STRATA, strata_of
 from tdlib.students import registry as students
-from tdlib.students.base import student_inputs
+from tdlib.students.base import StudentEncoder, student_inputs
 from tdlib.training.card import model_card
 from tdlib.training.checkpoints import UNEVALUATED
 from tdlib.training.data import EncodedExamples, collate
@@ -32,38 +35,85 @@ from tdlib.training.prepare import PreparedData
 
 log = logging.getLogger(__name__)
 
+MOST_KEPT = 16  # choices or labels of which every probability is kept; all answers of VQA take gigabytes
+
 
 def batch_logits(
-    student: Any, dataset: EncodedExamples, batch_size: int
+    student: Any, dataset: EncodedExamples, batch_size: int, workers: int = 0
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yields the numbers of a batch's examples and their float32 logits, on the student's device.
 
     Texts of like length share a batch, so that little is computed on padding; the order is therefore another.
+    ``workers`` processes make the batches beside this one, see ``EncodedExamples.workers``.
     """
     student.eval()
     device = next(student.parameters()).device
-    order = sorted(range(len(dataset)), key=lambda i: dataset[i]["input_ids"].shape[1])
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        batch = collate([{**dataset[i], "teacher": None} for i in numbers], dataset.encoder)
+    order = sorted(range(len(dataset)), key=dataset.text_length)
+    numbers = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    loader = DataLoader(
+        dataset, batch_sampler=numbers, num_workers=workers,
+        collate_fn=partial(_collate, encoder=dataset.encoder),
+        generator=torch.Generator(),  # a loader draws a seed, which must not come from the shared numbers
+    )  # fmt: skip
+    for of_batch, batch in zip(numbers, loader, strict=True):
         output = student(**{name: value.to(device) for name, value in student_inputs(student, batch).items()})
-        yield numbers, output.logits.float()
+        yield of_batch, output.logits.float()
+
+
+def _collate(items: Sequence[dict[str, Any]], encoder: StudentEncoder) -> dict[str, Tensor]:
+    return collate([{**item, "teacher": None} for item in items], encoder)
 
 
 @torch.inference_mode()
 def predict(student: PreTrainedModel, dataset: EncodedExamples, batch_size: int = 32) -> np.ndarray:
     """Probabilities over choices or labels, (examples, choices or labels). No example is left out."""
-    rows: list[Tensor | None] = [None] * len(dataset)
+    rows: dict[int, np.ndarray] = {}
     for numbers, logits in batch_logits(student, dataset, batch_size):
-        for i, row in zip(numbers, logits.softmax(-1).cpu(), strict=True):
-            rows[i] = row
-    return torch.stack([row for row in rows if row is not None]).numpy()
+        rows |= dict(zip(numbers, logits.softmax(-1).cpu().numpy(), strict=True))
+    return np.stack([rows[i] for i in range(len(dataset))])
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What is kept of a split's probabilities, so that a large one with many labels fits into memory.
+
+    ``chosen`` (examples,) are the likeliest choices or labels, ``probability`` (examples,) is theirs.
+    ``every`` has all probabilities (examples, choices or labels); None of more than ``MOST_KEPT``.
+    """
+
+    chosen: np.ndarray
+    probability: np.ndarray
+    every: np.ndarray | None
+
+    @classmethod
+    def of(cls, probabilities: np.ndarray) -> "Predictions":
+        """Reduces probabilities (examples, choices or labels)."""
+        few = probabilities.shape[1] <= MOST_KEPT
+        return cls(probabilities.argmax(-1), probabilities.max(-1), probabilities if few else None)
+
+    @classmethod
+    @torch.inference_mode()
+    def by(
+        cls, student: PreTrainedModel, dataset: EncodedExamples, batch_size: int = 32, workers: int = 0
+    ) -> "Predictions":
+        """Lets a student predict a split, and reduces its probabilities batch by batch."""
+        parts, order = [], []
+        for numbers, logits in batch_logits(student, dataset, batch_size, workers):
+            parts.append(cls.of(logits.softmax(-1).cpu().numpy()))
+            order += numbers
+        places = np.argsort(order)
+        chosen, probability = (
+            np.concatenate([getattr(part, name) for part in parts])[places]
+            for name in ("chosen", "probability")
+        )
+        kept = [part.every for part in parts if part.every is not None]
+        return cls(chosen, probability, np.concatenate(kept)[places] if kept else None)
 
 
 def prediction_table(
     split: str,
     examples: Sequence[Example],
-    probabilities: np.ndarray,
+    predictions: Predictions,
     labels: Sequence[str] = (),
     constant: int | None = None,
 ) -> pd.DataFrame:
@@ -71,14 +121,13 @@ def prediction_table(
 
     ``score`` and ``chance`` lie in [0, 1] and are missing where there is no label. ``chance`` is what
     guessing scores on the example (``data.chance``), given the answer that guessing always gives where
-    there is a label set (``constant``). Probabilities over more than 16 labels are not kept.
+    there is a label set (``constant``).
     """
-    examples, predictions = Examples.of(examples), probabilities.argmax(-1)
+    examples, chosen, every = Examples.of(examples), predictions.chosen, predictions.every
     rows = [
-        (example.image, example.label, example.answer_type, score(example, int(prediction), labels))
-        for example, prediction in zip(examples, predictions, strict=True)
+        (example.image, example.label, example.answer_type, score(example, int(choice), labels))
+        for example, choice in zip(examples, chosen, strict=True)
     ]
-    few = probabilities.shape[1] <= 16
     return pd.DataFrame(
         {
             "split": split,
@@ -89,12 +138,12 @@ def prediction_table(
             "stratum": examples.strata,
             "answer_type": [row[2] for row in rows],
             "label": pd.array([row[1] for row in rows], dtype="Int64"),
-            "prediction": predictions,
-            "answer": [labels[i] if labels else "" for i in predictions],
+            "prediction": chosen,
+            "answer": [labels[i] if labels else "" for i in chosen],
             "score": [row[3] for row in rows],
             "chance": chance_scores(examples, constant, labels),
-            "probability": probabilities.max(-1),
-            "probabilities": [row.tolist() if few else None for row in probabilities],
+            "probability": predictions.probability,
+            "probabilities": [None] * len(chosen) if every is None else every.tolist(),
         }
     )
 
@@ -113,8 +162,8 @@ def evaluate(
                 examples, prepared.encoder, memory=0, num_labels=len(prepared.labels),
                 modality=config.modality,
             )  # fmt: skip
-        probabilities = predict(student, encoded)
-        table = prediction_table(split, examples, probabilities, prepared.labels, constant)
+        predictions = Predictions.by(student, encoded, workers=encoded.workers(config.loader_workers))
+        table = prediction_table(split, examples, predictions, prepared.labels, constant)
         if examples.labelled:
             of_split = task_of(config).measures(table)
             figures["accuracy"][split] = next(iter(of_split.values()))
@@ -122,7 +171,8 @@ def evaluate(
             strata = strata_of(data_folder(config), split).reindex(table["question"]).fillna("")
             figures["detail"][split] = detail(table.assign(**strata.reset_index(drop=True)), STRATA)
         if split == config.submission_split:
-            path = task_of(config).write_submission(folder, examples, probabilities, prepared.labels)
+            told = predictions.chosen if predictions.every is None else predictions.every
+            path = task_of(config).write_submission(folder, examples, told, prepared.labels)
             figures["submission"] = path.name
         frames.append(table)
     pd.concat(frames).to_parquet(folder / "predictions.parquet", index=False)

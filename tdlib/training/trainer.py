@@ -25,7 +25,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tdlib.config import RunConfig
-from tdlib.core.devices import usual_workers
 from tdlib.core.files import write_json
 from tdlib.core.paths import ConfigError
 from tdlib.core.records import read_records, write_records
@@ -329,9 +328,7 @@ def make_trainer(
             "precision='fp16': small gradients vanish in it but for the optimizer's, which are scaled; set "
             "adversarial_steps=0 and diagnostics_every=0, or precision='bf16'"
         )
-    workers = config.loader_workers
-    if workers < 0:
-        workers = 0 if usual_workers() == 0 or dataset.keeps_all() else usual_workers(config.processes)
+    workers = dataset.workers(config.loader_workers, config.processes)
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=config.epochs * config.repeat_epochs,
         per_device_train_batch_size=config.batch_size // config.processes,
