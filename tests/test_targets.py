@@ -1,6 +1,7 @@
 """Targets: what the teacher's tokens become for a student, in every relevance variant."""
 
 import dataclasses
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from tdlib.method.priors import Idf
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.teacher.cache import CacheError, TeacherCache
 from tdlib.teacher.towers import EXTRAS
-from tdlib.training.pipeline import TeacherFeatureReader, teacher_tokens
+from tdlib.training.pipeline import TeacherFeatureReader, teacher_tokens, token_centres
 from tdlib.training.prepare import read_split
 from tdlib.training.targets import make_targets, pack
 
@@ -181,3 +182,23 @@ def test_teacher_tokens_stand_behind_each_other_and_are_padded_with_zeros(teache
         [dataclasses.replace(text, vv=None) for text in texts], dataclasses.replace(picture, vv=None)
     )
     assert plain.vv is plain.saliency is None
+
+
+def test_centres_hold_the_tokens_of_one_record_at_a_time(cache, examples, monkeypatch):
+    """Those of all of VCR are many times larger than memory."""
+    cache.add([s.text for e in examples for s in e.statements()], [e.image for e in examples])
+    read, most = [], []
+
+    def watched(reads):
+        def watch(of):
+            record = reads(of)
+            read.append(weakref.ref(record.projected))
+            most.append(sum(alive() is not None for alive in read))
+            return record
+
+        return watch
+
+    for name in ("text", "picture"):
+        monkeypatch.setattr(cache, name, watched(getattr(cache, name)))
+    token_centres(cache, examples)
+    assert len(read) > 4 and max(most) <= 2

@@ -5,7 +5,7 @@ encoded example. ``targets`` turns the features of a whole batch into targets; w
 learns is computed in ``objective``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -176,5 +176,14 @@ def token_centres(cache: TeacherCache, examples: Sequence[Example]) -> tuple[Ten
     """
     texts = dict.fromkeys(statement.text for example in examples for statement in example.statements())
     pictures = dict.fromkeys(example.image for example in examples)
-    text_centre = torch.cat([cache.text(text).projected for text in texts]).mean(0)
-    return text_centre, torch.cat([cache.picture(picture).projected for picture in pictures]).mean(0)
+    return _mean_token(map(cache.text, texts)), _mean_token(map(cache.picture, pictures))
+
+
+def _mean_token(records: Iterable[TeacherRecord]) -> Tensor:
+    """Averages tokens without holding more than one record's: all of VCR's take tens of gigabytes."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for record in records:
+        # In double precision a running sum is as good as one of pairs.
+        total = total + record.projected.sum(0, dtype=torch.float64)
+        count += len(record.projected)
+    return (total / count).float()
