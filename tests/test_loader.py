@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from training_helpers import settings_of
 from transformers import Trainer
 
@@ -108,3 +109,15 @@ def test_of_many_labels_the_chosen_are_kept(base, prepared, monkeypatch):
     for found in (few, many):
         assert np.array_equal(found.chosen, every.argmax(-1))
         assert np.array_equal(found.probability, every.max(-1))
+
+
+def test_workers_keep_nothing_that_they_will_not_read_again(prepared):
+    class Counting(EncodedExamples):
+        def __getitem__(self, index):
+            super().__getitem__(index)
+            return len(self._kept)
+
+    data = Counting(prepared.evaluated["val"][:6], prepared.encoder)
+    assert data[2] == 1  # kept here, so workers have it too
+    assert [*DataLoader(data, batch_size=None, num_workers=1)] == [1] * 6
+    assert [*DataLoader(data, batch_size=None)][-1] == 6

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, Dataset
+from torch.utils.data import BatchSampler, Dataset, get_worker_info
 
 from tdlib.core.devices import usual_workers
 from tdlib.data.examples import Example, TextPart
@@ -25,8 +25,8 @@ UNLABELLED = "unlabelled."  # prefix of the entries that are a second batch, of 
 class EncodedExamples(Dataset):
     """Examples as the student's inputs, with the teacher's features if a ``feature_reader`` is given.
 
-    Encoded examples are kept as long as they fit into ``memory`` bytes (in each process that makes
-    batches); all others are encoded again in every epoch. Their texts alone are not kept: tokenizing four
+    Encoded examples are kept as long as they fit into ``memory`` bytes, but not by a loader's workers; all
+    others are encoded again in every epoch. Their texts alone are not kept: tokenizing four
     choices takes 0.4 of the 3 to 5 ms that encoding such an example takes for the mini students, about 2 %
     of its share of a training step (`make bench` prints it). ``num_labels`` is the size of the label set
     where examples have no choices. ``modality`` "text" blanks the picture and "image" every word: controls
@@ -55,7 +55,9 @@ class EncodedExamples(Dataset):
             return self._kept[index]
         item = {**self._encode(self.examples[index]), "row": index}
         size = _nbytes(item)
-        if size <= self._room:
+        # A loader's worker ends with the epoch, in which it reads an example once (an unlabelled one rarely
+        # again), so it would keep it for nothing.
+        if size <= self._room and get_worker_info() is None:
             self._room -= size
             self._kept[index] = item
         return item
