@@ -29,6 +29,7 @@ from tdlib.training.evaluation import predict
 from tdlib.training.objective import TargetedDistillation, term_weights
 from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.prepare import prepare
+from tdlib.training.recording import preview_targets
 from tdlib.training.run import compare, train_run
 from tdlib.training.trainer import make_trainer
 
@@ -176,6 +177,18 @@ def test_clip_input_needs_no_arm_before_it(settings, tmp_path, empty_cache):
     prepared = prepare(config, whole_splits=False)
     metrics = train_run(config, prepared, tmp_path / "run")
     assert 0 <= metrics["accuracy"]["val"] <= 1
+
+
+def test_arms_without_a_teacher_open_no_cache(settings, tmp_path, empty_cache):
+    compare(settings("uniter", "vqa_v2"), ["finetune", "label_smoothing"], [0], tmp_path / "without")
+    config = apply_arm(settings("uniter", "vqa_v2", arm="finetune"))
+    prepared = prepare(config, whole_splits=False)
+    train_run(config, prepared, tmp_path / "alone")
+    assert not experiments.open_cache.cache_info().currsize
+    example = prepared.evaluated["val2014"][0]
+    (record,) = preview_targets(config, prepared, [example])  # what a teacher would have targeted
+    assert record.example_id == example.id and record.weight.sum() > 0
+    compare(config, ["finetune", "clip_td"], [0], tmp_path / "both")  # the first one prepares for both
 
 
 def test_clip_input_needs_a_student_that_reads_regions(settings, tmp_path):

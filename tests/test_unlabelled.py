@@ -34,7 +34,9 @@ def config(world, student_folder, teacher_folder, own_cache):
 
 @pytest.fixture(scope="module")
 def prepared(config):
-    return prepare(config, whole_splits=False)
+    ready = prepare(config, whole_splits=False)
+    add_to_cache(ready.cache, ready.train)  # as a run does, whichever test is the first
+    return ready
 
 
 def parts(config, prepared):

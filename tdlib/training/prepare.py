@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,18 @@ PREPARED = parameters_with(prepares="arm")  # each combination is prepared by it
 class PreparedData:
     """The data, encoder and cached teacher that the arms of one comparison share."""
 
+    config: RunConfig  # of the first of these arms
     train: Examples
     evaluated: dict[str, Examples]
     encoder: StudentEncoder
-    cache: TeacherCache
     idf: Idf  # of the training split
     encoded: dict[str, EncodedExamples]
     labels: tuple[str, ...] = ()  # the label set, where examples have no choices
+
+    @cached_property
+    def cache(self) -> TeacherCache:
+        """The teacher's cache, opened and verified when it is first used: many arms have no teacher."""
+        return teacher_cache(self.config)
 
 
 def read_split(config: RunConfig, split: str) -> Examples:
@@ -75,15 +80,12 @@ def read_split(config: RunConfig, split: str) -> Examples:
     folder, source = ensure_data(config), split.removesuffix(HELD_OUT)
     # The first may lie elsewhere if it is generated, the second wherever the user likes.
     named = [reader(config, source).path, Path(resolve(config.vocabulary)).expanduser()]
-    states = tuple(map(_state, sorted({*filter(_holds_texts, [*named, *folder.iterdir()])})))
+    files = [*named, *(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl", ".csv"))]
+    states = tuple(_state(file) for file in sorted({*files}) if file.is_file())
     whole = _open(folder, config.model_dump_json(include=names), source, states)
     if not config.held_out or split.removesuffix(HELD_OUT) != splits_of(config)[0]:
         return whole
     return _divide(whole, config.held_out)[split.endswith(HELD_OUT)]
-
-
-def _holds_texts(file: Path) -> bool:
-    return file.suffix in (".json", ".jsonl", ".csv") and file.is_file()
 
 
 def _state(file: Path) -> tuple[str, int, int]:
@@ -125,7 +127,9 @@ def teacher_cache(config: RunConfig) -> TeacherCache:
 
 
 def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = True) -> PreparedData:
-    """Reads the data, opens the teacher's cache and fills it with what the runs will need.
+    """Reads the data and fills the teacher's cache with what the runs will need.
+
+    Without ``whole_splits`` nothing is cached for an arm that asks no teacher.
 
     Args:
         config: the arms' common settings.
@@ -138,14 +142,17 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         eval_splits = [*eval_splits, config.submission_split]
     evaluated = {split: read_split(config, split) for split in eval_splits}
     labels = class_labels(config)
-    cache = teacher_cache(config)
-    encoder = encoder_of(config, cache)
+    seen = config.regions == "clip" or config.student == "teacher"
+    encoder = encoder_of(config, teacher_cache(config) if seen else None)
     if config.references == "person_tokens":
         encoder.tokenizer.add_tokens(PERSON_TOKENS)
+    fills = whole_splits or config.asks_teacher
+    cache = teacher_cache(config) if fills else None
     worded = labels if config.class_probabilities == "statements" else ()
     for seed in seeds or [config.seed]:
         subset = low_shot(train, config.shots, seed)
-        add_to_cache(cache, subset, worded)
+        if cache is not None:
+            add_to_cache(cache, subset, worded)
         encoder.prepare(subset)
     encoded = {
         split: EncodedExamples(examples, encoder, num_labels=len(labels))
@@ -154,17 +161,14 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
     for split, examples in evaluated.items():
         encoder.prepare(examples)
         encoded[split].check_pictures()  # a damaged picture or region must stop a run before it trains
-        add_to_cache(cache, examples if whole_splits else examples[: config.probe_examples], worded)
-    _ = cache.teacher.logit_scale  # computed once, before runs side by side are forked from this process
+        if cache is not None:
+            add_to_cache(cache, examples if whole_splits else examples[: config.probe_examples], worded)
+    if cache is not None:
+        _ = cache.teacher.logit_scale  # computed once, before runs side by side are forked from this process
     return PreparedData(
-        train=train,
-        evaluated=evaluated,
-        encoder=encoder,
-        cache=cache,
-        idf=fit_idf(train),
-        encoded=encoded,
-        labels=labels,
-    )
+        config=config, train=train, evaluated=evaluated, encoder=encoder, idf=fit_idf(train),
+        encoded=encoded, labels=labels,
+    )  # fmt: skip
 
 
 def encoder_of(config: RunConfig, cache: TeacherCache | None = None, student: str = "") -> StudentEncoder:

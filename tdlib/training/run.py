@@ -29,6 +29,7 @@ from tdlib.students.base import report_cut
 from tdlib.teacher.probe import ClassProbe, count_cut
 from tdlib.teacher.towers import EXTRAS
 from tdlib.training import checkpoints
+from tdlib.training import prepare as preparation
 from tdlib.training.data import EncodedExamples
 from tdlib.training.evaluation import evaluate, evaluate_again, finish
 from tdlib.training.objective import TargetedDistillation
@@ -102,7 +103,8 @@ def compare(
     prepared: dict[tuple, PreparedData] = {}
     for run in runs:  # all before the first training, so that missing files are reported now
         if _prepared(run) not in prepared:
-            prepared[_prepared(run)] = prepare(run, seeds)
+            sharing = (other for other in runs if _prepared(other) == _prepared(run))
+            prepared[_prepared(run)] = prepare(run, seeds, any(other.asks_teacher for other in sharing))
     folders = {f"{run.arm}-seed{run.seed}": run for run in runs}
     jobs = []
     # The longest first, so that no core waits for the other at the end.
@@ -155,7 +157,7 @@ def train_run(
             return pending
         return evaluate_again(config, prepared, folder, pending)
     if must_launch(config):
-        return launch(config, folder, prepared.cache.folder.parent, show_progress)
+        return launch(config, folder, preparation.CACHE_ROOT, show_progress)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if not show_progress:
@@ -205,7 +207,8 @@ class _Run:
         self.dataset = self.encode(subset, feature_reader=self.feature_reader)
         self.pool = picture_pool(config, prepared, subset, self.feature_reader)
         self.unlabelled = unlabelled_examples(config, prepared, subset, self.feature_reader)
-        self.module = TargetedDistillation(self.student, config, prepared.cache.teacher.dim)
+        teacher_dim = prepared.cache.teacher.dim if config.distill_weight > 0 else None
+        self.module = TargetedDistillation(self.student, config, teacher_dim)
         self.seconds_before = 0.0  # of training before the last interruption
         self.metrics: dict[str, Any] = {
             "arm": config.arm, "seed": config.seed, "train_examples": len(subset)
