@@ -250,3 +250,11 @@ def test_records_without_picture_tokens_or_selection_can_be_viewed(history):
         assert not problems(evolution.evolution_view(own).to_html())
         aligned = alignment.alignment_view(own[0], TEACHER_SPANS, TEACHER_BOXES)
         assert not problems(aligned.to_html())
+
+
+def test_records_without_words_can_be_viewed(history):
+    for records in (history, [replace(r, selected=r.selected & False, weight=r.weight * 0) for r in history]):
+        mute = [replace(r, text="", spans=r.spans * 0, relevant_spans=(), references=()) for r in records]
+        for name, view in all_views(mute).items():
+            assert not problems(view.to_html()), name
+            assert isinstance(view.table(), pd.DataFrame)

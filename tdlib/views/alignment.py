@@ -77,7 +77,8 @@ def alignment_view(
         "heading": heading, "token": token,
     }  # fmt: skip
     words = data[data["kind"] == "text"]
-    parts = words["teacher_token"] + " " + (100 * words["share"]).map("{:.0f} %".format)
+    shared = zip(words["teacher_token"], words["share"], strict=True)
+    parts = [f"{name} {100 * share:.0f} %" for name, share in shared]
     by_word = words.assign(teacher=parts).groupby("position", sort=True)
     rows = by_word.agg({"token": "first", "teacher": ", ".join})
     rows = rows.rename(columns={"token": "student's word", "teacher": "made of the teacher's"})

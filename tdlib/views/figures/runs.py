@@ -54,7 +54,7 @@ def plot_evolution(
     visual tokens and says how many are drawn, ``decisive`` are positions to mark, which ``truth`` names;
     ``highest`` ends the scale.
     """
-    labels = [step_name(step) for step in tokens.drop_duplicates("order").sort_values("order")["step"]]
+    labels = [step_name(step) for step in steps.drop_duplicates("order").sort_values("order")["step"]]
     is_visual = tokens["kind"] == "visual"
     parts = [part for part in (tokens[~is_visual], tokens[is_visual]) if len(part)]
     rows = [part["position"].nunique() for part in parts]
@@ -62,13 +62,17 @@ def plot_evolution(
     ratios = [tall, 1.9, *([2.0] if shown else [])]
     figure = Figure(figsize=(max(6.4, min(9.0, 3.0 + 0.42 * len(labels))), sum(ratios) + 0.4))
     upper, middle, *lower = figure.subfigures(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
-    maps = list(upper.subplots(len(parts), 1, height_ratios=[n + 1 for n in rows], squeeze=False)[:, 0])
-    for axes, part in zip(maps, parts, strict=True):
-        image = _draw_heat(axes, part, labels, decisive, highest or 1.0)
-        axes.set_title("words" if part["kind"].iloc[0] == "text" else hidden)
-    upper.colorbar(image, ax=maps, shrink=0.8, pad=0.01, aspect=max(10, 4 * tall)).set_label("weight (%)")
-    note = f"; * decides the answer ({truth})" if decisive else ""
-    maps[-1].set_xlabel(f"training step (updates){note}")
+    if parts:
+        maps = list(upper.subplots(len(parts), 1, height_ratios=[n + 1 for n in rows], squeeze=False)[:, 0])
+        for axes, part in zip(maps, parts, strict=True):
+            image = _draw_heat(axes, part, labels, decisive, highest or 1.0)
+            axes.set_title("words" if part["kind"].iloc[0] == "text" else hidden)
+        scale = upper.colorbar(image, ax=maps, shrink=0.8, pad=0.01, aspect=max(10, 4 * tall))
+        scale.set_label("weight (%)")
+        note = f"; * decides the answer ({truth})" if decisive else ""
+        maps[-1].set_xlabel(f"training step (updates){note}")
+    else:
+        upper.text(0.5, 0.5, "no words, and no visual token was ever selected", ha="center", va="center")
     sizes, changes = middle.subplots(1, 2)
     _draw_steps(sizes, steps, "selected", "selected tokens", labels)
     _draw_steps(changes, steps, "turnover", "turnover (1 − Jaccard)", labels)

@@ -289,7 +289,8 @@ def plot_alignment(
     ratios = [size[1], *([3.4] if has_picture else [])]
     axes, *rest = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
     part = shares[np.ix_(words, theirs)]
-    axes.imshow(np.ma.masked_equal(100 * part, 0), cmap=WEIGHTS, vmin=0, vmax=100, aspect="auto")
+    if part.size:
+        axes.imshow(np.ma.masked_equal(100 * part, 0), cmap=WEIGHTS, vmin=0, vmax=100, aspect="auto")
     for row, column in zip(*np.nonzero(part), strict=True):
         value = 100 * part[row, column]
         axes.text(column, row, f"{value:.0f}", fontsize=0.8 * small(), ha="center", va="center",
