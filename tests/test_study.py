@@ -65,18 +65,21 @@ def test_curves_and_shifts_come_from_the_batches_made_for_them(compared):
 
 
 def test_costs_stand_beside_every_arm(tmp_path):
-    for arm, seconds, passes in (("finetune", 8.0, 1), ("repair_only", 16.0, 2)):
+    arms = (("finetune", 8.0, 1, 10), ("repair_only", 16.0, 2, 10), ("finetune_double", 17.0, 1, 20))
+    for arm, seconds, passes, updates in arms:
         for seed in range(3):
             run = write_run(tmp_path / "b", arm=arm, seed=seed)
             output = tmp_path / "b" / run / "output" / f"{arm}-seed{seed}"
-            metrics = {"updates": 10, "train_seconds": seconds + seed, "passes_per_update": passes}
+            metrics = {"updates": updates, "train_seconds": seconds + seed, "passes_per_update": passes}
             (output / "metrics.json").write_text(json.dumps(metrics))
     write_run(tmp_path / "b", arm="naive")  # of a version that recorded none
     table = cost_table(read_runs(tmp_path / "b"), tmp_path).set_index("arm")
-    assert list(table.index) == ["finetune", "repair_only"] and list(table["runs"]) == [3, 3]
-    assert list(table["passes_per_update"]) == [1, 2]
-    assert list(table["seconds_per_update"]) == [0.9, 1.7]
-    assert table.loc["repair_only", "times_baseline"] == pytest.approx(1.7 / 0.9)
+    assert list(table.index) == [arm for arm, *_ in arms] and list(table["runs"]) == [3, 3, 3]
+    assert list(table["passes_per_update"]) == [1, 2, 1]
+    assert list(table["seconds_per_update"]) == [0.9, 1.7, 0.9]
+    assert list(table["times_baseline"]) == pytest.approx([1, 17 / 9, 2]), (
+        "an arm with more updates costs more"
+    )
     assert cost_table(read_runs(tmp_path / "b")[:0], tmp_path).empty
 
 

@@ -7,16 +7,20 @@ import pandas as pd
 
 from tdlib.analysis.compare import CELL
 
-COLUMNS = [*CELL, "arm", "runs", "updates", "passes_per_update", "seconds_per_update", "times_baseline"]
+COLUMNS = [
+    *CELL, "arm", "runs", "updates", "passes_per_update", "seconds_per_update", "train_seconds",
+    "times_baseline",
+]  # fmt: skip
 
 
 def cost_table(runs: pd.DataFrame, reports: Path, baseline: str = "finetune") -> pd.DataFrame:
     """Computes the cost of training per arm within each cell (see ``compare``), to show beside its score.
 
     Columns: those of a cell, arm, runs (finished ones that recorded it), updates, passes_per_update (how
-    often an example goes through the student at each, whatever the machine), seconds_per_update (the
-    median over runs: they share their machine with whatever else there was) and times_baseline, that
-    median over the baseline's. ``runs`` are of ``scores.read_runs``, their folders under ``reports``.
+    often an example goes through the student at each, whatever the machine), seconds_per_update,
+    train_seconds (medians over runs: they share their machine with whatever else there was) and
+    times_baseline, train_seconds over the baseline's: an arm that trains longer costs more, although each of
+    its updates may not. ``runs`` are of ``scores.read_runs``, their folders under ``reports``.
     """
     done = runs[runs["state"] == "done"]
     rows = [
@@ -31,12 +35,12 @@ def cost_table(runs: pd.DataFrame, reports: Path, baseline: str = "finetune") ->
         .groupby([*CELL, "arm"], sort=False, dropna=False)
         .agg(runs=("updates", "size"), updates=("updates", "median"),
              passes_per_update=("passes_per_update", "median"),
-             seconds_per_update=("seconds_per_update", "median"))
+             seconds_per_update=("seconds_per_update", "median"), train_seconds=("train_seconds", "median"))
         .reset_index()
     )  # fmt: skip
-    usual = table[table["arm"] == baseline].set_index(CELL)["seconds_per_update"]
+    usual = table[table["arm"] == baseline].set_index(CELL)["train_seconds"]
     of_cell = table[CELL].merge(usual.rename("usual").reset_index(), on=CELL, how="left")["usual"]
-    return table.assign(times_baseline=table["seconds_per_update"] / of_cell.to_numpy())[COLUMNS]
+    return table.assign(times_baseline=table["train_seconds"] / of_cell.to_numpy())[COLUMNS]
 
 
 def _recorded(folder: Path) -> dict[str, float]:
@@ -48,5 +52,6 @@ def _recorded(folder: Path) -> dict[str, float]:
                 "updates": metrics["updates"],
                 "passes_per_update": metrics.get("passes_per_update", float("nan")),
                 "seconds_per_update": metrics["train_seconds"] / metrics["updates"],
+                "train_seconds": metrics["train_seconds"],
             }
     return {}
