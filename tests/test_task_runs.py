@@ -187,8 +187,13 @@ def test_masked_sets_follow_a_trained_student(settings, tmp_path, monkeypatch):
     shifted = settings("vcr", submission_split="", shift="keeptop1")
     with pytest.raises(DataError, match=r"tdlib data mask RUN_FOLDER keeptop1"):
         prepare(shifted, [0])
-    write_masked(run, "keeptop1")
+    encoded = []
+    with monkeypatch.context() as patch:
+        visual = ViltEncoder.visual
+        patch.setattr(ViltEncoder, "visual", lambda *given: encoded.append(given) or visual(*given))
+        write_masked(run, "keeptop1")
     examples = prepare(shifted, [0]).evaluated["val_keeptop1"]
+    assert len(encoded) == len({*examples.questions}), "a picture is encoded once per question"
     for example in examples[:8]:
         for choice in example.choices:
             rest = choice.text.replace("[MASK]", "").split()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tdlib.config import RunConfig
+from tdlib.core.devices import usual_device
 from tdlib.core.files import write_jsonl
 from tdlib.core.paths import ConfigError
 from tdlib.data.json_files import Records
@@ -16,7 +17,7 @@ from tdlib.data.vcr_shifts import MASKINGS, shortcut_scores, write_shifted
 from tdlib.miniworld.writers import ensure_data
 from tdlib.students.base import student_inputs
 from tdlib.students.registry import load_student
-from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.data import collate
 from tdlib.training.prepare import encoder_of, teacher_cache
 
 
@@ -43,17 +44,19 @@ def write_masked(folder: Path, shift: str) -> Path:
     source = home / "val.jsonl"
     cache = teacher_cache(config) if config.regions == "clip" else None
     encoder = encoder_of(config, cache, str(folder / "student"))
-    student = load_student(str(folder / "student")).eval()
+    student = load_student(str(folder / "student")).eval().to(usual_device())
     lines = []
     examples = VcrReader(home, source.stem, references=config.references, file=source).open()
     encoder.prepare(examples)
     for record, example in zip(Records.lines(source, "VCR"), examples, strict=True):
+        visual = encoder.visual(example)  # once for answers and rationales
 
-        def score_variants(prompt, variants, record=record, example=example):
+        def score_variants(prompt, variants, record=record, example=example, visual=visual):
             parts = [render(tokens, record["objects"], config.references) for tokens in [prompt, *variants]]
             asked = replace(example, prompt=parts[0], choices=tuple(parts[1:]))
-            batch = collate([EncodedExamples([asked], encoder)[0]], encoder)
-            return student(**student_inputs(student, batch)).logits[0].tolist()
+            item = {**vars(encoder.text(asked)), "visual": visual, "label": -1, "row": 0, "teacher": None}
+            batch = student_inputs(student, collate([item], encoder))
+            return student(**{n: value.to(student.device) for n, value in batch.items()}).logits[0].tolist()
 
         lines.append(shortcut_scores(record, score_variants))
     target = generated_file(source, shift)
