@@ -107,6 +107,7 @@ def test_soft_labels_do_not_travel(worlds, student_folder, teacher_folder, own_c
         worlds["vqa_v2"], student_folder, teacher_folder, task="vqa_v2", vocabulary_minimum=1
     )
     ready = prepare(config, whole_splits=False)
+    add_to_cache(ready.cache, ready.train)
     subset, pool, feature_reader = parts(config, ready)
     assert feature_reader.class_logits is not None and class_logits(config, ready, subset) is not None
     assert "soft" in pool.examples[0] and f"{UNLABELLED}soft" not in pool.draw([0, 1])
