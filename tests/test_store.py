@@ -300,6 +300,14 @@ def test_two_writers_lose_nothing(store):
 # Digests and fingerprints
 
 
+def test_what_another_process_has_stored_is_not_missing(store):
+    other = Store(store.folder, "me", LAYOUT)
+    fill(other, [5])
+    assert store.missing("cells", [record_key("5"), record_key("6")]) == [record_key("6")]
+    assert_stored(store, [5, 7])
+    assert store.count("cells") == other.count("cells") == 5
+
+
 def test_a_files_digest_is_computed_again_when_it_has_changed(tmp_path, monkeypatch):
     path, digests, asked = tmp_path / "file", FileDigests(), []
     monkeypatch.setattr(module, "file_digest", lambda path: asked.append(path) or file_digest(path))

@@ -244,7 +244,12 @@ class Store:
         self._files = _Files()
         self._shards: list[_Shard] = []
         self._index = {kind: _Index() for kind in layout}
-        entries = self._manifest()["shards"]
+        self._opened: set[str] = set()
+        self._open_new()
+
+    def _open_new(self) -> None:
+        """Opens and verifies the shards that were added since, by other processes; first of all: all."""
+        entries = [e for e in self._manifest()["shards"] if e["file"] not in self._opened]
         for entry in entries:
             path = self.folder / entry["file"]
             if not path.is_file():
@@ -252,7 +257,9 @@ class Store:
             if file_digest(path) != entry["sha256"]:
                 raise CacheError(f"{path}: checksum differs, the file is damaged; {self.remedy}")
         if dropped := sum(map(self._open, entries)):
-            log.warning("%s: %d records are not finite; they are dropped and made again", folder, dropped)
+            log.warning(
+                "%s: %d records are not finite; they are dropped and made again", self.folder, dropped
+            )
             self._list(entries)
 
     def count(self, kind: str) -> int:
@@ -264,10 +271,16 @@ class Store:
         return sum(shard.path.stat().st_size for shard in self._shards if shard.kind == kind)
 
     def missing(self, kind: str, keys: Iterable[bytes]) -> list[bytes]:
-        """Returns the keys that no record is stored under, in their order."""
-        keys = list(keys)
-        places = self._index[kind].find([key[:16] for key in keys]).tolist()
-        return [key for key, place in zip(keys, places, strict=True) if place < 0]
+        """Returns the keys that no record is stored under, in their order; other processes may store too."""
+
+        def lacking(keys: list[bytes]) -> list[bytes]:
+            places = self._index[kind].find([key[:16] for key in keys]).tolist()
+            return [key for key, place in zip(keys, places, strict=True) if place < 0]
+
+        if not (missing := lacking(list(keys))):
+            return []
+        self._open_new()
+        return lacking(missing)
 
     def read(
         self, kind: str, key: bytes, columns: Sequence[str] = (), as_stored: bool = False
@@ -348,6 +361,7 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
             raise CacheError(f"{path}: not a readable shard ({error}); {self.remedy}") from None
         self._shards.append(shard)
+        self._opened.add(entry["file"])
         return len(set(entry["dropped"]) - set(dropped))
 
     def _manifest(self) -> dict[str, Any]:

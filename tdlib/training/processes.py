@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from tdlib.config import RunConfig
 from tdlib.core.files import write_json
@@ -27,6 +28,12 @@ _ERRORS = {"ConfigError": ConfigError, "FloatingPointError": FloatingPointError}
 def place_among_processes() -> int:
     """This process's number among those that train together, from 0."""
     return int(os.environ.get("RANK", 0))
+
+
+def first_process_first() -> AbstractContextManager[Any]:
+    """Lets the first of the processes that train together pass before the others, which find caches full."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return PartialState().main_process_first() if together else nullcontext()
 
 
 def must_launch(config: RunConfig) -> bool:

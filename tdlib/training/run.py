@@ -44,7 +44,7 @@ from tdlib.training.prepare import (
     load_student,
     prepare,
 )
-from tdlib.training.processes import launch, must_launch, place_among_processes
+from tdlib.training.processes import first_process_first, launch, must_launch, place_among_processes
 from tdlib.training.recording import ProbeRecorder, RecordTargets
 from tdlib.training.run_folders import (
     IDENTITY,
@@ -197,7 +197,10 @@ class _Run:
         self.started = time.time()
         self.config, self.prepared, self.subset, self.checkpoints = config, prepared, subset, home
         self.student = load_student(config, prepared)
-        self.feature_reader = self._open_feature_reader()
+        with first_process_first():
+            self.feature_reader = self._open_feature_reader()
+            self.pool = picture_pool(config, prepared, subset, self.feature_reader)
+            self.unlabelled = unlabelled_examples(config, prepared, subset, self.feature_reader)
         self.encode = partial(
             EncodedExamples,
             encoder=prepared.encoder,
@@ -205,8 +208,6 @@ class _Run:
             modality=config.modality,
         )
         self.dataset = self.encode(subset, feature_reader=self.feature_reader)
-        self.pool = picture_pool(config, prepared, subset, self.feature_reader)
-        self.unlabelled = unlabelled_examples(config, prepared, subset, self.feature_reader)
         teacher_dim = prepared.cache.teacher.dim if config.distill_weight > 0 else None
         self.module = TargetedDistillation(self.student, config, teacher_dim)
         self.seconds_before = 0.0  # of training before the last interruption
