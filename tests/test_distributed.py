@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Thread
@@ -21,8 +23,10 @@ from training_helpers import settings_of
 
 from tdlib.config import RunConfig, apply_arm
 from tdlib.core.paths import ROOT, ConfigError
+from tdlib.data.examples import low_shot
 from tdlib.method.selection import SELECTORS
 from tdlib.training import prepare as experiments
+from tdlib.training import run as training
 from tdlib.training.checkpoints import checkpoints_of
 from tdlib.training.data import EpochBatches, SharedBatches
 from tdlib.training.processes import must_launch
@@ -165,6 +169,23 @@ def _training(folder: Path) -> list[psutil.Process]:
     """The processes that train into a run folder below ``folder``, without the one that started them."""
     every = [p for p in psutil.process_iter() if str(folder / "run") in " ".join(_command(p))]
     return [p for p in every if "torch.distributed.run" not in _command(p)]
+
+
+def test_what_fills_the_cache_is_done_by_the_first_process_first(base, prepared, tmp_path, monkeypatch):
+    done = []
+
+    @contextmanager
+    def first():
+        yield
+        done.append("the others")
+
+    monkeypatch.setattr(training, "first_process_first", first)
+    for name in ("feature_reader_of", "picture_pool", "unlabelled_examples"):
+        real = getattr(training, name)
+        patched = partial(lambda real, name, *given: done.append(name) or real(*given), real, name)
+        monkeypatch.setattr(training, name, patched)
+    training._Run(base, prepared, low_shot(prepared.train, base.shots, base.seed), tmp_path)
+    assert done == ["feature_reader_of", "picture_pool", "unlabelled_examples", "the others"]
 
 
 def test_own_functions_are_refused_before_anything_starts(base, prepared, tmp_path, monkeypatch):
