@@ -392,3 +392,39 @@ def test_what_the_teacher_cuts_is_stored(tmp_path, teacher):
         assert view.cut(TEXTS[0]) == 0 and view.cut(longer) - view.cut(long) > 15
     with pytest.raises(CacheError, match="no features of 'new'"):
         cache.cut("new")
+
+
+def test_a_global_embedding_alone_is_stored_without_tokens(filled, teacher, tmp_path, monkeypatch):
+    new = ["a cat on a table", "a red cat on a table"]
+    filled.add_pooled([TEXTS[0], *new, new[0]])
+    assert filled.store.count("texts_pooled") == 2 and filled.store.count("texts") == len(set(TEXTS))
+    live = teacher.encode_texts([TEXTS[0], *new])
+    for text, record in zip([TEXTS[0], *new], live, strict=True):
+        assert filled.pooled(text).dtype == torch.float32
+        assert_close(filled.pooled(text), record.pooled, **HALF)
+    with pytest.raises(CacheError, match="no features"):
+        filled.text(new[0])
+    before = filled.pooled(new[0])
+    filled.add(new)
+    assert torch.equal(filled.pooled(new[0]), before) and filled.text(new[0]).projected.dim() == 2
+    again = TeacherCache(tmp_path, teacher)  # opening checks it as all others
+    asked = counted(monkeypatch, teacher)
+    again.add_pooled(new)
+    assert torch.equal(again.pooled(new[1]), filled.pooled(new[1])) and not asked["texts"]
+    with pytest.raises(CacheError, match="no features of 'unknown'"):
+        again.pooled("unknown")
+
+
+@pytest.mark.parametrize("many", [1, 5, 6, 7, 100])
+def test_more_embeddings_than_fit_into_memory_are_computed_in_the_same_batches(
+    tmp_path, teacher, monkeypatch, many
+):  # fmt: skip
+    monkeypatch.setattr(module, "STEP", module.STEP | {"texts_pooled": 4})
+    monkeypatch.setattr(module, "AT_ONCE", many)
+    texts = [f"a cat and {number % 9} dogs" for number in range(12)]
+    batches, real = [], teacher.encode_texts
+    monkeypatch.setattr(teacher, "encode_texts", lambda x, **o: batches.append([*x]) or real(x, **o))
+    cache = TeacherCache(tmp_path, teacher)
+    cache.add_pooled(iter(texts))
+    assert batches == [texts[:4], texts[4:8], texts[8:9]]
+    assert all(torch.isfinite(cache.pooled(text)).all() for text in texts)

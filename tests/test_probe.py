@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from tdlib.core.paths import ConfigError
 from tdlib.data.examples import Example, TextPart
 from tdlib.teacher import probe
 from tdlib.teacher.cache import TeacherCache
@@ -19,6 +20,8 @@ from tdlib.teacher.probe import (
     soft_target,
     statement_logits,
 )
+from tdlib.training.judging import StatementJudge
+from tdlib.training.prepare import add_to_cache
 
 COLOURS = ("red", "blue", "white")
 TEXTS = ("A dog runs.", "It is a plate.", "Two people sit at a table.", "There is a red cup.")
@@ -219,3 +222,25 @@ def test_statement_logits_are_scaled_cosines(problem):
     for logit, text in zip(logits, answer_statements(example, COLOURS), strict=True):
         cosine = picture @ F.normalize(cache.text(text).pooled.float(), dim=-1)
         assert logit.item() == pytest.approx(cache.teacher.logit_scale * cosine.item(), rel=1e-2)
+
+
+def test_more_answer_statements_than_a_teacher_can_read_are_refused(monkeypatch):
+    monkeypatch.setattr(probe, "MOST_STATEMENTS", 30)
+    probe.check_statements(10, 3)
+    probe.check_statements(1000, 0)  # none are asked for
+    with pytest.raises(ConfigError, match="11 examples with 3 answers"):
+        probe.check_statements(11, 3)
+    with pytest.raises(ConfigError, match="statements"):  # before any example is read
+        add_to_cache(None, range(11), ("yes", "no", "2"))
+
+
+def test_judged_answers_are_stored_without_tokens(problem):
+    """Those of all of VQA, with tokens, would take hundreds of gigabytes."""
+    cache, examples = problem
+    before = cache.store.count("texts")
+    judge = StatementJudge(cache, examples, ("green", "pink", "black"))
+    assert cache.store.count("texts") == before and cache.store.count("texts_pooled") == 12
+    embeddings, outputs = judge(examples[1])
+    texts = [f"{examples[1].prompt.text} {('green', 'pink', 'black')[i]}" for i in outputs]
+    live = torch.stack([record.pooled for record in cache.teacher.encode_texts(texts)])
+    torch.testing.assert_close(embeddings / cache.teacher.logit_scale, live, rtol=0, atol=3e-3)

@@ -459,7 +459,7 @@ def test_vqa_compares_the_frequent_answers_of_a_question_type(
     assert outputs[0] in same and same.count(outputs[0]) == max(map(same.count, same))
     unlabelled = judge(replace(example, label=None, soft_label=(), annotators=()))
     assert torch.equal(unlabelled[1], outputs) and torch.equal(unlabelled[0], statements)
-    cosine = ready.cache.text(f"{example.prompt.text.strip()} {ready.labels[outputs[1]]}").pooled
+    cosine = ready.cache.pooled(f"{example.prompt.text.strip()} {ready.labels[outputs[1]]}")
     assert_close(statements[1], ready.cache.teacher.logit_scale * cosine.float())
     assert module(batch)["repair"] > 0
     train_run(config, ready, tmp_path / "run")

@@ -4,13 +4,15 @@ A cache folder belongs to one teacher (its name is the fingerprint of weights, p
 and is a ``core.store``, which owns files, checksums and the index in memory. A record's key is the SHA-256
 of the picture file's bytes or of the raw text. Signals that only some relevance variants read lie in
 separate shards under the same keys: they are computed only when a variant needs them, and are added to the
-records that are there. Relevance of a text together with a picture has a key made of both keys.
+records that are there. Texts of which only the global embedding is read are stored without their tokens,
+which take many times the place. Relevance of a text together with a picture has a key made of both keys.
 """
 
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,15 @@ from tdlib.teacher.towers import EXTRAS, TeacherError
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 2**28  # computed features are written when they take this much memory
-STEP = {"texts": 512, "pictures": 128, "pairs": 512}  # texts, decoded pictures or pairs in memory at once
+# Texts, decoded pictures or pairs in memory at once.
+STEP = {"texts": 512, "texts_pooled": 512, "pictures": 128, "pairs": 512}
+AT_ONCE = 100_000  # texts of ``add_pooled`` in memory at once
 SAMPLE = 4  # stored records of each kind that are computed again on opening
 
 _BASE = {"projected": Column(), "value": Column(), "positions": EXACT, "pooled": Column(ragged=False)}
 LAYOUT: dict[str, dict[str, Column]] = {  # what a shard of each kind holds
     "texts": {**_BASE, "cut": Column(half=False, ragged=False)},
+    "texts_pooled": {"pooled": Column(ragged=False)},
     "pictures": _BASE,
     **{f"{kind}:{extra}": {extra: Column()} for kind in ("texts", "pictures") for extra in EXTRAS},
     "pairs": {"gradient": Column()},
@@ -124,6 +129,8 @@ class TeacherCache:
         extras = [*extras, extra] if extra else extras
         if kind == "texts":
             return [_tensors(record) for record in self.teacher.encode_texts(sources, extras=extras)]
+        if kind == "texts_pooled":
+            return [{"pooled": record.pooled} for record in self.teacher.encode_texts(sources)]
         pictures = in_threads(open_picture, [Path(source) for source in sources])
         return [_tensors(record) for record in self.teacher.encode_pictures(pictures, extras=extras)]
 
@@ -176,6 +183,23 @@ class TeacherCache:
                     groups[lacking].append(key)
             for lacking, keys in groups.items():
                 self._fill(lacking, keys, [sources[key] for key in keys])
+
+    def add_pooled(self, texts: Iterable[str]) -> None:
+        """Computes and stores the global embeddings of texts that the cache lacks, without their tokens.
+
+        ``pooled`` reads them. There may be more texts than fit into memory. Raises TeacherError where an
+        embedding is not finite.
+        """
+        rest, waiting = iter(texts), dict[bytes, str]()
+        while part := [*islice(rest, AT_ONCE)]:
+            waiting |= {text_key(text): text for text in part}
+            keys = self.store.missing("texts_pooled", self.store.missing("texts", waiting))
+            # Only whole steps but for the last, so that the division into parts changes no rounding.
+            step = STEP["texts_pooled"]
+            full = keys if len(part) < AT_ONCE else keys[: len(keys) // step * step]
+            self._fill(["texts_pooled"], full, [waiting[key] for key in full])
+            waiting = {key: waiting[key] for key in keys[len(full) :]}
+        self._fill(["texts_pooled"], [*waiting], [*waiting.values()])
 
     def add_pairs(self, pairs: Iterable[tuple[str, Path]]) -> None:
         """Computes and stores the gradient relevance of texts with pictures, each distinct pair once.
@@ -240,7 +264,7 @@ class TeacherCache:
             raise TeacherError(self._why_not_finite(kinds[0].partition(":")[0], refused)) from None
 
     def _why_not_finite(self, kind: str, error: NotFiniteError) -> str:
-        name = {"texts": "text", "pictures": "picture", "pairs": "text and picture"}[kind]
+        name = {"pictures": "picture", "pairs": "text and picture"}.get(kind, "text")
         weights = dict(self.teacher.model.named_parameters())
         spoiled = [name for name, weight in weights.items() if not weight.isfinite().all()]
         precision = " and ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()}))
@@ -268,6 +292,17 @@ class TeacherCache:
     def picture(self, path: Path, extras: Sequence[str] = (), as_stored: bool = False) -> TeacherRecord:
         """Reads the stored features of a picture file; arguments and errors as in ``text``."""
         return self._record("pictures", self.picture_key(path), str(path), extras, as_stored)
+
+    def pooled(self, text: str) -> Tensor:
+        """Reads the global embedding of a text in single precision, (teacher_dim,), with or without tokens.
+
+        Raises:
+            CacheError: the text was never added.
+        """
+        key = text_key(text)
+        # What was stored first is read, so that tokens which are added later change no number.
+        kind = "texts" if self.store.missing("texts_pooled", [key]) else "texts_pooled"
+        return self._read(kind, key, text, ["pooled"])["pooled"]
 
     def pair(self, text: str, path: Path) -> Tensor:
         """Reads the stored gradient relevance of a text's tokens, then of the picture's, in [0, 1]."""

@@ -13,12 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdlib.core.paths import ConfigError
 from tdlib.data.examples import Example
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import choice_logits
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 MOST = 20_000  # examples that are fitted on at most
+MOST_STATEMENTS = 10_000_000  # answer statements that a teacher reads for one set of examples
 FOLDS = 5  # parts of the subset, whole pictures; each is scored by a probe fitted on the others
 
 
@@ -148,6 +150,20 @@ def answer_statements(example: Example, labels: Sequence[str]) -> list[str]:
         }  # fmt: skip
         return [wordings[label] for label in labels]
     return [f"{text} {label}" for label in labels]
+
+
+def check_statements(examples: int, labels: int) -> None:
+    """Refuses answer statements that a teacher would read for days and that no disk holds (all of VQA).
+
+    Raises:
+        ConfigError: there are more than ``MOST_STATEMENTS``.
+    """
+    if examples * labels > MOST_STATEMENTS:
+        raise ConfigError(
+            f"class_probabilities='statements': {examples} examples with {labels} answers each are "
+            f"{examples * labels:,} texts for the teacher, of at most {MOST_STATEMENTS:,}; set "
+            "class_probabilities='probe', or fewer shots and a smaller vocabulary (vocabulary_minimum)"
+        )
 
 
 def compared_texts(example: Example, labels: Sequence[str] = ()) -> list[str]:

@@ -32,7 +32,7 @@ from tdlib.students.clip import ClipFusionEncoder, open_teacher_as_student
 from tdlib.students.region_student import RegionEncoder
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import Teacher
-from tdlib.teacher.probe import ClassProbe, answer_statements, statement_logits
+from tdlib.teacher.probe import ClassProbe, answer_statements, check_statements, statement_logits
 from tdlib.training.data import EncodedExamples
 from tdlib.training.judging import StatementJudge, asks_truth
 from tdlib.training.pipeline import TeacherFeatureReader, token_centres
@@ -201,8 +201,9 @@ def fit_idf(train: Examples) -> Idf:
 def add_to_cache(cache: TeacherCache, examples: Sequence[Example], labels: Sequence[str] = ()) -> None:
     """Stores the teacher's features of all statements and pictures of the examples.
 
-    With ``labels`` also those of the answer statements.
+    With ``labels`` also those of the answer statements, unless they are too many (ConfigError).
     """
+    check_statements(len(examples), len(labels))
     for start in range(0, len(examples), AT_ONCE):
         texts, pictures = [], []
         for example in examples[start : start + AT_ONCE]:
