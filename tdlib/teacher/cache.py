@@ -193,7 +193,7 @@ class TeacherCache:
         rest, waiting = iter(texts), dict[bytes, str]()
         while part := [*islice(rest, AT_ONCE)]:
             waiting |= {text_key(text): text for text in part}
-            keys = self.store.missing("texts_pooled", self.store.missing("texts", waiting))
+            keys = self.store.missing("texts", self.store.missing("texts_pooled", waiting))
             # Only whole steps but for the last, so that the division into parts changes no rounding.
             step = STEP["texts_pooled"]
             full = keys if len(part) < AT_ONCE else keys[: len(keys) // step * step]
@@ -301,8 +301,10 @@ class TeacherCache:
         """
         key = text_key(text)
         # What was stored first is read, so that tokens which are added later change no number.
-        kind = "texts" if self.store.missing("texts_pooled", [key]) else "texts_pooled"
-        return self._read(kind, key, text, ["pooled"])["pooled"]
+        try:
+            return self.store.read("texts_pooled", key)["pooled"]
+        except KeyError:
+            return self._read("texts", key, text, ["pooled"])["pooled"]
 
     def pair(self, text: str, path: Path) -> Tensor:
         """Reads the stored gradient relevance of a text's tokens, then of the picture's, in [0, 1]."""
