@@ -221,7 +221,7 @@ def test_a_failed_evaluation_keeps_the_student_and_is_repeated_without_training(
         raise OSError("disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tdlib.training.evaluation.predict", fail)
+        patch.setattr("tdlib.training.evaluation.batch_logits", fail)
         with pytest.raises(OSError, match="disk is gone") as failure:
             train_run(config, prepared, folder)
     assert any(str(folder) in note and "again" in note for note in failure.value.__notes__)
@@ -243,7 +243,7 @@ def test_a_failed_evaluation_keeps_the_student_and_is_repeated_without_training(
         train_run(config, prepared, folder)
     with monkeypatch.context() as patch:
         patch.undo()
-        patch.setattr("tdlib.training.evaluation.predict", fail)
+        patch.setattr("tdlib.training.evaluation.batch_logits", fail)
         with pytest.raises(OSError):
             train_run(config, prepared, tmp_path / "other")
     monkeypatch.setattr(DistillationTrainer, "train", fail)
