@@ -390,7 +390,8 @@ def test_claims_say_what_is_shown_where_and_what_repairing_adds(two_worlds):
     assert told[0].startswith(
         "**VCR, low-shot**: the paper says up to +51.9 % relative. Here: clip_td on vcr_qa"
     )
-    assert "**contrary**, alone in world 2" in told[0] and "**shown**, alone in world 1, 2" in told[0]
+    assert "**contrary**, in world 2 by itself" in told[0]
+    assert "**shown**, in each of the worlds 1, 2 by itself" in told[0]
     gain = row_of(added, condition="low-shot", arm="clip_td_repaired")["difference"]
     assert f"re-pairing adds {100 * gain:+.1f} points" in told[0]
     assert told[2].endswith("Here: clip_td on vcr_qa: not run; clip_td_repaired on vcr_qa: not run.")

@@ -221,7 +221,8 @@ def _claim_words(row: Any) -> str:
     if not row.pairs:
         return f"{row.arm} on {_placed(row)}: not run"
     relative = f"{100 * row.relative:+.1f} % relative" if row.relative == row.relative else "no relative gain"
-    worlds = f", alone in world {row.worlds}" if row.worlds else ""
+    each = "each of the worlds" if ", " in row.worlds else "world"
+    worlds = f", in {each} {row.worlds} by itself" if row.worlds else ""
     gain = f"{relative}, {_points(row)}, {row.pairs} pairs"
     return f"{row.arm} on {_placed(row)}: **{row.finding}**{worlds}: {gain}"
 
