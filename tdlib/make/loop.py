@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tdlib.core.files import file_digest, whole_path, write_json
-from tdlib.core.provenance import digest, executed_code
+from tdlib.core.provenance import code_of, digest
 from tdlib.data.examples import DataError
 
 log = logging.getLogger("tdlib.make")
@@ -167,12 +167,9 @@ def maker_code() -> str:
     A checkpoint holds it: after a change of a loss, the weights of the loss before are neither continued
     nor taken for the result.
     """
-    sources = [
-        p for name in ("make", "students") for p in sorted((Path(__file__).parents[1] / name).glob("*.py"))
-    ]
-    return digest(
-        [[p.name, executed_code(p.read_text(encoding="utf-8"))] for p in sources if p.name not in APART]
-    )
+    home = Path(__file__).parents[1]
+    sources = [*sorted((home / "make").glob("*.py")), *sorted((home / "students").glob("*.py"))]
+    return digest([[path.name, code_of(path)] for path in sources if path.name not in APART])
 
 
 def phase_at(phases: Sequence[tuple[str, float]], progress: float) -> str:

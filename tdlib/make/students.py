@@ -24,6 +24,7 @@ class _NoRegions:
     """Stands for region features in an encoder that reads texts alone; their width does not matter."""
 
     foreign = True
+    fingerprint = ""
     dim = 0
 
     def __call__(self, example: Example) -> Any:

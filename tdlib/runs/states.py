@@ -58,13 +58,14 @@ def identity(
     counted = {name: value for name, value in parameters.items() if name not in apart}
     cells = ["".join(cell["source"]) for cell in json.loads(template)["cells"] if cell["cell_type"] == "code"]
     modules = imported_files(cells, NOTEBOOKS)
-    sources = [*cells, *(file.read_text(encoding="utf-8", errors="replace") for file in modules)]
     imported = [[file.relative_to(NOTEBOOKS).as_posix(), code_of(file)] for file in modules]
     parts = {
         "parameters": digest(counted),
         "template": digest([cells, imported]),
         "data": digest(data_manifest(counted)),
-        "code": (code or code_version()) if any("tdlib" in source for source in sources) else "",
+        "code": (code or code_version())
+        if any("tdlib" in source for source in [*cells, *modules.values()])
+        else "",
     }
     return {"id": digest(parts)[:12], **parts}
 

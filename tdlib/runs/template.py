@@ -226,17 +226,17 @@ def parse_cell(source: str) -> ast.Module:
         return ast.Module([], [])
 
 
-def imported_files(sources: Iterable[str], home: Path) -> list[Path]:
-    """Lists the modules in ``home`` that code imports, also through each other; packages count whole."""
-    files: dict[Path, None] = {}
+def imported_files(sources: Iterable[str], home: Path) -> dict[Path, str]:
+    """Reads the modules in ``home`` that code imports, also through each other; packages count whole."""
+    files: dict[Path, str] = {}
     waiting = [*sources]
     while waiting:
         for name in _imports(waiting.pop()):
             for file in (home / f"{name}.py", *(home / name).rglob("*.py")):
                 if file.is_file() and file not in files:
-                    files[file] = None
-                    waiting.append(file.read_text(encoding="utf-8", errors="replace"))
-    return sorted(files)
+                    files[file] = file.read_text(encoding="utf-8", errors="replace")
+                    waiting.append(files[file])
+    return dict(sorted(files.items()))
 
 
 @lru_cache(maxsize=1024)  # a batch asks for every run

@@ -163,8 +163,7 @@ class RegionEncoder(StudentEncoder):
     def foreign(self) -> bool:
         """True if the student was not trained with features of this kind; its run notes ``region_source``."""
         trained_with = getattr(self.config, "region_source", None)
-        theirs = getattr(self.regions, "fingerprint", None)
-        return getattr(self.regions, "foreign", False) and (not trained_with or trained_with != theirs)
+        return getattr(self.regions, "foreign", False) and trained_with != self.regions.fingerprint  # type: ignore[attr-defined]
 
     def _parts(self, example: Example) -> list[list[tuple[str, int, int]]]:
         """Splits each statement into parts: text, its start in the statement, and its token type."""

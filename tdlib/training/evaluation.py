@@ -67,10 +67,11 @@ def _collate(items: Sequence[dict[str, Any]], encoder: StudentEncoder) -> dict[s
 @torch.inference_mode()
 def predict(student: PreTrainedModel, dataset: EncodedExamples, batch_size: int = 32) -> np.ndarray:
     """Probabilities over choices or labels, (examples, choices or labels). No example is left out."""
-    rows: dict[int, np.ndarray] = {}
+    parts, order = [], []
     for numbers, logits in batch_logits(student, dataset, batch_size):
-        rows |= dict(zip(numbers, logits.softmax(-1).cpu().numpy(), strict=True))
-    return np.stack([rows[i] for i in range(len(dataset))])
+        parts.append(logits.softmax(-1).cpu().numpy())
+        order += numbers
+    return np.concatenate(parts)[np.argsort(order)]
 
 
 @dataclass(frozen=True)

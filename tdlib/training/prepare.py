@@ -148,7 +148,7 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         encoder.tokenizer.add_tokens(PERSON_TOKENS)
     fills = whole_splits or config.asks_teacher
     cache = teacher_cache(config) if fills else None
-    worded = labels if config.class_probabilities == "statements" else ()
+    worded = worded_labels(config, labels)
     for seed in seeds or [config.seed]:
         subset = low_shot(train, config.shots, seed)
         if cache is not None:
@@ -237,6 +237,11 @@ def load_student(config: RunConfig, prepared: PreparedData) -> PreTrainedModel:
     return student
 
 
+def worded_labels(config: RunConfig, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels that the teacher reads in answer statements; none where a probe judges them."""
+    return labels if config.class_probabilities == "statements" else ()
+
+
 def class_logits(
     config: RunConfig, prepared: PreparedData, subset: Sequence[Example]
 ) -> Callable[..., Tensor] | None:
@@ -278,7 +283,7 @@ def feature_reader_of(config: RunConfig, prepared: PreparedData, subset: Example
     cache = prepared.cache
     return TeacherFeatureReader(
         cache, prepared.idf, config, class_logits(config, prepared, seen), seen_as,
-        prepared.labels if config.class_probabilities == "statements" else (),
+        worded_labels(config, prepared.labels),
         StatementJudge(cache, subset, prepared.labels) if config.asks_judge else None,
         token_centres(cache, seen) if config.centred_targets else None,
     )  # fmt: skip

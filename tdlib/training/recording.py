@@ -18,7 +18,13 @@ from tdlib.method.relevance import STUDENT_RELEVANCE
 from tdlib.students.base import student_inputs
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.objective import TargetedDistillation
-from tdlib.training.prepare import PreparedData, add_to_cache, feature_reader_of, load_student
+from tdlib.training.prepare import (
+    PreparedData,
+    add_to_cache,
+    feature_reader_of,
+    load_student,
+    worded_labels,
+)
 from tdlib.training.repairing import asks_truth
 
 
@@ -180,8 +186,7 @@ def preview_targets(
     """
     subset = low_shot(prepared.train, config.shots, config.seed)
     if not config.asks_teacher:  # then nothing has filled the cache
-        worded = prepared.labels if config.class_probabilities == "statements" else ()
-        add_to_cache(prepared.cache, [*subset, *examples], worded)
+        add_to_cache(prepared.cache, [*subset, *examples], worded_labels(config, prepared.labels))
     feature_reader = feature_reader_of(config, prepared, subset)
     feature_reader.prepare(examples)
     prepared.encoder.prepare(examples)
