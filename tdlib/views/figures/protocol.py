@@ -61,7 +61,9 @@ def plot_shots(shots: pd.DataFrame) -> Figure:
         axes.minorticks_off()
         shown = sizes if len(sizes) <= TICKS else [sizes[0], sizes[-1]]
         axes.set_xticks(shown, [f"{size:.0f}" for size in shown])
-        axes.margins(x=0.15)
+        # Also around a single size, whose arms would otherwise fill the whole width.
+        reach = 1.1 * (sizes[-1] / sizes[0]) ** 0.15
+        axes.set_xlim(sizes[0] / reach, sizes[-1] * reach)
         axes.set_xlabel("training examples")
         axes.set_ylabel("accuracy (%)")
         axes.set_title(plain(_heading(key, rows)))
