@@ -12,6 +12,7 @@ from batch_helpers import RESULT, make_batch, write_template
 from tdlib.core import provenance
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.core.provenance import code_version, executed_code
+from tdlib.data import tasks
 from tdlib.runs import states as run_states
 from tdlib.runs.engines import GpuLeases, LocalEngine, Resources
 from tdlib.training import provenance as training_provenance
@@ -74,6 +75,26 @@ def test_files_of_regions_are_in_an_id_whatever_form_names_them(tmp_path, monkey
     monkeypatch.setattr(training_provenance, "ROOT", tmp_path)
     assert data_manifest({"regions": "boxes:resnet50@net.pth"})
     assert data_manifest({"student": "detector"}) and not data_manifest({"other": "detector"})
+
+
+@pytest.mark.parametrize("evaluated", [{"shift": "rmtop1"}, {"eval_splits": ["val", "val_rmtop1"]}])
+def test_masked_sets_are_in_an_id_by_the_words_they_mask(tmp_path, monkeypatch, evaluated):
+    monkeypatch.setattr(tasks, "SHIFTED_FILES", tmp_path / "shifts")
+    (tmp_path / "val.jsonl").write_text("{}\n")
+    parameters = {"task": "vcr_qa", "data_dir": str(tmp_path), **evaluated}
+    without = data_manifest(parameters)
+    masked = tasks.generated_file(tmp_path / "val.jsonl", "rmtop1")
+    masked.parent.mkdir(parents=True)
+    masked.write_text('{"masked": 1}\n')
+    first = data_manifest(parameters)
+    assert first != without
+    masked.write_text('{"masked": 2}\n')  # by another student: same settings, other words
+    assert data_manifest(parameters) != first
+    assert data_manifest(parameters | {"shift": "rule_plural", "eval_splits": []}) == without
+    (tmp_path / "val_rmtop1.jsonl").write_text("{}\n")  # the user's own, which is read instead
+    own = data_manifest(parameters)
+    masked.unlink()
+    assert data_manifest(parameters) == own
 
 
 def test_folders_of_region_features_are_not_read_for_an_id(tmp_path, monkeypatch):

@@ -2,8 +2,8 @@
 
 A task is an object with the files of its splits and their reader, its label set, its scores, the shifts that
 apply and its submission. To add one, write a reader and an entry of ``TASKS``; this works in a notebook too,
-because every use of a task's name looks it up there. A shift is evaluated as one more split, named after its source: "val" under "shortcut" is
-"val_shortcut".
+because every use of a task's name looks it up there. A shift is evaluated as one more split, named after its
+source: "val" under "shortcut" is "val_shortcut".
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from tdlib.core.paths import ROOT, ConfigError, resolve
 from tdlib.data import snli_ve, vcr, vcr_results, vqa, vqa_metric
 from tdlib.data.examples import DataError, Example, Examples
 from tdlib.data.reading import Reader
-from tdlib.data.vcr_shifts import RULES, write_shifted
+from tdlib.data.vcr_shifts import MASKINGS, RULES, write_shifted
 from tdlib.data.vcr_shifts import SHIFTS as VCR_SHIFTS
 from tdlib.data.vqa_metric import Vocabulary
 
@@ -365,9 +365,8 @@ def reader(config: RunConfig, split: str, vocabulary: Vocabulary | None = None) 
 
 def _generated(folder: Path, split: str) -> Path | None:
     """Finds a set of Ye and Kovashka that the folder lacks; writes a rule-based one when first needed."""
-    shift = next((name for name in VCR_SHIFTS if split.endswith(f"_{name}")), "")
-    source = folder / f"{split.removesuffix(f'_{shift}')}.jsonl"
-    if not shift or (folder / f"{split}.jsonl").is_file() or not source.is_file():
+    source, shift = _origin(folder, split)
+    if not shift:
         return None
     target = generated_file(source, shift)
     if not target.is_file() and shift not in RULES:
@@ -379,6 +378,20 @@ def _generated(folder: Path, split: str) -> Path | None:
         target.unlink()
         raise DataError(f"{source}: no question fits the rules of {shift!r}; the shifted set is empty")
     return target
+
+
+def _origin(folder: Path, split: str) -> tuple[Path, str]:
+    """The file that a set of Ye and Kovashka is made from, and its shift; "" if the folder holds the set."""
+    shift = next((name for name in VCR_SHIFTS if split.endswith(f"_{name}")), "")
+    source = folder / f"{split.removesuffix(f'_{shift}')}.jsonl"
+    return source, shift if source.is_file() and not (folder / f"{split}.jsonl").is_file() else ""
+
+
+def masked_set(folder: Path, split: str) -> Path | None:
+    """Returns the file of a split that masks the words a trained student relies on; None if none was made."""
+    source, shift = _origin(folder, split)
+    file = generated_file(source, shift) if shift in MASKINGS else None
+    return file if file and file.is_file() else None
 
 
 def generated_file(source: Path, shift: str) -> Path:
