@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import pickle
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -442,6 +443,20 @@ def test_a_database_of_36_regions_is_cut_at_36(tmp_path):
     fields = {"flickr30k_000000000123.npz": fields_of(*seen("x", 40))}
     path = write_lmdb(tmp_path / "feat_numbb36", fields, packed)
     assert len(open_regions(f"lmdb:{path}")(example_of("123.jpg")).boxes) == 36
+
+
+def test_a_database_that_was_replaced_is_opened_again(tmp_path):
+    read = []
+    for count in (12, 20):
+        shutil.rmtree(tmp_path / "all", ignore_errors=True)
+        fields = {"flickr30k_000000000123.npz": fields_of(*seen("x", count))}
+        path = write_lmdb(tmp_path / "all", fields, packed)
+        regions = open_regions(f"lmdb:{path}")
+        read.append(len(regions(example_of("123.jpg")).boxes))
+    assert read == [12, 20]
+    shutil.rmtree(path)
+    with pytest.raises(DataError, match=r"cannot be read"):
+        regions(example_of("123.jpg"))
 
 
 def test_other_folders_are_refused(tmp_path):

@@ -4,7 +4,6 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ class LmdbRegions(FileRegions):
                 try:
                     with environment(str(database.path)).begin() as transaction:
                         value = transaction.get(key.encode())
-                except library("lmdb", self.what).Error as error:
+                except (OSError, library("lmdb", self.what).Error) as error:
                     raise DataError(f"{where}: cannot be read ({error}); copy the database again") from None
                 if value is not None:
                     return _decode(where, value, database)
@@ -110,12 +109,25 @@ def _check_objects(where: str, boxes: Tensor, example: Example) -> None:
         )
 
 
-@cache
+_opened: dict[str, tuple[tuple[int, ...], Any]] = {}  # state of the file and environment, by path
+
+
 def environment(path: str) -> Any:
-    """Opens an LMDB, once per path as the library demands; without locks, so that forked workers share it."""
-    return library("lmdb", "UNITER's LMDB").open(
-        path, readonly=True, lock=False, create=False, readahead=False
-    )
+    """Opens an LMDB, once per path and process as the library demands, and again when its file was replaced.
+
+    Without locks, so that forked workers share it.
+    """
+    file = Path(path, "data.mdb").stat()
+    state = file.st_ino, file.st_size, file.st_mtime_ns
+    before, opened = _opened.get(path, (None, None))
+    if before != state:
+        if opened:
+            opened.close()
+        opened = library("lmdb", "UNITER's LMDB").open(
+            path, readonly=True, lock=False, create=False, readahead=False
+        )
+        _opened[path] = state, opened
+    return opened
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, bytes]]:
