@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tdlib.analysis import knowledge
+from tdlib.core.paths import ConfigError
 from tdlib.data.examples import DataError, Reference
 from tdlib.make import corpus, kinds, loop, measure
 from tdlib.make.clip import MINI_CLIP, contrastive_loss, fast_clip, make_clip
@@ -444,6 +445,19 @@ def test_the_teacher_continues_loads_and_is_measured(work, tmp_path):
     size = Size(train=0, val=10, test=0, shifted=0)
     figures = measure.measure_clip(tmp_path / "whole", 8, 3, size)
     assert {"picture_of_8", "caption_of_8", "vcr_val", "vcr_val_shortcut"} == set(figures)
+
+
+def test_makers_replace_their_own_folders_only(tmp_path):
+    (tmp_path / "config.json").write_text("{}")  # a model of somebody else
+    work = tmp_path / "work"
+    for make in (
+        lambda: make_student("vilt", tmp_path, work, tmp_path, steps=1),
+        lambda: make_clip(tmp_path, work, steps=1),
+        lambda: train_mini_detector(tmp_path, scenes=1, steps=1),
+    ):
+        with pytest.raises(ConfigError, match=r"provenance\.json.*choose another folder"):
+            make()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_the_command_line_makes_measures_and_notes(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from miniworld_helpers import digest, read
 
+from tdlib.core.paths import ConfigError
 from tdlib.data.examples import DataError
 from tdlib.miniworld.language import causes, mark
 from tdlib.miniworld.scenes import (
@@ -165,9 +166,9 @@ def test_the_generator_replaces_its_own_folders_only(tmp_path):
     (tmp_path / "precious").write_text("the real VCR's")
     for data_set, write in WORLDS.items():
         for make in (write, partial(ensure_world, data_set)):
-            with pytest.raises(DataError, match=r"did not write .*miniworld\.json.*choose another folder"):
+            with pytest.raises(ConfigError, match=r"miniworld\.json.*choose another folder"):
                 make(tmp_path, 0)
-    with pytest.raises(DataError, match=r"did not write .*captions\.jsonl.*choose another folder"):
+    with pytest.raises(ConfigError, match=r"captions\.jsonl.*choose another folder"):
         write_captions(tmp_path, "web", 0, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 

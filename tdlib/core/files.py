@@ -43,6 +43,15 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     return given
 
 
+def refuse_foreign(folder: Path, marker: str) -> None:
+    """Raises ConfigError if writing would replace a folder without ``marker``, which its maker writes."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise ConfigError(
+            f"{folder}: holds files that were not made here (there is no {marker}) and would be replaced; "
+            "choose another folder, or empty this one"
+        )
+
+
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path; on success it is renamed to ``path``, on error it is deleted."""

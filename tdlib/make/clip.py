@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from tdlib.core.files import write_folder, write_json
+from tdlib.core.files import refuse_foreign, write_folder, write_json
 from tdlib.make import corpus
 from tdlib.make.loop import Position, mixed_precision, provenance, train
 from tdlib.miniworld.writers import VERSION
@@ -179,6 +179,7 @@ def make_clip(
     **options: Any,
 ) -> Position:  # fmt: skip
     """Trains the mini CLIP and writes an open_clip model folder; arguments as in ``make_student``."""
+    refuse_foreign(folder, "provenance.json")
     home, draft = work / "corpus", work / f"clip-{seed}"
     texts = corpus.texts("clip", home, seed, scenes)
     (draft / "model").mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdlib.core.files import write_folder, write_json
+from tdlib.core.files import refuse_foreign, write_folder, write_json
 from tdlib.data.examples import Box
 from tdlib.make.loop import make_optimizer, mixed_precision
 from tdlib.miniworld.drawing import SIZE, Drawn, Picture, draw
@@ -151,6 +151,7 @@ def train_mini_detector(
     Returns:
         The loss of every step: nats, summed over the attributes.
     """
+    refuse_foreign(folder, "provenance.json")
     torch.manual_seed(seed)
     started = time.time()
     pictures, boxes, labels = boxes_corpus(seed, scenes, size)

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import ViltImageProcessor
 
-from tdlib.core.files import write_folder, write_json
+from tdlib.core.files import refuse_foreign, write_folder, write_json
 from tdlib.data.examples import DataError, Example, TextPart
 from tdlib.make import corpus
 from tdlib.make.kinds import KINDS, Kind, PatchSight
@@ -90,7 +90,7 @@ def make_student(
 
     Args:
         kind: a key of ``KINDS``.
-        folder: where to write; replaced when the student is finished.
+        folder: where to write; an earlier one of a maker is replaced when the student is finished.
         work: where corpora and the checkpoint lie; a later call with the same arguments continues there.
         detector: folder of the detector behind region features.
         steps: of the whole run, or
@@ -100,8 +100,12 @@ def make_student(
         peak: highest learning rate.
         options: of ``StudentJob`` (batch, pairs, hard, device) and of ``train`` (save_every, log_every,
             stop_after).
+
+    Raises:
+        ConfigError: the folder holds files of somebody else.
     """
     of_job = {name: options.pop(name) for name in ("batch", "pairs", "hard", "device") if name in options}
+    refuse_foreign(folder, "provenance.json")
     home = work / "corpus"
     draft = work / f"{kind}-{seed}"
     start_folder(KINDS[kind], draft / "model", corpus.texts("curated", home, seed, scenes).tokenizer)

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pandas as pd
 
-from tdlib.core.files import write_folder
+from tdlib.core.files import refuse_foreign, write_folder
 from tdlib.data.examples import DataError
 from tdlib.miniworld.drawing import SIZE, Picture, draw
 from tdlib.miniworld.language import curated_concepts
@@ -207,15 +207,6 @@ def writing_lines(folder: Path) -> Iterator[Callable[[str, Any], None]]:
             files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
 
         yield write
-
-
-def refuse_foreign(folder: Path, marker: str) -> None:
-    """Raises DataError if writing would replace a folder that the generator did not write."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
-        raise DataError(
-            f"{folder}: holds files that the MiniWorld did not write (there is no {marker}) and would be "
-            "replaced; choose another folder, or empty this one"
-        )
 
 
 def describe_world(data: str, seed: int, size: Size, **options: Any) -> dict[str, Any]:

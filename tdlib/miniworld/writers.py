@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from tdlib.config import RunConfig
-from tdlib.core.files import write_folder, write_jsonl
+from tdlib.core.files import refuse_foreign, write_folder, write_jsonl
 from tdlib.data.tasks import data_folder, task_of
 from tdlib.data.vcr import NEUTRAL_NAMES
 from tdlib.miniworld.drawing import Picture, draw
@@ -20,7 +20,6 @@ from tdlib.miniworld.worlds import (
     Size,
     describe_world,
     has_world,
-    refuse_foreign,
     save_picture,
     scene_at,
 )
