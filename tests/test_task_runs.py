@@ -14,10 +14,12 @@ from tdlib.core.paths import ConfigError
 from tdlib.core.records import read_records
 from tdlib.data import tasks as catalogue
 from tdlib.data import vcr
-from tdlib.data.examples import DataError
+from tdlib.data.examples import DataError, low_shot
 from tdlib.data.tasks import TASKS, submission_split
 from tdlib.students.registry import load_student
 from tdlib.students.vilt import ViltEncoder, ViltForClassification
+from tdlib.teacher.cache import CacheError
+from tdlib.teacher.probe import answer_statements
 from tdlib.training import prepare as experiments
 from tdlib.training.data import EncodedExamples
 from tdlib.training.evaluation import predict
@@ -86,6 +88,12 @@ def test_the_teacher_may_speak_by_answer_statements(settings, task, tmp_path):
     config = settings(task, class_probabilities="statements")
     prepared = prepare(config, [0])
     assert "probe_accuracy" not in train_run(config, prepared, tmp_path / "run")
+    cache, example = prepared.cache, low_shot(prepared.train, config.shots, config.seed)[0]
+    own, asked = {s.text for s in example.statements()}, answer_statements(example, prepared.labels)
+    for text in {*asked} - own:  # hundreds a question, of which nobody reads the tokens
+        assert cache.pooled(text).isfinite().all()
+        with pytest.raises(CacheError):
+            cache.text(text)
     table = reference_scores(config, prepared)
     assert set(table["arm"]) == {"teacher, zero-shot", "chance"} and table["mean"].between(0, 1).all()
 

@@ -317,8 +317,11 @@ class TeacherCache:
             ) from None
 
     def cut(self, text: str) -> int:
-        """Returns how many tokens of a text the teacher has not read, being beyond its context."""
-        return int(self._read("texts", text_key(text), text, ["cut"])["cut"])
+        """Returns how many tokens of a text the teacher does not read, being beyond its context."""
+        try:
+            return int(self.store.read("texts", text_key(text), ["cut"])["cut"])
+        except KeyError:  # not stored, or without its tokens
+            return self.teacher.tokenize.read(text).cut
 
     def _record(
         self, kind: str, key: bytes, source: str, extras: Sequence[str], as_stored: bool

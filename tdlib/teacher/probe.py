@@ -132,7 +132,7 @@ def statement_logits(cache: TeacherCache, labels: Sequence[str], example: Exampl
 
     The statements must be in the cache, see ``answer_statements``.
     """
-    texts = [cache.text(text).pooled.float() for text in compared_texts(example, labels)]
+    texts = [cache.pooled(text) for text in compared_texts(example, labels)]
     picture = cache.picture(example.image).pooled.float()
     return choice_logits(picture, torch.stack(texts), cache.teacher.logit_scale)
 

@@ -201,16 +201,18 @@ def fit_idf(train: Examples) -> Idf:
 def add_to_cache(cache: TeacherCache, examples: Sequence[Example], labels: Sequence[str] = ()) -> None:
     """Stores the teacher's features of all statements and pictures of the examples.
 
-    With ``labels`` also those of the answer statements, unless they are too many (ConfigError).
+    With ``labels`` also the global embeddings of the answer statements, unless they are too many
+    (ConfigError).
     """
     check_statements(len(examples), len(labels))
     for start in range(0, len(examples), AT_ONCE):
         texts, pictures = [], []
         for example in examples[start : start + AT_ONCE]:
             texts += [statement.text for statement in example.statements()]
-            texts += answer_statements(example, labels) if labels else []
             pictures.append(example.image)
         cache.add(texts=texts, pictures=pictures)
+    if labels:
+        cache.add_pooled(text for example in examples for text in answer_statements(example, labels))
 
 
 def load_student(config: RunConfig, prepared: PreparedData) -> PreTrainedModel:
