@@ -15,6 +15,7 @@ import torch
 from html_page import problems
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from records import drawn_record
 from torch.nn.functional import normalize
 from torch.testing import assert_close
@@ -31,6 +32,7 @@ from tdlib.views import explorer, index
 from tdlib.views.alignment import tokens_of
 from tdlib.views.explorer import VIEWS, ViewRequest, show
 from tdlib.views.index import ExplorerError, Filter, Run, companion, find_runs, short_names
+from tdlib.views.picture import embedded
 
 MANY = 20_000
 EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
@@ -88,6 +90,25 @@ def test_a_folder_may_look_like_a_pattern(runs, tmp_path):
     assert find_runs(["runs[[]v2]/*"], tmp_path)[0].folder == run.folder
     assert find_runs([tmp_path / "runs[v2]"])[0].folder == run.folder
     assert find_runs(["*"], tmp_path / "runs[v2]")[0].folder == run.folder
+
+
+def test_a_run_that_was_trained_again_is_read_again(runs, tmp_path):
+    folder = tmp_path / "clip_td-seed0"
+    shutil.copytree(runs[0].folder, folder)
+    row = runs[0].index.iloc[1]
+    (before,) = find_runs([folder])
+    (record, *others) = before.records(row["split"], row["example_id"])
+    write_records([replace(record, instance_weight=0.123), *others], folder / index.SELECTIONS)
+    (after,) = find_runs([folder])
+    assert after != before and after == find_runs([folder])[0]
+    assert after.records(row["split"], row["example_id"])[0].instance_weight == pytest.approx(0.123)
+
+
+def test_a_picture_is_shown_once_it_is_there(tmp_path):
+    path = tmp_path / "a.png"
+    assert embedded(path)[0] == b"" and "a.png" in embedded(path)[1]
+    Image.new("RGB", (8, 8)).save(path)
+    assert embedded(path)[0] and not embedded(path)[1]
 
 
 def test_runs_are_found_by_folder_parent_and_glob(runs):

@@ -72,6 +72,18 @@ def whole_file(path: Path) -> Iterator[TextIO]:
         yield file
 
 
+def file_state(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of change in nanoseconds; None where there is no file.
+
+    An argument of what is cached by path, so that a changed file is read again.
+    """
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON under a temporary name and renames it."""
     with whole_file(path) as file:

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from tdlib.config import RunConfig
+from tdlib.core.files import file_state
 from tdlib.core.paths import ROOT, ConfigError, resolve
 from tdlib.data import snli_ve, vcr, vcr_results, vqa, vqa_metric
 from tdlib.data.examples import DataError, Example, Examples
@@ -234,8 +235,7 @@ class VqaTask(Task):
             return Vocabulary.load(Path(resolve(config.vocabulary)).expanduser())
         folder, (train, _) = data_folder(config), splits_of(config)
         annotations = vqa.files(folder, train, self.changing_priors)[1]
-        status = annotations.stat() if annotations.is_file() else None
-        state = (status.st_size, status.st_mtime_ns) if status else None
+        state = file_state(annotations)
         return _frequent_answers(folder, train, config.vocabulary_minimum, self.changing_priors, state)
 
     def labels(self, config: RunConfig) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tdlib.config import RunConfig, parameters_with
+from tdlib.core.files import file_state
 from tdlib.core.paths import ROOT, ConfigError, resolve
 from tdlib.core.provenance import digest
 from tdlib.data.examples import Example, Examples, divide_by_picture, low_shot
@@ -81,16 +82,11 @@ def read_split(config: RunConfig, split: str) -> Examples:
     # The first may lie elsewhere if it is generated, the second wherever the user likes.
     named = [reader(config, source).path, Path(resolve(config.vocabulary)).expanduser()]
     files = [*named, *(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl", ".csv"))]
-    states = tuple(_state(file) for file in sorted({*files}) if file.is_file())
+    states = tuple((str(file), file_state(file)) for file in sorted({*files}) if file.is_file())
     whole = _open(folder, config.model_dump_json(include=names), source, states)
     if not config.held_out or split.removesuffix(HELD_OUT) != splits_of(config)[0]:
         return whole
     return _divide(whole, config.held_out)[split.endswith(HELD_OUT)]
-
-
-def _state(file: Path) -> tuple[str, int, int]:
-    status = file.stat()
-    return str(file), status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=16)

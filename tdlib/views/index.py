@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from tdlib.analysis.scores import strata_by_row
 from tdlib.config import RunConfig
+from tdlib.core.files import file_state
 from tdlib.core.paths import ROOT
 from tdlib.core.records import END, TargetRecord, read_records
 from tdlib.data.tasks import data_folder, task_of
@@ -37,10 +38,14 @@ class ExplorerError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that holds selections; ``find_runs`` gives each of its runs another ``name``."""
+    """A run folder that holds selections; ``find_runs`` gives each of its runs another ``name``.
+
+    ``written`` is the state of its selections: a run that was trained again is another run to every cache.
+    """
 
     name: str
     folder: Path
+    written: tuple[int, int] | None = None
 
     @cached_property
     def config(self) -> RunConfig:
@@ -86,7 +91,7 @@ class Run:
 
         All steps are read together and cached, as a slider of steps asks for one after the other.
         """
-        records = _records_of(self.folder / SELECTIONS, split, example_id)
+        records = _records_of(self.folder / SELECTIONS, self.written, split, example_id)
         chosen = [record for record in records if steps is None or record.step in steps]
         if not chosen:
             at = "" if steps is None else f" at step {', '.join(map(str, steps))}"
@@ -95,7 +100,9 @@ class Run:
 
 
 @lru_cache(maxsize=32)
-def _records_of(path: Path, split: str, example_id: str) -> list[TargetRecord]:
+def _records_of(
+    path: Path, _state: tuple[int, int] | None, split: str, example_id: str
+) -> list[TargetRecord]:
     return in_order(read_records(path, examples=[(split, example_id)]))
 
 
@@ -120,7 +127,10 @@ def find_runs(patterns: Sequence[str | Path], home: Path = ROOT) -> list[Run]:
                 "none, others need probe_examples above 0"
             )
         folders |= dict.fromkeys(folder.resolve() for folder in run_folders)
-    return [Run(name, folder) for name, folder in zip(short_names([*folders]), folders, strict=True)]
+    return [
+        Run(name, folder, file_state(folder / SELECTIONS))
+        for name, folder in zip(short_names([*folders]), folders, strict=True)
+    ]
 
 
 def _pattern(path: Path, home: Path) -> str:

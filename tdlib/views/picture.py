@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from tdlib.core.facts import token_name
+from tdlib.core.files import file_state
 from tdlib.data.examples import Box, DataError
 from tdlib.data.pictures import open_picture
 from tdlib.views.html import source, style
@@ -34,12 +35,16 @@ def find_picture(path: Path) -> tuple[Image.Image | None, str]:
         return None, str(error)
 
 
-@lru_cache(maxsize=32)
 def embedded(path: Path) -> tuple[bytes, str]:
     """A picture as JPEG of at most ``LARGEST`` pixels a side, and what is wrong with the file.
 
     The bytes are empty if it cannot be read. Cached, because a list of examples is walked to and fro.
     """
+    return _embedded(path, file_state(path))
+
+
+@lru_cache(maxsize=32)
+def _embedded(path: Path, _state: tuple[int, int] | None) -> tuple[bytes, str]:
     picture, missing = find_picture(path)
     if picture is None:
         return b"", missing
