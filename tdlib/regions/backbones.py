@@ -38,17 +38,23 @@ class Backbone(Protocol):
     def __call__(self, picture: Image.Image, boxes: Tensor) -> Tensor: ...
 
 
+_SLIVER = 1e-3  # cells of a feature map
+
+
 def pool_regions(feature_maps: Tensor, boxes: Sequence[Tensor], bins: int) -> Tensor:
     """RoIAlign (He et al. 2017) with ``bins`` x ``bins`` bins: (all regions, dim, bins, bins).
 
     Args:
         feature_maps: (batch, dim, rows, columns), each covering a whole picture.
-        boxes: per picture (regions, 4), normalised xyxy.
+        boxes: per picture (regions, 4), normalised xyxy. One without width or height is given a sliver of a
+            cell, because RoIAlign takes no samples of it and returns zeros.
         bins: number along each side; each bin is the mean of enough samples to cover its area.
     """
     rows, columns = feature_maps.shape[2:]
     scale = feature_maps.new_tensor([columns, rows, columns, rows])
     scaled = [box.to(feature_maps) * scale for box in boxes]
+    for box in scaled:
+        box[:, 2:] = torch.maximum(box[:, 2:], box[:, :2] + _SLIVER)
     return roi_align(feature_maps, scaled, bins, sampling_ratio=-1, aligned=True)
 
 
