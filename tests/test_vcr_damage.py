@@ -75,7 +75,7 @@ BAD_FILES = {
     "no object": (lines(RECORD, [1, 2]).encode(), ":2:", "found list"),
     "a number": (b"3\n", ":1:", "found int"),
     "not UTF-8": (lines(RECORD).encode() + b'{"a": "\xff"}\n', ":2:", "UTF-8"),
-    "UTF-16": (lines(RECORD).encode("utf-16"), ":1:", "UTF-8"),
+    "UTF-16": (lines(RECORD).encode("utf-16"), ":", "not UTF-8"),
     "half a surrogate pair": (lines(another(0, annot_id="\ud800")).encode(), ":1:", "UTF-8"),
     "endless nesting": (b"[" * 100_000, ":1:", "not valid JSON"),
     "a number too long": (b'{"annot_id": ' + b"1" * 5000 + b"}", ":1:", "not valid JSON"),

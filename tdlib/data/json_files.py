@@ -127,9 +127,23 @@ class Records(Sequence[dict[str, Any]]):
         return record
 
 
+# First bytes of files that are no text in UTF-8, with what they are and the remedy.
+_FOREIGN = {
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    codecs.BOM_UTF16_LE: "in UTF-16, not UTF-8: save it again",
+    codecs.BOM_UTF16_BE: "in UTF-16, not UTF-8: save it again",
+}
+
+
 def _need_file(path: Path, expected: str) -> None:
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected {expected}")
+    with path.open("rb") as file:
+        start = file.read(4)
+    for mark, remedy in _FOREIGN.items():
+        if start.startswith(mark):
+            raise DataError(f"{path}: expected {expected}, but the file is {remedy}")
 
 
 def _start_of_text(path: Path) -> int:
