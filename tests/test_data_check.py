@@ -11,6 +11,7 @@ from tdlib.data.check import check_folder
 from tdlib.data.check import check_submission as check_file
 from tdlib.data.examples import DataError
 from tdlib.data.tasks import reader
+from tdlib.data.vqa_metric import question_accuracy
 
 
 def test_all_data_sets_of_a_folder_are_checked(tmp_path):
@@ -58,6 +59,23 @@ def test_equal_choices_and_empty_texts_are_found(tmp_path):
     (vcr / "vcr1images" / "a.json").write_text(json.dumps(metadata))
     (vcr / "val.jsonl").write_text(lines(namesakes))
     assert reader(config("vcr_qa", vcr, references="category"), "val").examine().problems == []
+
+
+def test_pairs_of_another_picture_and_questions_that_few_answered_are_found(tmp_path):
+    ve, vqa = put_snli_ve(tmp_path / "ve"), put_vqa(tmp_path / "vqa", ("yes", "no"))
+    (ve / "snli_ve_dev.jsonl").write_text(lines(pair(0), pair(1, pairID="2.jpg#1"), pair(2, pairID="vg_7")))
+    path = vqa / "v2_mscoco_train2014_annotations.json"
+    annotations = json.loads(path.read_text())
+    annotations["annotations"][0]["answers"] = [{"answer": "yes"}] * 4
+    annotations["annotations"][1]["answers"] = [{"answer": "yes"}] * 3
+    path.write_text(json.dumps(annotations))
+    found = {(task, split): problems for task, split, _, problems, _ in check_folder(tmp_path)}
+    (problem,) = found["snli_ve", "dev"]
+    assert "(2.jpg#1): the pair is about picture 2, but the line names 1" in problem
+    (problem,) = found["vqa_v2", "train2014"]
+    assert "(7001): answers of 3 people" in problem
+    for people, accuracy in ((4, 1.0), (3, 2 / 3)):  # why three are too few
+        assert question_accuracy("yes", ["yes"] * people) == pytest.approx(accuracy)
 
 
 def test_a_byte_order_mark_and_a_doubled_column_of_csv(tmp_path):

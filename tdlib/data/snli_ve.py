@@ -127,6 +127,15 @@ class SnliVeReader(Reader):
 
         return Examples(list(pairs), strata, make, labelled)
 
+    def _doubt(self, example: Example) -> str:
+        of_pair, is_picture, _ = example.id.partition(".jpg")
+        if not is_picture or of_pair == example.image.stem:
+            return ""
+        return (
+            f"{self.path} ({example.id}): the pair is about picture {of_pair}, but the line names "
+            f"{example.image.stem}; are its fields those of another pair?"
+        )
+
 
 class _Rows(list[dict[str, Any]]):
     """The rows of e-SNLI-VE's table, each with the line of the file in which it ends."""

@@ -136,6 +136,15 @@ class VqaReader(Reader):
 
         return Examples([str(i) for i in identifiers], strata, make, labelled)
 
+    def _doubt(self, example: Example) -> str:
+        count = len(example.annotators)
+        if not 0 < count < 4:
+            return ""
+        return (
+            f"{self.annotations} ({example.id}): answers of {count} people, expected ten; with fewer than four "
+            "no answer is wholly right, because each person's is compared with the others' and three count as 1"
+        )
+
     def _index(
         self, questions: Records, annotations: Records | None, report: Callable[[str], None] | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
