@@ -263,6 +263,18 @@ def test_a_bad_picture_of_an_evaluated_split_is_found_before_training(base, worl
         prepare(config, whole_splits=False)
 
 
+def test_a_bad_training_line_is_found_before_training_without_a_teacher(base, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "COUNTED", 1)  # words are counted in a part of a large split
+    data = tmp_path / "vcr"
+    shutil.copytree(world, data)
+    config = apply_arm(settings_of(base, data_dir=str(data), arm="finetune", shots=0))
+    lines = (data / "train.jsonl").read_text().splitlines()
+    lines[-1] = json.dumps(json.loads(lines[-1]) | {"rationale_label": 7, "answer_label": 7})
+    (data / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=rf"train.jsonl:{len(lines)} .*answer_label=7"):
+        prepare(config, whole_splits=False)
+
+
 def test_files_that_are_corrected_are_read_again(base, world, teacher_folder, tmp_path):
     """In the same kernel, as their state is part of a run's identity."""
     shutil.copytree(world, tmp_path / "vcr")

@@ -147,9 +147,12 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
     worded = worded_labels(config, labels)
     for seed in seeds or [config.seed]:
         subset = low_shot(train, config.shots, seed)
+        encoder.prepare(subset)
         if cache is not None:
             add_to_cache(cache, subset, worded)
-        encoder.prepare(subset)
+        else:
+            for _ in subset:  # a bad record, or a missing picture, must stop a run before it trains
+                pass
     encoded = {
         split: EncodedExamples(examples, encoder, num_labels=len(labels))
         for split, examples in evaluated.items()
