@@ -1,5 +1,6 @@
 """Large JSON files read by position: every layout, every place where a buffer ends, every damage."""
 
+import gzip
 import json
 import re
 from typing import Any
@@ -195,6 +196,8 @@ BAD_ARRAYS: dict[str, tuple[bytes, str | None, str]] = {
     "a number too long": (b'{"n": ' + b"1" * 5000 + b', "questions": []}', "questions", "not valid JSON"),
     "empty": (b"", None, "it ends early"),
     "a picture": (b"\x89PNG\r\n\x1a\n", None, "not UTF-8"),
+    "gzip": (gzip.compress(b"[{}]"), None, "unpack it"),
+    "zip": (b"PK\x03\x04...", None, "unpack it"),
 }
 
 
@@ -256,6 +259,15 @@ def test_boxes_are_clipped_within_the_slack_only():
     for bad in ([[-3, 0, 50, 100]], [[0, 0, 50, 102]], [[50, 0, 40, 100]], [[0, 0, 1]], ["abcd"], {}):
         with pytest.raises(DataError, match=r"^f:1: box"):
             normalise_boxes(bad, 200, 100, "f:1")
+
+
+def test_boxes_in_shares_are_not_taken_for_pixels():
+    shares = [[0, 0, 1, 1], [0.2, 0.1, 0.9, 1.0]]
+    with pytest.raises(DataError, match=r"^f:1: all boxes .* normalised already"):
+        normalise_boxes(shares, 200, 100, "f:1")
+    for good in ([], [[0, 0, 0, 0]], [*shares, [0, 0, 5, 5]]):  # one that must be in pixels
+        assert len(normalise_boxes(good, 200, 100, "f:1")) == len(good)
+    assert normalise_boxes(shares, 1, 1, "f:1")[1] == (0.2, 0.1, 0.9, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -419,6 +419,9 @@ def test_annotated_regions_of_vcr_come_first_and_are_its_objects(tmp_path):
 def test_annotated_regions_of_other_objects_are_refused(tmp_path):
     example, _, _ = vcr_world(tmp_path)
     source = open_regions(f"lmdb:{tmp_path / 'vcr_gt_train'},{tmp_path / 'vcr_train'}")
+    source.require([example])
+    with pytest.raises(DataError, match=r"no regions of other\.jpg .*\(1 of 2 are missing\)"):
+        source.require([example, replace(example, image=Path("other.jpg"))])
     turned = replace(example, boxes=example.boxes[::-1])
     for other in (turned, replace(example, boxes=example.boxes[:2]), replace(example, boxes=())):
         with pytest.raises(DataError, match=r"3 annotated boxes, which are not the \d objects of example"):

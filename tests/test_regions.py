@@ -1,5 +1,6 @@
 """Computed regions: RoIAlign, backbones, the mini detector, CLIP's grid, and the cache of them."""
 
+import base64
 import json
 import pickle
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 
 from tdlib.core.store import CacheError, NotFiniteError
 from tdlib.data.examples import DataError, Example
+from tdlib.data.pictures import read_header, upright_boxes
 from tdlib.method.tokens import grid_boxes
 from tdlib.regions.backbones import (
     DetectorBackbone,
@@ -25,6 +27,7 @@ from tdlib.regions.backbones import (
     save_detector,
 )
 from tdlib.regions.computed import BackboneRegions, CachedRegions, ClipGridRegions, Regions
+from tdlib.regions.convert import convert
 from tdlib.regions.sources import open_regions
 from tdlib.teacher.cache import TeacherCache
 
@@ -48,6 +51,17 @@ def test_roi_align_of_cells_is_their_own_mean():
     pooled = pool_regions(feature_map[None], [grid_boxes(3, 2)], 2).mean((2, 3))
     expected = feature_map.view(5, 3, 4, 2, 4).mean((2, 4)).flatten(1).T
     assert_close(pooled, expected)
+
+
+@pytest.mark.parametrize("bins", [1, 3])
+def test_a_box_without_area_has_the_features_of_its_place(bins):
+    feature_map = torch.rand(1, 5, 12, 8)
+    for box in ([0.3, 0.4, 0.3, 0.4], [1.0, 0.0, 1.0, 1.0], [0.2, 0.5, 0.6, 0.5], [1.0, 1.0, 1.0, 1.0]):
+        thin = torch.tensor([box])
+        wide = thin + torch.tensor([-1e-3, -1e-3, 1e-3, 1e-3])
+        flat, real = (pool_regions(feature_map, [boxes], bins) for boxes in (thin, wide))
+        assert_close(flat, real, rtol=0, atol=0.02)
+        assert thin.tolist() == torch.tensor([box]).tolist()
 
 
 def test_grid_boxes_tile_the_picture():
@@ -355,3 +369,95 @@ def test_a_bad_layout_is_refused(detector_folder):
     for options in ({"layout": "cells"}, {"layout": "grid", "grid": (0, 3)}):
         with pytest.raises(ValueError, match="expected 'boxes', 'grid' or 'boxes\\+grid'"):
             BackboneRegions(backbone, **options)
+
+
+# Regions from files, and their pictures
+
+
+def put_regions(path: Path, boxes, size=(1, 1), **changes) -> Path:
+    """An NPZ whose feature i is i."""
+    fields = {"x": np.arange(4.0 * len(boxes)).reshape(-1, 4), "bbox": np.array(boxes, np.float32)}
+    fields |= {"num_bbox": len(boxes), "image_w": size[0], "image_h": size[1]}
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, **fields | changes)
+    return path
+
+
+def shown(example: Example, folder: Path, name: str = "a.png", orientation: int = 1) -> Example:
+    folder.mkdir(exist_ok=True, parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 20)).save(folder / name, exif=exif)
+    return replace(example, image=folder / name)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_boxes_of_files_turn_with_their_picture(example, tmp_path, orientation):
+    turned = shown(example, tmp_path / "pictures", orientation=orientation)
+    header = read_header(turned.image)
+    for size in {(40, 20), (80, 40), header.upright}:
+        width, height = size
+        box = [0, height / 4, width / 2, height]
+        put_regions(tmp_path / "npz" / "a.npz", [box], size)
+        regions = open_regions(f"npz:{tmp_path / 'npz'}")(turned)
+        places = upright_boxes([(0, 0.25, 0.5, 1)], size, header, "")
+        assert_close(regions.boxes, torch.tensor(places)) and regions.size is not None
+        assert (regions.size[0] > regions.size[1]) == (header.upright[0] > header.upright[1])
+        assert sorted(regions.size) == sorted(size)
+
+
+def test_regions_of_a_picture_of_another_shape_are_refused(example, tmp_path):
+    seen = shown(example, tmp_path / "pictures")
+    source = open_regions(f"npz:{put_regions(tmp_path / 'npz' / 'a.npz', [[0, 0, 9, 9]], (40, 20)).parent}")
+    assert len(source(seen).boxes) == 1
+    for size, reason in (((20, 40), "are exchanged"), ((30, 20), "of different releases")):
+        path = put_regions(tmp_path / "npz" / "a.npz", [[0, 0, 9, 9]], size)
+        with pytest.raises(DataError, match=rf"{path}: width=.*{reason}"):
+            source(seen)
+    seen.image.unlink()
+    assert len(source(seen).boxes) == 1  # features can be used without the pictures
+
+
+def test_boxes_of_files_are_in_pixels_unless_the_size_is_unknown(example, tmp_path):
+    seen, shares = shown(example, tmp_path / "pictures"), [[0, 0, 1, 1], [0.2, 0.1, 0.9, 1.0]]
+    path = put_regions(tmp_path / "npz" / "a.npz", shares)
+    source = open_regions(f"npz:{path.parent}")
+    assert_close(source(seen).boxes, torch.tensor(shares))
+    put_regions(path, shares, (40, 20))
+    with pytest.raises(DataError, match=rf"{path}: all boxes .* normalised already"):
+        source(seen)
+
+
+def test_rows_behind_the_last_box_are_padding(example, tmp_path):
+    seen, boxes = shown(example, tmp_path / "pictures"), [[0, 0, 9, 9], [0, 0, 5, 5], [0, 0, 0, 0]]
+    path = put_regions(tmp_path / "npz" / "a.npz", boxes, (40, 20), num_bbox=2)
+    source = open_regions(f"npz:{path.parent}")
+    assert source(seen).features.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and len(source(seen).boxes) == 2
+    for count in (0, 5):  # 4 would be the other order of features
+        put_regions(path, boxes, (40, 20), num_bbox=count)
+        with pytest.raises(DataError, match=rf"{path}: num_bbox is {count}"):
+            source(seen)
+
+
+def test_two_pictures_of_one_name_do_not_share_regions(example, tmp_path):
+    first, second = (shown(example, tmp_path / f"clip{i}", "000.jpg") for i in "AB")
+    source = open_regions(f"npz:{put_regions(tmp_path / 'npz' / '000.npz', [[0, 0, 9, 9]], (40, 20)).parent}")
+    assert len(source(first).boxes) == len(source(replace(first, id="again")).boxes) == 1
+    for use in (source, lambda second: source.require([second])):
+        with pytest.raises(DataError, match=r"clipB.000\.jpg: .*clipA.000\.jpg has the same name"):
+            use(second)
+    line = "\t".join(["{}/000", "40", "20", "1", *(base64.b64encode(bytes(16)).decode(),) * 2])
+    (tmp_path / "both.tsv").write_text("".join(f"{line.format(name)}\n" for name in "AAB"))
+    with pytest.raises(DataError, match=r"line 3: pictures 'A/000' and 'B/000' would both be 000\.npz"):
+        convert("tsv", tmp_path / "both.tsv", tmp_path / "converted")
+
+
+def test_missing_regions_are_counted_before_they_are_read(example, tmp_path):
+    names = ("a.png", "b.png", "c.png")
+    examples = [shown(example, tmp_path / "pictures", name) for name in names]
+    path = put_regions(tmp_path / "npz" / "a.npz", [[0, 0, 9, 9]], (40, 20))
+    put_regions(tmp_path / "more" / "c.npz", [[0, 0, 9, 9]], (40, 20))
+    open_regions(f"npz:{path.parent}").require(examples[:1] * 2)
+    open_regions(f"npz:{path.parent},{tmp_path / 'more'}").require([examples[0], examples[2]])
+    with pytest.raises(DataError, match=r"no regions of b\.png .*\(2 of 3 are missing\)"):
+        open_regions(f"npz:{path.parent}").require([*examples, *examples])

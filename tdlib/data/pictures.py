@@ -6,6 +6,7 @@ appear which nobody sees, and ignores the EXIF orientation. ``open_picture`` doe
 
 Boxes are xyxy normalised to the upright picture. Files state them in pixels of a width and a height;
 ``upright_boxes`` finds out from these two numbers which way up the picture was when they were measured.
+Metadata and files of region features are read so.
 """
 
 import math
@@ -112,9 +113,24 @@ def upright_boxes(
 ) -> tuple[Box, ...]:
     """Boxes normalised by ``size``, moved to where their objects are in the upright picture.
 
-    ``size`` is the width and height that the boxes were measured in. If the picture has it (or a
-    multiple of it) when upright, they stay. If the stored pixels have it, the boxes were measured
-    without regard to the EXIF orientation and turn with the picture. Where both have it (the
+    They turn with the picture if they refer to its stored pixels, see ``measured_as_stored``.
+    """
+    if not measured_as_stored(size, header, where):
+        return tuple(boxes)
+    return tuple(_turned(box, header.orientation) for box in boxes)
+
+
+def upright_size(size: tuple[float, float], header: PictureHeader, where: str) -> tuple[float, float]:
+    """The width and height that boxes were measured in, exchanged if the boxes turn by a quarter."""
+    turned = header.orientation in _TURNED and measured_as_stored(size, header, where)
+    return (size[1], size[0]) if turned else size
+
+
+def measured_as_stored(size: tuple[float, float], header: PictureHeader, where: str) -> bool:
+    """Finds out whether boxes measured in this width and height refer to stored pixels that stand otherwise.
+
+    If the picture has this size (or a multiple of it) when upright, they do not. If the stored pixels
+    have it, the boxes were measured without regard to the EXIF orientation. Where both have it (the
     orientation is half a turn or a mirror image, or the picture is square), the boxes refer to the
     stored pixels: the published loaders of VCR read pictures without turning them.
 
@@ -126,9 +142,9 @@ def upright_boxes(
     if header.orientation != 1:
         as_stored = _difference(size, (header.width, header.height))
         if as_stored <= min(as_seen, _ASPECT_TOLERANCE):
-            return tuple(_turned(box, header.orientation) for box in boxes)
+            return True
     if as_seen <= min(exchanged, _ASPECT_TOLERANCE):
-        return tuple(boxes)
+        return False
     remedy = "are these files of different releases? Copy both again"
     if exchanged <= _ASPECT_TOLERANCE:
         remedy = "width and height are exchanged: correct them, and see whether the boxes are right"

@@ -1,7 +1,7 @@
 """Shared by the readers of all tasks: checks of fields and boxes, side files, and the readers' base class."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -83,6 +83,14 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9
 
 
+def look_normalised(coordinates: Sequence[float], width: float, height: float) -> bool:
+    """True if coordinates in pixels would all lie in the first pixel of a picture: they are shares of it.
+
+    The same slip puts every object into one corner without any box leaving the picture.
+    """
+    return min(width, height) >= 16 and 0 < max(coordinates, default=0.0) <= 1.01
+
+
 _SLACK = 0.01  # detectors round outwards; boxes may leave the picture by this share of its size
 
 
@@ -103,6 +111,11 @@ def normalise_boxes(boxes: Any, width: float, height: float, where: str) -> tupl
             )
         left, top, right, bottom = (min(max(value, 0.0), 1.0) for value in (left, top, right, bottom))
         normalised.append((left, top, right, bottom))
+    if look_normalised([value for box in boxes for value in box[:4]], width, height):
+        raise DataError(
+            f"{where}: all boxes lie within one pixel of a picture of {width} x {height}, so they are "
+            "normalised already; multiply them by its width and height"
+        )
     return tuple(normalised)
 
 
@@ -196,7 +209,7 @@ class Reader(ABC):
     def examine(self, decode: bool = False) -> "Examined":
         """Reads the whole split and lists all its problems, one message per example at most.
 
-        These are errors that would stop a run, and examples that are useless because of equal choices. With
+        These are errors that would stop a run, and doubts about examples that it would read (``_doubt``). With
         ``decode`` every picture is decoded too, which is slow.
         """
         problems: list[str] = []
@@ -223,6 +236,7 @@ class Reader(ABC):
         return Examined(len(examples), problems, set(examples.questions), pictures)
 
     def _doubt(self, example: Example) -> str:
+        """Says why an example is useless or likely to be damaged; "" if nothing is wrong with it."""
         seen: dict[Any, int] = {}
         for number, choice in enumerate(example.choices):
             # Two people may bear the same name: the texts are equal then, but not what they refer to.

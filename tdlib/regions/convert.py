@@ -104,11 +104,15 @@ def convert(kind: str, path: Path | str, folder: Path | str) -> int:
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected one of the kind {kind!r}")
     folder.mkdir(parents=True, exist_ok=True)
-    empty = True
+    keys: dict[str, str] = {}  # of the pictures, by the name that each gets
     records = hdf5_records(path) if kind == "hdf5" else tsv_records(path, COLUMNS[kind])
     for key, record in records:
-        empty = False
         target = folder / f"{Path(key).name}.npz"
+        if (other := keys.setdefault(target.name, key)) != key:
+            raise DataError(
+                f"{record.where}: pictures {other!r} and {key!r} would both be {target.name}, because files "
+                "of regions tell pictures apart by their names alone; give them names of their own"
+            )
         if not target.exists():
             dim = dim or np.shape(record.features)[-1]
             checked(record, dim)
@@ -119,7 +123,7 @@ def convert(kind: str, path: Path | str, folder: Path | str) -> int:
                     image_h=height,
                 )  # fmt: skip
             written += 1
-    if empty:
+    if not keys:
         raise DataError(f"{path}: holds no records of pictures; copy it again")
     return written
 

@@ -7,9 +7,11 @@ files.
 
 import importlib
 import re
+import sys
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from tdlib.core.paths import resolve
 from tdlib.data.examples import DataError, Example
+from tdlib.data.pictures import PictureHeader, read_header, upright_boxes, upright_size
+from tdlib.data.reading import look_normalised
 from tdlib.regions.computed import Regions
 
 # Detected boxes may reach out of the picture by this share of its size, and are then clipped; one that
@@ -77,6 +81,11 @@ def checked(record: RawRegions, dim: int) -> tuple[Tensor, Tensor]:
     normalised = boxes / np.array([width, height, width, height], np.float32)
     inside = (normalised >= -_OVERHANG) & (normalised <= 1 + _OVERHANG)
     bad = ~(inside.all(1) & (normalised[:, 2:] >= normalised[:, :2]).all(1))  # NaN is bad, too
+    if record.size and look_normalised(boxes.ravel().tolist(), width, height):
+        raise DataError(
+            f"{record.where}: all boxes lie within one pixel of a picture of {width:g} x {height:g}, so they "
+            "are normalised already; state them in pixels, or the picture as 1 x 1"
+        )
     if bad.any():
         number = int(bad.argmax())
         raise DataError(
@@ -109,14 +118,16 @@ def library(name: str, what: str) -> Any:
 class FileRegions(ABC):
     """Reads regions from the first of several paths that has the picture.
 
-    ``objects`` are -1: a detector does not know which region is an example's object.
+    ``objects`` are -1: a detector does not know which region is an example's object. If the file states the
+    picture's size, boxes turn with a picture that EXIF turns.
 
     Args:
         paths: files, or folders; relative ones may be relative to the project.
 
     Raises:
         DataError: nothing is there, or it is not in the expected layout. A call raises it for a picture
-            that is in none of the files, or whose record is damaged.
+            that is in none of the files or has another shape there, whose record is damaged, or whose
+            name another picture has too.
     """
 
     what: ClassVar[str]  # describes one of the paths in messages
@@ -129,17 +140,48 @@ class FileRegions(ABC):
                 raise DataError(f"{path}: no such file or folder; expected {self.what}")
         if not self.paths:
             raise DataError(f"no file of regions given; expected {self.what}")
+        self._places: dict[str, tuple[str, str]] = {}  # folder and ending of each picture, by its stem
 
     @abstractmethod
     def find(self, image: Path) -> RawRegions | None:
         """Finds the regions of a picture; None if no path has them."""
 
+    @abstractmethod
+    def holds(self, image: Path) -> bool:
+        """Tells whether a call finds a picture's regions, without reading them."""
+
+    def require(self, examples: Iterable[Example]) -> None:
+        """Raises DataError if regions of any of these examples' pictures are missing."""
+        pictures: dict[Path, Example] = {}
+        for example in examples:
+            self._distinct(example.image)
+            pictures.setdefault(example.image, example)
+        lacking = [example for image, example in pictures.items() if not self.holds(image)]
+        if lacking:
+            raise DataError(f"{self._missing(lacking[0])} ({len(lacking)} of {len(pictures)} are missing)")
+
     def __call__(self, example: Example) -> Regions:
+        self._distinct(example.image)
         record = self.find(example.image)
         if record is None:
             raise self._missing(example)
         features, boxes = checked(record, self.dim)
-        return Regions(features, boxes, torch.full((len(boxes),), -1), record.size)
+        size = record.size
+        if size is not None and (header := _header(example.image)) is not None:
+            places = upright_boxes(boxes.tolist(), size, header, record.where)
+            boxes, size = torch.tensor(places), upright_size(size, header, record.where)
+        return Regions(features, boxes, torch.full((len(boxes),), -1), size)
+
+    def _distinct(self, image: Path) -> None:
+        """Refuses a second picture of one name: files of regions know pictures by their names alone."""
+        place = sys.intern(str(image.parent)), image.suffix
+        other = self._places.setdefault(image.stem, place)
+        if other != place:
+            raise DataError(
+                f"{image}: {Path(other[0]) / (image.stem + other[1])} has the same name, by which "
+                f"{self.what} tells pictures apart, so both would show the same regions; rename one, and its "
+                "regions"
+            )
 
     def _missing(self, example: Example) -> DataError:
         return DataError(
@@ -153,12 +195,20 @@ class FileRegions(ABC):
         return picture_keys(image)
 
 
+def _header(image: Path) -> PictureHeader | None:
+    """Reads the header of a picture; None if it cannot be read: regions can be used without pictures."""
+    try:
+        return read_header(image)
+    except DataError:
+        return None
+
+
 class NpzRegions(FileRegions):
     """Reads folders with one NPZ per picture, as bottom-up-attention.pytorch and MCAN write them.
 
-    Arrays: x (regions, dim) or (dim, regions), bbox (pixels, xyxy), num_bbox, image_h, image_w. If the size
-    of the picture is not known, bbox is normalised and both sizes are 1. A file's name is the picture's stem,
-    full name, or number.
+    Arrays: x (regions, dim) or (dim, regions), bbox (pixels, xyxy), num_bbox, image_h, image_w. Rows behind
+    the first num_bbox are padding. If the size of the picture is not known, bbox is normalised and both sizes
+    are 1. A file's name is the picture's stem, full name, or number.
     """
 
     what = "a folder with one NPZ of regions per picture"
@@ -174,8 +224,15 @@ class NpzRegions(FileRegions):
         return [f"{key}.npz" for key in (*picture_keys(image), image.name)]
 
     def find(self, image: Path) -> RawRegions | None:
+        file = self._file(image)
+        return None if file is None else self._read(file)
+
+    def holds(self, image: Path) -> bool:
+        return self._file(image) is not None
+
+    def _file(self, image: Path) -> Path | None:
         files = (folder / name for folder in self.paths for name in self.names(image))
-        return next((self._read(file) for file in files if file.is_file()), None)
+        return next((file for file in files if file.is_file()), None)
 
     def _read(self, path: Path) -> RawRegions:
         try:
@@ -189,5 +246,11 @@ class NpzRegions(FileRegions):
             ) from None
         if features.ndim == 2 and len(features) != count == features.shape[1]:
             features = features.T  # MCAN's files hold (dim, regions)
+        if not 0 < count <= min(len(features), len(boxes)):
+            raise DataError(
+                f"{path}: num_bbox is {count}, but x has the shape {features.shape} and bbox {boxes.shape}; "
+                "extract this picture again"
+            )
+        features, boxes = features[:count], boxes[:count]
         size = (width, height) if (width, height) != (1, 1) else None  # normalised: the size is not known
         return RawRegions(str(path), features, boxes, size)

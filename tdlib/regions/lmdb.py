@@ -65,35 +65,51 @@ class LmdbRegions(FileRegions):
     def names(self, image: Path) -> list[str]:
         return [key for database in self._databases if (key := database.key(image))]
 
+    @property
+    def _kinds(self) -> list[bool]:
+        """Annotated regions first (True), then detected ones, as far as there are databases of them."""
+        return sorted({database.ground_truth for database in self._databases}, reverse=True)
+
     def find(self, image: Path) -> RawRegions | None:
         return self._find(image, ground_truth=False)
 
+    def holds(self, image: Path) -> bool:
+        return all(self._value(image, kind, read=False) is not None for kind in self._kinds)
+
     def _find(self, image: Path, ground_truth: bool) -> RawRegions | None:
+        found = self._value(image, ground_truth)
+        return None if found is None else _decode(*found)
+
+    def _value(
+        self, image: Path, ground_truth: bool, read: bool = True
+    ) -> tuple[str, bytes, _Database] | None:
+        """Finds where the value of a picture stands, the value (b"" if not ``read``), and its database."""
         for database in self._databases:
             key = database.key(image)
             if database.ground_truth == ground_truth and key:
                 where = f"{database.path}: {key!r}"
                 try:
-                    with environment(str(database.path)).begin() as transaction:
+                    # A buffer is not read from the disk until it is looked at; half a megabyte each.
+                    with environment(str(database.path)).begin(buffers=not read) as transaction:
                         value = transaction.get(key.encode())
                 except (OSError, library("lmdb", self.what).Error) as error:
                     raise DataError(f"{where}: cannot be read ({error}); copy the database again") from None
                 if value is not None:
-                    return _decode(where, value, database)
+                    return where, value if read else b"", database
         return None
 
     def __call__(self, example: Example) -> Regions:
+        self._distinct(example.image)
         parts = []
-        for ground_truth in (True, False):
-            if any(database.ground_truth == ground_truth for database in self._databases):
-                record = self._find(example.image, ground_truth)
-                if record is None:
-                    raise self._missing(example)
-                features, boxes = checked(record, self.dim)
-                if ground_truth:
-                    _check_objects(record.where, boxes, example)
-                objects = torch.arange(len(boxes)) if ground_truth else torch.full((len(boxes),), -1)
-                parts.append((features, boxes, objects))
+        for ground_truth in self._kinds:
+            record = self._find(example.image, ground_truth)
+            if record is None:
+                raise self._missing(example)
+            features, boxes = checked(record, self.dim)
+            if ground_truth:
+                _check_objects(record.where, boxes, example)
+            objects = torch.arange(len(boxes)) if ground_truth else torch.full((len(boxes),), -1)
+            parts.append((features, boxes, objects))
         features, boxes, objects = (torch.cat(column) for column in zip(*parts, strict=True))
         return Regions(features, boxes, objects)
 

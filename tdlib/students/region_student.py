@@ -16,6 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from tdlib.data.examples import Example
 from tdlib.regions.computed import CachedRegions, ClipGridRegions, Regions, RegionSource
+from tdlib.regions.files import FileRegions
 from tdlib.students.base import (
     EncodedText,
     Row,
@@ -214,10 +215,15 @@ class RegionEncoder(StudentEncoder):
         return [1 + len(pieces) + sum(map(len, pieces)) for pieces in self._pieces(self._parts(example))]
 
     def prepare(self, examples: Sequence[Example], part: int = 5_000) -> None:
-        """Computes and stores the regions of the examples, ``part`` at a time, if they are computed here."""
+        """Computes and stores the regions of the examples, ``part`` at a time, if they are computed here.
+
+        Of those that are read from files none may be missing (DataError).
+        """
         if isinstance(self.regions, CachedRegions | ClipGridRegions):
             for start in range(0, len(examples), part):
                 self.regions.add(examples[start : start + part])
+        elif isinstance(self.regions, FileRegions):
+            self.regions.require(examples)
 
     def arrange(self, regions: Regions, example: Example) -> Regions:
         """Rearranges the regions of an example as the architecture needs them."""
