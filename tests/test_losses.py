@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from tdlib.method.clip_td import distillation_loss
 from tdlib.method.losses import DISTANCES, choice_distribution_loss, targeted_distillation_loss
 
 few = settings(deadline=None, max_examples=30)
@@ -327,3 +328,19 @@ def test_info_nce_of_targeted_tokens_does_not_see_the_others():
     weights[:, 2:] = 0
     few = targeted_distillation_loss(student[:, :2], targets[:, :2], weights[:, :2], instances, "info_nce")
     assert_close(targeted_distillation_loss(student, targets, weights, instances, "info_nce"), few)
+
+
+@pytest.mark.parametrize(
+    "distance", [lambda one, two: ((one - two) ** 2).mean(), lambda one, two: (one - two) ** 2]
+)
+def test_a_distance_is_one_number_per_token(distance):
+    """The mean over all tokens in its place would be weighed as if it were each token's."""
+    student, targets, weights, instances = random_case(0, 3)
+    with pytest.raises(ValueError, match=r"distance .* returned .*expected .*\(3, 5\)"):
+        targeted_distillation_loss(student, targets, weights, instances, distance)
+    places = {"text": torch.tensor([0, 4]), "visual": torch.tensor([7])}
+    phi = {name: torch.nn.Identity() for name in places}
+    with pytest.raises(ValueError, match=r"distance .* returned .*expected .*\(2,\)"):
+        distillation_loss(
+            student[:, None], phi, targets[:, None], weights[:, None], instances, places, distance
+        )

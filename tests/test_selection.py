@@ -377,6 +377,39 @@ def test_select_takes_a_function_or_a_name_added_by_the_user(monkeypatch):
     assert select(scores, STUDENT, everything(scores), "last").nonzero().flatten().tolist() == [3, 7]
 
 
+def test_a_selector_sees_and_marks_one_modality_at_a_time():
+    """Also one that reads all scores, or forgets which tokens are valid."""
+    scores = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    valid = torch.tensor([True, True, True, False, True, True, True, False, True])
+    select_of = {
+        "two best": lambda scores, valid, *_: valid & (scores >= scores.topk(2).values[-1]),
+        "any score": lambda scores, valid, *_: scores > 0.15,
+        "everything": lambda scores, valid, *_: torch.ones_like(valid),
+    }
+    found = {name: select(scores, STUDENT, valid, selector) for name, selector in select_of.items()}
+    assert found["two best"].nonzero().flatten().tolist() == [1, 2, 5, 6]
+    assert found["any score"].nonzero().flatten().tolist() == [1, 2, 4, 5, 6]
+    assert torch.equal(found["everything"], valid & (STUDENT.is_text | STUDENT.is_visual))
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        lambda scores, valid, *_: (valid & (scores > 0.5)).float(),
+        lambda scores, valid, *_: scores.topk(3).indices,
+        lambda scores, valid, *_: valid.any(-1, keepdim=True),
+        lambda scores, valid, *_: None,
+    ],
+)
+def test_select_refuses_what_is_no_mask_of_the_tokens(selector):
+    with pytest.raises(ValueError, match=r"selector 'mine' returned .*expected a boolean mask.*\(9,\)"):
+        SELECTORS["mine"] = selector
+        try:
+            select(torch.rand(9), STUDENT, torch.ones(9, dtype=torch.bool), "mine")
+        finally:
+            del SELECTORS["mine"]
+
+
 def test_select_refuses_an_unknown_name():
     with pytest.raises(ValueError, match=r"selector is 'nucleous'; expected .*'nucleus'"):
         select(torch.rand(9), STUDENT, torch.ones(9, dtype=torch.bool), "nucleous")

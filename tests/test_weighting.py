@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from tdlib.method.clip_td import choose_tokens, weigh_examples
+from tdlib.method.tokens import Tokens
 from tdlib.method.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS, focal_weight
 
 few = settings(deadline=None, max_examples=30)
@@ -174,3 +176,35 @@ def test_instance_weights_batched_equal_unbatched(name):
     for b in range(2):
         for c in range(3):
             assert_close(weights[b, c], INSTANCE_WEIGHTS[name](teacher[b, c], student[b, c], labels[b, c]))
+
+
+# Functions that a user adds
+
+
+def test_a_token_weight_counts_where_tokens_are_selected(monkeypatch):
+    """Wherever the loss reads: a device that reads every token must not give weight to the others."""
+    monkeypatch.setitem(TOKEN_WEIGHTS, "mine", lambda scores, selected: scores + 1)
+    words = Tokens.text(torch.tensor([[[0, 1], [1, 2], [2, 3]]]))
+    scores, valid = torch.tensor([[0.7, 0.2, 0.1]]), torch.ones(1, 3, dtype=torch.bool)
+    selected, weights = choose_tokens(scores, words, valid, token_weight="mine")
+    assert selected.tolist() == [[True, False, False]]
+    assert_close(weights, torch.tensor([[1.7, 0.0, 0.0]]))
+    monkeypatch.setitem(TOKEN_WEIGHTS, "mine", lambda scores, selected: 1 / selected.sum(-1, keepdim=True))
+    with pytest.raises(ValueError, match=r"token_weight 'mine' returned .*\(1, 1\); expected .*\(1, 3\)"):
+        choose_tokens(scores, words, valid, token_weight="mine")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda teacher, student, labels: teacher.mean(),
+        lambda teacher, student, labels: teacher.gather(-1, labels[:, None]),
+        lambda teacher, student, labels: teacher,
+    ],
+)
+def test_an_instance_weight_is_one_number_per_example(monkeypatch, function):
+    """Broadcasting would weigh all examples alike, or pair all with all."""
+    monkeypatch.setitem(INSTANCE_WEIGHTS, "mine", function)
+    teacher, student, labels = random_probabilities(0, 4)
+    with pytest.raises(ValueError, match=r"instance weight 'mine' returned .*expected .*\(4,\)"):
+        weigh_examples(teacher, student, labels, "mine")

@@ -43,6 +43,7 @@ from torch import Generator, Tensor
 from tdlib.method.alignment import align, aligned_targets
 from tdlib.method.losses import Distance, distance_named
 from tdlib.method.priors import PRIORS, Idf, referred_prior
+from tdlib.method.registry import check_result, is_users
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.method.selection import DEFAULTS, SelectionOptions, Selector, select, token_scores
 from tdlib.method.tokens import TeacherTokens, Tokens
@@ -85,7 +86,9 @@ def token_prior(
     length = spans.shape[1]
     priors = torch.ones(len(texts), length + len(boxes))
     for row, text in enumerate(texts):
-        priors[row, :length] = PRIORS[prior](text, spans[row], idf)
+        of_words = PRIORS[prior](text, spans[row], idf)
+        check_result(f"prior {prior!r}", of_words, (length,))
+        priors[row, :length] = of_words
         if referred is not None:
             priors[row, length:] = referred_prior(boxes, referred[row])
     return priors
@@ -116,6 +119,8 @@ def score_tokens(
         relevances = torch.zeros_like(prior)
     else:
         relevances = RELEVANCE[relevance](alignment, student, teacher)
+        if is_users(RELEVANCE[relevance]):  # the project's expand an axis of length 1
+            check_result(f"relevance {relevance!r}", relevances, alignment.shape[:-1])
     scores = token_scores(relevances, prior, student, valid, temperature, prior_weight)  # 5
     return ScoredTokens(vectors, valid, relevances, prior, scores)
 
@@ -132,6 +137,7 @@ def score_by_student(
 ) -> tuple[PerToken, PerToken]:
     """Steps 3 and 5 for a relevance that compares the student's tokens ``phi(h)`` with their targets."""
     relevances = STUDENT_RELEVANCE[relevance](projected, vectors, student, valid)
+    check_result(f"relevance {relevance!r}", relevances, projected.shape[:-1])
     return relevances, token_scores(relevances, prior, student, valid, temperature, prior_weight)
 
 
@@ -146,7 +152,9 @@ def choose_tokens(
 ) -> tuple[Mask, PerToken]:
     """Steps 6 and 7: the selected tokens and their weights, which sum to 1 over both modalities."""
     selected = select(scores, student, valid, selector, options, generator)
-    return selected, TOKEN_WEIGHTS[token_weight](scores, selected)
+    weights = TOKEN_WEIGHTS[token_weight](scores, selected)
+    check_result(f"token_weight {token_weight!r}", weights, selected.shape)
+    return selected, weights.masked_fill(~selected, 0)
 
 
 def places_of(distilled: Mask, student: Tokens) -> dict[str, Int[Tensor, " places"]]:
@@ -178,9 +186,10 @@ def weigh_examples(
 
     0 for an example whose right answer is not in the label set (-1): there is no p_T.
     """
-    weight = INSTANCE_WEIGHTS[instance_weight]
     teacher, student = teacher_logits.softmax(-1), student_logits.detach().softmax(-1)
-    return weight(teacher, student, labels.clamp_min(0)) * (labels >= 0)
+    weights = INSTANCE_WEIGHTS[instance_weight](teacher, student, labels.clamp_min(0))
+    check_result(f"instance weight {instance_weight!r}", weights, labels.shape)
+    return weights * (labels >= 0)
 
 
 def distillation_loss(
@@ -208,6 +217,8 @@ def distillation_loss(
         states, targets, shares = (
             values.flatten(0, 2).index_select(0, places[name]) for values in (hidden, vectors.detach(), share)
         )
-        return (shares * measure(phi[name](states), targets)).sum()
+        distances = measure(phi[name](states), targets)
+        check_result(f"distance {distance!r}", distances, shares.shape)
+        return (shares * distances).sum()
 
     return part("text"), part("visual")

@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdlib.method.registry import check_result
+
 Vectors = Float[Tensor, "*batch tokens teacher_dim"]
 PerToken = Float[Tensor, "*batch tokens"]
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -106,7 +108,9 @@ def targeted_distillation_loss(
     is_distilled = (weights != 0) & (targets != 0).any(dim=-1)
     student = student_projected.masked_fill(~is_distilled.unsqueeze(-1), 0)
     targets = targets.masked_fill(~is_distilled.unsqueeze(-1), 0)  # else info_nce takes them as negatives
-    per_token = distance_named(distance)(student, targets).masked_fill(~is_distilled, 0)
+    per_token = distance_named(distance)(student, targets)
+    check_result(f"distance {distance!r}", per_token, weights.shape)
+    per_token = per_token.masked_fill(~is_distilled, 0)
     # expand, not broadcasting: (batch, 1) over (batch,) must fail instead of pairing all with all.
     per_sequence = instance_weights.detach().expand(weights.shape[:-1]) * (weights * per_token).sum(dim=-1)
     return per_sequence.sum() / _count("num_sequences", num_sequences, per_sequence.numel())

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -50,14 +50,15 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "relevance": (
         Table(
             "relevance", "RELEVANCE",
-            ("alignment (student_tokens teacher_tokens)", "student: Tokens", "teacher: TeacherTokens"),
-            "(student_tokens)",
+            ("alignment (choices student_tokens teacher_tokens)", "student: Tokens",
+             "teacher: TeacherTokens"),
+            "(choices student_tokens)",
         ),
         Table(
             "relevance", "STUDENT_RELEVANCE",
-            ("projected (batch tokens teacher_dim)", "targets (batch tokens teacher_dim)", "student: Tokens",
-             "valid (batch tokens)"),
-            "(batch tokens)",
+            ("projected (batch choices tokens teacher_dim)", "targets (the same)", "student: Tokens",
+             "valid (batch choices tokens)"),
+            "(batch choices tokens)",
         ),
     ),
     "prior": (
@@ -66,23 +67,26 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "selector": (
         Table(
             "selection", "SELECTORS",
-            ("scores (batch tokens)", "valid (batch tokens)", "options: SelectionOptions",
+            ("scores (batch choices tokens), 0 outside the modality",
+             "valid (the same): the modality's tokens that have a target", "options: SelectionOptions",
              "generator: torch.Generator | None"),
-            "mask (batch tokens), True only where valid",
+            "boolean mask (batch choices tokens); called once for words and once for places",
         ),
     ),
     "token_weight": (
         Table(
-            "weighting", "TOKEN_WEIGHTS", ("scores (batch tokens)", "selected (batch tokens)"),
-            "(batch tokens), 0 where not selected",
+            "weighting", "TOKEN_WEIGHTS",
+            ("scores (batch choices tokens)", "selected (batch choices tokens)"),
+            "(batch choices tokens); counts where selected",
         ),
     ),
     "instance_weight": (_INSTANCE,),
     "choice_instance_weight": (_INSTANCE,),
     "distance": (
         Table(
-            "losses", "DISTANCES", ("student_projected (batch tokens teacher_dim)", "targets (the same)"),
-            "(batch tokens)",
+            "losses", "DISTANCES",
+            ("student_projected (..., tokens, teacher_dim)", "targets (the same)"),
+            "(..., tokens)",
         ),
     ),
     "distill_schedule": (_SCHEDULE,),
@@ -150,6 +154,22 @@ def _call_problem(table: Table, name: str, function: Any) -> str:
             f"called with {len(table.arguments)} arguments by position: ({wanted}); {error}"
         )
     return ""
+
+
+def check_result(what: str, found: Any, shape: Sequence[int], mask: bool = False) -> None:
+    """Refuses what a function of a table has returned if it is not of the shape that the table says.
+
+    Broadcasting would hide it: one number in place of one for each example weighs all examples alike. Looks
+    at shape and type alone, so no device is waited for. ``mask``: it must be boolean.
+
+    Raises:
+        ValueError: names ``what`` and both shapes.
+    """
+    of = tuple(getattr(found, "shape", ()))
+    kind = str(getattr(found, "dtype", type(found).__name__)).removeprefix("torch.")
+    if of != tuple(shape) or (mask and kind != "bool"):
+        expected = f"{'a boolean mask' if mask else 'a tensor'} of shape {tuple(shape)}"
+        raise ValueError(f"{what} returned {kind} of shape {of}; expected {expected}")
 
 
 def signatures() -> list[dict[str, str]]:

@@ -3,7 +3,8 @@
 ``relevance`` and ``priors`` compute what a score is made of, ``weighting`` what selected tokens weigh.
 
 A selector is a function ``(scores, valid, options, generator) -> selected``, all over the last
-axis; add one with ``SELECTORS["mine"] = my_selector``.
+axis; add one with ``SELECTORS["mine"] = my_selector``. It is called once with the words of each text as its
+``valid`` tokens and once with the places of each picture.
 """
 
 import math
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from tdlib.method.registry import check_result
 from tdlib.method.tokens import Tokens
 
 Scores = Float[Tensor, "*batch tokens"]
@@ -94,16 +96,22 @@ def select(
 ) -> Mask:
     """Apply a selector (a name in ``SELECTORS`` or a function) to each modality; return the union.
 
-    Our reading of CLIP-TD: words and regions never compete with each other. ``generator`` is read
-    by the selectors that draw; without it they use torch's global one. Raises ValueError for an
-    unknown name.
+    Our reading of CLIP-TD: words and regions never compete with each other, so a selector sees scores of 0
+    outside its modality, and what it marks there does not count. ``generator`` is read by the selectors that
+    draw; without it they use torch's global one. Raises ValueError for an unknown name, and for a selector
+    that returns no boolean mask of the scores' shape.
     """
+    name = selector if isinstance(selector, str) else getattr(selector, "__name__", "a function")
     if isinstance(selector, str):
         if selector not in SELECTORS:
             raise ValueError(f"selector is {selector!r}; expected a function or one of {sorted(SELECTORS)}")
         selector = SELECTORS[selector]
-    text, visual = modalities(student, valid)
-    return selector(scores, text, options, generator) | selector(scores, visual, options, generator)
+    marked = []
+    for own in modalities(student, valid):
+        selected = selector(scores.masked_fill(~own, 0), own, options, generator)
+        check_result(f"selector {name!r}", selected, own.shape, mask=True)
+        marked.append(selected & own)
+    return marked[0] | marked[1]
 
 
 def nucleus(
