@@ -11,6 +11,7 @@ import torch
 from tdlib.arms import ARMS
 from tdlib.config import RunConfig, apply_arm
 from tdlib.core.paths import ConfigError
+from tdlib.core.records import read_records
 from tdlib.data.examples import low_shot
 from tdlib.data.tasks import TASKS
 from tdlib.make.vocabulary import train_wordpiece_tokenizer
@@ -247,6 +248,30 @@ def test_learned_weights_of_terms_are_trained_and_dropped(settings, tmp_path):
         ("task", "choice", "distill"), True
     )
     assert not any("variance" in name for name in module.student.state_dict())
+
+
+def test_the_weight_of_re_pairing_can_be_learned_alone(settings, tmp_path):
+    config = settings(arm="repair_only", repair_schedule="learned", epochs=2, head_learning_rate=0.05)
+    (folder,) = compare(config, ["repair_only"], [0], tmp_path)
+    (plain,) = compare(
+        config.model_copy(update={"repair_schedule": "constant"}), ["repair_only"], [0], tmp_path / "b"
+    )
+    last, other = (json.loads((f / "history.jsonl").read_text().splitlines()[-1]) for f in (folder, plain))
+    assert last["loss"] != pytest.approx(last["task"] + 3 * last["repair"], rel=1e-3)
+    assert other["loss"] == pytest.approx(other["task"] + 3 * other["repair"], rel=1e-3)
+
+
+@pytest.mark.parametrize("arm", ["naive_global", "repair_only", "truth_only"])
+def test_arms_without_maps_of_tokens_need_no_relevance_of_the_student(settings, tmp_path, arm):
+    """Their runs end and are recorded; where a term reads tokens by it they are refused before training."""
+    config = settings(relevance="entropy")
+    if arm == "truth_only":
+        with pytest.raises(ConfigError, match=r"relevance='entropy'.*distill_weight=0"):
+            compare(config, [arm], [0], tmp_path)
+    else:
+        (folder,) = compare(config, [arm], [0], tmp_path)
+        records = read_records(folder / "selections.parquet")
+        assert records and all((record.relevance == 0).all() for record in records)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from training_helpers import CLOSE, dataset_of, module_of, settings_of
 
 from tdlib.config import apply_arm
+from tdlib.method.losses import DISTANCES
+from tdlib.method.relevance import RELEVANCE
 from tdlib.students.base import student_inputs
 from tdlib.training import objective
 from tdlib.training import prepare as experiments
@@ -151,6 +153,52 @@ def test_reading_every_token_gives_the_loss_of_the_selected(
     assert losses[True][0] > 0 and len(losses[True]) == len(losses[False]) > 2
     for gathered, whole in zip(losses[True], losses[False], strict=True):
         assert_close(gathered, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_global_targets_have_the_other_examples_as_rivals(base, prepared, mixed):
+    """A distance that compares tokens with each other finds no other in a sequence of one [CLS]."""
+    config = apply_arm(settings_of(base, arm="naive_global", distance="info_nce"))
+    module = module_of(prepared, config).eval()
+    batch = module.with_targets(collate(mixed, prepared.encoder))
+    found = module(batch)["distill"]
+    hidden = module.student(**student_inputs(module.student, batch), output_hidden_states=True).hidden_states
+    expected = 0
+    for name in ("text_global", "image_global"):
+        states = module.phi[name](hidden[-2][:, :, 0].flatten(0, 1))
+        expected += DISTANCES["info_nce"](states, batch[name].flatten(0, 1)).mean() / 2
+    assert_close(found, expected, **CLOSE)
+    found.backward()
+    assert found > 0.5 and module.phi["image_global"].weight.grad.abs().sum() > 0
+
+
+def test_clip_judges_pairs_in_single_precision(base, prepared):
+    """Whatever the student computes in: rounded logits are those of another teacher."""
+    config = apply_arm(settings_of(base, arm="repair_only", repair_choice="disagreement"))
+    chosen = [prepared.train[i] for i in range(6)]
+    experiments.add_to_cache(prepared.cache, chosen)
+    judge = StatementJudge(prepared.cache, prepared.train)
+    data = EncodedExamples(
+        chosen,
+        prepared.encoder,
+        TeacherFeatureReader(prepared.cache, prepared.idf, config, judge=judge),
+    )
+    module = module_of(prepared, config)
+    batch = module.with_targets(collate([data[i] for i in range(6)], prepared.encoder))
+    plain = module.repairing.pair(batch, torch.zeros(6, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        again = module.repairing.pair(batch, torch.zeros(6, 4))
+    assert again.teacher.dtype == torch.float32 and torch.equal(again.teacher, plain.teacher)
+    assert torch.equal(again.columns[again.rows.argsort()], plain.columns[plain.rows.argsort()])
+
+
+def test_scores_that_are_no_numbers_do_not_pass_for_an_empty_selection(base, prepared, mixed, monkeypatch):
+    batch = collate(mixed, prepared.encoder)
+    monkeypatch.setitem(RELEVANCE, "mine", lambda alignment, student, teacher: alignment.sum(-1) / 0 * 0)
+    config = settings_of(base, relevance="mine")
+    assert module_of(prepared, config).eval()(batch)["distill"].isnan()
+    monkeypatch.setitem(RELEVANCE, "mine", lambda alignment, student, teacher: alignment.sum(-1)[0])
+    with pytest.raises(ValueError, match="relevance 'mine' returned"):
+        module_of(prepared, config)(batch)
 
 
 def test_the_log_has_the_mass_that_was_selected(base, prepared, mixed):

@@ -186,6 +186,18 @@ def test_fitted_maps_are_the_ridge_regression(base, prepared, monkeypatch):
             assert_close(module.phi[name].bias.double(), solution[-1], rtol=1e-3, atol=1e-4)
 
 
+def test_accumulated_batches_start_from_the_maps_of_large_ones(base, prepared, monkeypatch):
+    monkeypatch.setattr(objective, "PHI_BATCHES", 1)
+    starts = []
+    for size, windows in ((4, 1), (2, 2), (2, 1)):
+        config = settings_of(base, batch_size=size, accumulation=windows)
+        module, dataset = module_of(prepared, config), dataset_of(prepared, config)
+        module.fit_phi(DataLoader(dataset, size, collate_fn=partial(collate, encoder=dataset.encoder)))
+        starts.append(module.phi["visual"].weight.detach())
+    assert_close(starts[1], starts[0], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(starts[2], starts[0], rtol=0.1, atol=1e-3)
+
+
 @pytest.mark.parametrize("layer", [3, -4])
 def test_layers_that_the_student_lacks_are_refused(base, prepared, layer):
     with pytest.raises(ConfigError, match=rf"distill_layer={layer}.*-3 to 2"):

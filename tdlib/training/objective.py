@@ -36,7 +36,8 @@ from tdlib.training.repairing import Repaired, Repairing
 from tdlib.training.targets import make_targets
 
 TERMS = ("task", "choice", "distill", "repair", "truth", "features")  # in the order of logs and cards
-PHI_BATCHES = 8  # batches of the regression that ``phi`` starts from: more tokens than the student is wide
+# Windows of batches of the regression that ``phi`` starts from: more tokens than the student is wide.
+PHI_BATCHES = 8
 PHI_RIDGE = 1e-2  # its penalty, as a share of the mean square of the features
 # Devices on which the loss reads only the selected tokens. To count these, any other device would have to
 # finish its queue first, so there every token is read, which needs no count.
@@ -82,7 +83,7 @@ class TargetedDistillation(nn.Module):
 
     ``phi`` is one linear map per modality (or one for both) from the student's width to the teacher's
     joint space. It exists only here and is dropped after training (our reading). So are ``log_variance``, the
-    learned uncertainty of each term (Kendall et al. 2018, eq. 10; only with ``distill_schedule="learned"``),
+    learned uncertainty of each term (Kendall et al. 2018, eq. 10; only with a schedule "learned"),
     and the map of ``repairing`` that reads a statement's truth from its tokens.
 
     The trainer sets ``progress``, the share of updates done, before each batch: schedules read it.
@@ -109,13 +110,15 @@ class TargetedDistillation(nn.Module):
                     {name: nn.Linear(width, teacher_dim) for name in self._mapped(config)}
                 )
         if config.asks_judge:
-            if config.truth_weight > 0 and self.phi is None and config.relevance in STUDENT_RELEVANCE:
+            if config.truth_weight > 0 and not self.maps_tokens and config.relevance in STUDENT_RELEVANCE:
                 raise ConfigError(
-                    f"relevance={config.relevance!r} compares the student with its targets, which "
-                    "distill_weight=0 leaves out; set another relevance, or distill_weight"
+                    f"relevance={config.relevance!r} compares the student's tokens with their targets, which "
+                    f"distill_weight={config.distill_weight:g}, distill_target={config.distill_target!r} "
+                    "leave out; set another relevance, or let tokens be distilled"
                 )
             self.repairing = Repairing(config, width)
-        if config.distill_schedule == "learned" and (self.phi is not None or config.choice_weight > 0):
+        learned = config.distill_schedule == "learned" and (self.phi is not None or config.choice_weight > 0)
+        if learned or (config.repair_schedule == "learned" and config.repair_weight > 0):
             names = ["task", "choice", "distill", *(self.repairing.terms if self.repairing else ())]
             names += ["features"] if config.distils_unlabelled else []
             self.log_variance = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
@@ -128,6 +131,11 @@ class TargetedDistillation(nn.Module):
         tokens = ["text"] if config.shared_phi else ["text", "visual"]
         names = {"tokens": tokens, "global": ["text_global", "image_global"]}
         return names.get(config.distill_target) or [*names["tokens"], *names["global"]]
+
+    @property
+    def maps_tokens(self) -> bool:
+        """True if there are maps of tokens: not where nothing, or global embeddings alone, are distilled."""
+        return self.phi is not None and self.settings.distill_target != "global"
 
     @property
     def token_maps(self) -> Mapping[str, nn.Module]:
@@ -215,7 +223,7 @@ class TargetedDistillation(nn.Module):
     def _chosen(self, batch: dict[str, Tensor], output: StudentOutput) -> Chosen | None:
         """Chooses tokens once for all terms that read them; None where no term does."""
         config = self.settings
-        of_tokens = self.phi is not None and config.distill_target != "global"
+        of_tokens = self.maps_tokens
         if not of_tokens and config.truth_weight == 0:
             return None
         hidden = None
@@ -297,9 +305,10 @@ class TargetedDistillation(nn.Module):
         terms = {"distill": hidden.new_zeros(()), "instance_weight": instance.sum() / examples}
         if self.settings.distill_target != "tokens":
             for name in ("text_global", "image_global"):
+                # All sequences as the tokens of one: a distance that compares tokens finds the others.
                 terms["distill"] = terms["distill"] + targeted_distillation_loss(
-                    self.phi[name](hidden[:, :, :1]), batch[name][:, :, None], 
-                    torch.full_like(hidden[:, :, :1, 0], 0.5), instance[:, None],
+                    self.phi[name](hidden[:, :, 0]).flatten(0, 1), batch[name].flatten(0, 1),
+                    0.5 * instance.repeat_interleave(hidden.shape[1]), torch.ones_like(instance[0]),
                     self.settings.distance, sequences,
                 )  # fmt: skip
         if chosen is None or chosen.places is None or chosen.vectors is None:
@@ -309,8 +318,10 @@ class TargetedDistillation(nn.Module):
             self.settings.distance, sequences,
         )  # fmt: skip
         selected, text = chosen.selected, Tokens(batch["target_spans"], batch["target_boxes"]).is_text
+        # Selectors leave tokens out whose score is not a number; the loss must not look whole without them.
+        whole = 0 * chosen.scores.detach().sum()
         return terms | {
-            "distill": terms["distill"] + on_words + on_places,
+            "distill": terms["distill"] + on_words + on_places + whole,
             "selected_text": (selected & text).sum() / sequences,
             "selected_visual": (selected & ~text).sum() / sequences,
             "selected_mass": chosen.scores.masked_fill(~selected, 0).sum() / sequences,
@@ -321,12 +332,13 @@ class TargetedDistillation(nn.Module):
         """Relevance and scores of the tokens, both (batch, choices, tokens).
 
         They were computed together with the targets, unless relevance depends on the student: then they are
-        computed here from ``hidden`` (batch, choices, tokens, student_dim).
+        computed here from ``hidden`` (batch, choices, tokens, student_dim). A run without maps of tokens
+        cannot compare them: there relevance stays 0, and the scores are the prior's.
         """
         config = self.settings
-        if config.relevance not in STUDENT_RELEVANCE:
+        if config.relevance not in STUDENT_RELEVANCE or not self.maps_tokens:
             return batch["relevance"], batch["scores"]
-        assert self.phi is not None and hidden is not None
+        assert hidden is not None
         student = Tokens(batch["target_spans"], batch["target_boxes"])
         maps = self.token_maps
         with torch.no_grad():
@@ -367,7 +379,7 @@ class TargetedDistillation(nn.Module):
         device = next(self.student.parameters()).device
         self.student.eval()
         for number, batch in enumerate(loader):
-            if number == PHI_BATCHES:
+            if number == PHI_BATCHES * self.settings.accumulation:  # the examples of as many updates
                 break
             batch = self.with_targets({name: value.to(device) for name, value in batch.items()})
             hidden = self.student(**self.inputs(batch)).hidden_states[self.settings.distill_layer]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tdlib.config import RunConfig
 from tdlib.method.losses import choice_distribution_loss
 from tdlib.method.pairing import PICTURE_CHOICES, judge_choices, judge_truth, other_pictures
+from tdlib.method.registry import check_result
 from tdlib.method.tokens import Tokens
 from tdlib.method.weighting import INSTANCE_WEIGHTS
 from tdlib.students.base import EncodedText, StudentOutput, student_inputs
@@ -92,7 +93,9 @@ class Repairing(nn.Module):
     def pair(self, batch: dict[str, Tensor], logits: Tensor, share: float = 1.0) -> Pairs:
         """Chooses the rows that are shown again (``share`` of them), and the picture of each."""
         config, examples = self.settings, len(batch["labels"])
-        judged, numbers, first = self.judge(batch)
+        with torch.autocast(batch["image_global"].device.type, enabled=False):
+            # bf16 would round CLIP's logits to 1/8 where its scale is 100, and another picture might win.
+            judged, numbers, first = self.judge(batch)
         own = judged.gather(1, first[:examples, None, None].expand(-1, -1, judged.shape[2]))[:, 0]
         columns = torch.arange(examples, device=numbers.device)
         if config.repair_pool == "own":  # a control: CLIP's judgement of the true pairs
@@ -132,6 +135,7 @@ class Repairing(nn.Module):
         teacher = pairs.teacher.softmax(-1)
         weigh = INSTANCE_WEIGHTS[config.repair_instance_weight]
         weights = weigh(teacher, own_logits.detach().softmax(-1), teacher.argmax(-1))
+        check_result(f"instance weight {config.repair_instance_weight!r}", weights, pairs.exists.shape)
         # CLIP misjudges a text that it had to cut, with any picture.
         weights = weights * pairs.exists * batch["teacher_knows"][pairs.rows]
         return Repaired(pairs, output, own_logits, weights)
