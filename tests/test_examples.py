@@ -254,3 +254,16 @@ def test_statements_are_the_prompt_with_each_choice():
 
 def test_without_choices_the_prompt_is_the_only_statement():
     assert EXAMPLES[0].statements() == (TextPart("why ?"),)
+
+
+def test_changed_examples_are_made_when_they_are_asked_for():
+    asked: list[str] = []
+
+    def change(each: Example) -> Example:
+        asked.append(each.id)
+        return dataclasses.replace(each, given=7)
+
+    changed = Examples.of(EXAMPLES).mapped(change)
+    assert ids(EXAMPLES) == changed.ids and strata(EXAMPLES) == Counter(changed.strata) and not asked
+    assert [each.given for each in changed[1:3]] == [7, 7] and asked == ids(EXAMPLES[1:3])
+    assert changed.at([3])[0] == dataclasses.replace(EXAMPLES[3], given=7)

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tdlib.core.paths import ConfigError
-from tdlib.data.examples import Example, TextPart
+from tdlib.data.examples import Example, Examples, TextPart
 from tdlib.teacher import probe
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.probe import (
@@ -138,6 +138,12 @@ def test_of_what_is_left_out_of_the_fit_the_final_probe_speaks(problem, monkeypa
     assert torch.equal(unlabelled(examples[7]), absent(examples[7]))
     monkeypatch.setattr("tdlib.teacher.probe.MOST", 12)
     few = ClassProbe(cache, examples, 3, seed=0)
+    made: list[int] = []
+    every = Examples.of(relabel(examples, "q7", label=None))
+    counted = Examples(every.ids, every.strata, lambda i: made.append(i) or every[i])
+    lazy = ClassProbe(cache, counted, 3, seed=0)
+    assert 12 <= len(made) <= 13  # those of the fit, and q7, which has no label
+    assert torch.equal(lazy(examples[7]), ClassProbe(cache, every, 3, seed=0)(examples[7]))
     raw = few._standard(few._raw(examples))
     final = [i for i, e in enumerate(examples) if torch.allclose(few(e), raw[i] @ few.weight + few.bias)]
     assert len(final) == 12

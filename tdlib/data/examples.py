@@ -136,6 +136,12 @@ class Examples(Sequence[Example]):
             [self.questions[i] for i in positions], [self.parts[i] for i in positions],
         )  # fmt: skip
 
+    def mapped(self, change: Callable[[Example], Example]) -> "Examples":
+        """Makes each example as ``change`` alters it; ids, strata and parts stay."""
+        return Examples(
+            self.ids, self.strata, lambda i: change(self._make(i)), self.labelled, self.questions, self.parts
+        )
+
 
 def path_names(paths: Sequence[Path]) -> list[str]:
     """Gives each path a name that no other of these paths has, and that is the same on every machine.

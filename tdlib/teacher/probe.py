@@ -7,6 +7,7 @@ fitted on it, so the teacher's certainty does not come from memory.
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdlib.core.paths import ConfigError
-from tdlib.data.examples import Example
+from tdlib.data.examples import Example, Examples
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import choice_logits
 
@@ -77,10 +78,14 @@ class ClassProbe:
 
     def __init__(self, cache: TeacherCache, examples: Sequence[Example], num_labels: int, seed: int):
         self.cache = cache
-        labelled = [example for example in examples if example.label is not None]
-        # The order depends on the seed and the ids alone, whatever the order of the subset.
-        labelled.sort(key=lambda e: hashlib.sha256(f"{seed} {e.id}".encode()).digest())
-        labelled = labelled[:MOST]
+        # The order depends on the seed and the ids alone, whatever the order of the subset. No more examples
+        # are made than are fitted on: all of VQA would take gigabytes.
+        every = Examples.of(examples)
+        order = sorted(
+            range(len(every)), key=lambda i: hashlib.sha256(f"{seed} {every.ids[i]}".encode()).digest()
+        )
+        made = (every[place] for place in order)
+        labelled = list(islice((example for example in made if example.label is not None), MOST))
         # Folds are of whole pictures: if two questions about one picture were in two folds, the probe would
         # know the picture.
         pictures = {image: place for place, image in enumerate(dict.fromkeys(e.image for e in labelled))}

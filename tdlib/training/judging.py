@@ -119,8 +119,10 @@ class PicturePool:
         self, examples: Sequence[Example], encoder: StudentEncoder, cache: TeacherCache, seed: int,
         seen_as: Callable[[Example], Example] = lambda example: example,
     ):  # fmt: skip
-        first = {example.image: example for example in reversed(examples)}
-        self.examples = [example for example in examples if first.get(example.image) is example]
+        first: dict[Path, Example] = {}  # filled one by one: all examples of VCR would take gigabytes
+        for example in examples:
+            first.setdefault(example.image, example)
+        self.examples = [*first.values()]
         self.encoder, self.cache, self.seed, self.seen_as = encoder, cache, seed, seen_as
         self._encoded: dict[int, dict[str, Any]] = {}
         self._room = 2**28

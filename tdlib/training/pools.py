@@ -16,9 +16,7 @@ def picture_pool(
     if feature_reader is None or config.repair_weight == 0 or config.repair_pool in ("batch", "own"):
         return None
     examples = prepared.train if config.repair_pool == "train" else subset
-    pool = PicturePool(
-        [*examples], prepared.encoder, feature_reader.cache, config.seed, feature_reader.seen_as
-    )
+    pool = PicturePool(examples, prepared.encoder, feature_reader.cache, config.seed, feature_reader.seen_as)
     prepared.encoder.prepare(pool.examples)
     return pool
 

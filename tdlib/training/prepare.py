@@ -280,7 +280,7 @@ def feature_reader_of(config: RunConfig, prepared: PreparedData, subset: Example
     def seen_as(example: Example) -> Example:
         return replace(example, image=shown[example.id]) if example.id in shown else example
 
-    seen = [seen_as(example) for example in subset] if shown else subset
+    seen = subset.mapped(seen_as) if shown else subset
     cache = prepared.cache
     return TeacherFeatureReader(
         cache, prepared.idf, config, class_logits(config, prepared, seen), seen_as,

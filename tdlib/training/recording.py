@@ -186,7 +186,8 @@ def preview_targets(
     """
     subset = low_shot(prepared.train, config.shots, config.seed)
     if not config.asks_teacher:  # then nothing has filled the cache
-        add_to_cache(prepared.cache, [*subset, *examples], worded_labels(config, prepared.labels))
+        for asked in (subset, examples):
+            add_to_cache(prepared.cache, asked, worded_labels(config, prepared.labels))
     feature_reader = feature_reader_of(config, prepared, subset)
     feature_reader.prepare(examples)
     prepared.encoder.prepare(examples)

@@ -225,7 +225,7 @@ class _Run:
         feature_reader = feature_reader_of(config, prepared, self.subset)
         if config.distils_unlabelled or (config.repair_pool == "train" and config.asks_judge):
             texts = feature_reader.labels if config.distils_unlabelled else ()
-            add_to_cache(prepared.cache, [*map(feature_reader.seen_as, prepared.train)], texts)
+            add_to_cache(prepared.cache, prepared.train.mapped(feature_reader.seen_as), texts)
         if config.relevance in (*EXTRAS, "gradient"):
             feature_reader.prepare(prepared.train if config.distils_unlabelled else self.subset)
         return feature_reader
