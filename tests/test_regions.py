@@ -433,10 +433,24 @@ def test_rows_behind_the_last_box_are_padding(example, tmp_path):
     path = put_regions(tmp_path / "npz" / "a.npz", boxes, (40, 20), num_bbox=2)
     source = open_regions(f"npz:{path.parent}")
     assert source(seen).features.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and len(source(seen).boxes) == 2
-    for count in (0, 5):  # 4 would be the other order of features
-        put_regions(path, boxes, (40, 20), num_bbox=count)
-        with pytest.raises(DataError, match=rf"{path}: num_bbox is {count}"):
+    put_regions(path, boxes, (40, 20), num_bbox=[2], image_w=[[40]])  # numbers that are arrays
+    assert source(seen).features.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for bad in ({"num_bbox": 0}, {"num_bbox": 5}, {"bbox": 3.0}):  # 4 would be the other order of features
+        put_regions(path, boxes, (40, 20), **bad)
+        with pytest.raises(DataError, match=rf"{path}: num_bbox is "):
             source(seen)
+    for bad in ({"image_w": np.inf}, {"num_bbox": [2, 2]}, {"num_bbox": "two"}):
+        put_regions(path, boxes, (40, 20), **bad)
+        with pytest.raises(DataError, match=rf"{path}: not an NPZ of regions"):
+            source(seen)
+
+
+def test_folders_below_ones_home_are_found(tmp_path, monkeypatch):
+    put_regions(tmp_path / "npz" / "a.npz", [[0, 0, 9, 9]])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_regions("npz:~/npz").paths == [tmp_path / "npz"]
+    with pytest.raises(DataError, match="~/none: no such file"):
+        open_regions("npz:~/none,~/npz")
 
 
 def test_two_pictures_of_one_name_do_not_share_regions(example, tmp_path):

@@ -1,6 +1,7 @@
 """The project's root folder, names of files in it, and the error that a bad parameter raises."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,9 +13,9 @@ class ConfigError(ValueError):
 
 
 def resolve(name: str, prefix: str = "") -> str:
-    """Makes a path relative to the project absolute; other names (hub ids, tags) stay as they are."""
+    """Makes a path absolute that is relative to the project or begins with ~; hub ids and tags stay."""
     if name.startswith(prefix):
-        path = ROOT / name[len(prefix) :]
+        path = ROOT / os.path.expanduser(name[len(prefix) :])
         if name[len(prefix) :] and path.exists():
             return f"{prefix}{path}"
     return name

@@ -29,7 +29,7 @@ from tdlib.regions.computed import Regions
 # Detected boxes may reach out of the picture by this share of its size, and are then clipped; one that
 # reaches further belongs to another picture or layout.
 _OVERHANG = 0.1
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (OSError, ValueError, OverflowError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,8 @@ class NpzRegions(FileRegions):
     def _read(self, path: Path) -> RawRegions:
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                count, width, height = (int(arrays[name]) for name in ("num_bbox", "image_w", "image_h"))
+                numbers = (arrays[name].item() for name in ("num_bbox", "image_w", "image_h"))
+                count, width, height = map(int, numbers)
                 features, boxes = arrays["x"], arrays["bbox"]
         except (*UNREADABLE, TypeError) as error:
             raise DataError(
@@ -246,7 +247,7 @@ class NpzRegions(FileRegions):
             ) from None
         if features.ndim == 2 and len(features) != count == features.shape[1]:
             features = features.T  # MCAN's files hold (dim, regions)
-        if not 0 < count <= min(len(features), len(boxes)):
+        if min(features.ndim, boxes.ndim) < 1 or not 0 < count <= min(len(features), len(boxes)):
             raise DataError(
                 f"{path}: num_bbox is {count}, but x has the shape {features.shape} and bbox {boxes.shape}; "
                 "extract this picture again"
