@@ -30,6 +30,9 @@ from teacher_families import (
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from tdlib.core.paths import ConfigError
+from tdlib.make.vocabulary import train_clip_tokenizer
+from tdlib.teacher.convert import convert
 from tdlib.teacher.families import text_tower
 from tdlib.teacher.model import Teacher, choice_logits, patch_boxes
 from tdlib.teacher.towers import TeacherError, Tower
@@ -377,3 +380,81 @@ def test_an_archive_of_openais_is_named(tmp_path, monkeypatch):
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "archive.pt"))
     with pytest.raises(TeacherError, match="TorchScript: use the tag 'openai'"):
         Teacher("tiny", str(tmp_path / "archive.pt"))
+
+
+# Teachers that transformers has saved
+
+
+@pytest.fixture
+def saved_clip(tmp_path, captions_texts):
+    """A function that saves a small CLIPModel with its tokenizer, and returns it and its folder."""
+    from transformers import CLIPConfig, CLIPModel
+
+    tokenizer = train_clip_tokenizer(captions_texts, 300)
+
+    def save(act="quick_gelu", eos=tokenizer.eos_token_id, preprocess=None, **vision):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 80, "hidden_act": act}
+        words = {"vocab_size": len(tokenizer), "max_position_embeddings": 20, "num_attention_heads": 4}
+        ends = {"eos_token_id": eos, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": 0}
+        sees = {"image_size": 32, "patch_size": 8, "num_attention_heads": 2} | vision
+        torch.manual_seed(0)
+        model = CLIPModel(
+            CLIPConfig(
+                text_config=sizes | words | ends, vision_config=sizes | sees, projection_dim=24
+            )
+        ).eval()  # fmt: skip
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / "saved")
+        tokenizer.save_pretrained(tmp_path / "saved")
+        if preprocess:
+            (tmp_path / "saved" / "preprocessor_config.json").write_text(json.dumps(preprocess))
+        return model, tmp_path / "saved"
+
+    return save
+
+
+@pytest.mark.parametrize(("act", "eos"), [("quick_gelu", None), ("gelu", 2)])
+def test_a_model_of_transformers_becomes_a_teacher_that_sees_the_same(
+    saved_clip, tmp_path, pictures, act, eos
+):
+    settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3, "resample": 2, "size": 32}
+    given = {} if eos is None else {"eos": eos}
+    original, folder = saved_clip(act, preprocess=settings, **given)
+    with pytest.raises(TeacherError, match=r"python -m tdlib\.teacher\.convert"):
+        Teacher(f"local-dir:{folder}")
+    teacher = Teacher(f"local-dir:{convert(folder, tmp_path / 'teacher')}")
+    pixels = torch.stack([teacher.preprocess(picture) for picture in pictures])
+    records = teacher.encode_pictures(pictures), teacher.encode_texts(TEXTS)
+    ids = teacher.text_ids([teacher.tokenize(text)[0] for text in TEXTS])
+    with torch.no_grad():
+        seen = original.visual_projection(original.vision_model(pixels).pooler_output)
+        read = original.text_projection(original.text_model(ids).pooler_output)
+    for found, expected in zip(records, (seen, read), strict=True):
+        pooled = torch.stack([record.pooled for record in found])
+        assert_close(pooled, F.normalize(expected, dim=-1), rtol=0, atol=1e-5)
+    assert teacher.logit_scale == pytest.approx(float(original.logit_scale.detach().exp()))
+    cfg = teacher.model.visual.preprocess_cfg
+    assert (*cfg["mean"], *cfg["std"]) == (0.5, 0.4, 0.3, 0.2, 0.2, 0.2)
+    assert cfg["interpolation"] == "bilinear" and cfg["resize_mode"] == "shortest"
+
+
+def test_what_open_clip_cannot_be_told_is_refused(saved_clip, tmp_path):
+    def problem(change=None, **settings):
+        _, folder = saved_clip(**settings)
+        if change:
+            change(folder)
+        with pytest.raises(TeacherError) as caught:
+            convert(folder, tmp_path / "teacher")
+        assert not (tmp_path / "teacher").exists()
+        return str(caught.value)
+
+    assert "hidden_act ['relu']" in problem(act="relu")
+    assert "layer_norm_eps" in problem(layer_norm_eps=1e-6)
+    assert "size {'shortest_edge': 40}" in problem(preprocess={"size": {"shortest_edge": 40}})
+    assert "no tokenizer.json" in problem(lambda folder: (folder / "tokenizer.json").unlink())
+    assert "0 tensors" in problem(lambda folder: (folder / "model.safetensors").unlink())
+    assert "cannot be read" in problem(shutil.rmtree)
+    with pytest.raises(ConfigError, match="not made here"):
+        convert(folder := saved_clip()[1], folder)

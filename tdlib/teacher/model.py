@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, cast
 
 import open_clip
@@ -146,7 +147,7 @@ class Teacher:
             raise TeacherError(
                 f"teacher {name!r} (pretrained={pretrained!r}) cannot be loaded: {error}. Expected an "
                 "open_clip name with a tag or checkpoint file of the same shape, 'local-dir:FOLDER', or "
-                f"'hf-hub:ORG/REPO'{_archive_hint(error)}"
+                f"'hf-hub:ORG/REPO'{_hint(error, name)}"
             ) from error
         if not isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP | open_clip.CoCa):
             raise TeacherError(f"teacher {name!r}: {type(model).__name__} is no CLIP, CustomTextCLIP or CoCa")
@@ -311,7 +312,12 @@ def _activation(name: str, pretrained: str) -> dict[str, Any]:
     return {}
 
 
-def _archive_hint(error: Exception) -> str:
+def _hint(error: Exception, name: str) -> str:
+    if (folder := Path(name.removeprefix("local-dir:"))).joinpath("config.json").is_file():
+        return (
+            f". {folder} holds a model of transformers; a CLIPModel becomes a teacher by python -m "
+            "tdlib.teacher.convert FOLDER NEW_FOLDER"
+        )
     if "TorchScript" not in str(error):
         return ""
     return (
