@@ -76,10 +76,14 @@ def test_a_chart_of_differences_holds_zero_and_signs():
 
 def test_a_page_has_contents_that_lead_to_its_parts_and_loads_nothing():
     parts = [Section("One & two", table_html(pd.DataFrame({"a": [1]}))), Section("Data", "<p>x</p>", True)]
-    page = page_html("A <b>", ["said <i>", Html("<p id='as-is'></p>")], parts)
+    page = page_html("A <b>", ["said <i> by `a <b>`", Html("<p id='as-is'></p>")], parts)
     targets = re.findall(r'href="#([\w-]+)"', page)
     assert len(targets) == 2 and all(f'id="{target}"' in page for target in targets)
-    assert "<title>A &lt;b&gt;</title>" in page and "said &lt;i&gt;" in page and "<p id='as-is'></p>" in page
+    assert (
+        "<title>A &lt;b&gt;</title>" in page
+        and "said &lt;i&gt; by <code>a &lt;b&gt;</code>" in page
+        and "<p id='as-is'></p>" in page
+    )
     assert page.count("<details>") == 1 and "One &amp; two" in page and SCRIPT in page
     assert "http" not in page and "src=" not in page and "prefers-color-scheme:dark" in page
 

@@ -31,7 +31,8 @@ from tdlib.analysis.scores import (
     with_strata,
 )
 from tdlib.analysis.statistics import bootstrap_interval, pooled_difference, sign_flip_test
-from tdlib.analysis.study import lead_charts, readable
+from tdlib.analysis.study import lead_charts, readable, reading_guide
+from tdlib.data.tasks import SHIFTS
 from tdlib.miniworld.worlds import STRATA
 from tdlib.runs import states as run_states
 from tdlib.training.evaluation import Predictions, prediction_table
@@ -357,7 +358,7 @@ def test_means_beside_each_other_are_of_the_same_worlds(tmp_path):
     titles = [axes.get_title(loc="left") for axes in plot_differences(shifts, "test").axes]
     assert titles == ["vcr_qa, all worlds", "vcr_qa, world 1"]
     titles = [axes.get_title(loc="left") for axes in plot_shots(shots).axes]
-    assert titles == ["vcr_qa, all worlds (14 seeds)", "vcr_qa, world 1 (7 seeds)"]
+    assert titles == ["vcr_qa, all worlds (14 runs of an arm)", "vcr_qa, world 1 (7 seeds)"]
     assert all("vcr_qa, 12 examples, world 1" in chart for chart in lead_charts(table))
     claims = claims_table(table, ["clip_td", "naive"])
     assert row_of(claims, condition="low-shot", arm="clip_td")["where"] == "b: 12 examples, val"
@@ -430,6 +431,13 @@ def test_the_page_leads_with_differences_and_scores(two_worlds):
     assert first.count("<circle") == 2 and second.count("<circle") == 3
     assert "Difference to finetune" in first and "vcr_qa, 12 examples" in first
     assert lead_charts(compare(two_worlds).iloc[:0]) == []
+    assert "chance: 25.0 (vcr_qa)" in second
+
+
+def test_the_guide_explains_the_tests_that_occur_and_no_others(compared):
+    guide = reading_guide(compared)
+    assert SHIFTS["shortcut"] in guide and SHIFTS["composition"] not in guide
+    assert SHIFTS["shortcut"] not in reading_guide(compared[compared["test"] == "usual"])
 
 
 def test_claims_are_read_in_cells_fixed_before_looking(compared):

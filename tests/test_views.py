@@ -30,6 +30,7 @@ from tdlib.views.picture import number_labels
 from tdlib.views.scale import Scale
 from tdlib.views.scene import sheet_of
 from tdlib.views.sheet import value_sheet, weight_sheet, words_of
+from tdlib.views.view import sheets_html
 
 
 @pytest.fixture
@@ -314,6 +315,8 @@ def test_values_of_all_tokens_mark_the_largest(record):
     assert sheet.scale.end == values.max() and sheet.marked[[13, 21]].tolist() == [True, True]
     assert sheet.marked[1:12].sum() == 10 and not sheet.marked[1], "the ten largest words"
     assert sheet.coloured.sum() == 21 and "picture" in sheet.below
+    legend = sheets_html([sheet])
+    assert legend.count("largest</") == 2 and "selected</" not in legend, "nothing is selected by attention"
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -80,6 +80,8 @@ def test_it_starts_with_the_first_example_and_another_arm(panel, runs, drawn):
     assert (look.mass, look.temperature) == (None, None), "the run's own settings"
     assert ahead == replace(look, example_id="val-1"), "the next one is fetched ahead"
     assert shown(panel) == "val-0" and panel.list.total == COUNT
+    for slider in (panel.step, panel.second_step, panel.layer, panel.mass, panel.temperature):
+        assert slider.layout.width != "auto", "without a width a slider has no track to drag along"
 
 
 def test_the_list_holds_one_page_wherever_it_stands(panel):

@@ -13,6 +13,7 @@ from tdlib.analysis.protocol import main_measure, together
 from tdlib.analysis.statistics import FOUND
 from tdlib.core.files import whole_file, whole_path, write_json
 from tdlib.core.pages import Html, Section, interval_chart, is_missing, link, page_html, table_html
+from tdlib.data.tasks import SHIFTS
 
 PERCENT = {
     "mean", "low", "high", "chance", "over_chance", "baseline_mean", "difference", "difference_low",
@@ -63,6 +64,8 @@ def _shown(name: str, value: Any) -> str:
         return f"{100 * value:{'+' if name in SIGNED else ''}.1f}"
     if name.startswith("p_"):
         return f"{value:.3g}"
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -82,7 +85,10 @@ def lead_charts(compared: pd.DataFrame, baseline: str = "finetune") -> list[Html
         group += part.map(lambda words: f", {words}" if words else "")
     rows = rows.assign(group=group, label=rows["arm"])
     scores = interval_chart(rows.assign(value=rows["mean"]), "Score on the usual test, in per cent")
-    parts = [_figure(scores, "Score on the usual test (%) with 95 % intervals over seeds and pictures.")]
+    guessed = rows.groupby("task", sort=False)["chance"].mean().dropna()
+    chance = ", ".join(f"{100 * share:.1f} ({task})" for task, share in guessed.items())
+    said = "Score on the usual test (%) with 95 % intervals over seeds and pictures"
+    parts = [_figure(scores, f"{said}; chance: {chance}." if chance else f"{said}.")]
     apart = rows.dropna(subset=["difference"])
     if len(apart):
         named = {"value": "difference", "low": "difference_low", "high": "difference_high"}
@@ -91,6 +97,24 @@ def lead_charts(compared: pd.DataFrame, baseline: str = "finetune") -> list[Html
         said = f"Difference to {baseline} (points) on the usual test; filled: found by the paired test."
         parts.insert(0, _figure(chart, said))
     return parts
+
+
+def reading_guide(compared: pd.DataFrame, baseline: str = "finetune") -> Html:
+    """Explains in a folded list what the words of a study's page mean, and each test that occurs in it."""
+    shifts = {test: SHIFTS[test] for test in dict.fromkeys(compared["test"]) if test in SHIFTS}
+    lines = [
+        f"Arm: one way to train a student; {baseline} is the baseline, and notebooks/README.md has all.",
+        "Pair: an arm and the baseline with the same world, seed, training examples and test questions.",
+        "World: a MiniWorld, generated data of that seed; all: together. Seeds are counted over worlds.",
+        "Difference: points of accuracy over the pairs; relative: the same in per cent of the baseline's.",
+        "Intervals (95 %) resample seeds and pictures. One that leaves out 0 is no verdict.",
+        "Verdict: of the exact sign-flip test over the pairs; p adjusted is its p-value after Holm's "
+        "correction over the tested arms. Filled marks are differences that it found.",
+        "Test usual: the task's own.",
+        *(f"Test {test}: {says}." for test, says in shifts.items()),
+    ]
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return Html(f"<details><summary>How to read this page</summary><ul>{items}</ul></details>")
 
 
 def _for_page(table: pd.DataFrame) -> pd.DataFrame:

@@ -213,15 +213,19 @@ class Section:
     folded: bool = False
 
 
+def _with_code(text: str) -> str:
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
 def page_html(title: str, lead: Sequence[str], sections: Sequence[Section]) -> str:
     """Makes a whole page: its title, leading paragraphs, a list of contents, and the sections.
 
     Args:
         title: of the window and the page.
-        lead: paragraphs; text, or ``Html`` that stands as it is.
+        lead: paragraphs; text, in which `backticks` mark code, or ``Html`` that stands as it is.
         sections: in their order.
     """
-    first = [part if isinstance(part, Html) else f"<p>{escape(part)}</p>" for part in lead]
+    first = [part if isinstance(part, Html) else f"<p>{_with_code(part)}</p>" for part in lead]
     entries = "".join(
         f'<li><a href="#part-{number}">{escape(section.title)}</a></li>'
         for number, section in enumerate(sections, start=1)

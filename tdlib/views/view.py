@@ -96,12 +96,21 @@ class View:
 
 
 def sheets_html(sheets: Sequence[Sheet], words: bool = True, picture: bool = True) -> str:
-    """Draws each sheet as a row of facts, picture and words; below them stands a legend for each scale."""
+    """Draws each sheet as a row of facts, picture and words; below them stands a legend for each scale.
+
+    What one legend explains, the next does not repeat.
+    """
     rows = "".join(_sheet_row(sheet, words, picture) for sheet in sheets)
     scales: dict[Scale, list[Sheet]] = {}
     for sheet in sheets:
         scales.setdefault(sheet.scale, []).append(sheet)
-    return rows + "".join(_legend(scale, drawn_on, words, picture) for scale, drawn_on in scales.items())
+    look = style(font_size="12px", line_height="1.8", border_top="1px solid #cccccc")
+    explained: set[str] = set()
+    for scale, drawn_on in scales.items():
+        entries = [one for one in _legend(scale, drawn_on, words, picture) if one not in explained]
+        explained.update(entries)
+        rows += f"<div {look}>{' &nbsp;·&nbsp; '.join(entries)}</div>" if entries else ""
+    return rows
 
 
 def _sheet_row(sheet: Sheet, words: bool, picture: bool) -> str:
@@ -121,7 +130,7 @@ def _sheet_row(sheet: Sheet, words: bool, picture: bool) -> str:
     return f"<div {look}>{''.join(parts)}</div>"
 
 
-def _legend(scale: Scale, sheets: Sequence[Sheet], words: bool, picture: bool) -> str:
+def _legend(scale: Scale, sheets: Sequence[Sheet], words: bool, picture: bool) -> list[str]:
     """Explains the colours, borders and numbers that occur in these sheets."""
     marks, truth = marks_of(sheets, words, picture), escape(truth_name([sheet.record for sheet in sheets]))
     entries = []
@@ -129,8 +138,10 @@ def _legend(scale: Scale, sheets: Sequence[Sheet], words: bool, picture: bool) -
         swatches = "".join(_swatch(scale, step) for step in steps)
         less = " (blue, −: the first weighs more)" if scale.signed else ""
         entries.append(f"{swatches} {escape(scale.name)}{less}")
+    underlined = f"<b {style(border_bottom=f'3px solid {BLACK}')}>"
     of_words = {
-        "selected": f"<b {style(border_bottom=f'3px solid {BLACK}')}>selected</b>, its number below",
+        "selected": f"{underlined}selected</b>, its number below",
+        "largest": f"{underlined}largest</b> values, with their number below",
         "first alone": f"<b {style(border_bottom=f'3px dotted {BLACK}')}>dotted</b> only by the first",
         "decisive word": f"<span {style(border_top=f'2px dotted {BLACK}')}>dotted</span> "
         f"decides the answer ({truth})",
@@ -139,13 +150,13 @@ def _legend(scale: Scale, sheets: Sequence[Sheet], words: bool, picture: bool) -
     }
     of_picture = {
         "selected": _boxed(f"1px solid {BLACK}", "selected") + " with its number",
+        "largest": _boxed(f"1px solid {BLACK}", "largest") + " with their number",
         "object": _boxed(f"2px solid {OBJECT}", "object"),
         "decisive box": _boxed(f"2px dashed {BLACK}", "decides the answer") + f" ({truth})",
     }
     for is_drawn, texts in ((words, of_words), (picture, of_picture)):
         entries += [text for mark, text in texts.items() if is_drawn and mark in marks]
-    look = style(font_size="12px", line_height="1.8", border_top="1px solid #cccccc")
-    return f"<div {look}>{' &nbsp;·&nbsp; '.join(entries)}</div>" if entries else ""
+    return entries
 
 
 def _boxed(line: str, text: str) -> str:

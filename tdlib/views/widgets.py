@@ -109,10 +109,10 @@ class Explorer(ipywidgets.VBox):
         self.modality = dropdown("modality", explorer.MODALITIES)
         self.choice = dropdown("choice", [("the right one", ALL)])
         self.step, self.second_step = (
-            named(name, ipywidgets.SelectionSlider(options=[("end", END)]))
+            named(name, ipywidgets.SelectionSlider(options=[("end", END)]), "240px")
             for name in ("step", "second step")
-        )
-        self.layer = named("layer", ipywidgets.SelectionSlider(options=[("all", ALL)]))
+        )  # a slider of the width "auto" has no track to be dragged along
+        self.layer = named("layer", ipywidgets.SelectionSlider(options=[("all", ALL)]), "200px")
         self.head = dropdown("head", [("mean", ALL)])
         self.word = named("word", ipywidgets.Text(placeholder="letters; empty: selected ones"), "240px")
         self.word.continuous_update = False

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from tdlib.analysis.compare import worlds_in_words
+from tdlib.analysis.compare import number_of_worlds, worlds_in_words
 from tdlib.views.figures.style import (
     BLUE,
     GREY,
@@ -78,7 +78,8 @@ def _heading(key: Any, rows: pd.DataFrame) -> str:
     if "seeds" not in rows:
         return name
     fewest, most = rows["seeds"].min(), rows["seeds"].max()
-    return f"{name} ({fewest:g} to {most:g} seeds)" if fewest < most else f"{name} ({most:g} seeds)"
+    counted = "seeds" if number_of_worlds(world) == 1 else "runs of an arm"  # a seed runs in every world
+    return f"{name} ({fewest:g} to {most:g} {counted})" if fewest < most else f"{name} ({most:g} {counted})"
 
 
 # Measures of the targeting.
