@@ -7,6 +7,7 @@ from data_files import config, lines, pair, put_snli_ve, put_vcr, put_vqa, vcr_r
 
 from tdlib.cli import main
 from tdlib.core.paths import ConfigError
+from tdlib.data import check
 from tdlib.data.check import check_folder
 from tdlib.data.check import check_submission as check_file
 from tdlib.data.examples import DataError
@@ -27,6 +28,16 @@ def test_all_data_sets_of_a_folder_are_checked(tmp_path):
         ("vqa_v2", "train2014", 3, [], []),
     ]
     assert [found[:2] for found in check_folder(tmp_path / "vcr")] == [("vcr", "test"), ("vcr", "val")]
+
+
+@pytest.mark.parametrize(("published", "noted"), [(30, 0), (33, 1), (29, 1), (90, 0)])
+def test_a_split_that_nearly_has_its_published_size_is_noted(tmp_path, monkeypatch, published, noted):
+    vcr = put_vcr(tmp_path)
+    (vcr / "test.jsonl").unlink()
+    (vcr / "val.jsonl").write_text(lines(*map(vcr_record, range(30))))
+    monkeypatch.setitem(check.PUBLISHED, "vcr", {"val": published})
+    (report,) = check_folder(vcr)
+    assert not report.problems and len(report.notes) == noted
 
 
 def test_splits_that_share_questions_are_found(tmp_path):

@@ -11,6 +11,16 @@ from tdlib.data.reading import Examined
 from tdlib.data.tasks import TASKS, reader
 
 
+# Questions (or pairs) of the published splits: Zellers et al. 2019; Xie et al. 2019; Kayser et al. 2021 as
+# counted in their files; Goyal et al. 2017.
+PUBLISHED: dict[str, dict[str, int]] = {
+    "vcr": {"train": 212_923, "val": 26_534, "test": 25_263},
+    "snli_ve": {"train": 529_527, "dev": 17_858, "test": 17_901},
+    "e_snli_ve": {"dev": 14_339, "test": 14_740},
+    "vqa_v2": {"train2014": 443_757, "val2014": 214_354, "test2015": 447_793},
+}
+
+
 class SplitReport(NamedTuple):
     """Findings of ``check_folder`` about one split; ``notes`` are worth knowing but are no faults."""
 
@@ -69,6 +79,10 @@ def _check_split(
     except DataError as error:
         seen = Examined(0, [str(error)], set(), set())
     report = SplitReport(task, split, seen.examples, list(seen.problems), [])
+    asked, published = len(seen.questions), PUBLISHED.get(task, {}).get(split, 0)
+    # A file that was cut off between two lines looks whole; one with far fewer is a subset, or other data.
+    if asked != published and asked > 0.8 * published > 0:
+        report.notes.append(f"{asked:,} different questions, {published:,} in the published file")
     for other, before in earlier.items():
         if _source(split) == _source(other):
             continue  # a shifted set asks the questions of its source, so shared ids are expected
