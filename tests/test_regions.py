@@ -28,6 +28,7 @@ from tdlib.regions.backbones import (
 )
 from tdlib.regions.computed import BackboneRegions, CachedRegions, ClipGridRegions, Regions
 from tdlib.regions.convert import convert
+from tdlib.regions.convert import main as convert_command
 from tdlib.regions.sources import open_regions
 from tdlib.teacher.cache import TeacherCache
 
@@ -464,6 +465,20 @@ def test_two_pictures_of_one_name_do_not_share_regions(example, tmp_path):
     (tmp_path / "both.tsv").write_text("".join(f"{line.format(name)}\n" for name in "AAB"))
     with pytest.raises(DataError, match=r"line 3: pictures 'A/000' and 'B/000' would both be 000\.npz"):
         convert("tsv", tmp_path / "both.tsv", tmp_path / "converted")
+
+
+def test_marks_and_empty_lines_name_no_pictures(tmp_path, monkeypatch):
+    path, numbers = tmp_path / "all.tsv", base64.b64encode(bytes(16)).decode()
+    lines = ["\t".join([name, "40", "20", "1", numbers, numbers]) for name in ("7", "8", "")]
+    path.write_text("\n\n".join(lines[:2]) + "\r\n\r\n", encoding="utf-8-sig")
+    assert convert("tsv", path, tmp_path / "npz") == 2
+    assert sorted(file.name for file in (tmp_path / "npz").iterdir()) == ["7.npz", "8.npz"]
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"all\.tsv, line 3: no name of a picture"):
+        convert("tsv", path, tmp_path / "npz")
+    monkeypatch.setattr("sys.argv", ["convert", "tsv", str(path), str(path)])  # no folder to write to
+    with pytest.raises(SystemExit, match=r"convert: .*all\.tsv"):
+        convert_command()
 
 
 def test_missing_regions_are_counted_before_they_are_read(example, tmp_path):

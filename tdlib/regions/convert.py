@@ -8,6 +8,7 @@ left alone, so that an interrupted conversion can be continued. Nothing is unpic
 
 import argparse
 import base64
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,12 @@ def tsv_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Raw
     image = columns[0].removesuffix("_id")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not line.strip():
+                continue
             where, fields = f"{path}, line {number}", line.rstrip(b"\r\n").split(b"\t")
+            if not fields[0].strip():
+                raise DataError(f"{where}: no name of a picture in its first column; copy the file again")
             if len(fields) != len(columns):
                 raise DataError(
                     f"{where}: {len(fields)} columns, expected {len(columns)} ({', '.join(columns)}); 6 "
@@ -137,7 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         written = convert(options.kind, options.file, options.folder)
-    except (DataError, ImportError) as error:
+    except (DataError, ImportError, OSError) as error:  # a full disk, or a folder that is a file
         raise SystemExit(f"convert: {error}") from None
     print(f"{written} pictures written; read them with regions=npz:{options.folder}")
 
