@@ -26,13 +26,6 @@ def provenance(folder):
     return json.loads((folder / "provenance.json").read_text())
 
 
-def skip_if_of_an_earlier_maker(folder):
-    """What is asked of today's models alone; the page of models says so of the others."""
-    made_by = provenance(folder)["made_by"]
-    if not page.is_current(made_by):
-        pytest.skip(f"made by {made_by}, which is gone: its figures were measured by other rules")
-
-
 def test_there_are_a_teacher_a_detector_and_a_student_of_each_architecture():
     students = {"mini-vilt", "mini-uniter", "mini-vlbert", "mini-visualbert"}
     assert {"mini-clip", "mini-detector"} | students == {folder.name for folder in MODELS}
@@ -57,7 +50,6 @@ def test_each_tokenizer_is_the_one_that_the_weights_were_trained_with(folder):
     if not (folder / "tokenizer.json").exists():
         assert folder.name == "mini-detector"
         return
-    skip_if_of_an_earlier_maker(folder)
     assert check_tokenizer(folder, required=True) == provenance(folder)["tokenizer"]
 
 
@@ -118,7 +110,6 @@ def test_teacher_knows_a_world_it_never_saw(tmp_path):
 def test_each_student_prefers_true_captions_of_pictures_it_never_saw(kind, tmp_path):
     """As often as is recorded, within three standard errors."""
     scenes, folder = 96, HOME / KINDS[kind].folder
-    skip_if_of_an_earlier_maker(folder)
     made = provenance(folder)
     student, encoder = open_student(folder, HOME / "mini-detector", tmp_path / "regions")
     bare = architecture(str(folder)).reads_regions
