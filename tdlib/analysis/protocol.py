@@ -255,8 +255,9 @@ def _points(row: Any) -> str:
 
 
 def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
-    """Selects the runs that are in no table, with the state and reason of each."""
-    return runs[runs["state"] != "done"].drop(columns=["train_examples", "subset"]).reset_index(drop=True)
+    """Selects the runs that are in no table, with the state of each and the reason, "" where it has none."""
+    left = runs[runs["state"] != "done"].drop(columns=["train_examples", "subset"])
+    return left.fillna({"reason": ""}).reset_index(drop=True)
 
 
 def power_note(compared: pd.DataFrame, alpha: float = ALPHA) -> str:

@@ -116,7 +116,7 @@ def _cell(value: Any, percent: bool, look: str) -> str:
 
 # Charts.
 
-_ROW, _LETTER, _NUMBERS = 20, 6.6, 130  # pixels: height of a row, width of a letter, of the numbers' column
+_ROW, _LETTER = 20, 6.6  # pixels: height of a row, width of a letter
 _TICKS = 6
 
 
@@ -154,7 +154,7 @@ def interval_chart(rows: pd.DataFrame, title: str, percent: bool = True, zero: b
         if record.get("group", "") != (group or ""):
             group = record["group"]
             y += _ROW
-            marks.append(f'<text x="0" y="{y + 4:.0f}" style="font-weight:600">{escape(str(group))}</text>')
+            marks.append(f'<text class="head" x="0" y="{y + 4:.0f}">{escape(str(group))}</text>')
         y += _ROW
         marks.append(_chart_row(record, x, y, left, end, zero))
     ticks = []
@@ -165,22 +165,31 @@ def interval_chart(rows: pd.DataFrame, title: str, percent: bool = True, zero: b
             f'<line class="grid" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="8" y2="{y + 10:.0f}"{strong}/>'
             f'<text x="{x(value):.1f}" y="{y + 26:.0f}" text-anchor="middle">{value:g}</text>'
         )
-    size = end + _NUMBERS + 8, y + 34
+    size = end + 26 + _LETTER * max(len(_numbers(record, zero)) for record in records), y + 34
     style = "text{font:12px system-ui,sans-serif;fill:currentColor}.grid{stroke:#9997;stroke-width:1}"
+    # A heading may reach over the grid: a rim of the paper's colour keeps lines out of its letters.
+    style += ".head{font-weight:600;paint-order:stroke;stroke:var(--paper,#fff);stroke-width:5px}"
     return Html(
         f'<svg role="img" aria-label="{escape(title, quote=True)}" viewBox="0 0 {size[0]:.0f} {size[1]:.0f}" '
         f'width="{size[0]:.0f}" height="{size[1]:.0f}"><style>{style}</style>{"".join(ticks + marks)}</svg>'
     )
 
 
+def _numbers(record: dict[str, Any], signed: bool) -> str:
+    """A value with its interval, if it has one."""
+    sign = "+" if signed else ""
+    value = f"{record['value']:{sign}.1f}"
+    if is_missing(record["low"]):
+        return value
+    return f"{value} [{record['low']:{sign}.1f}, {record['high']:{sign}.1f}]"
+
+
 def _chart_row(
     record: dict[str, Any], x: Callable[[float], float], y: float, left: float, end: float, signed: bool
 ) -> str:
-    label, sign = str(record["label"]), "+" if signed else ""
+    label, numbers, line = str(record["label"]), _numbers(record, signed), ""
     label = label if len(label) <= 34 else label[:33] + "…"
-    numbers, line = f"{record['value']:{sign}.1f}", ""
     if not is_missing(record["low"]):
-        numbers += f" [{record['low']:{sign}.1f}, {record['high']:{sign}.1f}]"
         line = (
             f'<line x1="{x(record["low"]):.1f}" x2="{x(record["high"]):.1f}" y1="{y:.0f}" y2="{y:.0f}" '
             'stroke="var(--accent,#1f5fbf)" stroke-width="2"/>'
