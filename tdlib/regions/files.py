@@ -152,13 +152,15 @@ class FileRegions(ABC):
 
     def require(self, examples: Iterable[Example]) -> None:
         """Raises DataError if regions of any of these examples' pictures are missing."""
-        pictures: dict[Path, Example] = {}
+        pictures: set[Path] = set()
+        first, lacking = None, 0
         for example in examples:
             self._distinct(example.image)
-            pictures.setdefault(example.image, example)
-        lacking = [example for image, example in pictures.items() if not self.holds(image)]
-        if lacking:
-            raise DataError(f"{self._missing(lacking[0])} ({len(lacking)} of {len(pictures)} are missing)")
+            if example.image not in pictures and not self.holds(example.image):
+                first, lacking = first or example, lacking + 1
+            pictures.add(example.image)
+        if first:
+            raise DataError(f"{self._missing(first)} ({lacking} of {len(pictures)} are missing)")
 
     def __call__(self, example: Example) -> Regions:
         self._distinct(example.image)

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 CACHE_ROOT = ROOT / "data" / "cache"
 COUNTED = 20_000  # examples whose words are counted; more would hardly change the idf of any frequent word
-AT_ONCE = 5_000  # examples whose texts are held in memory while the cache is filled
+AT_ONCE = 5_000  # examples that are held in memory while the cache is filled
 
 SHARED = parameters_with(prepares="all")
 PREPARED = parameters_with(prepares="arm")  # each combination is prepared by itself
@@ -150,7 +150,7 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         encoder.prepare(subset)
         if cache is not None:
             add_to_cache(cache, subset, worded)
-        else:
+        elif not isinstance(encoder, RegionEncoder):  # whose regions were looked up example by example
             for _ in subset:  # a bad record, or a missing picture, must stop a run before it trains
                 pass
     encoded = {
@@ -205,13 +205,11 @@ def add_to_cache(cache: TeacherCache, examples: Sequence[Example], labels: Seque
     """
     check_statements(len(examples), len(labels))
     for start in range(0, len(examples), AT_ONCE):
-        texts, pictures = [], []
-        for example in examples[start : start + AT_ONCE]:
-            texts += [statement.text for statement in example.statements()]
-            pictures.append(example.image)
-        cache.add(texts=texts, pictures=pictures)
-    if labels:
-        cache.add_pooled(text for example in examples for text in answer_statements(example, labels))
+        part = [*examples[start : start + AT_ONCE]]  # each is made once, and read three times
+        texts = [statement.text for example in part for statement in example.statements()]
+        cache.add(texts=texts, pictures=[example.image for example in part])
+        if labels:
+            cache.add_pooled(text for example in part for text in answer_statements(example, labels))
 
 
 def load_student(config: RunConfig, prepared: PreparedData) -> PreTrainedModel:
