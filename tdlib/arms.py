@@ -5,9 +5,11 @@ term. A weight above 0 is the arm's default: a run that sets it to something els
 keeps its value, so that a batch can tune it. All other settings define the arm and cannot be changed.
 """
 
-WEIGHTS = ("distill_weight", "choice_weight", "repair_weight", "truth_weight", "label_smoothing")
+WEIGHTS = (
+    "distill_weight", "choice_weight", "repair_weight", "truth_weight", "extra_weight", "label_smoothing"
+)  # fmt: skip
 
-_IN_PAPER = {"repair_weight": 0.0, "truth_weight": 0.0}
+_IN_PAPER = {"repair_weight": 0.0, "truth_weight": 0.0, "extra_weight": 0.0}
 _NO_DISTILLATION = {"distill_weight": 0.0, "choice_weight": 0.0}
 _TASK_ALONE = {**_NO_DISTILLATION, **_IN_PAPER}
 _REPAIR_ALONE = {**_NO_DISTILLATION, "repair_weight": 3.0}
@@ -43,6 +45,9 @@ ARMS: dict[str, dict[str, object]] = {
     "repair_random": {**_REPAIR_ALONE, "teacher_control": "random_weights"},
     "repair_own": {**_REPAIR_ALONE, "repair_pool": "own"},
     "finetune_double": {**_TASK_ALONE, "repeat_epochs": 2},
+    # beyond the paper: a term of one's own
+    "clip_td_extra": {**_IN_PAPER, "extra_weight": 1.0},
+    "extra_only": {**_TASK_ALONE, "extra_weight": 1.0},
     # works that finetune CLIP itself
     "clip_input": {**_TASK_ALONE, "regions": "clip"},
     "clip_finetune": {**_TASK_ALONE, "student": "teacher"},

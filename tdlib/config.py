@@ -185,6 +185,10 @@ class RunConfig(BaseModel):
         "of selected words that predict whether their statement is true (beyond the paper); 0: the arm's own",
         ge=0,
     )
+    extra_term: str = _method(
+        "token_cka", "a further term of the loss (beyond the paper): a key of tdlib.method.terms.EXTRA_TERMS"
+    )
+    extra_weight: float = _method(0.0, "of that term; 0: the arm's own, if any", ge=0)
 
     teacher_control: Literal["", "shuffled_images", "random_weights"] = _method(
         "", "a teacher that sees another picture, or has learned nothing", "arm"
@@ -202,7 +206,7 @@ class RunConfig(BaseModel):
     @property
     def asks_teacher(self) -> bool:
         """True if a term of the loss needs the teacher."""
-        return self.distill_weight > 0 or self.choice_weight > 0 or self.asks_judge
+        return self.distill_weight > 0 or self.choice_weight > 0 or self.extra_weight > 0 or self.asks_judge
 
     @property
     def distils_unlabelled(self) -> bool:
@@ -349,6 +353,7 @@ def apply_arm(config: RunConfig) -> RunConfig:
     ``repair_only`` has nothing else, ``truth_only`` lets selected tokens predict a statement's truth. Their
     controls: ``repair_shuffled`` and ``repair_random`` have such teachers, ``repair_own`` learns CLIP's
     judgement of the true pairs in a second pass, ``finetune_double`` finetunes with as many passes.
+    ``clip_td_extra`` adds ``extra_term`` to the method, ``extra_only`` has that term beside the task's alone.
     ``clip_input``: CLIP's patch tokens in place of the student's regions; their projection is new
     (after CLIP-ViL, Shen et al. 2021). ``clip_finetune``: CLIP's two towers with a fusion head.
 

@@ -1,6 +1,7 @@
 """Batches are planned: every mistake is listed before anything starts, and what is planned is right."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -169,7 +170,9 @@ def test_a_choice_that_does_not_fit_is_found_before_anything_starts(tmp_path):
 def test_the_batches_that_come_along_are_right(path, reports_with_tuned):
     plan = Batch(path, reports=reports_with_tuned).plan
     assert not plan.problems and plan.runs and not plan.repeated
-    assert "finetune" in {run.parameters["arm"] for run in plan.runs}
+    beside = re.search(r"batches=\[(.+?)\]", path.read_text())  # its comment names those it is read with
+    others = [Batch(path.with_stem(name)).plan for name in beside[1].split(", ")] if beside else []
+    assert "finetune" in {run.parameters["arm"] for one in (plan, *others) for run in one.runs}
     for run in plan.runs:
         assert run.parameters["arm"] and set(run.overrides) <= set(RunConfig.model_fields)
 

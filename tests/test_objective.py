@@ -43,7 +43,7 @@ def mixed(base, prepared, tmp_path_factory):
 def test_longer_texts_and_larger_pictures_in_the_batch_change_no_loss(
     base, prepared, mixed, selector, distance
 ):
-    config = settings_of(base, selector=selector, distance=distance)
+    config = settings_of(base, selector=selector, distance=distance, extra_weight=1.0)
     module = module_of(prepared, config).eval()
     window = len(mixed)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_longer_texts_and_larger_pictures_in_the_batch_change_no_loss(
             assert_close(together[name], torch.cat([terms[name] for terms in alone]), **CLOSE)
         else:
             assert_close(together[name], sum(terms[name] for terms in alone), **CLOSE)
-    assert together["distill"] > 0 and together["choice"] > 0
+    assert all(together[name] > 0 for name in ("distill", "choice", "extra"))
 
 
 def test_the_loss_is_its_weighted_terms(base, prepared, mixed):
@@ -101,7 +101,9 @@ def test_a_distribution_over_texts_cut_short_is_not_distilled(base, prepared, mi
         assert_close(with_it, without, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("arm", ["clip_td", "naive_global", "clip_td_selection", "repair_only", "truth_only"])
+@pytest.mark.parametrize(
+    "arm", ["clip_td", "naive_global", "clip_td_selection", "repair_only", "truth_only", "extra_only"]
+)
 def test_what_a_cut_text_would_falsify_is_left_out_of_every_term(base, prepared, mixed, arm):
     """Marking one example as cut is the same as giving it no part in any term of the teacher."""
     config = settings_of(base, arm=arm, repair_choice="disagreement", repair_weight=1.0, truth_weight=1.0)
@@ -113,7 +115,7 @@ def test_what_a_cut_text_would_falsify_is_left_out_of_every_term(base, prepared,
     module = module_of(prepared, config).eval()
     batch = module.with_targets(collate([data[i] for i in range(4)], prepared.encoder))
     batch["teacher_knows"][0] = 0
-    names = [name for name in ("choice", "distill", "repair", "truth") if name in module(batch)]
+    names = [name for name in ("choice", "distill", "repair", "truth", "extra") if name in module(batch)]
     assert names
     if module.repairing is not None and module.repairing.psi is not None:
         torch.nn.init.normal_(module.repairing.psi.weight)

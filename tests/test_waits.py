@@ -79,7 +79,8 @@ def test_looks_are_counted(look):
 @pytest.mark.parametrize(
     ("arm", "pool"),
     [("finetune", "subset"), ("naive_global", "subset"), ("clip_td", "subset"),
-     ("clip_td_repaired", "subset"), ("truth_only", "subset"), ("clip_td", "train")],
+     ("clip_td_repaired", "subset"), ("truth_only", "subset"), ("clip_td", "train"),
+     ("clip_td_extra", "subset")],
 )  # fmt: skip
 def test_an_update_looks_at_the_device_once(
     world, student_folder, teacher_folder, own_cache, tmp_path, monkeypatch, arm, pool

@@ -26,7 +26,8 @@ One token's weight, from top to bottom (``student`` and ``teacher`` are tokens o
 
 Steps 1 to 5 depend on the example and the frozen teacher alone; relevance variants that compare the student
 with its targets are recomputed as it learns (``score_by_student``). Steps 6 to 9 depend on the student too.
-Beyond the paper, ``pairing`` teaches from pairs of text and picture that the data do not hold.
+Beyond the paper, ``pairing`` teaches from pairs of text and picture that the data do not hold, and ``terms``
+has further terms of the loss.
 
 Every function takes one example (choices, tokens, ...) or a batch of them (batch, choices, tokens, ...).
 Training calls steps 1 to 5 in ``training.targets``, for text and pictures separately, which is faster and

@@ -89,6 +89,9 @@ TABLES: dict[str, tuple[Table, ...]] = {
             "(..., tokens)",
         ),
     ),
+    "extra_term": (
+        Table("terms", "EXTRA_TERMS", ("inputs: TermInputs, the batch's tensors",), "(batch)"),
+    ),
     "distill_schedule": (_SCHEDULE,),
     "repair_schedule": (_SCHEDULE,),
     "repair_instance_weight": (_INSTANCE,),

@@ -144,7 +144,7 @@ class ClipFusionForMultipleChoice(PreTrainedModel):
         if output_hidden_states:
             raise StudentError(
                 "a CLIP with a fusion head gives no hidden states: there is nothing to distil CLIP into; set "
-                "distill_weight=0"
+                "distill_weight=0, truth_weight=0 and extra_weight=0"
             )
         image = image_tower(self.clip.visual, self.config.model_type).run(pixel_values)[0]
         return StudentOutput(logits=self.score(F.normalize(image, dim=-1), self.encode_texts(input_ids)))

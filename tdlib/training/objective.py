@@ -25,8 +25,10 @@ from tdlib.method.clip_td import (
     weigh_examples,
 )
 from tdlib.method.losses import choice_distribution_loss, targeted_distillation_loss
+from tdlib.method.registry import check_result
 from tdlib.method.relevance import STUDENT_RELEVANCE
 from tdlib.method.selection import SelectionOptions
+from tdlib.method.terms import EXTRA_TERMS, TermInputs
 from tdlib.method.tokens import Tokens
 from tdlib.method.weighting import SCHEDULES
 from tdlib.students.base import StudentOutput, student_inputs
@@ -35,7 +37,8 @@ from tdlib.training.data import UNLABELLED
 from tdlib.training.repairing import Repaired, Repairing
 from tdlib.training.targets import make_targets
 
-TERMS = ("task", "choice", "distill", "repair", "truth", "features")  # in the order of logs and cards
+# In the order of logs and cards.
+TERMS = ("task", "choice", "distill", "repair", "truth", "features", "extra")
 # Windows of batches of the regression that ``phi`` starts from: more tokens than the student is wide.
 PHI_BATCHES = 8
 PHI_RIDGE = 1e-2  # its penalty, as a share of the mean square of the features
@@ -60,6 +63,7 @@ def term_weights(config: RunConfig, progress: float | None = None) -> dict[str, 
         "features": distill if config.distils_unlabelled else 0.0,
         "repair": repair,
         "truth": config.truth_weight,
+        "extra": config.extra_weight,
     }
 
 
@@ -67,8 +71,8 @@ def term_weights(config: RunConfig, progress: float | None = None) -> dict[str, 
 class Chosen:
     """The tokens of a batch that are distilled: a mask, weights and scores, all (batch, choices, tokens).
 
-    ``places`` are where the loss reads, ``vectors`` the targets there; None where only the term "truth" reads
-    tokens.
+    ``places`` are where the loss reads, ``vectors`` the targets there; None where only the terms "truth" and
+    "extra" read tokens.
     """
 
     selected: Tensor
@@ -97,30 +101,32 @@ class TargetedDistillation(nn.Module):
         self.repairing: Repairing | None = None
         self.progress = 0.0
         width = student.config.hidden_size
-        if config.distill_weight > 0 and teacher_dim is not None:
-            layers = student.config.num_hidden_layers + 1
-            if not -layers <= config.distill_layer < layers:
-                raise ConfigError(
-                    f"distill_layer={config.distill_layer}: the student has hidden states {-layers} to "
-                    f"{layers - 1}"
-                )
+        target_dim = teacher_dim if config.distill_weight > 0 else None
+        layers = student.config.num_hidden_layers + 1
+        if (target_dim is not None or self.chooses_alone) and not -layers <= config.distill_layer < layers:
+            raise ConfigError(
+                f"distill_layer={config.distill_layer}: the student has hidden states {-layers} to "
+                f"{layers - 1}"
+            )
+        if target_dim is not None:
             with torch.random.fork_rng():  # the baseline's random numbers stay what they are
                 torch.manual_seed(config.seed)
                 self.phi = nn.ModuleDict(
-                    {name: nn.Linear(width, teacher_dim) for name in self._mapped(config)}
+                    {name: nn.Linear(width, target_dim) for name in self._mapped(config)}
                 )
+        if self.chooses_alone and not self.maps_tokens and config.relevance in STUDENT_RELEVANCE:
+            raise ConfigError(
+                f"relevance={config.relevance!r} compares the student's tokens with their targets, which "
+                f"distill_weight={config.distill_weight:g}, distill_target={config.distill_target!r} "
+                "leave out; set another relevance, or let tokens be distilled"
+            )
         if config.asks_judge:
-            if config.truth_weight > 0 and not self.maps_tokens and config.relevance in STUDENT_RELEVANCE:
-                raise ConfigError(
-                    f"relevance={config.relevance!r} compares the student's tokens with their targets, which "
-                    f"distill_weight={config.distill_weight:g}, distill_target={config.distill_target!r} "
-                    "leave out; set another relevance, or let tokens be distilled"
-                )
             self.repairing = Repairing(config, width)
         learned = config.distill_schedule == "learned" and (self.phi is not None or config.choice_weight > 0)
         if learned or (config.repair_schedule == "learned" and config.repair_weight > 0):
             names = ["task", "choice", "distill", *(self.repairing.terms if self.repairing else ())]
             names += ["features"] if config.distils_unlabelled else []
+            names += ["extra"] if config.extra_weight > 0 else []
             self.log_variance = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
         self.options = SelectionOptions(config.mass, config.count, config.fraction, config.deviations)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -136,6 +142,11 @@ class TargetedDistillation(nn.Module):
     def maps_tokens(self) -> bool:
         """True if there are maps of tokens: not where nothing, or global embeddings alone, are distilled."""
         return self.phi is not None and self.settings.distill_target != "global"
+
+    @property
+    def chooses_alone(self) -> bool:
+        """True if a term reads the chosen tokens whether or not there are maps of them."""
+        return self.settings.truth_weight > 0 or self.settings.extra_weight > 0
 
     @property
     def token_maps(self) -> Mapping[str, nn.Module]:
@@ -183,6 +194,8 @@ class TargetedDistillation(nn.Module):
                 terms |= self._distill(output, batch, chosen, examples)
             if self.repairing is not None:
                 terms |= self._repair(output, repaired, batch, chosen, examples)
+            if config.extra_weight > 0:
+                terms["extra"] = self._extra(output, batch, chosen) / examples
             return {"loss": self._total(terms, examples, len(batch["labels"])), "logits": logits, **terms}
 
     def with_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -191,7 +204,7 @@ class TargetedDistillation(nn.Module):
 
     @property
     def needs_hidden_states(self) -> bool:
-        return self.phi is not None or self.settings.truth_weight > 0
+        return self.phi is not None or self.chooses_alone
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """The arguments with which the student is called."""
@@ -224,7 +237,7 @@ class TargetedDistillation(nn.Module):
         """Chooses tokens once for all terms that read them; None where no term does."""
         config = self.settings
         of_tokens = self.maps_tokens
-        if not of_tokens and config.truth_weight == 0:
+        if not of_tokens and not self.chooses_alone:
             return None
         hidden = None
         if output.hidden_states is not None:
@@ -255,6 +268,26 @@ class TargetedDistillation(nn.Module):
             truth = self.repairing.truth_loss(output, repaired, batch, chosen.selected, chosen.weights)
             terms["truth"] = truth * share
         return terms
+
+    def _extra(self, output: StudentOutput, batch: dict[str, Tensor], chosen: Chosen | None) -> Tensor:
+        """The term "extra", summed over the batch: what ``extra_term`` makes of each example."""
+        assert chosen is not None and output.hidden_states is not None and output.logits is not None
+        name, logits = self.settings.extra_term, output.logits
+        per_example = EXTRA_TERMS[name](
+            TermInputs(
+                logits=logits, hidden=output.hidden_states[self.settings.distill_layer].float(),
+                hidden_states=tuple(output.hidden_states),
+                tokens=Tokens(batch["target_spans"], batch["target_boxes"]), labels=batch["labels"],
+                teacher_logits=batch["teacher_logits"], teacher_knows=batch["teacher_knows"],
+                targets=batch["vectors"], valid=batch["valid"], scores=chosen.scores,
+                selected=chosen.selected, weights=chosen.weights,
+                instance_weights=self.instance_weights(batch, logits),
+            )
+        )  # fmt: skip
+        check_result(f"extra_term {name!r}", per_example, batch["labels"].shape)
+        if torch.is_grad_enabled() and not per_example.requires_grad:
+            raise ValueError(f"extra_term {name!r} does not depend on the student: it would teach nothing")
+        return per_example.sum()
 
     def _features(self, batch: dict[str, Tensor], examples: int) -> dict[str, Tensor]:
         """The term "features": step 9 on the unlabelled examples that travel with a batch, if any.
