@@ -208,3 +208,17 @@ def test_an_instance_weight_is_one_number_per_example(monkeypatch, function):
     teacher, student, labels = random_probabilities(0, 4)
     with pytest.raises(ValueError, match=r"instance weight 'mine' returned .*expected .*\(4,\)"):
         weigh_examples(teacher, student, labels, "mine")
+
+
+@pytest.mark.parametrize("name", INSTANCE_WEIGHTS)
+def test_an_unknown_answer_has_no_weight_where_the_weight_reads_the_answer(name):
+    """And the same weight as any other where it does not: naive distillation needs no answer."""
+    teacher, student, _ = random_probabilities(0, 4)
+    per_answer = torch.stack(
+        [weigh_examples(teacher, student, torch.full((4,), k), name) for k in range(teacher.shape[-1])]
+    )
+    unknown = weigh_examples(teacher, student, torch.full((4,), -1), name)
+    if (per_answer == per_answer[0]).all():
+        assert torch.equal(unknown, per_answer[0])
+    else:
+        assert not unknown.any()

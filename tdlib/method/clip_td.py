@@ -48,7 +48,7 @@ from tdlib.method.registry import check_result, is_users
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.method.selection import DEFAULTS, SelectionOptions, Selector, select, token_scores
 from tdlib.method.tokens import TeacherTokens, Tokens
-from tdlib.method.weighting import INSTANCE_WEIGHTS, TOKEN_WEIGHTS
+from tdlib.method.weighting import INSTANCE_WEIGHTS, LABEL_FREE, TOKEN_WEIGHTS
 
 PerToken = Float[Tensor, "*#batch tokens"]
 Mask = Bool[Tensor, "*#batch tokens"]
@@ -185,12 +185,13 @@ def weigh_examples(
 ) -> Float[Tensor, " batch"]:
     """Step 8, from the probabilities of teacher and student; carries no gradient.
 
-    0 for an example whose right answer is not in the label set (-1): there is no p_T.
+    0 for an example whose right answer is not in the label set (-1): there is no p_T. Weights that read no
+    label (``LABEL_FREE``) count there too.
     """
     teacher, student = teacher_logits.softmax(-1), student_logits.detach().softmax(-1)
     weights = INSTANCE_WEIGHTS[instance_weight](teacher, student, labels.clamp_min(0))
     check_result(f"instance weight {instance_weight!r}", weights, labels.shape)
-    return weights * (labels >= 0)
+    return weights if instance_weight in LABEL_FREE else weights * (labels >= 0)
 
 
 def distillation_loss(

@@ -148,6 +148,8 @@ INSTANCE_WEIGHTS = {
     "disagreement": disagreement_weight,
     "uniform": uniform_weight,
 }
+# Those that read no label, and so also weigh examples whose right answer is not known.
+LABEL_FREE = ("certainty", "disagreement", "uniform")
 
 # Functions from the share of updates done, in [0, 1), to the factor of a term's weight, in [0, 1].
 # "learned": the factor is constant, but each term is divided by its learned uncertainty, see

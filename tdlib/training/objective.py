@@ -392,8 +392,8 @@ class TargetedDistillation(nn.Module):
     def instance_weights(self, batch: dict[str, Tensor], logits: Tensor, name: str = "") -> Tensor:
         """Step 8: the weight c of each example, (batch,); carries no gradient.
 
-        0 for an example whose right answer is not in the label set, or one of whose texts CLIP had to cut:
-        there is no p_T. ``name`` is a key of ``INSTANCE_WEIGHTS``; "" takes the run's.
+        0 for an example whose right answer is not in the label set (if the weight reads it), or one of whose
+        texts CLIP had to cut: there is no p_T. ``name`` is a key of ``INSTANCE_WEIGHTS``; "" takes the run's.
         """
         name = name or self.settings.instance_weight
         weights = weigh_examples(batch["teacher_logits"], logits, batch["labels"], name)
