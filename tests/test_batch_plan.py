@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tdlib.config import apply_arm
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.runs import states as run_states
-from tdlib.runs.batch import Batch
+from tdlib.runs.batch import Batch, find_batch
 from tdlib.runs.checks import RunConfig, differences
 from tdlib.runs.engines import Resources
 from tdlib.runs.plan import expand, plan_batch, read_batch
@@ -330,6 +330,38 @@ def test_a_file_that_is_none(tmp_path, source, expected):
         Batch(file)
 
 
+def test_a_run_of_one_seed_can_be_excluded_and_what_excludes_nothing_is_told(tmp_path):
+    both = {"grid": {"a": [1, 2]}, "seeds": 2}
+    plan = make_batch(tmp_path, **both, exclude=[{"a": 1, "seed": 1}]).plan
+    assert [(run.overrides["seed"], run.overrides["a"]) for run in plan.runs] == [(0, 1), (0, 2), (1, 2)]
+    plan = make_batch(tmp_path, **both, include=[{"a": 5}], exclude=[{"a": 5}]).plan
+    assert plan.problems and plan.problems[0].startswith("exclude[0]={'a': 5}: no run of grid"), "not include"
+
+
+def test_a_batch_is_found_by_its_path_without_its_ending(tmp_path, monkeypatch):
+    file = make_batch(tmp_path).file
+    assert find_batch(tmp_path / "small") == find_batch(str(file)) == file
+    monkeypatch.chdir(tmp_path)
+    assert find_batch("./small") == file
+    assert find_batch("low_shot") == ROOT / "notebooks" / "batches" / "low_shot.yaml"
+    with pytest.raises(ConfigError, match="low_shot.yaml: no such batch"):
+        Batch(tmp_path / "low_shot")  # not the project's of that name
+
+
+def test_a_part_of_a_batch_that_is_not_there_is_told_what_is(tmp_path):
+    batch = make_batch(tmp_path, grid={"a": [1, 2]})
+    with pytest.raises(ConfigError, match=r"a is 1, 2; there is no sed; did you mean 'seed'"):
+        batch.like({"a": 3, "sed": 0})
+    write_template(tmp_path, "print(b)\n" + RESULT, PARAMETERS + "b: list = []\n")
+    batch = make_batch(tmp_path, grid={"b": [[1], [2, 3]]})
+    assert [run.parameters["b"] for run in batch.like({"b": [2, 3]})] == [[2, 3]]
+
+
+def test_resources_for_once_hide_no_mistake_in_the_file(tmp_path):
+    file = make_batch(tmp_path, resources=4).file
+    assert any("resources=4: expected" in problem for problem in Batch(file, resources={"gpus": 1}).problems)
+
+
 values = st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True)
 entry = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 3), min_size=1, max_size=2)
 
@@ -364,6 +396,9 @@ def test_expansion(grid, rows, zipped, exclude, include, seeds, base):
             assert all(run[name] in axis for name, axis in grid.items())
             assert not zipped or run["c"] == run["d"]
             assert not any(all(run.get(n, ...) == v for n, v in given.items()) for given in exclude)
+    without, _ = expand(parts | {"parameters": base, "exclude": [{"seed": 1}]})
+    unseeded = [{n: v for n, v in run.items() if n != "seed"} for run in without if run.get("seed") == 1]
+    assert all(run in included for run in unseeded), "a seed can be excluded"
     assert all(any(given.items() <= run.items() for run in runs) for given in included)
     if seeds and runs:
         order = [run["seed"] for run in runs]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tdlib.core.files import write_json
-from tdlib.core.paths import ROOT, ConfigError
+from tdlib.core.paths import ROOT, ConfigError, did_you_mean
 from tdlib.runs import states as run_states
 from tdlib.runs.engines import ENGINES, Engine
 from tdlib.runs.plan import Plan, PlannedRun, estimate, matches, plan_batch, read_batch
@@ -50,8 +50,9 @@ class Batch:
         else:
             self.file = find_batch(source)
             description, home = read_batch(self.file), self.file.parent
-        if resources:
-            description["resources"] = {**(description.get("resources") or {}), **resources}
+        given = description.get("resources") or {}
+        if resources and isinstance(given, Mapping):
+            description["resources"] = {**given, **resources}
         stem = self.file.stem if self.file else "batch"
         self.reports = Path(reports) if reports else ROOT / "reports" / "batches"
         self.plan: Plan = plan_batch(description, name or stem, home, self.reports)
@@ -138,7 +139,14 @@ class Batch:
         self.check()
         chosen = [run for run in self.plan.runs if matches(run.parameters, where)]
         if where and not chosen:
-            raise ConfigError(f"{dict(where)}: no run of {self.plan.name} is like that")
+            known = dict.fromkeys(name for run in self.plan.runs for name in run.parameters)
+            there = [
+                f"{name} is {', '.join(dict.fromkeys(repr(run.parameters[name]) for run in self.plan.runs))}"
+                if name in known
+                else f"there is no {name}{did_you_mean(name, known)}"
+                for name in where
+            ]
+            raise ConfigError(f"{dict(where)}: no run of {self.plan.name} is like that: {'; '.join(there)}")
         return chosen
 
     def retry(
@@ -247,11 +255,12 @@ def _live_table(batch: Batch) -> Callable[[], None]:
 
 
 def find_batch(name: Path | str) -> Path:
-    """Finds a batch file by its path, or by its name in notebooks/batches/."""
+    """Finds a batch file by its path, with or without .yaml, or by its name in notebooks/batches/."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path.resolve()
-    return ROOT / "notebooks" / "batches" / f"{path.name}.yaml"
+    home = ROOT / "notebooks" / "batches" if path.name == str(name) else path.resolve().parent
+    return home / f"{path.name}.yaml"
 
 
 def make_worlds(plan: Plan) -> None:

@@ -299,10 +299,10 @@ def plan_batch(
     if problems:
         parts = _usable(parts, {(parameter, repr(value)) for _, parameter, value, _ in wrong})
     else:
-        every, _ = expand(parts | {"exclude": []})
+        crossed = _crossed(parts)
         for number, entry in enumerate(whole.exclude):
-            if not any(matches(row, entry) for row in every):
-                problems.append(f"exclude[{number}]={entry!r}: no run is like that")
+            if not any(matches(row, entry) for row in crossed):
+                problems.append(f"exclude[{number}]={entry!r}: no run of grid, zip and seeds is like that")
     rows, plan.repeated = expand(parts)
     if not rows:
         problems.append("no runs are left: exclude takes away all")
@@ -368,29 +368,41 @@ def _usable(parts: Mapping[str, Any], wrong: set[tuple[str, str]]) -> dict[str, 
 def expand(parts: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
     """Expands the parts into what each run sets, in order; also counts runs that are described twice.
 
-    Every combination of ``grid`` and of the rows of ``zip``, less those that match an entry of
-    ``exclude`` (all its values; a list means any of them), and the entries of ``include``; all on top
-    of ``parameters``. With ``include`` alone there is no other run. Each comes with every seed, one
-    seed after the other, so that a batch cut short has compared something.
+    Every combination of ``grid`` and of the rows of ``zip`` with every seed, less those that match an
+    entry of ``exclude`` (all its values; a list means any of them), and the entries of ``include`` with
+    every seed; all on top of ``parameters``. With ``include`` alone there is no other run. One seed comes
+    after the other, so that a batch cut short has compared something.
     """
-    axes = [[{name: value} for value in values] for name, values in parts.get("grid", {}).items()]
-    if parts.get("zip"):
-        names = list(parts["zip"])
-        axes.append([dict(zip(names, row, strict=True)) for row in zip(*parts["zip"].values(), strict=True)])
-    base = dict(parts.get("parameters", {}))
-    rows: list[dict[str, Any]] = []
-    if axes or not parts.get("include"):
-        for combination in itertools.product(*axes):
-            row = base | {name: value for part in combination for name, value in part.items()}
-            if not any(matches(row, entry) for entry in parts.get("exclude", [])):
-                rows.append(row)
-    rows += [base | entry for entry in parts.get("include", [])]
-    if parts.get("seeds"):
-        rows = [{"seed": seed} | row for seed in parts["seeds"] for row in rows]
+    crossed, included = _crossed(parts), [parts.get("parameters", {}) | row for row in parts.get("include", [])]
+    kept = [row for row in crossed if not any(matches(row, entry) for entry in parts.get("exclude", []))]
+    rows = kept + _with_seeds(included, parts)
+    if seeds := list(parts.get("seeds") or []):
+        rows.sort(key=lambda row: seeds.index(row["seed"]) if row["seed"] in seeds else len(seeds))
     distinct: dict[str, dict[str, Any]] = {}
     for row in rows:
         distinct.setdefault(canonical_json(row), row)
     return list(distinct.values()), len(rows) - len(distinct)
+
+
+def _crossed(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Expands ``grid``, ``zip`` and seeds on top of ``parameters``: all that ``exclude`` can leave out."""
+    axes = [[{name: value} for value in values] for name, values in parts.get("grid", {}).items()]
+    if parts.get("zip"):
+        names = list(parts["zip"])
+        axes.append([dict(zip(names, row, strict=True)) for row in zip(*parts["zip"].values(), strict=True)])
+    if not axes and parts.get("include"):
+        return []
+    rows = []
+    for combination in itertools.product(*axes):
+        rows.append(dict(parts.get("parameters", {})))
+        for part in combination:
+            rows[-1] |= part
+    return _with_seeds(rows, parts)
+
+
+def _with_seeds(rows: list[dict[str, Any]], parts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    seeds = parts.get("seeds")
+    return [{"seed": seed} | row for seed in seeds for row in rows] if seeds else rows
 
 
 def _tuned_file(given: str, folder: Path, reports: Path) -> Path:
@@ -439,10 +451,9 @@ def _with_tuned(
 def matches(row: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     """True if parameters have all of an entry's values; a list means any of them."""
     return all(
-        row[name] in value if isinstance(value, list) else row[name] == value
+        name in row and (row[name] == value or (isinstance(value, list) and row[name] in value))
         for name, value in entry.items()
-        if name in row
-    ) and all(name in row for name in entry)
+    )
 
 
 def _run_problems(rows: list[dict[str, Any]], template: Template, plan: Plan) -> list[str]:
