@@ -344,7 +344,7 @@ def test_a_batch_is_found_by_its_path_without_its_ending(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_batch("./small") == file
     assert find_batch("low_shot") == ROOT / "notebooks" / "batches" / "low_shot.yaml"
-    with pytest.raises(ConfigError, match="low_shot.yaml: no such batch"):
+    with pytest.raises(ConfigError, match=r"low_shot\.yaml: no such batch"):
         Batch(tmp_path / "low_shot")  # not the project's of that name
 
 

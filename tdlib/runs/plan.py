@@ -373,8 +373,9 @@ def expand(parts: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
     every seed; all on top of ``parameters``. With ``include`` alone there is no other run. One seed comes
     after the other, so that a batch cut short has compared something.
     """
-    crossed, included = _crossed(parts), [parts.get("parameters", {}) | row for row in parts.get("include", [])]
-    kept = [row for row in crossed if not any(matches(row, entry) for entry in parts.get("exclude", []))]
+    included = [parts.get("parameters", {}) | row for row in parts.get("include", [])]
+    excluded = parts.get("exclude", [])
+    kept = [row for row in _crossed(parts) if not any(matches(row, entry) for entry in excluded)]
     rows = kept + _with_seeds(included, parts)
     if seeds := list(parts.get("seeds") or []):
         rows.sort(key=lambda row: seeds.index(row["seed"]) if row["seed"] in seeds else len(seeds))
