@@ -13,8 +13,8 @@ from tdlib.data.examples import Example, Examples, TextPart
 from tdlib.teacher import probe
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.probe import (
+    AnswerStatements,
     ClassProbe,
-    answer_statements,
     fit_logistic,
     probe_features,
     soft_target,
@@ -41,7 +41,7 @@ def problem(tmp_path_factory, teacher) -> tuple[TeacherCache, list[Example]]:
             Example(f"q{i}", folder / f"{i}.png", (), (), TextPart(TEXTS[i % 4]), (), i % 3, "all")
         )
     cache = TeacherCache(folder / "cache", teacher)
-    texts = {text for e in examples for text in (e.prompt.text, *answer_statements(e, COLOURS))}
+    texts = {text for e in examples for text in (e.prompt.text, *AnswerStatements(COLOURS)(e))}
     cache.add(texts, [example.image for example in examples])
     return cache, examples
 
@@ -213,19 +213,20 @@ def test_soft_targets(label, soft_label, expected):
 
 def test_statements_follow_the_order_of_the_labels():
     example = Example("a", Path("a"), (), (), TextPart(" A dog runs. "), (), 0, "all")
-    assert answer_statements(example, ("contradiction", "entailment", "neutral")) == [
+    verdicts = "entailment", "contradiction"
+    assert AnswerStatements(("contradiction", "entailment", "neutral"), verdicts)(example) == [
         "It is not true that a dog runs.", "A dog runs.", "Perhaps a dog runs.",
     ]  # fmt: skip
-    assert answer_statements(example, ("neutral", "contradiction", "entailment"))[2] == "A dog runs."
-    assert answer_statements(example, ("yes", "2")) == ["A dog runs. yes", "A dog runs. 2"]
+    assert AnswerStatements(("neutral", *verdicts[::-1]), verdicts)(example)[2] == "A dog runs."
+    assert AnswerStatements(("yes", "2"))(example) == ["A dog runs. yes", "A dog runs. 2"]
 
 
 def test_statement_logits_are_scaled_cosines(problem):
     cache, examples = problem
     example = examples[0]
-    logits = statement_logits(cache, COLOURS, example)
+    logits = statement_logits(cache, AnswerStatements(COLOURS), example)
     picture = F.normalize(cache.picture(example.image).pooled.float(), dim=-1)
-    for logit, text in zip(logits, answer_statements(example, COLOURS), strict=True):
+    for logit, text in zip(logits, AnswerStatements(COLOURS)(example), strict=True):
         cosine = picture @ F.normalize(cache.text(text).pooled.float(), dim=-1)
         assert logit.item() == pytest.approx(cache.teacher.logit_scale * cosine.item(), rel=1e-2)
 
@@ -237,7 +238,7 @@ def test_more_answer_statements_than_a_teacher_can_read_are_refused(monkeypatch)
     with pytest.raises(ConfigError, match="11 examples with 3 answers"):
         probe.check_statements(11, 3)
     with pytest.raises(ConfigError, match="statements"):  # before any example is read
-        add_to_cache(None, range(11), ("yes", "no", "2"))
+        add_to_cache(None, range(11), AnswerStatements(("yes", "no", "2")))
 
 
 def test_judged_answers_are_stored_without_tokens(problem):

@@ -16,6 +16,7 @@ from tdlib.config import RunConfig, apply_arm
 from tdlib.core.paths import ConfigError
 from tdlib.core.records import END, read_records
 from tdlib.data.examples import low_shot
+from tdlib.data.tasks import task_of
 from tdlib.method.alignment import aligned_targets, image_conditioned_targets
 from tdlib.method.pairing import PICTURE_CHOICES, judge_choices, judge_truth, other_pictures
 from tdlib.method.tokens import Tokens
@@ -160,7 +161,7 @@ def settings_of(base: RunConfig, **changes) -> RunConfig:
 def parts(prepared, config, size: int = 6):
     """A module and a batch of the training subset."""
     cache, subset = prepared.cache, low_shot(prepared.train, 0, 0)[:size]
-    judge = StatementJudge(cache, prepared.train, prepared.labels)
+    judge = StatementJudge(cache, prepared.train, prepared.labels, task_of(config).verdicts)
     logits = class_logits(config, prepared, low_shot(prepared.train, config.shots, config.seed))
     feature_reader = TeacherFeatureReader(cache, prepared.idf, config, logits, judge=judge)
     feature_reader.prepare(subset)

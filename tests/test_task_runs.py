@@ -19,13 +19,12 @@ from tdlib.data.tasks import TASKS, submission_split
 from tdlib.students.registry import load_student
 from tdlib.students.vilt import ViltEncoder, ViltForClassification
 from tdlib.teacher.cache import CacheError
-from tdlib.teacher.probe import answer_statements
 from tdlib.training import prepare as experiments
 from tdlib.training.data import EncodedExamples
 from tdlib.training.evaluation import predict
 from tdlib.training.masked_sets import write_masked
 from tdlib.training.pipeline import TeacherFeatureReader
-from tdlib.training.prepare import prepare
+from tdlib.training.prepare import prepare, worded_answers
 from tdlib.training.reference import reference_scores
 from tdlib.training.run import train_run
 from tdlib.views.gallery import gallery, text_html
@@ -89,7 +88,7 @@ def test_the_teacher_may_speak_by_answer_statements(settings, task, tmp_path):
     prepared = prepare(config, [0])
     assert "probe_accuracy" not in train_run(config, prepared, tmp_path / "run")
     cache, example = prepared.cache, low_shot(prepared.train, config.shots, config.seed)[0]
-    own, asked = {s.text for s in example.statements()}, answer_statements(example, prepared.labels)
+    own, asked = {s.text for s in example.statements()}, worded_answers(config, prepared.labels)(example)
     for text in {*asked} - own:  # hundreds a question, of which nobody reads the tokens
         assert cache.pooled(text).isfinite().all()
         with pytest.raises(CacheError):

@@ -26,6 +26,7 @@ from tdlib.data.reading import Reader
 from tdlib.data.vcr_shifts import MASKINGS, RULES, write_shifted
 from tdlib.data.vcr_shifts import SHIFTS as VCR_SHIFTS
 from tdlib.data.vqa_metric import Vocabulary
+from tdlib.method.registry import is_users, source_of
 
 MINIWORLDS = ROOT / "data" / "miniworld"  # a folder per seed, in it one per data set
 SHIFTED_FILES = ROOT / "data" / "shifts"  # sets that are generated from a user's own files
@@ -94,6 +95,15 @@ class Task:
     def has_parts(self) -> bool:
         """True if a question is several examples, which are scored together."""
         return False
+
+    @property
+    def verdicts(self) -> tuple[str, str] | None:
+        """The labels for a text that is true of its picture, and for one that is false.
+
+        None where examples have choices, or where labels answer a question: CLIP then reads the text with each
+        of them, see ``judging.StatementJudge`` and ``probe.AnswerStatements``.
+        """
+        return None
 
     @property
     def submitted(self) -> str:
@@ -203,6 +213,10 @@ class EntailmentTask(Task):
     def reader(self, config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
         return snli_ve.SnliVeReader(data_folder(config), split, self.explained)
 
+    @property
+    def verdicts(self) -> tuple[str, str]:
+        return "entailment", "contradiction"
+
     def labels(self, config: RunConfig) -> tuple[str, ...]:
         return snli_ve.LABELS
 
@@ -296,6 +310,18 @@ TASKS: dict[str, Task] = {
         files=re.compile(r"vqacp_v2_(train|test)_questions\.json"), changing_priors=True,
     ),
 }  # fmt: skip
+
+_PUBLISHED = dict(TASKS)
+
+
+def user_task(config: RunConfig) -> dict[str, str]:
+    """Name and source of a run's task if it is not one of the project's, with its reader; else empty."""
+    task = task_of(config)
+    if task == _PUBLISHED.get(config.task):
+        return {}
+    kinds = type(task), type(task.reader(config, splits_of(config)[0]))
+    sources = [source_of(kind) for kind in kinds if is_users(kind)]
+    return {"name": config.task, "source": "\n\n".join([repr(task), *sources])}
 
 
 def task_of(config: RunConfig) -> Task:

@@ -194,17 +194,22 @@ def is_users(function: Function) -> bool:
 
 
 def user_functions(config: Any) -> dict[str, dict[str, str]]:
-    """The functions of a run that are not the project's: name and source text by parameter.
-
-    The source is "" where Python cannot find it (a function typed at a bare prompt).
-    """
+    """The functions of a run that are not the project's: name and source (``source_of``) by parameter."""
     added = {}
     for parameter, table in tables().items():
         name = getattr(config, parameter)
         if is_users(table[name]):
-            try:
-                source = textwrap.dedent(inspect.getsource(inspect.unwrap(table[name])))
-            except (OSError, TypeError):
-                source = ""
-            added[parameter] = {"name": name, "source": source}
+            added[parameter] = {"name": name, "source": source_of(table[name])}
     return added
+
+
+def source_of(part: Any) -> str:
+    """The source of a function or class; "" where Python cannot find it, as of one typed at a bare prompt.
+
+    Of a class that a notebook defines, Python finds the methods alone.
+    """
+    try:
+        return textwrap.dedent(inspect.getsource(inspect.unwrap(part)))
+    except (OSError, TypeError):
+        methods = vars(part).values() if isinstance(part, type) else ()
+        return "\n".join(source_of(method) for method in methods if inspect.isfunction(method))

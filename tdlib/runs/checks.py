@@ -182,8 +182,11 @@ def _open_clip_names() -> list[str]:
 
 
 def _unknown_function(name: str, value: Any) -> bool:
-    known = list(ARMS) if name == "arm" else registry.names(name) if name in registry.TABLES else None
-    return known is not None and isinstance(value, str) and value not in known
+    if name == "task":
+        known = registry.table_keys("tdlib.data.tasks", "TASKS")
+    else:
+        known = list(ARMS) if name == "arm" else registry.names(name) if name in registry.TABLES else [value]
+    return isinstance(value, str) and value not in known
 
 
 def _config_problems(template: Template, values: Mapping[str, Any]) -> list[str]:
@@ -206,12 +209,15 @@ def _config_problems(template: Template, values: Mapping[str, Any]) -> list[str]
 def _setting_problems(template: Template, settings: dict[str, Any], values: Mapping[str, Any]) -> list[str]:
     from tdlib.data.tasks import splits_of, submission_split
 
-    for name in [name for name, value in settings.items() if _unknown_function(name, value)]:
+    unknown = [name for name, value in settings.items() if _unknown_function(name, value)]
+    for name in unknown:
         if template.registers(name, settings[name]) is not False:
             own = settings.pop(name)
             settings |= arm_settings(template.registered_arm(own) or {}, settings) if name == "arm" else {}
     try:
         config = apply_arm(RunConfig.from_parameters(**settings))
+        if "task" in unknown:  # only the kernel knows its splits
+            return []
         train, evaluated = splits_of(config)
         asked = [train, *evaluated, submission_split(config.task) if values.get("submission") else ""]
         return _split_problems(config, [split for split in asked if split])

@@ -123,9 +123,8 @@ class Template:
 
     def registers(self, parameter: str, name: str) -> bool | None:
         """True if a cell registers what the parameter names; None if only running the cells can tell."""
-        tables = (
-            ["ARMS"] if parameter == "arm" else [table.name for table in registry.TABLES.get(parameter, ())]
-        )
+        functions = [table.name for table in registry.TABLES.get(parameter, ())]
+        tables = {"arm": ["ARMS"], "task": ["TASKS"]}.get(parameter, functions)
         if any(name in self.registered.get(table, ()) for table in tables):
             return True
         changed = rf"\b(?:{'|'.join(tables)})\b(?:\.(?:update|setdefault)|\[[^\]'\"]+\]\s*=[^=]|\s*\|=)"

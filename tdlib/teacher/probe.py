@@ -132,29 +132,35 @@ class ClassProbe:
         return (self._standard(self._raw([example])) @ self.weight + self.bias)[0]
 
 
-def statement_logits(cache: TeacherCache, labels: Sequence[str], example: Example) -> Tensor:
-    """Computes zero-shot logits over the label set: scaled cosines of the picture with answer statements.
-
-    The statements must be in the cache, see ``answer_statements``.
-    """
-    texts = [cache.pooled(text) for text in compared_texts(example, labels)]
-    picture = cache.picture(example.image).pooled.float()
-    return choice_logits(picture, torch.stack(texts), cache.teacher.logit_scale)
-
-
-def answer_statements(example: Example, labels: Sequence[str]) -> list[str]:
+@dataclass(frozen=True)
+class AnswerStatements:
     """Words a statement for each label that fits the picture if the label is right (our wording).
 
-    Entailment classes become the hypothesis, its negation and its doubt; answers follow the question.
+    Answers follow the question. Where labels say whether a text is true of its picture, ``verdicts`` are
+    those for true and for false: they become the text and its negation, any other label its doubt.
     """
-    text = example.prompt.text.strip()
-    if set(labels) == {"contradiction", "entailment", "neutral"}:
+
+    labels: tuple[str, ...]
+    verdicts: tuple[str, str] | None = None
+
+    def __call__(self, example: Example) -> list[str]:
+        """The statement of each label, in order."""
+        text = example.prompt.text.strip()
+        if self.verdicts is None:
+            return [f"{text} {label}" for label in self.labels]
         said = text[:1].lower() + text[1:]
-        wordings = {
-            "entailment": text, "contradiction": f"It is not true that {said}", "neutral": f"Perhaps {said}"
-        }  # fmt: skip
-        return [wordings[label] for label in labels]
-    return [f"{text} {label}" for label in labels]
+        worded = dict(zip(self.verdicts, (text, f"It is not true that {said}"), strict=True))
+        return [worded.get(label, f"Perhaps {said}") for label in self.labels]
+
+
+def statement_logits(cache: TeacherCache, answers: AnswerStatements, example: Example) -> Tensor:
+    """Computes zero-shot logits over the label set: scaled cosines of the picture with answer statements.
+
+    The statements must be in the cache.
+    """
+    texts = [cache.pooled(text) for text in answers(example)]
+    picture = cache.picture(example.image).pooled.float()
+    return choice_logits(picture, torch.stack(texts), cache.teacher.logit_scale)
 
 
 def check_statements(examples: int, labels: int) -> None:
@@ -171,12 +177,12 @@ def check_statements(examples: int, labels: int) -> None:
         )
 
 
-def compared_texts(example: Example, labels: Sequence[str] = ()) -> list[str]:
+def compared_texts(example: Example, answers: AnswerStatements | None = None) -> list[str]:
     """Lists the texts that are compared with the picture for the teacher's distribution over answers.
 
-    With ``labels`` these are the answer statements, else the statements with each choice (or the only one).
+    These are the answer statements, or without them the statements with each choice (or the only one).
     """
-    return answer_statements(example, labels) if labels else [s.text for s in example.statements()]
+    return answers(example) if answers else [statement.text for statement in example.statements()]
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,9 @@ class CutTexts:
         )
 
 
-def count_cut(examples: Iterable[Example], cut: Callable[[str], int], labels: Sequence[str] = ()) -> CutTexts:
+def count_cut(
+    examples: Iterable[Example], cut: Callable[[str], int], answers: AnswerStatements | None = None
+) -> CutTexts:
     """Counts the examples of which a teacher cuts a text, given how many tokens it cuts of one.
 
     That is ``TeacherCache.cut``, or, where no weights are at hand, ``lambda text: tokenize.read(text).cut``
@@ -205,7 +213,7 @@ def count_cut(examples: Iterable[Example], cut: Callable[[str], int], labels: Se
     number = bad = most = 0
     worst = ""
     for example in examples:
-        longest = max(map(cut, compared_texts(example, labels)))
+        longest = max(map(cut, compared_texts(example, answers)))
         number, bad = number + 1, bad + (longest > 0)
         if longest > most:
             most, worst = longest, example.id

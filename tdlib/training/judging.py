@@ -20,17 +20,12 @@ from tdlib.teacher.cache import TeacherCache
 JUDGED_ANSWERS = 32  # of a VQA question
 
 
-def asks_truth(labels: Sequence[str]) -> bool:
-    """True for a task that asks whether one statement is true of the picture (entailment)."""
-    return {"entailment", "contradiction"} <= set(labels)
-
-
 class StatementJudge:
     """The statements that CLIP judges about an example, whatever the picture: embeddings and outputs.
 
     - Choices (VCR): the question with each choice; they stand for the student's outputs in order.
-    - Entailment (SNLI-VE): the hypothesis, which is true or false; these stand for "entailment" and
-      "contradiction". "neutral" is not judged, see ``method.pairing.judge_truth``.
+    - Verdicts (SNLI-VE): the text, which is true or false; these stand for the labels that say so, here
+      "entailment" and "contradiction". "neutral" is not judged, see ``method.pairing.judge_truth``.
     - A label set (VQA): the question followed by an answer, for the ``JUDGED_ANSWERS`` answers that are most
       frequent among the training subset's questions of its type, and then among all. The student's
       distribution over these alone is compared; the teacher's cache stores the global embedding of each,
@@ -40,12 +35,17 @@ class StatementJudge:
         cache: stores the statements' embeddings; missing ones are added.
         examples: the training subset, whose answers are counted.
         labels: the label set, where examples have no choices.
+        verdicts: its labels for a text that is true of its picture, and false (``Task.verdicts``).
     """
 
-    def __init__(self, cache: TeacherCache, examples: Sequence[Example], labels: Sequence[str] = ()):
+    def __init__(
+        self, cache: TeacherCache, examples: Sequence[Example], labels: Sequence[str] = (),
+        verdicts: tuple[str, str] | None = None,
+    ):  # fmt: skip
         self.cache, self.labels = cache, labels
+        self._verdicts = [labels.index(label) for label in verdicts or ()]
         self._answers: dict[str, list[int]] = {}
-        if labels and not asks_truth(labels):
+        if labels and verdicts is None:
             self._answers = _frequent_answers(examples, len(labels))
             self.prepare(examples)
 
@@ -57,8 +57,8 @@ class StatementJudge:
     def _statements(self, example: Example) -> tuple[list[str], list[int]]:
         if not self.labels:
             return [statement.text for statement in example.statements()], [*range(len(example.choices))]
-        if asks_truth(self.labels):
-            return [example.prompt.text], [self.labels.index(n) for n in ("entailment", "contradiction")]
+        if self._verdicts:
+            return [example.prompt.text], self._verdicts
         answers = self._answers.get(example.stratum, self._answers[""])
         return [f"{example.prompt.text.strip()} {self.labels[answer]}" for answer in answers], answers
 

@@ -19,7 +19,7 @@ from tdlib.method.tokens import TeacherTokens, Tokens
 from tdlib.students.base import pad_last
 from tdlib.teacher.cache import TeacherCache, text_key
 from tdlib.teacher.model import TeacherRecord, choice_logits
-from tdlib.teacher.probe import compared_texts
+from tdlib.teacher.probe import AnswerStatements, compared_texts
 from tdlib.teacher.towers import EXTRAS
 from tdlib.training.judging import StatementJudge
 from tdlib.training.targets import TeacherFeatures
@@ -56,7 +56,7 @@ class TeacherFeatureReader:
         config: names the relevance variant, the prior and their settings.
         class_logits: computes the teacher's logits over the label set, where examples have no choices.
         seen_as: gives the example as the teacher sees it: a control shows it another example's picture.
-        labels: the label set, where ``class_logits`` compares the picture with answer statements.
+        answers: words the answer statements, where ``class_logits`` compares the picture with these.
         judge: lists the statements that CLIP judges, where a run re-pairs.
         centres: mean teacher tokens of texts and of pictures, where targets are centred.
     """
@@ -68,12 +68,12 @@ class TeacherFeatureReader:
         config: RunConfig,
         class_logits: Callable[[Example], Tensor] | None = None,
         seen_as: Callable[[Example], Example] = lambda example: example,
-        labels: Sequence[str] = (),
+        answers: AnswerStatements | None = None,
         judge: StatementJudge | None = None,
         centres: tuple[Tensor, Tensor] | None = None,
     ):
         self.cache, self.idf, self.config, self.class_logits = cache, idf, config, class_logits
-        self.labels = labels
+        self.answers = answers
         # Computed now and kept: processes that make batches must not load the teacher or touch the GPU.
         _ = cache.teacher.logit_scale
         self.seen_as, self.judge, self.centres = seen_as, judge, centres
@@ -147,8 +147,8 @@ class TeacherFeatureReader:
             pooled = torch.stack([text.pooled for text in texts]).float()
             logits = choice_logits(picture.pooled.float(), pooled, self.cache.teacher.logit_scale)
         # Where the teacher cuts a text, its logits are those of another text; ``knows`` = 0 leaves them out.
-        if self.labels:
-            is_cut = any(map(self.cache.cut, compared_texts(example, self.labels)))
+        if self.answers:
+            is_cut = any(map(self.cache.cut, compared_texts(example, self.answers)))
         else:
             is_cut = any(text.cut for text in texts)
         judged = self.judge(example) if self.judge else (None, None)

@@ -33,9 +33,9 @@ from tdlib.students.clip import ClipFusionEncoder, open_teacher_as_student
 from tdlib.students.region_student import RegionEncoder
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import Teacher
-from tdlib.teacher.probe import ClassProbe, answer_statements, check_statements, statement_logits
+from tdlib.teacher.probe import AnswerStatements, ClassProbe, check_statements, statement_logits
 from tdlib.training.data import EncodedExamples
-from tdlib.training.judging import StatementJudge, asks_truth
+from tdlib.training.judging import StatementJudge
 from tdlib.training.pipeline import TeacherFeatureReader, token_centres
 from tdlib.training.provenance import data_manifest
 
@@ -144,7 +144,7 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         encoder.tokenizer.add_tokens(PERSON_TOKENS)
     fills = whole_splits or config.asks_teacher
     cache = teacher_cache(config) if fills else None
-    worded = worded_labels(config, labels)
+    worded = worded_answers(config, labels)
     for seed in seeds or [config.seed]:
         subset = low_shot(train, config.shots, seed)
         encoder.prepare(subset)
@@ -197,19 +197,21 @@ def fit_idf(train: Examples) -> Idf:
     return Idf.fit(statement.text for index in every for statement in train[index].statements())
 
 
-def add_to_cache(cache: TeacherCache, examples: Sequence[Example], labels: Sequence[str] = ()) -> None:
+def add_to_cache(
+    cache: TeacherCache, examples: Sequence[Example], answers: AnswerStatements | None = None
+) -> None:
     """Stores the teacher's features of all statements and pictures of the examples.
 
-    With ``labels`` also the global embeddings of the answer statements, unless they are too many
+    With ``answers`` also the global embeddings of the answer statements, unless they are too many
     (ConfigError).
     """
-    check_statements(len(examples), len(labels))
+    check_statements(len(examples), len(answers.labels) if answers else 0)
     for start in range(0, len(examples), AT_ONCE):
         part = [*examples[start : start + AT_ONCE]]  # each is made once, and read three times
         texts = [statement.text for example in part for statement in example.statements()]
         cache.add(texts=texts, pictures=[example.image for example in part])
-        if labels:
-            cache.add_pooled(text for example in part for text in answer_statements(example, labels))
+        if answers:
+            cache.add_pooled(text for example in part for text in answers(example))
 
 
 def load_student(config: RunConfig, prepared: PreparedData) -> PreTrainedModel:
@@ -236,9 +238,11 @@ def load_student(config: RunConfig, prepared: PreparedData) -> PreTrainedModel:
     return student
 
 
-def worded_labels(config: RunConfig, labels: tuple[str, ...]) -> tuple[str, ...]:
-    """The labels that the teacher reads in answer statements; none where a probe judges them."""
-    return labels if config.class_probabilities == "statements" else ()
+def worded_answers(config: RunConfig, labels: tuple[str, ...]) -> AnswerStatements | None:
+    """How the teacher reads labels in statements; None where a probe judges them, or there are none."""
+    if not labels or config.class_probabilities != "statements":
+        return None
+    return AnswerStatements(labels, task_of(config).verdicts)
 
 
 def class_logits(
@@ -247,9 +251,9 @@ def class_logits(
     """The teacher's logits over the label set for one run; None where examples have choices."""
     if not prepared.labels:
         return None
-    if config.class_probabilities == "probe":
-        return ClassProbe(prepared.cache, subset, len(prepared.labels), config.seed)
-    return partial(statement_logits, prepared.cache, prepared.labels)
+    if answers := worded_answers(config, prepared.labels):
+        return partial(statement_logits, prepared.cache, answers)
+    return ClassProbe(prepared.cache, subset, len(prepared.labels), config.seed)
 
 
 def feature_reader_of(config: RunConfig, prepared: PreparedData, subset: Examples) -> TeacherFeatureReader:
@@ -265,7 +269,8 @@ def feature_reader_of(config: RunConfig, prepared: PreparedData, subset: Example
     """
     if config.modality != "both":
         raise ConfigError(f"modality={config.modality!r} is for arms without a teacher, not {config.arm!r}")
-    if config.truth_weight > 0 and prepared.labels and not asks_truth(prepared.labels):
+    verdicts = task_of(config).verdicts
+    if config.truth_weight > 0 and prepared.labels and verdicts is None:
         raise ConfigError(
             f"truth_weight={config.truth_weight:g}: the student of task={config.task!r} reads a question "
             "without an answer, which is neither true nor false; set truth_weight=0"
@@ -282,8 +287,8 @@ def feature_reader_of(config: RunConfig, prepared: PreparedData, subset: Example
     cache = prepared.cache
     return TeacherFeatureReader(
         cache, prepared.idf, config, class_logits(config, prepared, seen), seen_as,
-        worded_labels(config, prepared.labels),
-        StatementJudge(cache, subset, prepared.labels) if config.asks_judge else None,
+        worded_answers(config, prepared.labels),
+        StatementJudge(cache, subset, prepared.labels, verdicts) if config.asks_judge else None,
         token_centres(cache, seen) if config.centred_targets else None,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from tdlib.config import RunConfig
 from tdlib.core.files import write_json
 from tdlib.core.paths import ConfigError
-from tdlib.method.registry import user_functions
+from tdlib.training.run_folders import user_parts
 
 _ERRORS = {"ConfigError": ConfigError, "FloatingPointError": FloatingPointError}
 
@@ -62,11 +62,11 @@ def launch(
     this process, and if one of them fails all do: what it raised is raised here, or a RuntimeError with the
     end of what they printed.
     """
-    if added := user_functions(config):
+    if added := user_parts(config):
         named = ", ".join(f"{parameter}={found['name']!r}" for parameter, found in added.items())
         raise ConfigError(
-            f"{named}: a function of this session, which the processes={config.processes} that would train "
-            "do not know; set processes=1, or add it to its table in tdlib"
+            f"{named}: of this session, so the processes={config.processes} that would train do not know it; "
+            "set processes=1, or add it to its table in tdlib"
         )
     if torch.cuda.is_available() and torch.cuda.device_count() < config.processes:
         raise ConfigError(

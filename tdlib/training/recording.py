@@ -23,7 +23,7 @@ from tdlib.training.prepare import (
     add_to_cache,
     feature_reader_of,
     load_student,
-    worded_labels,
+    worded_answers,
 )
 from tdlib.training.repairing import asks_truth
 
@@ -187,7 +187,7 @@ def preview_targets(
     subset = low_shot(prepared.train, config.shots, config.seed)
     if not config.asks_teacher:  # then nothing has filled the cache
         for asked in (subset, examples):
-            add_to_cache(prepared.cache, asked, worded_labels(config, prepared.labels))
+            add_to_cache(prepared.cache, asked, worded_answers(config, prepared.labels))
     feature_reader = feature_reader_of(config, prepared, subset)
     feature_reader.prepare(examples)
     prepared.encoder.prepare(examples)

@@ -24,7 +24,6 @@ from tdlib.core.files import write_folder, write_json, write_jsonl
 from tdlib.core.paths import ConfigError
 from tdlib.core.records import END, write_records
 from tdlib.data.examples import Examples, low_shot, save_manifest
-from tdlib.method.registry import user_functions
 from tdlib.students.base import report_cut
 from tdlib.teacher.probe import ClassProbe, count_cut
 from tdlib.teacher.towers import EXTRAS
@@ -53,6 +52,7 @@ from tdlib.training.run_folders import (
     finished,
     pending_evaluation,
     run_identity,
+    user_parts,
 )
 from tdlib.training.trainer import CheckpointKeeper, make_trainer
 from tdlib.training.workers import side_by_side
@@ -224,8 +224,8 @@ class _Run:
             return None
         feature_reader = feature_reader_of(config, prepared, self.subset)
         if config.distils_unlabelled or (config.repair_pool == "train" and config.asks_judge):
-            texts = feature_reader.labels if config.distils_unlabelled else ()
-            add_to_cache(prepared.cache, prepared.train.mapped(feature_reader.seen_as), texts)
+            answers = feature_reader.answers if config.distils_unlabelled else None
+            add_to_cache(prepared.cache, prepared.train.mapped(feature_reader.seen_as), answers)
         if config.relevance in (*EXTRAS, "gradient"):
             feature_reader.prepare(prepared.train if config.distils_unlabelled else self.subset)
         return feature_reader
@@ -237,7 +237,7 @@ class _Run:
         """
         if self.feature_reader is not None:
             seen = map(self.feature_reader.seen_as, self.subset)
-            cut = count_cut(seen, self.feature_reader.cache.cut, self.feature_reader.labels)
+            cut = count_cut(seen, self.feature_reader.cache.cut, self.feature_reader.answers)
             self.metrics["teacher_cut_examples"] = cut.cut_examples
             if cut.cut_examples:
                 log.warning("%s", cut)
@@ -315,8 +315,8 @@ class _Run:
         write_jsonl(partial / "history.jsonl", self.trainer.history)
         if self.trainer.diagnostics:
             write_jsonl(partial / "diagnostics.jsonl", self.trainer.diagnostics)
-        if functions := user_functions(config):
-            write_json(partial / "functions.json", functions)
+        if parts := user_parts(config):
+            write_json(partial / "functions.json", parts)
         save_manifest(partial / "manifest.json", self.subset, config.shots, config.seed)
         shutil.rmtree(partial / "trainer", ignore_errors=True)  # the Trainer's own folder: nothing is in it
         self.student.save_pretrained(partial / "student")

@@ -17,6 +17,7 @@ from tdlib.core.devices import usual_device
 from tdlib.core.files import remove_tree
 from tdlib.core.provenance import code_version, digest, git_version
 from tdlib.data.examples import Examples
+from tdlib.data.tasks import user_task
 from tdlib.method.registry import user_functions
 from tdlib.training.checkpoints import UNEVALUATED
 from tdlib.training.provenance import data_manifest
@@ -33,12 +34,18 @@ def run_identity(config: RunConfig, subset: Examples, files: bool = True) -> dic
     """
     settings = config.model_dump(exclude=set(parameters_with(role="machine")))
     return {
-        **settings, "functions": user_functions(config),
+        **settings, "functions": user_parts(config),
         "training subset": digest(list(subset.ids)),
         **({"files of data and models": digest(data_manifest(settings))} if files else {}),
         "code of tdlib": code_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "device": torch.device(usual_device()).type,
     }  # fmt: skip
+
+
+def user_parts(config: RunConfig) -> dict[str, dict[str, str]]:
+    """What a run uses that is not the project's: functions and the task, by parameter, with their source."""
+    task = user_task(config)
+    return user_functions(config) | ({"task": task} if task else {})
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""A task that a notebook cell adds: the README's, on files in its format, through every kind of arm."""
+
+import json
+import linecache
+import re
+
+import pytest
+
+from tdlib.config import ConfigError, RunConfig, apply_arm
+from tdlib.core.paths import ROOT
+from tdlib.core.records import read_records
+from tdlib.data.examples import DataError, low_shot
+from tdlib.data.json_files import Records
+from tdlib.data.tasks import TASKS, user_task
+from tdlib.training.prepare import class_logits, prepare
+from tdlib.training.processes import launch
+from tdlib.training.run import compare, train_run
+
+
+@pytest.fixture(scope="module")
+def vsr(worlds, tmp_path_factory):
+    """SNLI-VE's pairs with a verdict, as VSR's lines."""
+    source, folder = worlds["snli_ve"], tmp_path_factory.mktemp("vsr")
+    (folder / "images").symlink_to(source / "flickr30k_images")
+    for split in ("train", "dev"):
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for number, pair in enumerate(Records.lines(source / f"snli_ve_{split}.jsonl", "SNLI-VE")):
+                if pair["gold_label"] != "neutral":
+                    line = {
+                        "image": f"{pair['Flikr30kID']}.jpg", "image_link": "", "caption": pair["sentence2"],
+                        "label": int(pair["gold_label"] == "entailment"),
+                        "relation": ("near", "in front of")[number % 2], "annotator_id": 1,
+                        "vote_true_validator_id": [], "vote_false_validator_id": [],
+                    }  # fmt: skip
+                    file.write(json.dumps(line) + "\n")
+    return folder
+
+
+@pytest.fixture
+def cell():
+    """Executes the README's cell as a notebook does, where Python finds the sources of functions.
+
+    The task leaves with the test.
+    """
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "TASKS[" in block]
+
+    def execute(old: str = "", new: str = "") -> None:
+        edited = code.replace(old, new) if old else code
+        linecache.cache["<cell>"] = len(edited), None, edited.splitlines(keepends=True), "<cell>"
+        exec(compile(edited, "<cell>", "exec"), {"__name__": "__main__"})
+
+    before = dict(TASKS)
+    yield execute
+    TASKS.clear()
+    TASKS.update(before)
+    linecache.cache.pop("<cell>", None)
+
+
+@pytest.fixture
+def settings(vsr, student_folder, teacher_folder, own_cache):
+    def of(**changes) -> RunConfig:
+        given = {
+            "task": "vsr", "data_dir": str(vsr), "student": str(student_folder), "shots": 8, "epochs": 1,
+            "teacher": f"local-dir:{teacher_folder}", "batch_size": 8, "probe_examples": 2,
+        }  # fmt: skip
+        return RunConfig.from_parameters(**given | changes)
+
+    return of
+
+
+def test_a_task_of_ones_own_trains_with_every_kind_of_arm(cell, settings, tmp_path):
+    cell()
+    arms = ["finetune", "naive", "clip_td", "clip_td_repaired", "truth_only", "extra_only"]
+    folders = compare(settings(), arms, [0], tmp_path)
+    for folder in folders:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert 0 <= metrics["accuracy"]["dev"] <= 1
+        assert {"stratum: near", "stratum: in front of"} <= metrics["detail"]["dev"].keys()
+        kept = json.loads((folder / "functions.json").read_text())["task"]
+        assert kept["name"] == "vsr" and "records.where(number)" in kept["source"]
+    lessons = [r for r in read_records(folders[3] / "selections.parquet") if r.other_image is not None]
+    assert lessons and all(0 <= record.teacher_other <= 1 for record in lessons)
+
+
+def test_clip_compares_a_caption_with_its_negation(cell, settings, tmp_path):
+    cell()
+    config = apply_arm(settings(class_probabilities="statements"))
+    prepared = prepare(config)
+    train_run(config, prepared, tmp_path / "run")
+    example = low_shot(prepared.train, config.shots, config.seed)[0]
+    caption, cache = example.prompt.text, prepared.cache
+    picture = cache.picture(example.image).pooled.float()
+    logits = [
+        cache.teacher.logit_scale * float(picture @ cache.pooled(text).float())
+        for text in (f"It is not true that {caption[0].lower()}{caption[1:]}", caption)
+    ]
+    found = class_logits(config, prepared, [])(example)
+    assert found.tolist() == pytest.approx(logits, rel=1e-3)
+
+
+def test_a_changed_reader_is_another_run(cell, settings):
+    assert not user_task(settings(task="snli_ve", data_dir=""))
+    found = []
+    for old, new in (
+        ("", ""),
+        ("int,", "int, "),
+        ('"label", int)', '"label", int) ^ 1'),
+        ('"dev"', '"test"'),
+    ):
+        cell(old, new)
+        found.append(user_task(settings()))
+    assert len({json.dumps(one) for one in found}) == 3 + (found[0] != found[1])
+    assert found[0] != found[2] != found[3]
+
+
+def test_several_processes_do_not_know_the_task(cell, settings, tmp_path):
+    cell()
+    with pytest.raises(ConfigError, match=r"task='vsr': of this session.*processes=2"):
+        launch(apply_arm(settings(processes=2, arm="finetune")), tmp_path, None)
+
+
+def test_a_bad_record_of_ones_own_files_is_named_before_training(cell, settings, vsr, tmp_path):
+    cell()
+    folder = tmp_path / "vsr"
+    folder.mkdir()
+    (folder / "images").symlink_to(vsr / "images")
+    for split in ("train", "dev"):
+        (folder / f"{split}.jsonl").write_text((vsr / f"{split}.jsonl").read_text())
+    lines = (folder / "dev.jsonl").read_text().splitlines()
+    lines[4] = lines[4].replace('"caption"', '"sentence"')
+    (folder / "dev.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"dev.jsonl:5: field 'caption' is missing; is this a VSR file"):
+        compare(settings(data_dir=str(folder)), ["finetune"], [0], tmp_path / "runs")
