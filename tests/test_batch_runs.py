@@ -11,6 +11,9 @@ from batch_helpers import RESULT, command, make_batch, results_of, states_of, wa
 from tdlib.cli import main
 from tdlib.core.paths import ConfigError
 from tdlib.runs import states as run_states
+from tdlib.runs.batch import BEGIN
+from tdlib.runs.engines import ELSEWHERE, LocalEngine, RayEngine, RayWorker
+from tdlib.runs.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("no_orphans")
 FULL = """\
@@ -124,6 +127,56 @@ def test_a_full_disk_harms_nothing_that_is_written(tmp_path, full_disk):
     assert before.items() <= results_of(batch).items()
     begun = (batch.folder / "begun.txt").read_text().split()
     assert [begun.count(run.id) for run in batch.plan.runs] == [1, 2, 1]
+
+
+def test_a_worker_that_breaks_before_its_first_state_says_why(tmp_path, quick_start):
+    (quick_start / "sitecustomize.py").write_text("import sys\nsys.modules['psutil'] = None\n")
+    try:
+        (reason,) = make_batch(tmp_path).run()["reason"]
+    finally:
+        (quick_start / "sitecustomize.py").unlink()
+    assert "ended with status 1" in reason and "import of psutil halted" in reason, reason
+
+
+def test_after_an_order_to_stop_nothing_is_started(tmp_path):
+    batch = make_batch(tmp_path, grid={"a": [1, 2]})
+    runner = Runner(batch.plan, batch.folder, LocalEngine(), BEGIN, batch.plan.runs, lambda: None)
+    runner.interrupts = 1
+    runner.run()
+    assert not batch.folder.exists()
+
+
+class Elsewhere:
+    """A worker that found its run's lock taken, by somebody who only looked at it."""
+
+    def ended(self) -> bool:
+        return True
+
+    def ending(self) -> str:
+        return ELSEWHERE
+
+
+def test_a_worker_that_a_look_at_its_run_has_kept_out_starts_again(tmp_path):
+    class Engine(LocalEngine):
+        begun = 0
+
+        def start(self, *given):
+            self.begun += 1
+            return Elsewhere() if self.begun == 1 else super().start(*given)
+
+    batch = make_batch(tmp_path)
+    assert list(batch.run(Engine())["state"]) == ["done"]
+
+
+def test_a_task_that_breaks_on_its_node_says_why():
+    engine = RayEngine.__new__(RayEngine)
+
+    class Ray:
+        def get(self, task):
+            raise RuntimeError("Traceback\n  ...\nModuleNotFoundError: No module named 'tdlib'")
+
+    engine.ray = Ray()
+    assert "No module named 'tdlib'" in RayWorker(engine, Path(), None).ending()
 
 
 def test_two_runners_execute_each_run_once(tmp_path):

@@ -1,5 +1,6 @@
 """One run as a folder: its identity, who has claimed it, how it stands, and the resources that it leases."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -173,6 +174,35 @@ def test_a_claim_is_exclusive_and_ends_with_its_owner(tmp_path):
         assert free
 
 
+@pytest.mark.parametrize("errno", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_ends_a_batch_with_a_word(tmp_path, monkeypatch, capsys, errno):
+    def refuse(*_):
+        raise OSError(errno, "No locks available")
+
+    batch = make_batch(tmp_path)
+    monkeypatch.setattr(run_states.fcntl, "flock", refuse)
+    assert list(batch.run()["state"]) == ["queued"], "it would wait for ever for the lock's owner"
+    assert "cannot lock files (No locks available)" in capsys.readouterr().out
+
+
+def test_looking_at_runs_writes_nothing_and_keeps_nobody_from_them(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run_states.write_state(folder, {"state": "running", "host": run_states.socket.gethostname()})
+    lock = run_states.claim(folder)
+    folder.chmod(0o555)
+    assert run_states.current_state(folder)["state"] == "running"
+    os.close(lock)
+    (folder / ".lock").chmod(0o444)
+    assert run_states.current_state(folder)["state"] == "lost"
+    with run_states.unclaimed(folder) as free, run_states.unclaimed(folder) as too:
+        assert free and too, "two may look at a time"
+    folder.chmod(0o755)
+    (folder / ".lock").unlink()
+    assert run_states.current_state(folder)["state"] == "lost"
+    assert [path.name for path in folder.iterdir()] == ["state.json"]
+
+
 def test_states_that_cannot_be_true_are_lost(tmp_path):
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "metrics.json").write_text("{}")
@@ -231,7 +261,16 @@ def test_gpus_are_leased_in_parts_and_against_other_runners(tmp_path, monkeypatc
     second.give_back(["1"], 0.3)
     assert first.take(1) == ["1"] and second.take(0.1) is None
     first.give_back(["0"], 0.5)
-    assert first.take(0.6) is None and first.take(0.5) == ["0"]
+    assert first.take(0.6) is None and first.any_free(0.5) and first.take(0.5) == ["0"]
+    assert not first.any_free(0.5) and second.any_free(0)
+
+
+def test_where_no_gpu_is_free_no_run_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(GpuLeases, "folder", tmp_path / "gpus")
+    wanted, first, second = Resources(1, gpus=0.5), LocalEngine(8, ["0"]), LocalEngine(8, ["0"])
+    assert first.has_room(wanted) and second.has_room(wanted)
+    assert first.leases.take(0.5) and first.has_room(wanted) and not second.has_room(wanted)
+    assert first.leases.take(0.5) and not first.has_room(wanted)
 
 
 def test_resources_that_are_not_there_are_a_mistake(tmp_path):
@@ -243,3 +282,4 @@ def test_resources_that_are_not_there_are_a_mistake(tmp_path):
     engine = LocalEngine(cpus=8, gpus=["0", "1"])
     assert engine.at_once(Resources(2)) == 4 and engine.at_once(Resources(1, gpus=0.25)) == 8
     assert engine.at_once(Resources(1, gpus=2)) == 1
+    assert engine.at_once(Resources(1, gpus=0.4)) == 4 and engine.at_once(Resources(1, gpus=0.6)) == 2

@@ -5,7 +5,6 @@ state, not from the engine. A run learns its GPUs from CUDA_VISIBLE_DEVICES, whi
 without one.
 """
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from tdlib.core.paths import ROOT, ConfigError
 from tdlib.runs import states as run_states
 
 BUSY = 75  # exit status (EX_TEMPFAIL) of a worker whose run another worker has claimed
+ELSEWHERE = "another worker has the run"
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,20 @@ class Started(Protocol):
 
     def ended(self) -> bool: ...
 
-    def elsewhere(self) -> bool:
-        """True if it ended because another worker has claimed the run."""
+    def ending(self) -> str:
+        """Says how it ended, in words; ``ELSEWHERE`` if another worker has claimed the run."""
 
     def stop(self) -> None:
         """Asks it to end the run and to write that in its state."""
 
     def kill(self) -> None:
         """Kills it and its children at once."""
+
+
+def _status_words(status: int) -> str:
+    if status == BUSY:
+        return ELSEWHERE
+    return f"it ended with {signal.Signals(-status).name if status < 0 else f'status {status}'}"
 
 
 class Engine(Protocol):
@@ -133,13 +139,17 @@ class GpuLeases:
             return True
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.folder / f"{gpu.replace('/', '-')}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not run_states.take_lock(lock):
             os.close(lock)
             return False
         self._locks[gpu] = lock
         return True
+
+    def any_free(self, share: float) -> bool:
+        """True if ``take`` would give such a share now."""
+        if (gpus := self.take(share)) is not None:
+            self.give_back(gpus, share)
+        return gpus is not None
 
 
 class LocalEngine:
@@ -175,12 +185,14 @@ class LocalEngine:
         rooms = [self.cpus / wanted.cpus]
         if wanted.memory:
             rooms.append(self.memory / wanted.memory)
-        if wanted.gpus:
-            rooms.append(len(self.gpus) / wanted.gpus)
+        if wanted.gpus:  # no run has parts of two GPUs
+            each = int(1 / wanted.gpus + 1e-9)
+            rooms.append(len(self.gpus) * each if each else len(self.gpus) / wanted.gpus)
         return max(1, int(min(rooms) + 1e-9))
 
     def has_room(self, wanted: Resources) -> bool:
-        return self.free_cpus + 1e-9 >= wanted.cpus and self.free_memory >= wanted.memory
+        room = self.free_cpus + 1e-9 >= wanted.cpus and self.free_memory >= wanted.memory
+        return room and self.leases.any_free(wanted.gpus)
 
     def start(self, folder: Path, wanted: Resources, lock: int | None) -> "LocalWorker":
         """Starts a worker, which inherits the claim; BlockingIOError where no GPU is free now."""
@@ -230,8 +242,8 @@ class LocalWorker:
             self.engine.free_memory += self.wanted.memory
         return True
 
-    def elsewhere(self) -> bool:
-        return self.process.poll() == BUSY
+    def ending(self) -> str:
+        return _status_words(self.process.wait())
 
     def stop(self) -> None:
         with suppress(OSError):
@@ -338,11 +350,12 @@ class RayWorker:
             self.engine.active -= 1
         return bool(ready)
 
-    def elsewhere(self) -> bool:
+    def ending(self) -> str:
         try:
-            return self.engine.ray.get(self.task) == BUSY
-        except Exception:  # Ray raises errors of many kinds for a task that died with its node
-            return False
+            return _status_words(self.engine.ray.get(self.task))
+        except Exception as error:  # Ray raises errors of many kinds for a task that died with its node
+            lines = str(error).strip().splitlines()  # of a task that raised, the last one says what
+            return f"Ray says: {type(error).__name__}: {lines[-1] if lines else ''}"
 
     def stop(self) -> None:
         (self.folder / "stop").touch()

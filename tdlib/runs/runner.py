@@ -18,7 +18,7 @@ from typing import Any
 
 from tdlib.core.files import write_json
 from tdlib.runs import states as run_states
-from tdlib.runs.engines import Engine, Started
+from tdlib.runs.engines import ELSEWHERE, Engine, Started
 from tdlib.runs.plan import Plan, PlannedRun
 from tdlib.runs.template import NOTEBOOKS
 
@@ -52,6 +52,7 @@ class Runner:
         self.began = time.time()
         self.stopping = ""  # the reason, once nothing more is to be started
         self.interrupts = 0
+        self.crowded = False  # whether it was said that there is no room for a single run
 
     def run(self) -> None:
         at_once = self.engine.at_once(self.plan.resources)
@@ -60,9 +61,9 @@ class Runner:
             try:
                 while (self.waiting and not self.stopping) or self.active:
                     # One loop for everything, without threads: an order to stop finds nothing half-started.
+                    self._handle_stop_requests()
                     progressed = self._start_some() if not self.stopping else False
                     self._collect()
-                    self._handle_stop_requests()
                     if not self.active and self.waiting and not progressed:
                         if self._all_elsewhere():
                             break
@@ -81,6 +82,9 @@ class Runner:
         changed = False
         for run in list(self.waiting.values()):
             if not self.engine.has_room(self.plan.resources):
+                if not self.active and not self.crowded:
+                    self.crowded = True
+                    self.log("waits: other runners here use the GPUs")
                 break
             try:
                 changed |= self._start(run)
@@ -149,15 +153,20 @@ class Runner:
         for name, active in list(self.active.items()):
             if not active.started.ended():
                 continue
-            folder = self.folder / name
+            folder, ending = self.folder / name, active.started.ending()
             with run_states.claimed(folder) as free:
                 state = run_states.recorded_state(folder)
                 unfinished = state["state"] == "running" or (state["state"] == "queued" and not self.stopping)
-                if unfinished and not free and not active.started.elsewhere():
+                if unfinished and not free and ending != ELSEWHERE:
                     continue  # the worker is still writing its state
+                if unfinished and free and ending == ELSEWHERE:  # who looked at the lock had it for a moment
+                    self.waiting[name] = self.active.pop(name).run
+                    continue
                 if unfinished and free:
                     state |= {"state": "killed" if self.engine.claims else "lost", "ended": time.time()}
-                    state["reason"] = self.stopping or "its worker died without a word"
+                    state["reason"] = (
+                        self.stopping or f"its worker wrote no state; {ending}{last_line(folder)}"
+                    )
                     with suppress(OSError):  # a run without a final state and a lock counts as lost anyway
                         run_states.write_state(folder, state)
             del self.active[name]
@@ -218,6 +227,15 @@ class Runner:
         with suppress(OSError, ValueError):  # a terminal that was closed must not end the batch
             print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True, file=sys.stdout)
         self.refresh()
+
+
+def last_line(folder: Path) -> str:
+    """Quotes the end of a run's log, where a worker that broke before its first state says why."""
+    with suppress(OSError), (folder / run_states.LOG).open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - 2000))
+        if lines := log.read().decode("utf-8", "replace").strip().splitlines():
+            return f"; its log ends: {lines[-1].strip()[-200:]}"
+    return ""
 
 
 def specification(plan: Plan, run: PlannedRun, attempt: int) -> dict[str, Any]:

@@ -78,15 +78,31 @@ def claim(folder: Path) -> int | None:
     """Claims a run; returns the lock's file descriptor, or None if another process holds it.
 
     The lock lasts as long as any process has the descriptor open: a worker inherits it from its runner.
+
+    Raises:
+        OSError: nobody can claim it: the folder is read-only, or its file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        if take_lock(lock):
+            return lock
+    except OSError as error:
         os.close(lock)
-        return None
-    return lock
+        raise OSError(
+            error.errno, f"its file system cannot lock files ({error.strerror})", str(folder)
+        ) from None
+    os.close(lock)
+    return None
+
+
+def take_lock(lock: int, shared: bool = False) -> bool:
+    """Locks an open file; False if another process has locked it. OSError where the system has no locks."""
+    try:
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the second from some network file systems
+        return False
+    return True
 
 
 @contextmanager
@@ -98,6 +114,23 @@ def claimed(folder: Path) -> Iterator[bool]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+@contextmanager
+def unclaimed(folder: Path) -> Iterator[bool]:
+    """Yields True, and keeps others from claiming the run, if none has; writes nothing, to look at a run."""
+    try:
+        lock = os.open(folder / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield True
+        return
+    free = True
+    try:
+        with suppress(OSError):
+            free = take_lock(lock, shared=True)
+        yield free
+    finally:
+        os.close(lock)
 
 
 # State.
@@ -128,7 +161,7 @@ def current_state(folder: Path) -> dict[str, Any]:
     """Returns the true state: also "lost" if the worker is dead or a finished run's files are damaged."""
     state = recorded_state(folder)
     if state["state"] == "running":
-        with claimed(folder) as free:
+        with unclaimed(folder) as free:
             if not free:
                 return state
             state = recorded_state(folder)  # read again: it may have ended before the lock was free
@@ -231,13 +264,14 @@ def reuse_finished_run(folder: Path) -> Path | None:
     """Copies the same run from another batch where it is done and whole; returns that run's folder, or None.
 
     A run's id hashes all that its results depend on, so the other batch's results are the same. The caller
-    has claimed ``folder``, which holds nothing of an attempt yet. The state is written last.
+    has claimed ``folder``, which holds nothing but what a killed runner has left. The state is written last.
     """
     for other in sorted(folder.parent.parent.glob(f"*/{folder.name}")):
         state = recorded_state(other)
         if other == folder or state["state"] != "done" or damaged(other, state):
             continue
         not_copied = shutil.ignore_patterns(".lock", "state.json", "stop", "attempt-*", "interactive")
+        remove_tree(folder / OUTPUT)
         shutil.copytree(other, folder, ignore=not_copied, dirs_exist_ok=True)
         write_state(folder, state | {"adopted_from": str(other)})
         return other

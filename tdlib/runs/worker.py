@@ -290,8 +290,11 @@ def main(arguments: list[str]) -> int:
             int(arguments[1]), False
         )  # a kernel that outlives this process must not keep the claim
     else:
-        if run_states.claim(folder) is None:
-            return BUSY
+        until = time.monotonic() + 3  # whoever looks at a run holds its lock for a moment
+        while run_states.claim(folder) is None:
+            if time.monotonic() > until:
+                return BUSY
+            time.sleep(TICK)
         spec = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))
         if spec["attempt"] != run_states.next_attempt(folder):
             return BUSY  # another worker has executed and ended this attempt since it was ordered
