@@ -1,165 +1,34 @@
 """Region features that others made: every reader on files of its official layout, conversion, damage."""
 
-import base64
-import io
-import json
 import multiprocessing
 import pickle
-import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from region_writers import (
+    CONVERTED,
+    DIM,
+    HEIGHT,
+    NAMES,
+    WIDTH,
+    WRITERS,
+    each_kind,
+    example_of,
+    opened,
+    seen,
+    write_hdf5,
+    write_npz,
+)
 from torch.testing import assert_close
 
-from tdlib.data.examples import DataError, Example, TextPart
+from tdlib.data.examples import DataError
 from tdlib.regions.convert import convert
 from tdlib.regions.convert import main as convert_command
 from tdlib.regions.files import picture_keys
 from tdlib.regions.sources import open_regions
-
-DIM, WIDTH, HEIGHT = 8, 640, 480
-NAMES = {  # file name of the picture -> COCO's number
-    "COCO_train2014_000000000009.jpg": 9,
-    "COCO_train2014_000000123456.jpg": 123456,
-    "COCO_train2014_000000581921.jpg": 581921,
-}
-
-
-def example_of(name: str, boxes=()) -> Example:
-    return Example(
-        f"id of {name}", Path("pictures") / name, tuple(boxes), ("person",) * len(boxes), TextPart("?"), (),
-        None, "",
-    )  # fmt: skip
-
-
-def seen(name: str, count: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """Random features and boxes (pixels, xyxy) of a picture; the first box is the whole picture."""
-    rng = np.random.default_rng(len(name) + sum(name.encode()))
-    corners = np.sort(rng.random((count, 2, 2)), axis=1).reshape(count, 4) * ([WIDTH, HEIGHT] * 2)
-    corners[0] = [0, 0, WIDTH, HEIGHT]
-    return rng.standard_normal((count, DIM)).astype(np.float32), corners.astype(np.float32)
-
-
-def encoded(values: np.ndarray) -> str:
-    return base64.b64encode(values.tobytes()).decode()
-
-
-def tsv_line(name: str, features: np.ndarray, boxes: np.ndarray) -> str:
-    numbers = (NAMES[name], WIDTH, HEIGHT, len(boxes))
-    return "\t".join([*map(str, numbers), encoded(boxes), encoded(features)])
-
-
-def lxmert_line(name: str, features: np.ndarray, boxes: np.ndarray) -> str:
-    number = len(boxes)
-    ids, confidence = encoded(np.zeros(number, np.int64)), encoded(np.ones(number, np.float32))
-    size = [str(HEIGHT), str(WIDTH)]
-    found = [ids, confidence, ids, confidence, str(number), encoded(boxes), encoded(features)]
-    return "\t".join([Path(name).stem, *size, *found])
-
-
-def write_lines(line, file: str):
-    def write(folder: Path, records) -> Path:
-        (folder / file).write_text("".join(f"{line(name, *record)}\n" for name, record in records.items()))
-        return folder / file
-
-    return write
-
-
-def write_npz(folder: Path, records) -> Path:
-    for name, (features, boxes) in records.items():
-        np.savez_compressed(
-            folder / f"{Path(name).stem}.npz", x=features, bbox=boxes, num_bbox=len(boxes), image_h=HEIGHT,
-            image_w=WIDTH, info=np.array({"objects_id": [1]}, dtype=object),
-        )  # fmt: skip
-    return folder
-
-
-def write_hdf5(folder: Path, records, mapping: bool = True) -> Path:
-    h5py = pytest.importorskip("h5py")
-    features, boxes = (np.stack(column) for column in zip(*records.values(), strict=True))
-    places = boxes / np.array([WIDTH, HEIGHT] * 2, np.float32)
-    with h5py.File(folder / "train36.hdf5", "w") as file:
-        file["image_features"], file["image_bb"] = features, boxes
-        file["spatial_features"] = np.concatenate([places, places[..., 2:] - places[..., :2]], -1)
-    if mapping:
-        rows = {str(NAMES[name]): row for row, name in enumerate(records)}
-        (folder / "train36_imgid2idx.json").write_text(json.dumps(rows))
-    return folder / "train36.hdf5"
-
-
-def packed(fields: dict[str, np.ndarray]) -> bytes:
-    """As msgpack_numpy writes a dictionary of arrays."""
-    import msgpack
-
-    return msgpack.packb(
-        {
-            name: {b"nd": True, b"type": v.dtype.str, b"kind": b"", b"shape": v.shape, b"data": v.tobytes()}
-            for name, v in fields.items()
-        },
-        use_bin_type=True,
-    )
-
-
-def zipped(fields: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **fields, allow_pickle=True)
-    return buffer.getvalue()
-
-
-def write_lmdb(path: Path, records: dict[str, dict[str, np.ndarray]], pack) -> Path:
-    lmdb, _ = pytest.importorskip("lmdb"), pytest.importorskip("msgpack")
-    path.mkdir(parents=True)
-    with lmdb.open(str(path), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
-        for key, fields in records.items():
-            transaction.put(key.encode(), pack(fields))
-        transaction.put(b"__keys__", json.dumps(list(records)).encode())
-    return path
-
-
-def fields_of(features: np.ndarray, boxes: np.ndarray, confidence=None) -> dict[str, np.ndarray]:
-    places = boxes / [WIDTH, HEIGHT, WIDTH, HEIGHT]
-    confidence = np.full(len(boxes), 0.9) if confidence is None else confidence
-    fields = {
-        "features": features,
-        "norm_bb": np.concatenate([places, places[:, 2:] - places[:, :2]], 1),
-        "conf": confidence,
-        "soft_labels": np.zeros((len(boxes), 3)),
-    }
-    return {name: value.astype(np.float16) for name, value in fields.items()}
-
-
-def write_uniter(pack):
-    def write(folder: Path, records) -> Path:
-        fields = {f"{Path(n).stem.lower()}.npz": fields_of(*record) for n, record in records.items()}
-        write_lmdb(folder / "coco_train2014/feat_th0.2_max100_min10", fields, pack)
-        return folder / "coco_train2014"
-
-    return write
-
-
-WRITERS = {
-    "tsv": write_lines(tsv_line, "trainval_36.tsv"),
-    "lxmert": write_lines(lxmert_line, "train2014_obj36.tsv"),
-    "npz": write_npz,
-    "hdf5": write_hdf5,
-    "lmdb": write_uniter(packed),
-    "lmdb compressed": write_uniter(zipped),
-}
-CONVERTED = ("tsv", "lxmert", "hdf5")
-each_kind = pytest.mark.parametrize("kind", WRITERS)
-
-
-def opened(kind: str, folder: Path, records=None):
-    path = WRITERS[kind](folder, records or {name: seen(name) for name in NAMES})
-    if kind in CONVERTED:
-        convert(kind, path, folder / "npz")
-        return open_regions(f"npz:{folder / 'npz'}")
-    return open_regions(f"{kind.split()[0]}:{path}")
-
 
 # Files.
 
@@ -389,116 +258,6 @@ def test_a_damaged_npz_is_refused_and_nothing_is_unpickled(tmp_path):
     with pytest.raises(DataError, match=r"holds no \.npz"):
         (tmp_path / "empty").mkdir()
         open_regions(f"npz:{tmp_path / 'empty'}")
-
-
-# LMDB
-
-VCR = "lsmdc_3015/3015_CHARLIE_ST_CLOUD_00.23.57.935-00.24.00.783@0.jpg"
-
-
-def vcr_world(folder: Path) -> tuple[Example, np.ndarray, np.ndarray]:
-    """A VCR example whose annotated and detected regions are in two LMDBs, and their features."""
-    stem, (annotated, boxes), (detected, other) = Path(VCR).stem, seen("gt", 3), seen("detected", 11)
-    for split, record in (("vcr_gt_train", (annotated, boxes)), ("vcr_train", (detected, other))):
-        name = "feat_numbb100" if "gt" in split else "feat_th0.2_max100_min10"
-        write_lmdb(folder / split / name, {f"{split}_{stem}.npz": fields_of(*record)}, zipped)
-    places = [tuple(box) for box in (boxes / [WIDTH, HEIGHT, WIDTH, HEIGHT]).tolist()]
-    return example_of(VCR, places), annotated, detected
-
-
-def test_annotated_regions_of_vcr_come_first_and_are_its_objects(tmp_path):
-    example, annotated, detected = vcr_world(tmp_path)
-    regions = open_regions(f"lmdb:{tmp_path / 'vcr_train'},{tmp_path / 'vcr_gt_train'}")(example)
-    assert regions.objects.tolist() == [0, 1, 2, *[-1] * 11]
-    assert_close(regions.features, torch.tensor(np.concatenate([annotated, detected])), rtol=0, atol=2e-3)
-    assert_close(regions.boxes[:3], torch.tensor(example.boxes), rtol=0, atol=1e-3)
-    only = open_regions(f"lmdb:{tmp_path / 'vcr_gt_train'}")(example)
-    assert only.objects.tolist() == [0, 1, 2]
-
-
-def test_annotated_regions_of_other_objects_are_refused(tmp_path):
-    example, _, _ = vcr_world(tmp_path)
-    source = open_regions(f"lmdb:{tmp_path / 'vcr_gt_train'},{tmp_path / 'vcr_train'}")
-    source.require([example])
-    with pytest.raises(DataError, match=r"no regions of other\.jpg .*\(1 of 2 are missing\)"):
-        source.require([example, replace(example, image=Path("other.jpg"))])
-    turned = replace(example, boxes=example.boxes[::-1])
-    for other in (turned, replace(example, boxes=example.boxes[:2]), replace(example, boxes=())):
-        with pytest.raises(DataError, match=r"3 annotated boxes, which are not the \d objects of example"):
-            source(other)
-    with pytest.raises(DataError, match=r"looked for 'vcr_gt_train_.*', 'vcr_train_"):
-        source(replace(example, image=Path("other@0.jpg")))
-
-
-@pytest.mark.parametrize(("sure", "expected"), [(3, 10), (14, 14), (120, 100)])
-@pytest.mark.parametrize("pack", [packed, zipped])
-def test_a_database_of_all_regions_is_cut_by_confidence(tmp_path, sure, expected, pack):
-    """num_bb = clip(#(conf > 0.2), 10, 100), as UNITER has it."""
-    features, boxes = seen("x", 120)
-    confidence = np.where(np.arange(120) < sure, 0.5, 0.1)
-    fields = {"flickr30k_000000000123.npz": fields_of(features, boxes, confidence)}
-    write_lmdb(tmp_path / "flickr30k/all", fields, pack)
-    regions = open_regions(f"lmdb:{tmp_path / 'flickr30k'}")(example_of("123.jpg"))
-    assert_close(regions.features, torch.tensor(features[:expected]), rtol=0, atol=2e-3)
-
-
-def test_a_database_of_36_regions_is_cut_at_36(tmp_path):
-    fields = {"flickr30k_000000000123.npz": fields_of(*seen("x", 40))}
-    path = write_lmdb(tmp_path / "feat_numbb36", fields, packed)
-    assert len(open_regions(f"lmdb:{path}")(example_of("123.jpg")).boxes) == 36
-
-
-def test_a_database_that_was_replaced_is_opened_again(tmp_path):
-    read = []
-    for count in (12, 20):
-        shutil.rmtree(tmp_path / "all", ignore_errors=True)
-        fields = {"flickr30k_000000000123.npz": fields_of(*seen("x", count))}
-        path = write_lmdb(tmp_path / "all", fields, packed)
-        regions = open_regions(f"lmdb:{path}")
-        read.append(len(regions(example_of("123.jpg")).boxes))
-    assert read == [12, 20]
-    shutil.rmtree(path)
-    with pytest.raises(DataError, match=r"cannot be read"):
-        regions(example_of("123.jpg"))
-
-
-def test_other_folders_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"holds no LMDB"):
-        open_regions(f"lmdb:{tmp_path}")
-    record = {"coco_train2014_000000000009.npz": fields_of(*seen("x"))}
-    for name in ("feat_numbb36", "all"):
-        write_lmdb(tmp_path / "two" / name, record, packed)
-    with pytest.raises(DataError, match=r"holds all, feat_numbb36; expected one LMDB"):
-        open_regions(f"lmdb:{tmp_path / 'two'}")
-    with pytest.raises(DataError, match=r"first key is b'000123'"):
-        open_regions(f"lmdb:{write_lmdb(tmp_path / 'text', {'000123': {}}, packed)}")
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged/data.mdb").write_bytes(b"no" * 9000)
-    with pytest.raises(DataError, match=r"not a readable LMDB"):
-        open_regions(f"lmdb:{tmp_path / 'damaged'}")
-
-
-def objects_packed(_fields) -> bytes:
-    import msgpack
-
-    array = {b"nd": True, b"type": b"|O", b"kind": b"O", b"shape": (1,), b"data": pickle.dumps([1])}
-    return msgpack.packb({"features": array, "norm_bb": array}, use_bin_type=True)
-
-
-@pytest.mark.parametrize(
-    "pack",
-    [
-        lambda fields: zipped(fields)[:500],
-        lambda fields: packed(fields)[:500],
-        lambda fields: packed({"features": fields["features"]}),
-        lambda _: b"",
-        objects_packed,
-    ],
-)
-def test_a_damaged_lmdb_record_is_refused(tmp_path, pack):
-    path = write_lmdb(tmp_path / "all", {"flickr30k_000000000123.npz": fields_of(*seen("x"))}, pack)
-    with pytest.raises(DataError, match=r"'flickr30k_000000000123\.npz': not a record"):
-        open_regions(f"lmdb:{path}")
 
 
 # Specs
