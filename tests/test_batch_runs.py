@@ -1,11 +1,16 @@
 """Running a batch: what is done is not repeated, and limits, failures and orders to stop are kept."""
 
+import json
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 
+import nbformat
 import pytest
+import torch
 from batch_helpers import RESULT, command, make_batch, results_of, states_of, wait_for, write_template
 
 from tdlib.cli import main
@@ -14,6 +19,7 @@ from tdlib.runs import states as run_states
 from tdlib.runs.batch import BEGIN
 from tdlib.runs.engines import ELSEWHERE, LocalEngine, RayEngine, RayWorker
 from tdlib.runs.runner import Runner
+from tdlib.runs.worker import _failure_of
 
 pytestmark = pytest.mark.usefixtures("no_orphans")
 FULL = """\
@@ -186,6 +192,58 @@ def test_two_runners_execute_each_run_once(tmp_path):
     assert states_of(batch) == ["done"] * 3, texts
     begun = (batch.folder / "begun.txt").read_text().split()
     assert sorted(begun) == sorted(run.id for run in batch.plan.runs), texts
+
+
+def test_folders_and_values_may_hold_any_sign(tmp_path):
+    home = tmp_path / "x {a} 'q' \"é\" [v] %s"
+    said = 'it\'s "{mode}" \\ \n é'
+    batch = make_batch(home, grid={"mode": [said]})
+    assert list(batch.run()["state"]) == ["done"], batch.table()["reason"][0]
+    (run,) = batch.plan.runs
+    assert nbformat.read(batch.folder_of(run) / "notebook.ipynb", 4) and run.parameters["mode"] == said
+    assert batch.open(run.id).is_file()
+
+
+def test_kernels_are_of_this_python_and_need_no_short_temporary_folder(tmp_path, monkeypatch):
+    other = tmp_path / "jupyter" / "kernels" / "python3"
+    other.mkdir(parents=True)
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "of mine", "language": "python"}
+    (other / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    (tmp_path / ("long" * 20)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 20)))
+    batch = make_batch(tmp_path)
+    assert list(batch.run()["state"]) == ["done"], batch.table()["reason"][0]
+
+
+SHARED = """\
+data = bytearray(os.urandom(2**20)) * 300
+for _ in range(3):
+    if not os.fork():
+        time.sleep(2)
+        os._exit(0)
+time.sleep(1.5)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what processes share")
+def test_memory_that_processes_share_counts_once(tmp_path):
+    write_template(tmp_path, f"if a > 1:\n{indent(SHARED, '    ')}\n{RESULT}")
+    batch = make_batch(tmp_path, grid={"a": [2]}, resources={"memory": "800MB"})
+    assert list(batch.run()["state"]) == ["done"], batch.table()["reason"][0]
+    batch = make_batch(tmp_path, grid={"a": [2]}, resources={"memory": "400MB"}, parameters={"seed": 1})
+    table = batch.run()
+    assert table["state"][0] == "killed" and "more than its limit" in table["reason"][0]
+
+
+def test_torch_s_words_for_a_full_disk_are_known():
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    with pytest.raises(RuntimeError) as error:
+        torch.save(torch.zeros(10**6), "/dev/full")
+    found = _failure_of(error.value)
+    assert found["state"] == "killed" and found["reason"].startswith("the disk is full: RuntimeError")
+    assert _failure_of(RuntimeError("unexpected shape"))["state"] == "failed"
 
 
 def test_a_time_limit_ends_a_run(tmp_path):

@@ -51,10 +51,10 @@ def run_notebook(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
             os.replace(executed, failed)
             return NotebookFailed(f"{path.name}: {reason}{file}{failed}")
 
-        began, scratch = time.time(), Path(tempfile.mkdtemp(prefix="tdlib-"))
+        began, scratch = time.time(), scratch_folder()
         try:
             papermill.execute_notebook(
-                str(path), str(executed), parameters=parameters, cwd=str(NOTEBOOKS),
+                literal(path), literal(executed), parameters=parameters, cwd=str(NOTEBOOKS),
                 kernel_name="python3", progress_bar=sys.stderr.isatty(), log_output=False,
                 request_save_on_cell_execute=True,
                 **kernel_options(scratch, bars=bool(planned.get("interactive"))),
@@ -95,6 +95,17 @@ def refuse_folder(path: Path, folder: Path, runs_dir: str) -> None:
         raise ConfigError(f"{folder}: holds {', '.join(other[:3])}, expected a page of {path.name}; {advice}")
 
 
+def literal(path: Path) -> str:
+    """Writes a path so that papermill, which fills parameters in for ``{name}``, leaves it as it is."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def scratch_folder() -> Path:
+    """Makes a temporary folder for a kernel's sockets, whose paths may have 107 characters."""
+    short = len(tempfile.gettempdir()) < 70
+    return Path(tempfile.mkdtemp(prefix="tdlib-", dir=None if short else "/tmp"))
+
+
 def kernel_options(
     scratch: Path,
     launched: Callable[[subprocess.Popen | None], None] = lambda process: None,
@@ -102,17 +113,21 @@ def kernel_options(
 ) -> dict[str, Any]:
     """Makes the arguments of papermill's ``execute_notebook`` that say how to start a kernel.
 
-    The kernel is reached by sockets in the folder ``scratch``: another process may take a port, but no file,
-    and with ports kernels warn in every run that nothing is encrypted. The folder's path must be short:
-    paths of sockets may have 107 characters.
+    It is a kernel of this Python, whatever a user's own "python3" of Jupyter starts. It is reached by sockets
+    in the folder ``scratch`` (see ``scratch_folder``): another process may take a port, but no file, and with
+    ports kernels warn in every run that nothing is encrypted.
 
     ``launched`` is called with the kernel's process. ``bars`` lets libraries draw progress bars, which fill a
     log with hundreds of partial lines.
     """
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from traitlets.config import Config
 
     class Kernel(AsyncKernelManager):
+        kernel_spec = KernelSpec(**get_kernel_dict())
+
         async def _async_launch_kernel(self, kernel_cmd: list[str], **options: Any) -> None:
             if not bars:
                 quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -131,5 +146,5 @@ def write_prepared(path: Path, target: Path, parameters: dict[str, Any]) -> None
     import papermill
 
     papermill.execute_notebook(
-        str(path), str(target), parameters=parameters, prepare_only=True, progress_bar=False
+        literal(path), literal(target), parameters=parameters, prepare_only=True, progress_bar=False
     )

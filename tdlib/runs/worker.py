@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from contextlib import suppress
@@ -30,12 +29,15 @@ from tdlib.core.provenance import git_version
 from tdlib.runs import states as run_states
 from tdlib.runs.checks import difference_reason, differences
 from tdlib.runs.engines import BUSY
-from tdlib.runs.notebook import ANSI, kernel_options
+from tdlib.runs.notebook import ANSI, kernel_options, literal, scratch_folder
 from tdlib.runs.states import LOG, NOTEBOOK, OUTPUT
 from tdlib.runs.template import read_template
 
 TICK = 0.25  # seconds between looks at the run
-_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
+_DISK_FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large"
+    r"|unexpected pos \d+ vs \d+|PytorchStreamWriter failed"  # what torch.save says of it
+)
 
 
 class _Attempt:
@@ -49,7 +51,7 @@ class _Attempt:
         self.parent = int(os.environ.get(run_states.RUNNER) or os.getppid())
         self.began = time.monotonic()
         self.peak = 0
-        self.scratch = tempfile.mkdtemp(prefix="tdlib-")  # short: paths of sockets may have 107 characters
+        self.scratch = str(scratch_folder())
         self.verdict: tuple[str, str] | None = None  # state and reason, if the watching thread ends it
         self.outcome: dict[str, Any] | None = None  # what the executing thread came to
         self.cell = 0
@@ -97,7 +99,7 @@ class _Attempt:
         checked.write_bytes(template)
         try:
             executed = papermill.execute_notebook(
-                str(checked), str(partial), parameters=parameters, kernel_name="python3",
+                literal(checked), literal(partial), parameters=parameters, kernel_name="python3",
                 cwd=self.spec["cwd"], progress_bar=False, start_timeout=300, stdout_file=sys.stdout,
                 stderr_file=sys.stderr, **kernel_options(Path(self.scratch), launched),
             )  # fmt: skip
@@ -147,6 +149,8 @@ class _Attempt:
     def watch(self) -> None:
         """Measures memory once, ends the run if there is a reason, else renews the heartbeat."""
         used = self._memory()
+        if 0 < self.limits["memory"] < used:  # counted exactly, which takes longer
+            used = self._memory(shared_once=True)
         self.peak = max(self.peak, used)
         if self.verdict is None:
             limit, memory = self.limits["seconds"], self.limits["memory"]
@@ -165,14 +169,19 @@ class _Attempt:
             with suppress(OSError):  # a full disk must not end a run that writes nothing
                 self.write({"heartbeat": time.time(), "peak_memory": self.peak})
 
-    def _memory(self) -> int:
-        """Sums the resident bytes of this process and all below it (pages that they share count twice)."""
+    def _memory(self, shared_once: bool = False) -> int:
+        """Sums the resident bytes of this process and all below it.
+
+        Pages that they share, as loader processes share the data they were forked with, count for each of
+        them, or once with ``shared_once`` (where the system tells; Linux does).
+        """
         total = 0
         with suppress(psutil.Error):
             own = psutil.Process()
             for process in [own, *own.children(recursive=True)]:
                 with suppress(psutil.Error):
-                    total += process.memory_info().rss
+                    used = process.memory_full_info() if shared_once else process.memory_info()
+                    total += getattr(used, "pss", used.rss)
         return total
 
     def end_kernel(self) -> None:
@@ -220,9 +229,10 @@ class _Attempt:
 def _failure(name: str, value: str, trace: str, cell: int | None = None, source: str = "") -> dict[str, Any]:
     """The state after an error: "killed" where the disk was full, so that it is repeated, else "failed"."""
     value, trace = ANSI.sub("", value), ANSI.sub("", trace)[-8000:]
+    full = bool(_DISK_FULL.search(value))
     return {
-        "state": "killed" if _DISK_FULL.search(value) else "failed",
-        "reason": f"{name}: {value}",
+        "state": "killed" if full else "failed",
+        "reason": f"{'the disk is full: ' if full else ''}{name}: {value}",
         "error": {"name": name, "value": value, "cell": cell, "source": source, "traceback": trace},
     }
 
