@@ -16,6 +16,7 @@ from tdlib.analysis.protocol import (
     claim_sentences,
     claims_table,
     power_note,
+    runs_in_words,
     sentences,
     shift_table,
     shots_table,
@@ -44,8 +45,8 @@ from tdlib.views.figures.protocol import plot_shots
 
 def test_every_arm_stands_in_every_cell_on_every_test(compared):
     assert list(compared.columns) == COLUMNS
-    assert len(compared) == (3 + 2 + 2) * 2 * 2 + 3 * 4 + 2 * 2 + 2 * 2
-    keys = ["batch", "task", "setting", "shots", "split", "arm"]
+    assert len(compared) == (3 + 2 + 2) * 2 + 3 * 4 + 2 * 2 + 2 * 2
+    keys = ["task", "setting", "shots", "split", "arm"]
     assert not compared.duplicated(keys).any() and (compared["seeds"] == 7).all()
     assert set(compared["test"]) == {"usual", "shortcut", "balanced", "style", "prior"}
     assert set(compared["setting"]) == {""}, "splits of different tasks are no setting"
@@ -63,7 +64,7 @@ def test_the_numbers_are_those_of_the_predictions(reports, compared):
         frames = [pd.read_parquet(file).query("split == 'val_shortcut'").sort_values("id") for file in files]
         tables[arm] = np.array([frame["score"] for frame in frames])
         pictures = frames[0]["image"].to_numpy()
-    row = row_of(compared, batch="wide", task="vcr_qa", split="val_shortcut", arm="clip_td")
+    row = row_of(compared, shots=24, task="vcr_qa", split="val_shortcut", arm="clip_td")
     pair = tables["clip_td"], tables["finetune"], pictures
     expected = pooled_difference([pair], 0.25, resamples=100)
     assert row["mean"] == pytest.approx(tables["clip_td"].mean())
@@ -79,7 +80,7 @@ def test_the_numbers_are_those_of_the_predictions(reports, compared):
     gains = (tables["clip_td"] - tables["finetune"]).mean(1)
     assert row["p_value"] == sign_flip_test(gains) == 2 / 2**7
     assert row["p_adjusted"] == pytest.approx(2 * 2 / 2**7) and row["verdict"] == "better"
-    assert row_of(compared, batch="wide", task="vcr_qa", split="val_shortcut", arm="naive")["verdict"] == (
+    assert row_of(compared, shots=24, task="vcr_qa", split="val_shortcut", arm="naive")["verdict"] == (
         "not distinguishable"
     )
 
@@ -89,7 +90,7 @@ def test_chance_is_that_of_the_choices_or_what_the_runs_recorded(compared, tmp_p
     assert list(chance.loc["vcr_qa"]) == [0.25, 0.25]
     # always the training's label 1, which a quarter of the tested have; their own usual one is another half
     assert list(chance.loc["snli_ve"]) == [0.25, 0.25]
-    over = row_of(compared, batch="wide", task="snli_ve", split="dev", arm="clip_td")
+    over = row_of(compared, shots=24, task="snli_ve", split="dev", arm="clip_td")
     assert over["over_chance"] == pytest.approx((over["mean"] - 0.25) / 0.75)
     for task in ("vcr_qa", "snli_ve"):  # runs of before chance was recorded
         run = write_run(tmp_path / "old", task, splits=("val",))
@@ -230,6 +231,13 @@ def test_variants_of_an_arm_are_compared_like_arms(tmp_path):
 # What is refused.
 
 
+def test_an_arm_to_be_tested_that_does_not_exist_is_refused(tmp_path):
+    write_run(tmp_path / "b")
+    with pytest.raises(ProtocolError, match="unknown cliptd; the runs have the arms finetune"):
+        compare(tmp_path / "b", tested=["cliptd"])
+    assert len(compare(tmp_path / "b", tested=["clip_td"])) == 1, "not run yet"
+
+
 def test_another_training_subset_is_an_error_that_names_the_runs(tmp_path):
     write_run(tmp_path / "b", seed=0)
     write_run(tmp_path / "b", arm="clip_td", seed=0, ids=["x", "y"])
@@ -335,6 +343,7 @@ def test_worlds_are_compared_apart_and_together(two_worlds):
     whole = row_of(table, arm="clip_td_repaired", world="all")
     assert whole["difference"] == pytest.approx(np.mean([row["difference"] for row in apart]))
     assert (whole["seeds"], whole["pairs"]) == (14, 14) and apart[0]["pairs"] == 7
+    assert (whole["examples"], whole["pictures"]) == (48, 24) and apart[0]["examples"] == 24
     assert whole["p_value"] == 2 / 2**14 and whole["verdict"] == "better"
     assert len(together(table)) == 3 and set(together(table)["world"]) == {"all"}
     told = sentences(table[table["arm"] == "clip_td"])
@@ -347,7 +356,7 @@ def test_means_beside_each_other_are_of_the_same_worlds(tmp_path):
     table = compare(write_worlds(tmp_path / "b", shares))
     whole = table[table["world"] == "all"]
     assert list(whole["arm"]) == ["finetune", "clip_td"] and set(whole["seeds"]) == {14}
-    assert set(whole["arms_tested"].dropna()) == {2}, "Holm counts the control too"
+    assert set(table["arms_tested"].dropna()) == {2}, "Holm counts the control too, in every world"
     shown = together(table)
     alone = shown[shown["world"] == "1"]
     assert len(shown) == 2 + 3 and set(alone["arm"]) == set(shares) and set(alone["seeds"]) == {7}
@@ -361,8 +370,8 @@ def test_means_beside_each_other_are_of_the_same_worlds(tmp_path):
     assert titles == ["vcr_qa, all worlds (14 runs of an arm)", "vcr_qa, world 1 (7 seeds)"]
     assert all("vcr_qa, 12 examples, world 1" in chart for chart in lead_charts(table))
     claims = claims_table(table, ["clip_td", "naive"])
-    assert row_of(claims, condition="low-shot", arm="clip_td")["where"] == "b: 12 examples, val"
-    assert row_of(claims, condition="low-shot", arm="naive")["where"] == "b: 12 examples, val, world 1"
+    assert row_of(claims, condition="low-shot", arm="clip_td")["where"] == "12 examples, val"
+    assert row_of(claims, condition="low-shot", arm="naive")["where"] == "12 examples, val, world 1"
 
 
 def test_an_arm_of_two_worlds_of_three_is_compared_in_these(tmp_path):
@@ -383,6 +392,7 @@ def test_claims_say_what_is_shown_where_and_what_repairing_adds(two_worlds):
     claims = claims_table(compare_arms(runs, scores, resamples=100))
     few = row_of(claims, condition="low-shot", arm="clip_td_repaired")
     assert (few["finding"], few["worlds"], few["pairs"]) == ("shown", "1, 2", 14)
+    assert "clip_td_repaired, which the paper does not have, on" in claim_sentences(claims)[0]
     read = row_of(claims, condition="low-shot", arm="clip_td")
     assert (read["finding"], read["worlds"]) == ("contrary", "2"), "it hurts in the second world alone"
     added = claims_table(compare_arms(runs, scores, "clip_td", ["clip_td_repaired"], resamples=100))
@@ -395,7 +405,9 @@ def test_claims_say_what_is_shown_where_and_what_repairing_adds(two_worlds):
     assert "**shown**, in each of the worlds 1, 2 by itself" in told[0]
     gain = row_of(added, condition="low-shot", arm="clip_td_repaired")["difference"]
     assert f"re-pairing adds {100 * gain:+.1f} points" in told[0]
-    assert told[2].endswith("Here: clip_td on vcr_qa: not run; clip_td_repaired on vcr_qa: not run.")
+    assert told[2].endswith(
+        "clip_td on vcr_qa: not run; clip_td_repaired, which the paper does not have, on vcr_qa: not run."
+    )
     assert told[6] == "**VQA, fully supervised**: the paper says up to +1.3 % relative. Here: not run."
 
 
@@ -416,6 +428,7 @@ def test_known_and_unknown_concepts_are_compared_apart(tmp_path):
     table = compare_within(runs, scores, "concept", resamples=50)
     assert list(table["stratum"].unique()) == ["concept: known", "concept: unknown"]
     row = row_of(table, stratum="concept: known", arm="clip_td")
+    assert (row["examples"], row["pictures"]) == (12, 6)
     wanted = scores[(scores["concept"] == "known") & scores["run"].str.contains("clip_td")]
     assert row["mean"] == pytest.approx(wanted["score"].mean())
     assert set(compare_within(runs, scores, "style", resamples=50)["stratum"]) == {
@@ -434,6 +447,25 @@ def test_the_page_leads_with_differences_and_scores(two_worlds):
     assert "chance: 25.0 (vcr_qa)" in second
 
 
+def test_arms_that_have_no_pair_yet_count_in_the_correction(tmp_path):
+    """A verdict must not vanish when the last of the arms that were to be tested is done."""
+    write_worlds(tmp_path / "b", {"finetune": (0.4,), "clip_td": (0.9,)})
+    row = row_of(
+        compare(tmp_path / "b", tested=["finetune", "clip_td", "naive", "random_teacher"]), arm="clip_td"
+    )
+    assert (row["p_value"], row["p_adjusted"], row["arms_tested"]) == (2 / 2**7, 3 * 2 / 2**7, 3)
+    four = ["clip_td", "naive", "random_teacher", "shuffled_teacher"]
+    assert row_of(compare(tmp_path / "b", tested=four), arm="clip_td")["verdict"] == "too few pairs"
+
+
+def test_the_page_says_what_its_runs_share(two_worlds):
+    runs = read_runs(two_worlds)
+    (said,) = runs_in_words(runs.assign(commit="abc"))
+    assert said.startswith('42 finished runs of vcr_qa: student="small", all else default; code abc;')
+    assert "MiniWorld 1, 2" in said
+    assert runs_in_words(runs[:0]) == [] and "MiniWorld" not in runs_in_words(runs.assign(world=""))[0]
+
+
 def test_the_guide_explains_the_tests_that_occur_and_no_others(compared):
     guide = reading_guide(compared)
     assert SHIFTS["shortcut"] in guide and SHIFTS["composition"] not in guide
@@ -444,15 +476,15 @@ def test_claims_are_read_in_cells_fixed_before_looking(compared):
     claims = claims_table(compared, ["clip_td"])
     assert len(claims) == 3 * 3
     few = row_of(claims, task="vcr_qa", condition="low-shot")
-    cell = row_of(compared, batch="low", task="vcr_qa", shots=12, split="val", arm="clip_td")
+    cell = row_of(compared, task="vcr_qa", shots=12, split="val", arm="clip_td")
     assert few["paper"] == CLAIMS["VCR", "low-shot"] == 0.519
-    assert few["relative"] == cell["relative"] and few["where"] == "low: 12 examples, val"
+    assert few["relative"] == cell["relative"] and few["where"] == "12 examples, val"
     usual = compared[
         (compared["task"] == "vcr_qa") & (compared["test"] == "usual") & (compared["arm"] == "clip_td")
     ]
-    assert few["largest"] == usual["relative"].max() and few["cells"] == len(usual) == 3
+    assert few["largest"] == usual["relative"].max() and few["cells"] == len(usual) == 2
     shift = row_of(claims, task="vcr_qa", condition="domain shift")
-    assert shift["where"] == "wide: 24 examples, val_shortcut" and shift["cells"] == 2 + 2  # not balanced
+    assert shift["where"] == "24 examples, val_shortcut" and shift["cells"] == 1 + 2  # not balanced
     assert row_of(claims, task="vqa_v2", condition="domain shift")["where"].endswith("val2014_prior")
     every = row_of(claims, task="vcr_qa", condition="fully supervised")
     assert every["verdict"] == "not run" and pd.isna(every["relative"])

@@ -55,12 +55,12 @@ def test_a_summary_of_run_folders_has_the_numbers_of_the_comparison(reports):
 # Tables, figures and the page.
 
 
-def test_curves_and_shifts_come_from_the_batches_made_for_them(compared):
+def test_curves_have_every_size_and_shifts_the_one_with_most_tests(compared):
     shots, shifts = shots_table(compared), shift_table(compared)
-    assert set(shots["batch"]) == {"low"} and set(shots["test"]) == {"usual"} and len(shots) == 7 * 2
+    assert set(shots["test"]) == {"usual"} and len(shots) == 7 * 2
     assert list(shots["train_examples"][:2]) == [12, 24]
     vcr = shifts[shifts["task"] == "vcr_qa"]
-    assert set(vcr["batch"]) == {"wide"} and vcr["test"].iloc[0] == "usual"
+    assert set(vcr["shots"]) == {24} and vcr["test"].iloc[0] == "usual"
     assert len(vcr) == 4 * 3 and list(vcr["arm"][:3]) == list(dict.fromkeys(compared["arm"]))
 
 
@@ -85,7 +85,7 @@ def test_costs_stand_beside_every_arm(tmp_path):
 
 def test_words_and_numbers_for_readers(compared):
     told = sentences(compared[compared["arm"] == "clip_td"])
-    assert len(told) == 12 + 8 and all("7 pairs: **" in sentence for sentence in told)
+    assert len(told) == 6 + 8 and all("7 pairs: **" in sentence for sentence in told)
     table = readable(compared)
     row = compared[compared["arm"] == "clip_td"].iloc[0]
     shown = table.loc[row.name]
@@ -174,13 +174,27 @@ def test_the_notebook_without_any_batch_says_what_to_run(tmp_path, capsys):
     assert found["compared"].empty and "tdlib batch run low_shot" in found["page"].read_text()
 
 
+def test_the_notebook_names_its_baseline_everywhere(reports, tmp_path):
+    found = execute(
+        "07_protocol",
+        batches=["low"],
+        reports_dir=str(reports),
+        output_dir=str(tmp_path),
+        baseline="naive",
+        resamples=10,
+    )
+    labels = {axes.get_xlabel() for axes in found["shifts_figure"].axes}
+    assert labels == {"difference to naive (points)"}
+    assert "21 finished runs of vcr_qa" in found["page"].read_text()
+
+
 def test_a_size_that_has_hardly_begun_does_not_stand_for_one_that_is_done(compared):
-    begun = compared[compared["batch"] == "wide"].assign(shots=48, train_examples=48.0, seeds=1)
+    begun = compared[compared["shots"] == 24].assign(shots=48, train_examples=48.0, seeds=1)
     begun["pairs"] = begun["pairs"].clip(upper=1)
     both = pd.concat([begun, compared], ignore_index=True)
     assert set(shift_table(both)["train_examples"]) == {24}
     shift = row_of(claims_table(both, ["clip_td"]), task="vcr_qa", condition="domain shift")
-    assert shift["where"].startswith("wide: 24 examples") and shift["pairs"] == 7
+    assert shift["where"].startswith("24 examples") and shift["pairs"] == 7
     half = compared.copy()
     half.loc[half["shots"] == 12, "seeds"] = 3
     titles = [axes.get_title(loc="left") for axes in plot_shots(shots_table(half)).axes]

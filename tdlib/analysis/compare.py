@@ -1,11 +1,12 @@
 """Compares arms: each arm's mean with its interval, and its paired difference to the baseline.
 
-A *cell* is what arms are compared within: one batch, task, setting (whatever else differs between runs)
-and size of the training subset. Two runs are a pair where they are of one cell, one world and one seed;
-they must then have learned from the same examples and be tested on the same. Several worlds (MiniWorlds
-of different seeds) are compared apart and together: see ``statistics.pooled_difference``. Means of several
-worlds stand beside each other only where they are of the same ones, because worlds differ in how hard they
-are: an arm that was not run in all of them has rows of its worlds, with the other arms in these.
+A *cell* is what arms are compared within: one task, setting (whatever else differs between runs) and size
+of the training subset, of all batches that are read together. Two runs are a pair where they are of one
+cell, one world and one seed; they must then have learned from the same examples and be tested on the same.
+Several worlds (MiniWorlds of different seeds) are compared apart and together: see
+``statistics.pooled_difference``. Means of several worlds stand beside each other only where they are of the
+same ones, because worlds differ in how hard they are: an arm that was not run in all of them has rows of its
+worlds, with the other arms in these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,16 +25,17 @@ from tdlib.analysis.statistics import (
     pooled_difference,
     pooled_mean,
 )
+from tdlib.arms import ARMS
 from tdlib.data.tasks import TASKS
 
-CELL = ["batch", "task", "setting", "shots"]
+CELL = ["task", "setting", "shots"]
 USUAL = "usual"  # the test that is not shifted
-ALL_WORLDS = "all"  # worlds in which the batch has finished runs of the task and setting
+ALL_WORLDS = "all"  # worlds in which there are finished runs of the task and setting
 COLUMNS = [
-    *CELL, "world", "train_examples", "measure", "split", "test", "arm", "seeds", "mean", "low", "high",
-    "chance", "over_chance", "pairs", "baseline_mean", "difference", "difference_low", "difference_high",
-    "relative", "relative_low", "relative_high", "gain_over_chance", "p_value", "p_adjusted", "arms_tested",
-    "verdict", "unpaired",
+    *CELL, "world", "train_examples", "measure", "split", "test", "examples", "pictures", "arm", "seeds",
+    "mean", "low", "high", "chance", "over_chance", "pairs", "baseline_mean", "difference", "difference_low",
+    "difference_high", "relative", "relative_low", "relative_high", "gain_over_chance", "p_value",
+    "p_adjusted", "arms_tested", "verdict", "unpaired",
 ]  # fmt: skip
 
 
@@ -42,9 +44,11 @@ class Options:
     """Options of a comparison.
 
     ``baseline`` is the arm that the others are compared with. ``tested`` are the arms whose difference is
-    tested, all if empty; choose them before looking, as every further arm needs more pairs
-    (``statistics.pairs_needed``). Others get intervals and the verdict "not tested". ``alpha`` is the level
-    of the verdicts, ``resamples`` the number of bootstrap samples. Intervals are of 95 %.
+    tested, all of the cell if empty; choose them before looking, as every further arm needs more pairs
+    (``statistics.pairs_needed``). They count for Holm's correction in every cell, test and world, also where
+    some have no pair yet: what is found must not depend on how far the runs are. Others get intervals and
+    the verdict "not tested". ``alpha`` is the level of the verdicts, ``resamples`` the number of bootstrap
+    samples. Intervals are of 95 %.
     """
 
     baseline: str = "finetune"
@@ -70,37 +74,44 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "fine
     """Scores every arm in every cell on every test, and its paired difference to the baseline.
 
     Columns: those of a cell, world (the worlds that the row is of: one, "all" together, or some together,
-    as "0, 2"), train_examples (mean over runs), measure, split, test ("usual", or the shift), arm, seeds
-    (of these worlds), mean, low, high (over all seeds of the arm), chance, over_chance; then over the pairs
-    alone: pairs, baseline_mean, difference, difference_low, difference_high, relative, relative_low,
-    relative_high, gain_over_chance, p_value, p_adjusted (Holm over the tested arms of the cell and test,
-    also those that were run in fewer worlds), arms_tested, verdict, and unpaired: seeds of arm or baseline
-    that have no partner yet. ``runs`` are of one or several batches (``scores.read_runs``), ``scores``
-    theirs (``scores.read_scores``); for the rest see ``Options``.
+    as "0, 2"), train_examples (mean over runs), measure, split, test ("usual", or the shift), examples and
+    pictures (tested, in all of these worlds), arm, seeds (of these worlds), mean, low, high (over all seeds
+    of the arm), chance, over_chance; then over the pairs alone: pairs, baseline_mean, difference,
+    difference_low, difference_high, relative, relative_low, relative_high, gain_over_chance, p_value,
+    p_adjusted (Holm over the tested arms), arms_tested, verdict, and unpaired: seeds of arm or baseline that
+    have no partner yet. ``runs`` are of one or several batches (``scores.read_runs``), ``scores`` theirs
+    (``scores.read_scores``); for the rest see ``Options``.
 
     An arm has rows of several worlds together only if each of them has pairs of it with the baseline (of an
     arm without any pair: has its runs). The combinations are the largest one of each arm.
 
     Raises:
-        ProtocolError: two runs of a cell and world have the same arm and seed, or a pair learned from or
-            was tested on other examples.
+        ProtocolError: an arm to be tested is unknown; two runs of a cell and world have the same arm and
+            seed; or a pair learned from or was tested on other examples.
     """
-    options = Options(baseline, tested, alpha, resamples)
+    if unknown := sorted({*tested} - {*runs["arm"].dropna(), *ARMS}):
+        raise ProtocolError(
+            f"tested={list(tested)}: unknown {', '.join(unknown)}; the runs have the arms "
+            f"{', '.join(sorted(set(runs['arm'].dropna())))}"
+        )
     done = runs[runs["state"] == "done"]
     rows: list[dict[str, Any]] = []
-    every_world = {key: set(own["world"]) for key, own in done.groupby(["batch", "task", "setting"])}
+    every_world = {key: set(own["world"]) for key, own in done.groupby(["task", "setting"])}
     for key, cell in done.groupby(CELL, sort=False):
         where = dict(zip(CELL, key, strict=True))
+        options = Options(baseline, tested or list(dict.fromkeys(cell["arm"])), alpha, resamples)
         for world, own in cell.groupby("world", sort=False):
-            _check_runs({**where, "world": world}, own, baseline)
-        of_cell = scores[(scores["batch"] == where["batch"]) & scores["run"].isin(cell["run"])]
+            _check_runs(
+                f"{_place(where, own)}, world {world}" if world else _place(where, own), own, baseline
+            )
+        of_cell = scores[scores["run"].isin(cell["run"])]
         for (measure, split), part in of_cell.groupby(["measure", "split"], sort=False):
             shared = where | {
                 "train_examples": float(cell["train_examples"].mean()), "measure": measure, "split": split,
                 "test": name_of_test(str(where["task"]), str(split)),
             }  # fmt: skip
             worlds = {
-                str(world): _tested(f"{_place(where)}, split {split!r}", own, part)
+                str(world): _tested(f"{_place(where, own)}, split {split!r}", own, part)
                 for world, own in cell.groupby("world", sort=False)
                 if own["run"].isin(part["run"]).any()
             }
@@ -109,7 +120,7 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "fine
             for together in [(world,) for world in worlds] + _combinations(worlds_of):
                 # Each world counts alike, however many runs it has.
                 chance = float(np.mean([chances[world] for world in together]))
-                of_all = len(together) > 1 and set(together) == every_world[key[:3]]
+                of_all = len(together) > 1 and set(together) == every_world[key[:2]]
                 shared["world"] = ALL_WORLDS if of_all else ", ".join(together)
                 rows += [
                     shared | row
@@ -155,11 +166,12 @@ def compare_within(runs: pd.DataFrame, scores: pd.DataFrame, by: str, **options:
     ``by`` is the column of ``scores`` with the kind (``scores.with_strata``); rows without one are left out.
     Holm's correction is over the arms within each kind.
     """
+    columns = ["stratum", *COLUMNS]
     frames = [
-        compare_arms(runs, rows, **options).assign(stratum=f"{by}: {kind}")
+        compare_arms(runs, rows, **options).assign(stratum=f"{by}: {kind}")[columns]
         for kind, rows in scores[scores[by].fillna("") != ""].groupby(by, sort=True)
     ]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*COLUMNS, "stratum"])
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
 
 
 def summarise(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -199,13 +211,16 @@ def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[
         ]
         if pairs:
             differences[arm] = pooled_difference(pairs, chance, resamples=options.resamples)
-    tested = {arm: one for arm, one in differences.items() if not options.tested or arm in options.tested}
-    differences |= adjusted_together(tested)
+    family = {*(options.tested or arms)} - {options.baseline}
+    tested = {arm: one for arm, one in differences.items() if arm in family}
+    differences |= adjusted_together(tested, len(family))
     rows = []
     for arm in arms:
         of_arm = [(world.arms[arm].to_numpy(), world.clusters) for world in worlds if arm in world.arms]
         mean, low, high = pooled_mean(of_arm, resamples=options.resamples)
+        tests = [clusters for _, clusters in of_arm]
         row: dict[str, Any] = {
+            "examples": sum(map(len, tests)), "pictures": sum(len(np.unique(one)) for one in tests),
             "arm": arm, "seeds": sum(len(values) for values, _ in of_arm), "mean": mean, "low": low,
             "high": high, "chance": chance, "over_chance": chance_corrected(mean, chance), "pairs": 0,
             "verdict": "", "unpaired": "",
@@ -236,18 +251,18 @@ def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[
 # What cannot be compared is refused.
 
 
-def _check_runs(where: Mapping[str, Any], runs: pd.DataFrame, baseline: str) -> None:
+def _check_runs(place: str, runs: pd.DataFrame, baseline: str) -> None:
     """Raises ProtocolError where one arm and seed come twice, or a pair learned from other examples."""
     twice = runs[runs.duplicated(["arm", "seed"], keep=False)]
     if len(twice):
         named = ", ".join(f"{r.run} ({r.arm}, seed {r.seed:g})" for r in twice.itertuples())
-        raise ProtocolError(f"{_place(where)}: several runs of one arm and seed: {named}; expected one")
+        raise ProtocolError(f"{place}: several runs of one arm and seed: {named}; expected one")
     usual = runs[runs["arm"] == baseline].set_index("seed")
     for run in runs[runs["seed"].isin(usual.index)].itertuples():
         partner = usual.loc[run.seed]
         if run.subset != partner["subset"]:
             raise ProtocolError(
-                f"{_place(where)}, seed {run.seed:g}: {run.arm} (run {run.run}) learned from "
+                f"{place}, seed {run.seed:g}: {run.arm} (run {run.run}) learned from "
                 f"{run.train_examples:g} examples, digest {run.subset}, but {baseline} "
                 f"(run {partner['run']}) from {partner['train_examples']:g}, digest {partner['subset']}; "
                 "a pair needs the same"
@@ -280,10 +295,11 @@ def _tested(place: str, runs: pd.DataFrame, scores: pd.DataFrame) -> Tested:
     return Tested(arms, first.to_numpy())
 
 
-def _place(where: Mapping[str, Any]) -> str:
+def _place(where: Mapping[str, Any], runs: pd.DataFrame) -> str:
     setting = f", {where['setting']}" if where["setting"] else ""
-    world = f", world {where['world']}" if where.get("world") else ""
-    return f"batch {where['batch']}, {where['task']}, shots {where['shots']:g}{setting}{world}"
+    return (
+        f"batch {', '.join(dict.fromkeys(runs['batch']))}, {where['task']}, shots {where['shots']:g}{setting}"
+    )
 
 
 def name_of_test(task: str, split: str) -> str:

@@ -64,28 +64,28 @@ def main_measure(compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def shots_table(compared: pd.DataFrame) -> pd.DataFrame:
-    """Selects accuracy over the number of training examples on the usual test, for the curves.
-
-    Per task and setting, the batch with most sizes; the first of several. Worlds as in ``together``.
-    """
+    """Selects accuracy over the number of training examples on the usual test; worlds as in ``together``."""
     whole = main_measure(together(compared))
-    usual = _richest(whole[whole["test"] == USUAL], ["batch", "task", "setting"], "shots")
+    usual = whole[whole["test"] == USUAL]
     return _sorted(usual, ["task", "setting", "world", "arm", "train_examples"], compared)
 
 
 def shift_table(compared: pd.DataFrame) -> pd.DataFrame:
     """Selects every arm on every test, the usual one first, for the figure of shifts.
 
-    Per task and setting, the batch and size with most tests; of several, the one with most pairs, so that
-    a size that has hardly begun does not stand for one that is done; then the one with most examples.
-    Worlds as in ``together``.
+    Per task and setting, the size with most tests; of several, the one with most pairs, so that a size that
+    has hardly begun does not stand for one that is done; then the one with most examples. Worlds as in
+    ``together``.
     """
     whole = main_measure(together(compared))
-    pairs = whole.groupby(CELL)["pairs"].transform("max")
-    ordered = whole.assign(_pairs=pairs).sort_values(
-        ["_pairs", "train_examples"], ascending=False, kind="stable"
+    of_cell = whole.groupby(CELL)
+    sizes = whole.assign(
+        _tests=of_cell["test"].transform("nunique"), _pairs=of_cell["pairs"].transform("max")
     )
-    return _sorted(_richest(ordered, CELL, "test"), ["task", "setting", "world", "test", "arm"], compared)
+    order = ["_tests", "_pairs", "train_examples"]
+    sizes = sizes.sort_values(order, ascending=False, kind="stable")
+    chosen = sizes["shots"] == sizes.groupby(["task", "setting"])["shots"].transform("first")
+    return _sorted(sizes[chosen], ["task", "setting", "world", "test", "arm"], compared)
 
 
 def _sorted(table: pd.DataFrame, by: Sequence[str], compared: pd.DataFrame) -> pd.DataFrame:
@@ -108,23 +108,12 @@ def _sorted(table: pd.DataFrame, by: Sequence[str], compared: pd.DataFrame) -> p
     return table.sort_values(list(by), key=places, kind="stable", ignore_index=True)
 
 
-def _richest(table: pd.DataFrame, group: Sequence[str], counted: str) -> pd.DataFrame:
-    """Selects per task and setting the group of rows with most values of a column; the first of equals."""
-    best: dict[Any, tuple[int, pd.DataFrame]] = {}
-    for _, rows in table.groupby(list(group), sort=False):
-        key = rows["task"].iloc[0], rows["setting"].iloc[0]
-        number = rows[counted].nunique()
-        if key not in best or number > best[key][0]:
-            best[key] = number, rows
-    return pd.concat([rows for _, rows in best.values()]) if best else table.iloc[:0]
-
-
 # The claims.
 
 CLAIM_COLUMNS = [
     "benchmark", "task", "setting", "condition", "arm", "paper", "relative", "relative_low", "relative_high",
     "difference", "difference_low", "difference_high", "verdict", "finding", "worlds", "pairs", "where",
-    "largest", "cells", "batch", "shots", "split",
+    "largest", "cells", "shots", "split",
 ]  # fmt: skip
 
 
@@ -182,10 +171,10 @@ def _claim(chosen: pd.Series, cells: pd.DataFrame, compared: pd.DataFrame) -> di
     most = worlds[(compared[test] == chosen[test]).all(axis=1)].max()
     apart = f", {worlds_in_words(chosen['world'])}" if number_of_worlds(chosen["world"]) < most else ""
     limits = [f"{name}{end}" for name in ("relative", "difference") for end in ("", "_low", "_high")]
-    return {name: chosen[name] for name in (*limits, "verdict", "pairs", "batch", "shots", "split")} | {
+    return {name: chosen[name] for name in (*limits, "verdict", "pairs", "shots", "split")} | {
         "finding": FINDINGS[chosen["verdict"]],
         "worlds": ", ".join(alone["world"]) if chosen["verdict"] in FOUND else "",
-        "where": f"{chosen['batch']}: {chosen['train_examples']:.0f} examples, {chosen['split']}{apart}",
+        "where": f"{chosen['train_examples']:.0f} examples, {chosen['split']}{apart}",
         "largest": cells["relative"].max(),
         "cells": len(cells),
     }
@@ -218,13 +207,14 @@ def _of_claim(table: pd.DataFrame, claim: tuple[str, str]) -> list[Any]:
 
 
 def _claim_words(row: Any) -> str:
+    arm = row.arm + (", which the paper does not have," if row.arm == METHODS[1] else "")
     if not row.pairs:
-        return f"{row.arm} on {_placed(row)}: not run"
+        return f"{arm} on {_placed(row)}: not run"
     relative = f"{100 * row.relative:+.1f} % relative" if row.relative == row.relative else "no relative gain"
     each = "each of the worlds" if ", " in row.worlds else "world"
     worlds = f", in {each} {row.worlds} by itself" if row.worlds else ""
     gain = f"{relative}, {_points(row)}, {row.pairs} pairs"
-    return f"{row.arm} on {_placed(row)}: **{row.finding}**{worlds}: {gain}"
+    return f"{arm} on {_placed(row)}: **{row.finding}**{worlds}: {gain}"
 
 
 def _kinds_words(row: Any, kinds: pd.DataFrame | None) -> str:
@@ -232,7 +222,7 @@ def _kinds_words(row: Any, kinds: pd.DataFrame | None) -> str:
     if kinds is None or kinds.empty or not row.pairs:
         return ""
     whole = main_measure(_of_most_worlds(kinds[kinds["stratum"].str.startswith("concept: ")]))
-    same = ["batch", "task", "setting", "shots", "split", "arm"]
+    same = [*CELL, "split", "arm"]
     here = whole[np.logical_and.reduce([whole[name] == getattr(row, name) for name in same])]
     said = [
         f"{one.stratum.removeprefix('concept: ')} concepts {_points(one)}"
@@ -252,6 +242,18 @@ def _points(row: Any) -> str:
 
 
 # Words.
+
+
+def runs_in_words(runs: pd.DataFrame) -> list[str]:
+    """Says of each task which runs there are: what they all share, by which code, on which data."""
+    told = []
+    for task, own in runs[runs["state"] == "done"].groupby("task", sort=False):
+        commits = ", ".join(sorted({*own["commit"]} - {""})) or "not recorded"
+        worlds = ", ".join(sorted({*own["world"]} - {""}))
+        data = f"; generated data, small beside the paper's (MiniWorld {worlds})" if worlds else ""
+        shared = f"{own['shared'].iloc[0]}, all else default"
+        told.append(f"{len(own)} finished runs of {task}: {shared}; code {commits}{data}.")
+    return told
 
 
 def unfinished(runs: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from tdlib.config import RunConfig
+from tdlib.config import RunConfig, parameters_with
 from tdlib.core.paths import ROOT
 from tdlib.core.provenance import canonical, canonical_json
 from tdlib.data.tasks import TASKS, world_folder
@@ -22,10 +22,12 @@ from tdlib.runs.report import batch_record, open_results, recorded_runs
 
 RUN_COLUMNS = [
     "batch", "run", "state", "reason", "task", "shots", "arm", "seed", "world", "setting", "train_examples",
-    "subset", "tuned",
+    "subset", "tuned", "of_size", "shared", "commit",
 ]  # fmt: skip
 SCORE_COLUMNS = ["batch", "run", "measure", "split", "id", "question", "image", "score", "chance"]
 DESCRIBED = ("task", "shots", "arm", "seed")  # parameters with a separate column
+# Parameters that a batch may vary along with the size: how long and how fast is trained, what is tested.
+FOLLOWS_SIZE = (*parameters_with(role="training"), "eval_splits", "shift")
 # The parts of VCR that a run of both has answered, beside its own measure.
 _PARTS = {"vcr_qa": "", "vcr_qar": "r"}
 
@@ -37,74 +39,155 @@ class ProtocolError(ValueError):
 # Batches.
 
 
-def read_runs(folder: Path) -> pd.DataFrame:
-    """Every run of a batch, finished or not.
+def read_runs(*folders: Path) -> pd.DataFrame:
+    """Every run of batches, finished or not; one that several of them have counts once.
 
-    Columns: batch, run, state, reason, task, shots, arm, seed, world, setting, train_examples, subset, tuned.
-    ``world`` is the seed of the MiniWorld, "" for a user's own data; ``setting`` names the other
-    parameters in which runs of one task differ; ``tuned`` those that were tuned for each arm, and so belong
-    to it; parameters that the batch calls ``variants`` are part of the arm's name. ``subset`` is a digest of
-    the ids in manifest.json, empty for runs that are not done. Of a run that never began, and that the
-    batch's file no longer describes, only batch, run and state are known.
+    Columns: batch, run, state, reason, task, shots, arm, seed, world, setting, train_examples, subset, tuned,
+    of_size, shared, commit. ``world`` is the seed of the MiniWorld, "" for a user's own data; ``setting``
+    names the other parameters in which runs of one task differ, ``of_size`` those that differ with ``shots``
+    alone (so many epochs for so few examples), ``shared`` those that all runs of the task have in common and
+    that are not the default, with teacher and student; ``tuned`` those that were tuned for each arm, and so
+    belong to it; parameters that a batch calls ``variants`` are part of the arm's name. Batches whose code,
+    data or weights differ, or of which one was tuned, differ in their setting too. ``subset`` is a digest of
+    the ids in manifest.json, empty for runs that are not done, ``commit`` the code's. Of a run that never
+    began, and that the batch's file no longer describes, only batch, run and state are known.
 
     Raises:
-        FileNotFoundError: no batch was ever run in the folder.
-        ProtocolError: the batch's template does not train arms, or a finished run has no manifest.
+        FileNotFoundError: no batch was ever run in a folder.
+        ProtocolError: a batch's template does not train arms, or a finished run has no manifest.
     """
-    folder = Path(folder)
-    rows, described = [], {}
-    record = batch_record(folder)
-    tuned, variants = record.get("tuned", []), record.get("variants", [])
-    for entry in recorded_runs(folder).to_dict("records"):
-        row: dict[str, Any] = {"batch": folder.name, "world": "", "subset": "", "tuned": ""}
-        row |= {name: entry[name] for name in ("run", "state", "reason")}
-        parameters = entry["parameters"]
-        if parameters is not None:
-            lacking = [name for name in DESCRIBED if name not in parameters]
-            if lacking:
-                raise ProtocolError(
-                    f"{folder}: its template has no parameter {', '.join(lacking)}; "
-                    "expected a batch of 04_distill or of a notebook with its parameters"
-                )
-            row |= {name: parameters[name] for name in DESCRIBED} | {"arm": _variant(parameters, variants)}
-            if not parameters.get("data_dir"):
-                row["world"] = str(parameters.get("world_seed", ""))
-            row["tuned"] = ", ".join(f"{name}={canonical_json(parameters.get(name))}" for name in tuned)
-            hidden = (*DESCRIBED, "world_seed", "interactive", entry["output"], *tuned, *variants)
-            described[entry["run"]] = {n: canonical_json(v) for n, v in parameters.items() if n not in hidden}
-        if entry["state"] == "done":
-            ids = _training_ids(folder / entry["run"])
-            digest = hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:12]
-            row |= {"train_examples": len(ids), "subset": digest}
-        rows.append(row)
+    rows: list[dict[str, Any]] = []
+    described: dict[str, dict[str, str]] = {}
+    versions: dict[str, dict[str, Any]] = {}
+    variants = sorted({name for folder in folders for name in batch_record(folder).get("variants", [])})
+    for folder in map(Path, folders):
+        tuned = batch_record(folder).get("tuned", [])
+        for entry in recorded_runs(folder).to_dict("records"):
+            row: dict[str, Any] = {"batch": folder.name, "world": "", "subset": "", "tuned": "", "commit": ""}
+            row |= {name: entry[name] for name in ("run", "state", "reason")}
+            if (parameters := entry["parameters"]) is not None:
+                row |= _described(folder, parameters, tuned, variants)
+                apart = ("world_seed", "interactive", entry["output"], *parameters_with(role="machine"))
+                hidden = (*DESCRIBED, *apart, *tuned, *variants)
+                known = {n: canonical_json(v) for n, v in parameters.items() if n not in hidden}
+                described[entry["run"]] = known | {"tuned": ", ".join(tuned)}
+                versions[entry["run"]] = _version(folder / entry["run"], parameters, entry["output"])
+            if entry["state"] == "done":
+                row |= _learned(folder / entry["run"])
+            rows.append(row)
     table = pd.DataFrame(rows, columns=RUN_COLUMNS)
-    settings = _settings(table, described)
-    table["setting"] = [settings.get(run, "") for run in table["run"]]
+    finished = table.sort_values("state", key=lambda state: state != "done", kind="stable")
+    table = finished.drop_duplicates("run").sort_index().reset_index(drop=True)
+    for run, version in _versions(table, versions).items():
+        described[run]["version"] = version
+    for name, of_runs in zip(("setting", "of_size", "shared"), _settings(table, described), strict=True):
+        table[name] = [of_runs.get(run, "") for run in table["run"]]
     return table
+
+
+def _described(
+    folder: Path, parameters: Mapping[str, Any], tuned: Sequence[str], variants: Sequence[str]
+) -> dict[str, Any]:
+    """The columns of a run that its parameters tell."""
+    lacking = [name for name in DESCRIBED if name not in parameters]
+    if lacking:
+        raise ProtocolError(
+            f"{folder}: its template has no parameter {', '.join(lacking)}; "
+            "expected a batch of 04_distill or of a notebook with its parameters"
+        )
+    row = {name: parameters[name] for name in DESCRIBED} | {"arm": _variant(parameters, variants)}
+    if not parameters.get("data_dir"):
+        row["world"] = str(parameters.get("world_seed", ""))
+    return row | {"tuned": ", ".join(f"{name}={canonical_json(parameters.get(name))}" for name in tuned)}
 
 
 def _variant(parameters: Mapping[str, Any], names: Sequence[str]) -> str:
     """Names a run's arm, with the values of these parameters that are not the default."""
-    fields = RunConfig.model_fields
     values = {name: canonical(parameters[name]) for name in names if name in parameters}
     more = [
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
         for name, value in values.items()
-        if not (name in fields and value == fields[name].default)
+        if not _is_default(name, canonical_json(value))
     ]
     return ", ".join([str(parameters["arm"]), *more])
 
 
-def _settings(runs: pd.DataFrame, described: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Names the parameters that tell each run from others of its task, as "name=value, ..."."""
-    settings: dict[str, str] = {}
+def _is_default(name: str, value: str) -> bool:
+    """Whether a value, as canonical JSON, is that of RunConfig."""
+    fields = RunConfig.model_fields
+    return name in fields and value == canonical_json(fields[name].default)
+
+
+def _version(folder: Path, parameters: Mapping[str, Any], output: str) -> dict[str, Any]:
+    """What else a run's result depends on, as its worker recorded it; empty for a run that did not begin.
+
+    The code of library and template, and the digest of data and weights by the parameters that name them.
+    """
+    try:
+        identity = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    others = {"arm", "seed", "shots", output}
+    others.update(*(parameters_with(role=role) for role in ("method", "training", "recording", "machine")))
+    names = canonical_json({name: value for name, value in parameters.items() if name not in others})
+    return {"code": (identity["code"], identity["template"]), names: identity["data"]}
+
+
+def _versions(runs: pd.DataFrame, versions: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Names the version of each run: the first batch of its task with the same code, data and weights.
+
+    Within a batch all are the same, as a change of one makes all its runs anew.
+    """
+    named = dict[str, str]()
+    known = runs[runs["run"].isin(list(versions))]
+    for _, of_task in known.groupby("task", sort=False):
+        kinds: dict[str, dict[str, Any]] = {}
+        for batch, own in of_task.groupby("batch", sort=False):
+            facts = {name: value for run in own["run"] for name, value in versions[run].items()}
+            alike = (
+                name for name, theirs in kinds.items()
+                if all(theirs.get(fact, value) == value for fact, value in facts.items())
+            )  # fmt: skip
+            version = next(alike, str(batch))
+            kinds.setdefault(version, {}).update(facts)
+            named |= dict.fromkeys(own["run"], version)
+    return named
+
+
+def _settings(runs: pd.DataFrame, described: Mapping[str, Mapping[str, str]]) -> list[dict[str, str]]:
+    """Names what tells runs of a task apart, what differs with their size alone, and what all share.
+
+    All three by run, as "name=value, ...".
+    """
+    apart, of_size, shared = dict[str, str](), dict[str, str](), dict[str, str]()
     for _, own in runs.groupby("task"):
-        parameters = {run: described[run] for run in own["run"]}
-        names = dict.fromkeys(name for known in parameters.values() for name in known)
-        varied = [n for n in names if len({known.get(n) for known in parameters.values()}) > 1]
-        for run, known in parameters.items():
-            settings[run] = ", ".join(f"{name}={known.get(name)}" for name in varied)
-    return settings
+        known = pd.DataFrame([described[run] for run in own["run"]], index=own["run"], dtype=object).fillna(
+            ""
+        )
+        by_size = known.groupby(own["shots"].to_numpy()).nunique().max()
+        varied = [name for name in known if known[name].nunique() > 1]
+        sized = [name for name in varied if name in FOLLOWS_SIZE and by_size[name] == 1]
+        alike = [
+            name for name in known
+            if name not in (*varied, "version")
+            and (name in ("teacher", "student") or not _is_default(name, known[name].iloc[0]))
+        ]  # fmt: skip
+        told = (apart, [name for name in varied if name not in sized]), (of_size, sized), (shared, alike)
+        for run, values in known.iterrows():
+            for found, names in told:
+                found[str(run)] = ", ".join(f"{name}={values[name]}" for name in names if values[name])
+    return [apart, of_size, shared]
+
+
+def _learned(folder: Path) -> dict[str, Any]:
+    """What a finished run learned from, and by which code."""
+    ids = _training_ids(folder)
+    commits = [
+        json.loads(file.read_text(encoding="utf-8")).get("code") or ""
+        for file in (folder / "output").rglob("environment.json")
+    ]
+    digest = hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:12]
+    return {"train_examples": len(ids), "subset": digest, "commit": ", ".join(sorted(set(commits)))}
 
 
 def _training_ids(folder: Path) -> list[str]:
@@ -117,21 +200,22 @@ def _training_ids(folder: Path) -> list[str]:
 
 
 def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Reads runs and scores of batches in ``reports``; lists what is missing, with the command to make it."""
-    runs, scores, missing = [], [], []
-    for name in dict.fromkeys(batches):
-        folder = Path(reports) / name
-        if not (folder / "batch.json").is_file():
-            missing.append(f"{name}: was not run here ({folder}); `tdlib batch run {name}` does it")
-            continue
-        of_batch = read_runs(folder)
+    """Reads runs and scores of batches in ``reports``; lists what is missing, with the command to make it.
+
+    The batches are read as one: an arm of one is paired with the baseline of another, if the setting is the
+    same (``read_runs``).
+    """
+    homes, missing = [Path(reports) / name for name in dict.fromkeys(batches)], []
+    folders = [folder for folder in homes if (folder / "batch.json").is_file()]
+    runs, scores = read_runs(*folders), [pd.DataFrame(columns=SCORE_COLUMNS)]
+    for folder in folders:
+        name, of_batch = folder.name, runs[runs["batch"] == folder.name]
         undone = int((of_batch["state"] != "done").sum())
         if undone:
             missing.append(
                 f"{name}: {undone} of {len(of_batch)} runs are not done; `tdlib batch status {name}` says "
                 f"why, `tdlib batch resume {name}` goes on"
             )
-        runs.append(of_batch)
         if undone < len(of_batch):
             scores.append(read_scores(folder, of_batch))
             lacking = scores[-1].loc[scores[-1]["chance"].isna(), "run"].unique()
@@ -141,10 +225,17 @@ def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.Dat
                     f"{name}: {len(lacking)} runs of {tasks} are of a version that did not record what "
                     "guessing scores, so chance and gains over it are left out for them"
                 )
-    if not runs:
-        return pd.DataFrame(columns=RUN_COLUMNS), pd.DataFrame(columns=SCORE_COLUMNS), missing
-    every = pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(columns=SCORE_COLUMNS)
-    return pd.concat(runs, ignore_index=True), every, missing
+    if any("version=" in setting for setting in runs["setting"]):
+        missing.append(
+            "Code, data or weights differ between these batches (version, in the settings): their runs are "
+            "never a pair; run the baseline anew beside the arms"
+        )
+    missing += [
+        f"{home.name}: was not run here ({home}); `tdlib batch run {home.name}` does it"
+        for home in homes
+        if home not in folders
+    ]
+    return runs, pd.concat(scores[1:] or scores, ignore_index=True), missing
 
 
 def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:

@@ -312,10 +312,16 @@ def pooled_difference(
     )  # fmt: skip
 
 
-def adjusted_together(differences: Mapping[_Key, PairedDifference]) -> dict[_Key, PairedDifference]:
-    """Sets Holm's adjusted p-values of arms that are compared together."""
-    p_values = holm([difference.p_value for difference in differences.values()])
+def adjusted_together(
+    differences: Mapping[_Key, PairedDifference], arms: int = 0
+) -> dict[_Key, PairedDifference]:
+    """Sets Holm's adjusted p-values of arms that are compared together.
+
+    ``arms`` counts all that are to be compared, if some have no difference yet: they count with p = 1.
+    """
+    missing = max(0, arms - len(differences))
+    p_values = holm([difference.p_value for difference in differences.values()] + [1.0] * missing)
     return {
-        name: replace(difference, p_adjusted=float(p_value), arms=len(differences))
-        for (name, difference), p_value in zip(differences.items(), p_values, strict=True)
+        name: replace(difference, p_adjusted=float(p_value), arms=len(p_values))
+        for (name, difference), p_value in zip(differences.items(), p_values, strict=False)
     }

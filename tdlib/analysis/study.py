@@ -28,10 +28,11 @@ INTERVALS = {
     "relative": ("relative_low", "relative_high"),
 }  # fmt: skip
 # Columns that a table leaves out if all their cells are empty.
-SILENT = {"setting", "world", "worlds", "unpaired", "tuned", "reason"}
+SILENT = {"setting", "world", "worlds", "unpaired", "tuned", "of_size", "commit", "reason"}
 # Columns that only the files have, because a page with all of them is too wide to read.
 ONLY_IN_FILES = [
     "split", "over_chance", "baseline_mean", "gain_over_chance", "p_value", "arms_tested", "subset", "shots",
+    "shared", "pictures",
 ]  # fmt: skip
 MANY_ROWS = 40  # larger tables of a page are folded
 
@@ -105,11 +106,15 @@ def reading_guide(compared: pd.DataFrame, baseline: str = "finetune") -> Html:
     lines = [
         f"Arm: one way to train a student; {baseline} is the baseline, and notebooks/README.md has all.",
         "Pair: an arm and the baseline with the same world, seed, training examples and test questions.",
-        "World: a MiniWorld, generated data of that seed; all: together. Seeds are counted over worlds.",
+        "World: a MiniWorld, generated data of that seed; all: together. Seeds are counted over worlds, each "
+        "of which counts alike; few worlds do not say how much a world matters.",
         "Difference: points of accuracy over the pairs; relative: the same in per cent of the baseline's.",
         "Intervals (95 %) resample seeds and pictures. One that leaves out 0 is no verdict.",
-        "Verdict: of the exact sign-flip test over the pairs; p adjusted is its p-value after Holm's "
-        "correction over the tested arms. Filled marks are differences that it found.",
+        "Verdict: of the sign-flip test over the pairs, exact up to 14 of them; p adjusted is its p-value "
+        "after Holm's correction over the tested arms. It is of these test questions, so that an interval, "
+        "which draws pictures too, may hold 0 all the same. Filled marks are differences that it found.",
+        "Family: each test, size, world and kind of examples is corrected by itself. Among twenty of them "
+        "without any difference, about one has a verdict by chance.",
         "Test usual: the task's own.",
         *(f"Test {test}: {says}." for test, says in shifts.items()),
     ]
