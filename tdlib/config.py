@@ -340,7 +340,7 @@ def replaced_by_arm(settings: Mapping[str, Any], arm: Mapping[str, Any] | None =
     ]
 
 
-def apply_arm(config: RunConfig) -> RunConfig:
+def apply_arm(config: RunConfig, arm: Mapping[str, Any] | None = None) -> RunConfig:
     """Applies an arm's settings to a configuration, except the weights that it sets itself.
 
     ``finetune`` uses no teacher; ``naive`` distils every token with equal weight and c = 1
@@ -357,11 +357,14 @@ def apply_arm(config: RunConfig) -> RunConfig:
     ``clip_input``: CLIP's patch tokens in place of the student's regions; their projection is new
     (after CLIP-ViL, Shen et al. 2021). ``clip_finetune``: CLIP's two towers with a fusion head.
 
+    ``arm``: settings in place of those in ``ARMS``, of an arm that is not registered yet.
+
     Raises:
         ConfigError: the arm sets an unknown parameter or a bad value, or its settings contradict the others.
     """
     settings = config.model_dump()
-    applied = RunConfig.from_parameters(**{**settings, **arm_settings(ARMS[config.arm], settings)})
+    own = arm_settings(ARMS[config.arm] if arm is None else arm, settings)
+    applied = RunConfig.from_parameters(**{**settings, **own})
     alone = applied.batch_size < 2 * applied.processes
     if alone and applied.repair_weight > 0 and applied.repair_pool == "batch":
         raise ConfigError(

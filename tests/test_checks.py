@@ -67,6 +67,57 @@ def test_an_arm_that_the_template_registers_may_be_named(tmp_path):
     assert len(problems) == 1 and problems[0].startswith("mass=2.0"), "its settings are checked"
 
 
+@pytest.mark.parametrize(
+    "settings", ['{**ARMS["clip_td"], "selector": "all"}', 'ARMS["base"] | {"mass": 0.5}']
+)
+def test_an_arm_may_be_made_of_other_arms(tmp_path, settings):
+    base = 'ARMS["base"] = ARMS["clip_td"] | {"selector": "all"}\n'
+    training_template(tmp_path, f'from tdlib.arms import ARMS\n{base}ARMS["mine"] = {settings}\n')
+    template = read_template(tmp_path / "own.ipynb")
+    mine = template.registered_arm("mine")
+    assert mine == ARMS["clip_td"] | {"selector": "all"} | ({"mass": 0.5} if "base" in settings else {})
+    description = {"template": "own.ipynb", "parameters": {"arm": "mine"}}
+    grid = {"grid": {"selector": ["first", "nucleus"]}}
+    (problem,) = plan_batch(description | grid, "b", tmp_path).problems
+    assert problem.startswith("selector='first', 'nucleus': arm='mine' sets it"), "two runs would be equal"
+
+
+def test_an_arm_may_name_a_function_that_a_cell_registers(tmp_path):
+    own = OWN_SELECTOR + 'from tdlib.arms import ARMS\nARMS["mine"] = {"selector": "above_mean"}\n'
+    training_template(tmp_path, own)
+    description = {"template": "own.ipynb", "grid": {"arm": ["finetune", "mine"]}}
+    plan = plan_batch(description, "b", tmp_path)
+    assert not plan.problems and len(plan.runs) == 2
+    training_template(tmp_path, own.replace('"above_mean"}', '"above"}'))
+    (problem,) = plan_batch(description, "b", tmp_path).problems
+    assert problem.startswith("selector='above': ") and "what a cell registers: SELECTORS[NAME]" in problem
+
+
+def test_what_an_arm_of_the_template_sets_is_checked_together(tmp_path):
+    for name in ("mine", "finetune"):
+        training_template(
+            tmp_path, f'from tdlib.arms import ARMS\nARMS["{name}"] = {{"repair_weight": 3.0}}\n'
+        )
+        alone = {"template": "own.ipynb", "parameters": {"arm": name, "batch_size": 1}}
+        (problem,) = plan_batch(alone, "b", tmp_path).problems
+        assert "each example is alone in its batch" in problem, name
+
+
+def test_a_module_beside_notebooks_may_register_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("tdlib.runs.template.NOTEBOOKS", tmp_path)
+    (tmp_path / "kit.py").write_text(OWN_SELECTOR)
+    training_template(tmp_path, "import kit")
+    description = {"template": "own.ipynb", "parameters": {"selector": "above_mean"}}
+    assert not plan_batch(description, "b", tmp_path).problems
+
+
+@pytest.mark.parametrize("line", ["x = (3\n    % 2)", "files = !ls", "%time x = 3", "print?", "x, y = %who"])
+def test_lines_of_ipython_hide_no_other_line(tmp_path, line):
+    training_template(tmp_path, f"{line}\n{OWN_SELECTOR}")
+    description = {"template": "own.ipynb", "parameters": {"selector": "above_mean"}}
+    assert not plan_batch(description, "b", tmp_path).problems
+
+
 def test_a_cell_that_overrides_what_is_planned_is_found_before_anything_starts(tmp_path):
     training_template(tmp_path, OWN_SELECTOR + 'selector = "above_mean"\n')
     description = {"template": "own.ipynb", "grid": {"selector": ["nucleus", "above_mean"]}}

@@ -21,7 +21,7 @@ from tdlib.core.paths import ROOT, ConfigError, did_you_mean
 from tdlib.core.provenance import canonical_json
 from tdlib.method import registry
 from tdlib.regions.specs import each_path
-from tdlib.runs.template import Template
+from tdlib.runs.template import Template, tables_of
 from tdlib.training.provenance import named_path
 
 FIELDS = RunConfig.model_fields
@@ -55,8 +55,8 @@ def notes(template: Template, values: Mapping[str, Any]) -> list[str]:
 
 def arm_of(template: Template, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Returns the settings of a run's arm; None if it has none, or one that only a kernel can tell."""
-    registered = template.registered_arm(values.get("arm", ""))
-    return ARMS.get(values.get("arm", "")) if registered is None else registered
+    name = values.get("arm", "")
+    return template.registered_arm(name) if template.registers("arm", name) else ARMS.get(name)
 
 
 def run_problems(
@@ -209,13 +209,19 @@ def _config_problems(template: Template, values: Mapping[str, Any]) -> list[str]
 def _setting_problems(template: Template, settings: dict[str, Any], values: Mapping[str, Any]) -> list[str]:
     from tdlib.data.tasks import splits_of, submission_split
 
+    named, arm = settings.get("arm", ""), None
+    registered = template.registers("arm", named)
+    if registered or (registered is None and named not in ARMS):
+        arm = arm_of(template, settings) or {}
+        settings = {**settings, **arm_settings(arm, settings)}  # the arm may name functions, too
     unknown = [name for name, value in settings.items() if _unknown_function(name, value)]
     for name in unknown:
         if template.registers(name, settings[name]) is not False:
-            own = settings.pop(name)
-            settings |= arm_settings(template.registered_arm(own) or {}, settings) if name == "arm" else {}
+            del settings[name]
+    if arm is not None:
+        arm = {name: value for name, value in arm.items() if name in settings}
     try:
-        config = apply_arm(RunConfig.from_parameters(**settings))
+        config = apply_arm(RunConfig.from_parameters(**settings), arm)
         if "task" in unknown:  # only the kernel knows its splits
             return []
         train, evaluated = splits_of(config)
@@ -223,7 +229,16 @@ def _setting_problems(template: Template, settings: dict[str, Any], values: Mapp
         return _split_problems(config, [split for split in asked if split])
     except ConfigError as error:
         lines = [line.removeprefix("- ") for line in str(error).splitlines()]
-        return [line for line in lines if line != "bad parameters:"]
+        recipes = {
+            f"{name}={settings[name]!r}: ": f" (or what a cell registers: {tables_of(name)[0]}[NAME] = ...)"
+            for name in unknown
+            if name in settings
+        }
+        return [
+            line + "".join(recipe for start, recipe in recipes.items() if line.startswith(start))
+            for line in lines
+            if line != "bad parameters:"
+        ]
     except OSError as error:
         return [str(error)]
 

@@ -9,11 +9,13 @@ import json
 import re
 import tokenize
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from tdlib.arms import ARMS
 from tdlib.config import RunConfig
 from tdlib.core.files import parse_value
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
@@ -108,11 +110,16 @@ class Template:
         return self.parameters.get(name, Parameter(name, "", None, "")).from_text(text)
 
     @cached_property
+    def sources(self) -> list[str]:
+        """Sources of the code cells, and of the modules beside notebooks that they import."""
+        return [*self.cells, *imported_files(self.cells, NOTEBOOKS).values()]
+
+    @cached_property
     def registered(self) -> dict[str, dict[str, ast.expr]]:
-        """The expressions that cells assign to tables, ``SELECTORS["mine"] = ...``, by table and name."""
+        """The expressions that code assigns to tables, ``SELECTORS["mine"] = ...``, by table and name."""
         entries: dict[str, dict[str, ast.expr]] = {}
-        for cell in self.cells:
-            for node in ast.walk(parse_cell(cell)):
+        for source in self.sources:
+            for node in ast.walk(parse_cell(source)):
                 if not isinstance(node, ast.Assign):
                     continue
                 for target in node.targets:
@@ -122,20 +129,26 @@ class Template:
         return entries
 
     def registers(self, parameter: str, name: str) -> bool | None:
-        """True if a cell registers what the parameter names; None if only running the cells can tell."""
-        functions = [table.name for table in registry.TABLES.get(parameter, ())]
-        tables = {"arm": ["ARMS"], "task": ["TASKS"]}.get(parameter, functions)
+        """True if code registers what the parameter names; None if only running it can tell."""
+        tables = tables_of(parameter)
         if any(name in self.registered.get(table, ()) for table in tables):
             return True
         changed = rf"\b(?:{'|'.join(tables)})\b(?:\.(?:update|setdefault)|\[[^\]'\"]+\]\s*=[^=]|\s*\|=)"
-        return None if tables and any(re.search(changed, cell) for cell in self.cells) else False
+        return None if tables and any(re.search(changed, source) for source in self.sources) else False
 
     def registered_arm(self, name: str) -> dict[str, Any] | None:
-        """Returns the settings of an arm that a cell registers as a literal; else None."""
-        try:
-            return ast.literal_eval(self.registered.get("ARMS", {})[name])
-        except (KeyError, ValueError, TypeError):
-            return None
+        """Returns the settings of an arm that code registers; None if there is none or only running it tells.
+
+        It may be a literal, also one made of other arms: ``{**ARMS["clip_td"], "selector": "all"}``.
+        """
+        settings = self._settings_of_arm(name, ())
+        return settings if isinstance(settings, dict) else None
+
+    def _settings_of_arm(self, name: str, outer: tuple[str, ...]) -> Any:
+        """What ``ARMS[name]`` is while the arms ``outer`` are being made of it."""
+        if name in outer or name not in self.registered.get("ARMS", {}):
+            return ARMS.get(name, UNKNOWN) if outer else UNKNOWN
+        return _constant(_Arms(self, (*outer, name)).visit(deepcopy(self.registered["ARMS"][name])))
 
     @cached_property
     def overridden(self) -> dict[str, Any]:
@@ -154,6 +167,26 @@ class Template:
     def reads(self, name: str) -> bool:
         """True if code after the parameters' cell names the parameter."""
         return any(re.search(rf"\b{re.escape(name)}\b", cell) for cell in self.cells[self.first + 1 :])
+
+
+def tables_of(parameter: str) -> list[str]:
+    """Names the tables that hold what a parameter may name; none for most parameters."""
+    functions = [table.name for table in registry.TABLES.get(parameter, ())]
+    return {"arm": ["ARMS"], "task": ["TASKS"]}.get(parameter, functions)
+
+
+class _Arms(ast.NodeTransformer):
+    """Puts settings in place of ``ARMS["name"]``, where they are known."""
+
+    def __init__(self, template: Template, outer: tuple[str, ...]):
+        self.template, self.outer = template, outer
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        if ast.unparse(node.value).rpartition(".")[2] == "ARMS" and isinstance(node.slice, ast.Constant):
+            settings = self.template._settings_of_arm(str(node.slice.value), self.outer)
+            if settings is not UNKNOWN:
+                return ast.parse(repr(settings), mode="eval").body
+        return node
 
 
 def find_notebook(name: str, folder: Path = ROOT) -> Path:
@@ -194,7 +227,7 @@ def read_template(path: Path) -> Template:
 def declared_in(source: str) -> dict[str, Parameter]:
     """Reads the parameters of a cell: every ``name = value``, annotated or not, and no other statement."""
     comments = {}
-    plain = without_magics(source)
+    plain = plain_python(source)
     for token in tokenize.generate_tokens(io.StringIO(plain).readline):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip("# ")
@@ -212,15 +245,20 @@ def declared_in(source: str) -> dict[str, Parameter]:
     return declared
 
 
-def without_magics(source: str) -> str:
-    """Turns IPython's lines (``%magic``, ``!command``) of a cell to comments, so that Python can parse it."""
-    return re.sub(r"^(\s*)(?=[%!])", r"\1pass  # ", source, flags=re.MULTILINE)
+def plain_python(source: str) -> str:
+    """Turns IPython's lines of a cell that is no Python to comments: ``%magic``, ``x = !command``, ``x?``."""
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        lines = r"^(\s*)(?=(?:[\w., ]+=\s*)?[%!]|[\w.]+\?+\s*$)"
+        return re.sub(lines, r"\1pass  # ", source, flags=re.MULTILINE)
+    return source
 
 
 def parse_cell(source: str) -> ast.Module:
     """Parses a cell; an empty tree where it is not plain Python, which its run will tell."""
     try:
-        return ast.parse(without_magics(source))
+        return ast.parse(plain_python(source))
     except SyntaxError:
         return ast.Module([], [])
 
