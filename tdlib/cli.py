@@ -170,26 +170,43 @@ def _batch(options: argparse.Namespace) -> int:
     if options.action == "open":
         print(f"jupyter lab {shlex.quote(str(batch.open(options.run)))}")
         return 0
-    batch.check()
-    if options.action == "best":
-        return _best(batch, options)
     if options.action == "cancel":
         running = batch.cancel()
         print(
             f"still running: {', '.join(running)}" if running else f"{batch.plan.name}: nothing runs any more"
         )
         return int(bool(running))
+    if options.action == "status" and batch.problems and (batch.folder / "batch.json").is_file():
+        return _recorded_status(batch)
+    batch.check()
+    if options.action == "best":
+        return _best(batch, options)
     asked = [run.id for run in (batch.plan.runs if options.action == "status" else _execute(batch, options))]
     from tdlib.runs.report import summary
 
     states = batch.states()
     print(summary(batch.plan, states, batch.file, batch.folder))
+    if options.action == "status":
+        for note in batch.done_otherwise():
+            print(f"note: {note}")
     try:
         print(f"page: {batch.write_reports()}")
     except OSError as error:
         print(f"tdlib batch: no page was written: {error}", file=sys.stderr)
     good = {"done", "queued", "running"} if options.action == "status" else {"done", "running"}
     return int(any(states[run]["state"] not in good for run in asked))
+
+
+def _recorded_status(batch: "Batch") -> int:
+    """Says how the runs stand of a batch whose file has mistakes by now, or names files of other machines."""
+    from tdlib.runs.report import batch_record, summary
+    from tdlib.runs.states import current_state
+
+    states = {run: current_state(batch.folder / run) for run in batch_record(batch.folder)["runs"]}
+    print(summary(batch.plan, states, batch.file, batch.folder))
+    problems = "".join(f"\n  - {problem}" for problem in batch.problems)
+    print(f"as it was started last; no page was written, because {batch.file} has mistakes:{problems}")
+    return 1
 
 
 def _execute(batch: "Batch", options: argparse.Namespace) -> "list[PlannedRun]":
@@ -250,11 +267,11 @@ def _plan(batch: "Batch") -> int:
     seconds = undone["expected_seconds"].dropna()
     if len(seconds):
         at_once = engine.at_once(wanted)
-        hours = seconds.mean() * len(undone) / at_once / 3600
+        hours = max(seconds.max(), seconds.mean() * len(undone) / at_once) / 3600
         print(f"about {hours:.2g} hours here, {at_once} at once (from the durations of earlier runs)")
     for problem in engine.check(wanted):
         print(f"not on this machine: {problem}")
-    for note in batch.plan.notes:
+    for note in batch.plan.notes + batch.done_otherwise():
         print(f"note: {note}")
     return 0
 

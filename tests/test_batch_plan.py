@@ -10,12 +10,13 @@ from batch_helpers import PARAMETERS, RESULT, make_batch, problems_of, write_tem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tdlib.cli import main
 from tdlib.config import apply_arm
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.runs import states as run_states
 from tdlib.runs.batch import Batch, find_batch
 from tdlib.runs.checks import RunConfig, differences
-from tdlib.runs.engines import Resources
+from tdlib.runs.engines import LocalEngine, Resources
 from tdlib.runs.plan import expand, plan_batch, read_batch
 from tdlib.runs.template import read_template
 
@@ -405,7 +406,7 @@ def test_expansion(grid, rows, zipped, exclude, include, seeds, base):
         assert order == sorted(order, key=seeds.index), "one seed after the other"
 
 
-def test_hours_are_estimated_from_the_runs_most_alike(tmp_path):
+def test_hours_are_estimated_from_the_runs_most_alike(tmp_path, monkeypatch, capsys):
     batch = make_batch(tmp_path, grid={"a": [1, 2]}, seeds=1)
     assert batch.planned()["expected_seconds"].isna().all()
     for a, seconds in ((1, 100.0), (2, 300.0)):
@@ -415,6 +416,9 @@ def test_hours_are_estimated_from_the_runs_most_alike(tmp_path):
         (folder / "parameters.json").write_text(json.dumps(known))
         run_states.write_state(folder, {"state": "done", "seconds": seconds})
     assert list(batch.planned()["expected_seconds"]) == [100, 300]
+    monkeypatch.setattr(LocalEngine, "at_once", lambda *_: 4)
+    main(["batch", "plan", str(batch.file), "--folder", str(batch.reports)])
+    assert f"about {300 / 3600:.2g} hours" in capsys.readouterr().out, "no sooner than the longest run"
 
 
 def test_a_batch_without_a_file(tmp_path):

@@ -7,13 +7,16 @@ from html.parser import HTMLParser
 import nbformat
 import pandas as pd
 import pytest
-from batch_helpers import by_run, command, make_batch
+from batch_helpers import PARAMETERS, RESULT, by_run, command, make_batch, wait_for, write_template
 from nbclient import NotebookClient
 
+from tdlib.cli import main
 from tdlib.core.paths import ConfigError
 from tdlib.runs import report as batch_reports
+from tdlib.runs import states as run_states
 from tdlib.runs.batch import Batch
 from tdlib.runs.report import open_results, write_reports
+from tdlib.runs.runner import specification
 
 pytestmark = pytest.mark.usefixtures("no_orphans")
 
@@ -76,6 +79,56 @@ def test_the_drawing_shows_the_usual_test_and_names_what_it_shows(tmp_path, spli
     page = write_reports(batch.folder, batch.plan, states, None).read_text()
     figure = page.partition("<figure>")[2].partition("</figure>")[0]
     assert f"Accuracy on {drawn} (%)" in figure and f"{100 * accuracy[drawn]:.1f}" in figure
+
+
+def test_tables_hold_values_of_several_types_and_parameters_of_any_name(tmp_path):
+    parameters = PARAMETERS + 'state: str = "ohio"\nrun: int = 1\n'
+    write_template(tmp_path, "print(state, run)\n" + RESULT, parameters)
+    grid = {"state": ["ohio", "iowa"], "seconds": [0.1, 0.2]}
+    batch = make_batch(tmp_path, grid=grid, seeds=3)
+    metrics = [{"best": 3, "sure": True, "score": 0.5}, {"best": "none", "sure": 0.5, "score": 0.7}]
+    states = {
+        run.id: {"state": "done", "seconds": 7.0, "metrics": metrics[number % 2]}
+        for number, run in enumerate(batch.plan.runs)
+    }
+    page = write_reports(batch.folder, batch.plan, states, None).read_text()
+    stored = pd.read_parquet(batch.folder / "results.parquet")
+    assert set(stored["state"]) == {"done"} and set(stored["parameter.state"]) == {"ohio", "iowa"}
+    assert set(stored["seconds"]) == {7.0} and set(stored["parameter.seconds"]) == {0.1, 0.2}
+    assert set(stored["best"]) == {"3", "none"} and set(stored["sure"]) == {"true", "0.5"}
+    assert "parameter.state" in page and set(batch.planned()["parameter.state"]) == {"ohio", "iowa"}
+
+
+def test_what_is_done_with_another_template_is_told(tmp_path, capsys):
+    batch = make_batch(tmp_path, grid={"a": [1, 2]})
+    for run in batch.plan.runs:
+        batch.folder_of(run).mkdir(parents=True)
+        (batch.folder_of(run) / "parameters.json").write_text(json.dumps(specification(batch.plan, run, 1)))
+    run_states.write_state(batch.folder_of(batch.plan.runs[0]), {"state": "done", "files": {}})
+    run_states.write_state(batch.folder_of(batch.plan.runs[1]), {"state": "killed"})
+    assert not batch.done_otherwise()
+    write_template(tmp_path, "x = 1\n" + RESULT)
+    (note,) = make_batch(tmp_path, grid={"a": [1, 2]}).done_otherwise()
+    assert note.startswith("1 of these runs are done in") and "with other template:" in note
+    main(["batch", "plan", str(batch.file), "--folder", str(batch.reports)])
+    assert f"note: {note}" in capsys.readouterr().out
+    write_template(tmp_path, "x = 1\nprint(b)" + RESULT, PARAMETERS + "b: int = 1\n")
+    assert "with other defaults and template:" in make_batch(tmp_path, grid={"a": [1]}).done_otherwise()[0]
+    assert not make_batch(tmp_path, grid={"a": [3]}).done_otherwise()
+
+
+def test_a_batch_whose_file_was_spoilt_can_be_looked_at_and_cancelled(tmp_path, capsys):
+    batch = make_batch(tmp_path, grid={"a": [1]}, parameters={"seconds": 60.0})
+    runner = command(batch, "run")
+    wait_for((batch.folder / "begun.txt").exists)
+    spoilt = make_batch(tmp_path, grid={"a": ["one"]})
+    words = [str(spoilt.file), "--folder", str(spoilt.reports)]
+    assert main(["batch", "status", *words]) == 1
+    said = capsys.readouterr().out
+    assert "1 runs: 1 running" in said and "grid.a='one': expected int" in said
+    assert main(["batch", "cancel", *words]) == 0
+    runner.communicate(timeout=30)
+    assert run_states.current_state(batch.folder_of(batch.plan.runs[0]))["state"] == "killed"
 
 
 def test_a_batch_s_folder_may_look_like_a_pattern(finished, tmp_path):

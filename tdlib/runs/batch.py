@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tdlib.core.files import write_json
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
+from tdlib.core.provenance import canonical_json
 from tdlib.runs import states as run_states
 from tdlib.runs.engines import ENGINES, Engine
 from tdlib.runs.plan import Plan, PlannedRun, estimate, matches, plan_batch, read_batch
@@ -88,14 +89,41 @@ class Batch:
                     earlier.append((began["parameters"], state["seconds"]))
         return estimate(self.plan, earlier)
 
+    def done_otherwise(self) -> list[str]:
+        """Says how many planned runs were done before with other code, data or template, and are new now."""
+        waiting = {
+            canonical_json(run.overrides): run.identity
+            for run in self.plan.runs
+            if run_states.recorded_state(self.folder_of(run))["state"] != "done"
+        }
+        names = {"parameters": "defaults"}
+        changes: dict[str, set[str]] = {}  # by what they were planned with: the parts of the identity
+        for file in self.folder.glob("*/parameters.json") if waiting else ():
+            with suppress(OSError, ValueError, KeyError):
+                began = json.loads(file.read_text(encoding="utf-8"))
+                now = waiting.get(key := canonical_json(began["overrides"]))
+                if now and run_states.recorded_state(file.parent)["state"] == "done":
+                    changes[key] = {
+                        names.get(p, p) for p in now if p != "id" and now[p] != began["identity"][p]
+                    }
+        if not changes:
+            return []
+        parts = " and ".join(sorted(set().union(*changes.values())))
+        return [
+            f"{len(changes)} of these runs are done in {self.folder} with other {parts}: those stay as they "
+            "are, these are new runs"
+        ]
+
     def planned(self) -> "pd.DataFrame":
         """One row per run: id, state, the parameters in which runs differ, expected seconds."""
         import pandas as pd
 
+        from tdlib.runs.report import column_of
+
         seconds, states = self.estimates(), self.states()
         rows = [
             {"run": run.id, "state": states[run.id]["state"]}
-            | {name: run.parameters[name] for name in self.plan.varied}
+            | {column_of(name): run.parameters[name] for name in self.plan.varied}
             | {"expected_seconds": seconds.get(run.id)}
             for run in self.plan.runs
         ]
@@ -171,12 +199,16 @@ class Batch:
         return [run for run in self.plan.runs if states[run.id]["state"] in RETRY]
 
     def cancel(self, patience: float = 30.0) -> list[str]:
-        """Stops the batch, whoever runs it; returns the runs that did not end within ``patience`` seconds."""
+        """Stops the batch, whoever runs it; returns the runs that did not end within ``patience`` seconds.
+
+        Also runs that the batch's file, edited since they were started, describes no longer.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "cancel.json", {"time": time.time()})
         until = time.monotonic() + patience
         while True:
-            running = [name for name, state in self.states().items() if state["state"] == "running"]
+            begun = [file.parent for file in self.folder.glob("*/state.json")]
+            running = [run.name for run in begun if run_states.current_state(run)["state"] == "running"]
             for name in running:
                 (self.folder / name / "stop").touch()
             if not running or time.monotonic() > until:
@@ -220,6 +252,8 @@ class Batch:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "batch.json", self._description())
             make_worlds(self.plan)
+            for note in self.done_otherwise():
+                print(f"note: {note}", flush=True)
             Runner(self.plan, self.folder, where, states, chosen, _live_table(self)).run()
         finally:
             if isinstance(engine, str):
@@ -246,9 +280,12 @@ def _live_table(batch: Batch) -> Callable[[], None]:
         return lambda: None
     from IPython.display import display
 
+    from tdlib.runs.report import column_of
+
     def table() -> "pd.DataFrame":
         whole = batch.table()
-        return whole[["run", "state", *batch.plan.varied, "seconds", "reason"]].dropna(axis=1, how="all")
+        varied = map(column_of, batch.plan.varied)
+        return whole[["run", "state", *varied, "seconds", "reason"]].dropna(axis=1, how="all")
 
     handle = display(table(), display_id=True)
     return lambda: handle.update(table())

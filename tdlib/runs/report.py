@@ -27,23 +27,25 @@ if TYPE_CHECKING:
     import duckdb
 
 _ORDER = ("failed", "timed_out", "killed", "lost", "running", "queued", "done")  # as shown
+_OF_RUNS = ("run", "state", "seconds", "peak_memory_mib", "attempt", "reason")
 
 
 def results_table(plan: Plan, states: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Makes a table with a row per run, those that failed first.
 
     Columns: run, state, every parameter, metrics, seconds, peak_memory_mib, attempt, reason. A
-    metric that repeats a parameter is left out; one with another column's name is ``metric.NAME``.
+    metric that repeats a parameter is left out; one with another column's name is ``metric.NAME``, and a
+    parameter ``parameter.NAME`` (see ``column_of``).
     """
-    taken = {"run", "state", "seconds", "peak_memory_mib", "attempt", "reason"}
     rows = []
     for run in plan.runs:
         state = states[run.id]
         row: dict[str, Any] = {"run": run.id, "state": state["state"]}
-        row |= {name: _cell(value) for name, value in run.parameters.items() if name != plan.output}
+        given = {name: value for name, value in run.parameters.items() if name != plan.output}
+        row |= {column_of(name): _cell(value) for name, value in given.items()}
         for name, value in (state.get("metrics") or {}).items():
             if state["state"] == "done" and not (name in run.parameters and run.parameters[name] == value):
-                row[f"metric.{name}" if name in taken | set(run.parameters) else name] = value
+                row[f"metric.{name}" if name in (*_OF_RUNS, *run.parameters) else name] = value
         peak = state.get("peak_memory")
         row |= {
             "seconds": state.get("seconds"), "peak_memory_mib": round(peak / 2**20, 1) if peak else None,
@@ -58,6 +60,11 @@ def results_table(plan: Plan, states: Mapping[str, Mapping[str, Any]]) -> pd.Dat
     return table.sort_values("state", key=lambda column: column.map(_ORDER.index), kind="stable").reset_index(
         drop=True
     )
+
+
+def column_of(parameter: str) -> str:
+    """Names the column of a parameter in tables; those of the same name tell how runs went."""
+    return f"parameter.{parameter}" if parameter in _OF_RUNS else parameter
 
 
 def _cell(value: Any) -> Any:
@@ -113,11 +120,25 @@ def write_reports(
     folder.mkdir(parents=True, exist_ok=True)
     table = results_table(plan, states)
     with whole_path(folder / "results.parquet") as partial:
-        table.to_parquet(partial, index=False)
+        _of_one_type(table).to_parquet(partial, index=False)
     page = folder / "index.html"
     with whole_file(page) as out:
         out.write(page_html(folder, plan, table, states, file))
     return page
+
+
+def _of_one_type(table: pd.DataFrame) -> pd.DataFrame:
+    """Makes text of columns with values of several types, such as "auto" and 3: Parquet stores one type."""
+    return table.assign(
+        **{
+            name: [
+                value if isinstance(value, str) or pd.isna(value) else canonical_json(value)
+                for value in table[name]
+            ]
+            for name in table
+            if table[name].dtype == object and len({type(value) for value in table[name].dropna()}) > 1
+        }
+    )
 
 
 def means_over_seeds(plan: Plan, table: pd.DataFrame) -> pd.DataFrame:
@@ -148,7 +169,7 @@ def _is_share(metric: str) -> bool:
 def _metrics(plan: Plan, table: pd.DataFrame) -> list[str]:
     """Lists the columns of numbers that runs have measured; of equal ones, the first."""
     run = plan.runs[0].parameters if plan.runs else {}
-    others = {"run", "state", "peak_memory_mib", "attempt", "reason", "seconds", *run}
+    others = {*_OF_RUNS, *map(column_of, run)}
     measured = [
         name
         for name in table
@@ -163,7 +184,7 @@ def _settings(plan: Plan, table: pd.DataFrame) -> list[str]:
 
     Each task has its list of splits, which a batch varies along with it (``zip``) and which fills a table.
     """
-    names = [name for name in plan.varied if name != "seed" and name in table]
+    names = [name for name in map(column_of, plan.varied) if name != "seed" and name in table]
     kept: list[str] = []
     for name in names:
         listed = table[name].astype(str).str.startswith("[").all()
@@ -263,7 +284,7 @@ def page_html(
             body = table_html(means, sorts=True)
             sections.append(pages.Section("The same by kind of question", body, folded=True))
     metrics = [name for name in _metrics(plan, table) if not name.startswith("detail.")]
-    columns = ["run", "state", *plan.varied, *metrics, "seconds", "peak_memory_mib", "reason"]
+    columns = ["run", "state", *map(column_of, plan.varied), *metrics, "seconds", "peak_memory_mib", "reason"]
     shown = table[[name for name in columns if name in table]].copy()
     if len(shown):
         shown["run"] = [_run_links(folder, run) for run in shown["run"]]
