@@ -114,6 +114,12 @@ def test_a_changed_reader_is_another_run(cell, settings):
     assert found[0] != found[2] != found[3]
 
 
+def test_a_task_of_another_session_says_what_to_do():
+    with pytest.raises(ConfigError, match=r"task='vsr': not known in this session.*TASKS\['vsr'\]"):
+        _ = TASKS["vsr"]
+    assert TASKS.get("vsr") is None and "vsr" not in TASKS
+
+
 def test_several_processes_do_not_know_the_task(cell, settings, tmp_path):
     cell()
     with pytest.raises(ConfigError, match=r"task='vsr': of this session.*processes=2"):

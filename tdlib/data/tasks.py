@@ -279,9 +279,19 @@ def _frequent_answers(
     return vqa.build_vocabulary(folder, [split], minimum, changing_priors)
 
 
+class _Tasks(dict[str, Task]):
+    """Tasks by name; says what to do about one that another session has registered."""
+
+    def __missing__(self, name: str) -> Task:
+        raise ConfigError(
+            f"task={name!r}: not known in this session; execute the cell that registers it (TASKS[{name!r}] = "
+            "...) first, or import the module that does"
+        )
+
+
 _VCR_SHIFTS = ("shortcut", "balanced", *_PICTURES, *VCR_SHIFTS)
 _VCR_SHIFT = ("shortcut", "rule_singular")
-TASKS: dict[str, Task] = {
+TASKS: dict[str, Task] = _Tasks({
     "vcr_qa": VcrTask(
         "vcr", "VCR", "train", "val", "test", "accuracy (Q->A)", _VCR_SHIFTS, _VCR_SHIFT, subtask="qa"
     ),
@@ -309,7 +319,7 @@ TASKS: dict[str, Task] = {
         "vqa_cp_v2", "VQA", "train", "test", "test", "VQA accuracy",
         files=re.compile(r"vqacp_v2_(train|test)_questions\.json"), changing_priors=True,
     ),
-}  # fmt: skip
+})  # fmt: skip
 
 _PUBLISHED = dict(TASKS)
 
