@@ -3,8 +3,10 @@
 # Slow imports stand in the command that needs them, after its first line is printed: a command that says
 # nothing for seconds looks stuck.
 import argparse
+import errno
 import importlib.metadata
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from tdlib.runs.plan import PlannedRun
 
 FIRST = "00_start_here"
+_NO_FAULT_OF_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def pairs_of(pairs: list[tuple[str, str]], option: str) -> dict[str, str]:
@@ -385,9 +388,19 @@ def main(arguments: list[str] | None = None) -> int:
     _add_batch(commands)
     options = parser.parse_args(arguments)
     try:
-        return options.call(options)
+        status = options.call(options)
+        sys.stdout.flush()
+        return status
     except (ConfigError, DataError) as error:
         print(f"tdlib {options.command}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `tdlib batch plan NAME | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.filename is None or error.errno not in _NO_FAULT_OF_OURS:
+            raise
+        print(f"tdlib {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

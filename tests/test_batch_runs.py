@@ -1,7 +1,9 @@
 """Running a batch: what is done is not repeated, and limits, failures and orders to stop are kept."""
 
+import errno
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import torch
 from batch_helpers import RESULT, command, make_batch, results_of, states_of, wait_for, write_template
 
 from tdlib.cli import main
-from tdlib.core.paths import ConfigError
+from tdlib.core.paths import ROOT, ConfigError
 from tdlib.runs import states as run_states
 from tdlib.runs.batch import BEGIN
 from tdlib.runs.engines import ELSEWHERE, LocalEngine, RayEngine, RayWorker
@@ -244,6 +246,23 @@ def test_torch_s_words_for_a_full_disk_are_known():
     found = _failure_of(error.value)
     assert found["state"] == "killed" and found["reason"].startswith("the disk is full: RuntimeError")
     assert _failure_of(RuntimeError("unexpected shape"))["state"] == "failed"
+
+
+def test_a_reader_that_has_read_enough_and_a_folder_that_cannot_be_written_end_without_a_traceback(
+    tmp_path, monkeypatch, capsys
+):  # fmt: skip
+    batch = make_batch(tmp_path)
+    words = [sys.executable, "-m", "tdlib.cli", "batch", "plan", str(batch.file)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as plan:
+        plan.stdout.close()
+        assert "Error" not in plan.stderr.read()
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "/there/batch.json")
+
+    monkeypatch.setattr("tdlib.runs.batch.write_json", refuse)
+    assert main(["batch", "run", str(batch.file), "--folder", str(batch.reports)]) == 1
+    assert "/there/batch.json: Permission denied" in capsys.readouterr().err
 
 
 def test_a_time_limit_ends_a_run(tmp_path):

@@ -133,8 +133,13 @@ class Template:
         tables = tables_of(parameter)
         if any(name in self.registered.get(table, ()) for table in tables):
             return True
-        changed = rf"\b(?:{'|'.join(tables)})\b(?:\.(?:update|setdefault)|\[[^\]'\"]+\]\s*=[^=]|\s*\|=)"
-        return None if tables and any(re.search(changed, source) for source in self.sources) else False
+        return None if any(table in self._changed_tables for table in tables) else False
+
+    @cached_property
+    def _changed_tables(self) -> set[str]:
+        """Names what code changes in other ways than by a plain assignment of one entry."""
+        change = r"\b([A-Z_]+)\b(?:\.(?:update|setdefault)|\[[^\]'\"]+\]\s*=[^=]|\s*\|=)"
+        return {match[1] for source in self.sources for match in re.finditer(change, source)}
 
     def registered_arm(self, name: str) -> dict[str, Any] | None:
         """Returns the settings of an arm that code registers; None if there is none or only running it tells.
