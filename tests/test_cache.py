@@ -2,8 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -12,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from tdlib.core.files import file_digest
+from tdlib.core.paths import ROOT
 from tdlib.data.examples import DataError
 from tdlib.data.pictures import open_picture
 from tdlib.teacher import cache as module
-from tdlib.teacher.cache import CacheError, TeacherCache
+from tdlib.teacher.cache import CacheError, TeacherCache, text_key
 from tdlib.teacher.model import Teacher
 from tdlib.teacher.towers import EXTRAS, TeacherError
 
@@ -130,6 +134,34 @@ def test_each_distinct_text_and_picture_is_computed_once(tmp_path, teacher, pict
 
 
 # Signals that only some relevance variants read
+
+
+HOLD = """\
+import fcntl, sys, time
+from tdlib.core.store import Store
+from tdlib.teacher.cache import text_key
+store = Store.__new__(Store)
+store.folder = __import__("pathlib").Path(sys.argv[1])
+with store.alone_with([text_key(text) for text in sys.argv[2:]]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_of_processes_that_lack_the_same_one_computes_it(tmp_path, teacher, monkeypatch):
+    cache, other = TeacherCache(tmp_path, teacher), TeacherCache(tmp_path, teacher)
+    words = [sys.executable, "-c", HOLD, str(cache.store.folder), *TEXTS]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout.readline() == b"held\n"
+        waiting = Thread(target=cache.add, args=(TEXTS,))
+        waiting.start()
+        other.add(["quite another text"])  # nobody computes the same
+        other._fill(["texts"], [text_key(text) for text in TEXTS], TEXTS)
+        computed = counted(monkeypatch, teacher)
+        assert waiting.is_alive()
+        process.kill()
+        waiting.join()
+    assert not computed["texts"] and cache.text(TEXTS[0]) is not None
 
 
 def extra_shards(cache: TeacherCache) -> list[str]:

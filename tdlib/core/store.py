@@ -27,6 +27,7 @@ import random
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,24 @@ class Store:
             return []
         self._open_new()
         return lacking(missing)
+
+    @contextmanager
+    def alone_with(self, keys: Iterable[bytes]) -> Iterator[None]:
+        """Keeps other processes from computing records of just these keys meanwhile.
+
+        Those that wanted to wait here, and find the records stored: runs of a batch that begin side by side
+        with the same examples would each compute all of them.
+        """
+        digest = hashlib.sha256(b"".join(keys)).digest()
+        # One byte of an empty file is locked, for each set of keys another one.
+        whose = 1, int.from_bytes(digest[:7], "big")
+        with (self.folder / ".filling").open("w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *whose)
+            except (BlockingIOError, PermissionError):
+                log.warning("%s: another process computes the same records; this one waits", self.folder)
+                fcntl.lockf(file, fcntl.LOCK_EX, *whose)
+            yield
 
     def read(
         self, kind: str, key: bytes, columns: Sequence[str] = (), as_stored: bool = False

@@ -155,6 +155,11 @@ class CachedRegions:
     def add(self, examples: Sequence[Example]) -> None:
         """Computes and stores the regions that are not stored yet."""
         examples_by_key = {self._key(example): example for example in examples}
+        if self.store.missing("regions", examples_by_key):
+            with self.store.alone_with(examples_by_key):
+                self._add_missing(examples_by_key)
+
+    def _add_missing(self, examples_by_key: dict[bytes, Example]) -> None:
         missing = self.store.missing("regions", examples_by_key)
         for start in range(0, len(missing), _TOGETHER):
             keys = missing[start : start + _TOGETHER]
