@@ -12,7 +12,6 @@ from batch_folders import SHARES, change_batch, compare, example, row_of, write_
 
 from tdlib.analysis.compare import COLUMNS, compare_arms, compare_within
 from tdlib.analysis.protocol import (
-    CLAIMS,
     claim_sentences,
     claims_table,
     power_note,
@@ -169,6 +168,10 @@ def test_an_unfinished_batch_shows_what_it_has_and_lists_the_rest(tmp_path):
     assert list(left["state"]) == ["failed", "queued", "lost"]
     assert left.loc[0, "reason"] == "it failed" and "missing" in left.loc[2, "reason"]
     assert left.loc[0, "arm"] == "clip_td" and pd.isna(left.loc[1, "arm"])
+    assert list(left["runs"]) == [1, 1, 1] and list(left["seeds"]) == ["1", "", "0"]
+    write_run(batch, arm="clip_td", seed=3, state="failed")
+    again = row_of(unfinished(read_runs(batch)), state="failed")
+    assert (again["runs"], again["seeds"], again["first"]) == (2, "1, 3", "vcr_qa-clip_td-1-12")
     row = row_of(compare_arms(runs, scores, resamples=50), arm="clip_td")
     assert (row["seeds"], row["pairs"], row["unpaired"]) == (2, 1, "1, 2, 7")
     assert row["verdict"] == "too few pairs" and row["difference"] > 0
@@ -304,7 +307,7 @@ def test_six_seeds_and_two_arms_are_too_few_unless_one_was_chosen(tmp_path):
     table = compare(tmp_path / "b")
     row = row_of(table, arm="clip_td")
     assert row["verdict"] == "too few pairs" and row["p_value"] == 2 / 64 and row["arms_tested"] == 2
-    assert "7 seeds are the fewest" in power_note(table) and "(at most 6)" in power_note(table)
+    assert "7 pairs are the fewest" in power_note(table) and "(at most 6)" in power_note(table)
     chosen = compare(tmp_path / "b", tested=["clip_td"])
     assert row_of(chosen, arm="clip_td")["verdict"] == "better" and power_note(chosen) == ""
     other = row_of(chosen, arm="naive")
@@ -470,32 +473,3 @@ def test_the_guide_explains_the_tests_that_occur_and_no_others(compared):
     guide = reading_guide(compared)
     assert SHIFTS["shortcut"] in guide and SHIFTS["composition"] not in guide
     assert SHIFTS["shortcut"] not in reading_guide(compared[compared["test"] == "usual"])
-
-
-def test_claims_are_read_in_cells_fixed_before_looking(compared):
-    claims = claims_table(compared, ["clip_td"])
-    assert len(claims) == 3 * 3
-    few = row_of(claims, task="vcr_qa", condition="low-shot")
-    cell = row_of(compared, task="vcr_qa", shots=12, split="val", arm="clip_td")
-    assert few["paper"] == CLAIMS["VCR", "low-shot"] == 0.519
-    assert few["relative"] == cell["relative"] and few["where"] == "12 examples, val"
-    usual = compared[
-        (compared["task"] == "vcr_qa") & (compared["test"] == "usual") & (compared["arm"] == "clip_td")
-    ]
-    assert few["largest"] == usual["relative"].max() and few["cells"] == len(usual) == 2
-    shift = row_of(claims, task="vcr_qa", condition="domain shift")
-    assert shift["where"] == "24 examples, val_shortcut" and shift["cells"] == 1 + 2  # not balanced
-    assert row_of(claims, task="vqa_v2", condition="domain shift")["where"].endswith("val2014_prior")
-    every = row_of(claims, task="vcr_qa", condition="fully supervised")
-    assert every["verdict"] == "not run" and pd.isna(every["relative"])
-
-
-def test_what_kinds_of_examples_gain_is_said_of_each_claim(compared):
-    kinds = pd.concat([compared.assign(stratum=f"concept: {kind}") for kind in ("known", "unknown")])
-    claims = claims_table(compared, ["clip_td"])
-    row = row_of(claims, task="vcr_qa", condition="domain shift")
-    said = next(s for s in claim_sentences(claims, kinds=kinds) if s.startswith("**VCR, domain shift"))
-    points = f"{100 * row['difference']:+.1f} points"
-    assert f"known concepts {points}" in said and f"unknown concepts {points}" in said
-    full = next(s for s in claim_sentences(claims, kinds=kinds) if s.startswith("**VCR, fully"))
-    assert "not run" in full and "concepts" not in full

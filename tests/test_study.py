@@ -1,4 +1,4 @@
-"""Tables, figures and the page of a study, and the notebook that writes one."""
+"""Tables, figures, claims and the page of a study, and the notebook that writes one."""
 
 import json
 import re
@@ -7,12 +7,19 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-from batch_folders import row_of, write_run
+from batch_folders import compare, row_of, write_run
 
 from notebooks import execute
 from tdlib.analysis.compare import summarise
 from tdlib.analysis.costs import cost_table
-from tdlib.analysis.protocol import claims_table, sentences, shift_table, shots_table
+from tdlib.analysis.protocol import (
+    CLAIMS,
+    claim_sentences,
+    claims_table,
+    sentences,
+    shift_table,
+    shots_table,
+)
 from tdlib.analysis.scores import read_predictions, read_runs
 from tdlib.analysis.statistics import pooled_difference
 from tdlib.analysis.study import readable, write_study
@@ -143,6 +150,54 @@ def test_figures_of_nothing_say_so(compared):
             plot(compared.iloc[:0])
     with pytest.raises(ValueError, match="no rows"):
         plot_differences(compared[compared["arm"] == "finetune"])
+
+
+# The paper's claims.
+
+
+def test_claims_are_read_in_cells_fixed_before_looking(compared):
+    claims = claims_table(compared, ["clip_td"])
+    assert len(claims) == 3 * 3
+    few = row_of(claims, task="vcr_qa", condition="low-shot")
+    cell = row_of(compared, task="vcr_qa", shots=12, split="val", arm="clip_td")
+    assert few["paper"] == CLAIMS["VCR", "low-shot"] == 0.519
+    assert few["relative"] == cell["relative"] and few["where"] == "12 examples, val"
+    usual = compared[
+        (compared["task"] == "vcr_qa") & (compared["test"] == "usual") & (compared["arm"] == "clip_td")
+    ]
+    assert few["largest"] == usual["relative"].max() and few["cells"] == len(usual) == 2
+    shift = row_of(claims, task="vcr_qa", condition="domain shift")
+    assert shift["where"] == "24 examples, val_shortcut" and shift["cells"] == 1 + 2  # not balanced
+    assert row_of(claims, task="vqa_v2", condition="domain shift")["where"].endswith("val2014_prior")
+    every = row_of(claims, task="vcr_qa", condition="fully supervised")
+    assert every["verdict"] == "not run" and pd.isna(every["relative"])
+
+
+def test_the_shift_of_a_users_own_data_is_another_one(tmp_path):
+    """Real VCR has no shortcut test but the rule-based sets."""
+    for arm, seed in product(("finetune", "clip_td"), range(2)):
+        more = {"data_dir": str(tmp_path)}
+        write_run(
+            tmp_path / "b",
+            arm=arm,
+            seed=seed,
+            splits=("val", "val_rule_singular"),
+            more=more,
+            run=f"{arm}{seed}",
+        )
+    claims = claims_table(compare(tmp_path / "b"), ["clip_td"])
+    assert row_of(claims, condition="domain shift")["where"] == "12 examples, val_rule_singular"
+
+
+def test_what_kinds_of_examples_gain_is_said_of_each_claim(compared):
+    kinds = pd.concat([compared.assign(stratum=f"concept: {kind}") for kind in ("known", "unknown")])
+    claims = claims_table(compared, ["clip_td"])
+    row = row_of(claims, task="vcr_qa", condition="domain shift")
+    said = next(s for s in claim_sentences(claims, kinds=kinds) if s.startswith("**VCR, domain shift"))
+    points = f"{100 * row['difference']:+.1f} points"
+    assert f"known concepts {points}" in said and f"unknown concepts {points}" in said
+    full = next(s for s in claim_sentences(claims, kinds=kinds) if s.startswith("**VCR, fully"))
+    assert "not run" in full and "concepts" not in full
 
 
 # The notebook.

@@ -43,8 +43,9 @@ def test_each_arm_gets_the_setting_that_is_best_for_it(tmp_path):
     known = json.loads(write_tuned(batch, ranked).read_text())
     assert known["batch"] == "tune" and known["seeds"] == [100, 101]
     assert [(entry["where"], entry["settings"]) for entry in known["chosen"]] == [
-        ({"arm": "finetune"}, {"rate": 0.2}),  # whose own distill_weight is 0
-        ({"arm": "clip_td"}, {"rate": 0.1, "distill_weight": 5.0}),
+        # whose own distill_weight is 0
+        ({"task": "vcr_qa", "student": "small", "arm": "finetune"}, {"rate": 0.2}),
+        ({"task": "vcr_qa", "student": "small", "arm": "clip_td"}, {"rate": 0.1, "distill_weight": 5.0}),
     ]
 
 

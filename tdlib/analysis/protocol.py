@@ -149,11 +149,15 @@ def claims_table(compared: pd.DataFrame, methods: Sequence[str] = METHODS) -> pd
 
 
 def _conditions(arm: pd.DataFrame, task: str) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """Lists an arm's cells of each condition, and the cells that may represent it, the chosen one first."""
+    """Lists an arm's cells of each condition, and the cells that may represent it, the chosen one first.
+
+    The task's own shift is the MiniWorld's, or where that was not tested, that of a user's own data.
+    """
     usual = arm["test"] == USUAL
     shifted = arm[~usual & ~arm["test"].isin(CONTROLS)]
     tests = shifted.groupby(CELL)["test"].transform("nunique")
-    main = shifted.assign(_tests=tests)[shifted["test"] == TASKS[task].shift[0]]
+    own = next((name for name in TASKS[task].shift if name in set(shifted["test"])), "")
+    main = shifted.assign(_tests=tests)[shifted["test"] == own]
     by_tests = main.sort_values(["_tests", "pairs", "train_examples"], ascending=False, kind="stable")
     few, every = arm[usual & (arm["shots"] > 0)], arm[usual & (arm["shots"] == 0)]
     return {
@@ -257,9 +261,18 @@ def runs_in_words(runs: pd.DataFrame) -> list[str]:
 
 
 def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
-    """Selects the runs that are in no table, with the state of each and the reason, "" where it has none."""
-    left = runs[runs["state"] != "done"].drop(columns=["train_examples", "subset"])
-    return left.fillna({"reason": ""}).reset_index(drop=True)
+    """Lists the runs that are in no table: a row for those that differ in their seed alone.
+
+    Columns: batch, state, reason ("" without one), task, shots, arm, world, setting, tuned (missing where
+    nothing is known of a run), then runs (how many), seeds, and first, the id of one of them.
+    """
+    keys = ["batch", "state", "reason", "task", "shots", "arm", "world", "setting", "tuned"]
+    left = runs[runs["state"] != "done"].fillna({"reason": ""}).groupby(keys, sort=False, dropna=False)
+    return left.agg(
+        runs=("run", "size"),
+        seeds=("seed", lambda seeds: ", ".join(f"{seed:g}" for seed in seeds.dropna())),
+        first=("run", "first"),
+    ).reset_index()
 
 
 def power_note(compared: pd.DataFrame, alpha: float = ALPHA) -> str:
@@ -271,7 +284,7 @@ def power_note(compared: pd.DataFrame, alpha: float = ALPHA) -> str:
     beside = f"{arms} arms tested together" if arms > 1 else "one arm tested"
     return (
         f"{len(short)} comparisons have too few pairs (at most {int(short['pairs'].max())}): with "
-        f"{beside}, {pairs_needed(arms, alpha)} seeds are the fewest whose sign-flip test can reach "
+        f"{beside}, {pairs_needed(arms, alpha)} pairs are the fewest whose sign-flip test can reach "
         f"{alpha:g} after Holm's correction. Their intervals stand; no word on significance."
     )
 

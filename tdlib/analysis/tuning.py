@@ -98,21 +98,23 @@ def write_tuned(folder: Path, ranked: pd.DataFrame) -> Path:
     """Writes the settings that ``rank_settings`` chose to ``tuned.json`` in a batch's folder; returns that.
 
     It holds the batch's name, the seeds of the tuning, and ``chosen``: a list of ``settings`` with their mean
-    and the comparison that they are for (``where``, the parameters of ``CONTEXT``).
+    and the comparison that they are for (``where``: task, student and the parameters of ``CONTEXT`` in which
+    runs differ). Settings that suit one student are none for another.
     """
     names = list(ranked.columns)[: list(ranked.columns).index("settings")]
     context = [name for name in names if name in CONTEXT]
     tuned = [name for name in names if name not in CONTEXT]
-    entries = recorded_runs(folder)
+    known = list(recorded_runs(folder)["parameters"])
+    shared = {name: known[0][name] for name in ("task", "student") if name in known[0]}
     chosen = [
         {
-            "where": {name: row[name] for name in context},
+            "where": shared | {name: row[name] for name in context},
             "settings": {name: row[name] for name in tuned if not is_missing(row[name])},
             "mean": row["mean"],
         }
         for row in ranked[ranked["chosen"]].astype(object).to_dict("records")
     ]
-    seeds = sorted({known["seed"] for known in entries["parameters"]})
+    seeds = sorted({parameters["seed"] for parameters in known})
     target = Path(folder) / TUNED
     write_json(target, {"batch": Path(folder).name, "seeds": seeds, "chosen": chosen})
     return target
