@@ -92,6 +92,8 @@ def test_start_here_tells_the_whole_story(tdlib, tiny, tmp_path):
         numbers = [int(found[2]) for found in captions if found and found[1] == kind]
         assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 3
     shown = " ".join(output["data"].get("text/html", "") for output in outputs)
+    lifts = re.findall(r">([\d.]+)</td>", re.search(r">lift</th>.*?</table>", shown, re.DOTALL)[0])
+    assert {int(n) for n in lifts[1::3]} == {8 * 2}, "right answers of as many questions of two tests"
     assert not re.search(r"[ >\[]nan\b", re.sub(r'"data:[^"]*"', "", shown))
     text = (tmp_path / "page" / "00_start_here.html").read_text(encoding="utf-8")
     page = _Resources()
