@@ -16,11 +16,12 @@ import torch
 from batch_helpers import RESULT, command, make_batch, results_of, states_of, wait_for, write_template
 
 from tdlib.cli import main
+from tdlib.core.files import write_json
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.runs import states as run_states
 from tdlib.runs.batch import BEGIN
 from tdlib.runs.engines import ELSEWHERE, LocalEngine, RayEngine, RayWorker
-from tdlib.runs.runner import Runner
+from tdlib.runs.runner import Runner, specification
 from tdlib.runs.worker import _failure_of
 
 pytestmark = pytest.mark.usefixtures("no_orphans")
@@ -263,6 +264,20 @@ def test_a_reader_that_has_read_enough_and_a_folder_that_cannot_be_written_end_w
     monkeypatch.setattr("tdlib.runs.batch.write_json", refuse)
     assert main(["batch", "run", str(batch.file), "--folder", str(batch.reports)]) == 1
     assert "/there/batch.json: Permission denied" in capsys.readouterr().err
+
+
+def test_a_worker_whose_run_was_taken_over_leaves_it_to_the_other(tmp_path):
+    batch = make_batch(tmp_path, parameters={"seconds": 60.0})
+    (run,) = batch.plan.runs
+    runner = command(batch, "run")
+    wait_for((batch.folder / "begun.txt").exists)
+    folder = batch.folder_of(run)
+    write_json(folder / "parameters.json", specification(batch.plan, run, 2))
+    theirs = {"state": "running", "host": "another", "heartbeat": time.time(), "attempt": 2}
+    run_states.write_state(folder, theirs)
+    wait_for(lambda: not run_states.processes(folder), 30)
+    runner.communicate(timeout=30)
+    assert run_states.recorded_state(folder)["attempt"] == 2
 
 
 def test_a_time_limit_ends_a_run(tmp_path):

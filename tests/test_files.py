@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tdlib.core import files
-from tdlib.core.files import write_folder, write_json
+from tdlib.core.files import whole_path, write_folder, write_json
 
 
 @pytest.fixture
@@ -98,6 +98,14 @@ def test_a_file_is_no_folder_to_replace(tmp_path):
     with pytest.raises(NotADirectoryError, match="choose another folder"):
         write_folder(tmp_path / "data", new)
     assert (tmp_path / "data").read_text() == "precious" and listing(tmp_path) == ["data"]
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path):
+    path = tmp_path / "page.html"  # also where both have one process id, in containers of a cluster
+    with whole_path(path) as first, whole_path(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first" and [*tmp_path.iterdir()] == [path]
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import secrets
 import shutil
 import tempfile
 from collections import Counter
@@ -55,8 +56,8 @@ def refuse_foreign(folder: Path, marker: str) -> None:
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path; on success it is renamed to ``path``, on error it is deleted."""
-    # Named after the process too: two that write the same file must not share its temporary one.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Two that write the same file must not share its temporary one; in containers, processes have equal ids.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         os.replace(partial, path)

@@ -158,6 +158,8 @@ class _Attempt:
                 self.verdict = "killed", "its runner ended"
             elif (self.folder / "stop").exists():
                 self.verdict = "killed", "cancelled"
+            elif time.monotonic() - self._beat > run_states.HEARTBEAT and self.taken_over():
+                self.verdict = "lost", "another worker has taken the run over"
             elif limit and time.monotonic() - self.began > limit:
                 self.verdict = "timed_out", f"its time limit of {limit:g} s passed"
             elif memory and used > memory:
@@ -195,6 +197,13 @@ class _Attempt:
                 os.killpg(
                     self.process.pid, signal.SIGKILL
                 )  # the kernel leads its process group, which survives its leader
+
+    def taken_over(self) -> bool:
+        """True if another attempt has begun, as where this one was cut off from the files for a while."""
+        with suppress(OSError, ValueError, KeyError):
+            spec = json.loads((self.folder / "parameters.json").read_text(encoding="utf-8"))
+            return spec["attempt"] > self.spec["attempt"]
+        return False
 
     def write(self, more: dict[str, Any]) -> None:
         self.state |= more
@@ -290,6 +299,8 @@ def work(folder: Path) -> str:
         patience -= TICK if attempt.verdict else 0
     attempt.end_kernel()
     shutil.rmtree(attempt.scratch, ignore_errors=True)
+    if attempt.taken_over():  # the folder is the other's
+        return "lost"
     return attempt.conclude()
 
 
