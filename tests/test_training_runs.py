@@ -35,6 +35,7 @@ from tdlib.training.objective import TargetedDistillation
 from tdlib.training.prepare import prepare, read_split
 from tdlib.training.reference import zero_shot
 from tdlib.training.run import compare, train_run
+from tdlib.training.run_folders import archive_previous_run
 from tdlib.training.trainer import DistillationTrainer
 
 
@@ -404,3 +405,22 @@ def test_the_students_card_says_what_the_run_reached_and_with_what(folders):
         assert f"{metrics['train_examples']:,} examples" in card.text and "`seed=0`" in card.text
         distilled = metrics["arm"] == "clip_td"
         assert ("`selector='nucleus'`" in card.text) == distilled == ("No teacher." not in card.text)
+
+
+def test_only_a_run_of_other_settings_is_kept_beside_its_successor(tmp_path):
+    """A parameter of which an earlier version knew nothing had its default there."""
+    config = RunConfig.from_parameters(seed=1)
+    stored = config.model_dump()
+    cases = {
+        "same": stored, "machine": stored | {"checkpoint_every": 7}, "other": stored | {"shots": 3},
+        "earlier": {name: value for name, value in stored.items() if name != "extra_weight"},
+        "earlier other": {name: value for name, value in stored.items() if name != "seed"},
+    }  # fmt: skip
+    kept = set()
+    for name, settings in cases.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+        archive_previous_run(tmp_path / name, config)
+        kept |= set() if (tmp_path / name).exists() else {name}
+    assert kept == {"other", "earlier other"}
+    assert len(list(tmp_path.glob("*-*"))) == 2

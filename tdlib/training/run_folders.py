@@ -100,7 +100,9 @@ def archive_previous_run(folder: Path, config: RunConfig | None) -> None:
         before = {}
     if config is not None:
         now = json.loads(config.model_dump_json(exclude=unimportant))
-        if not before or {name: value for name, value in before.items() if name not in unimportant} == now:
+        # A parameter that there was none of when the earlier run was made has its default there.
+        known = json.loads(RunConfig.from_parameters().model_dump_json()) | before
+        if not before or {name: value for name, value in known.items() if name not in unimportant} == now:
             return
     other = folder.with_name(f"{folder.name}-{digest(before)[:8]}")
     remove_tree(other)
