@@ -261,11 +261,10 @@ class RunConfig(BaseModel):
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
         name = str(info.field_name)
-        others = {"task": lambda: registry.table_keys("tdlib.data.tasks", "TASKS"), "arm": lambda: list(ARMS)}
-        known = others[name]() if name in others else registry.names(name)
+        known = known_names(name) or ()
         if value not in known:
             raise ValueError(f"expected one of {', '.join(known)}{did_you_mean(value, known)}")
-        if name not in others and (problem := registry.call_problem(name, value)):
+        if name in registry.TABLES and (problem := registry.call_problem(name, value)):
             raise ValueError(problem)
         return value
 
@@ -288,6 +287,15 @@ class RunConfig(BaseModel):
         if value != int(value):
             raise ValueError("expected an integer (examples per stratum) or a fraction below 1")
         return int(value)
+
+
+def known_names(parameter: str) -> list[str] | None:
+    """What a parameter that names a task, an arm or a function may name now; None for any other parameter."""
+    if parameter == "task":
+        return registry.table_keys("tdlib.data.tasks", "TASKS")
+    if parameter == "arm":
+        return list(ARMS)
+    return registry.names(parameter) if parameter in registry.TABLES else None
 
 
 def parameters_with(**tags: str) -> tuple[str, ...]:

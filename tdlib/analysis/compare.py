@@ -101,9 +101,7 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "fine
         where = dict(zip(CELL, key, strict=True))
         options = Options(baseline, tested or list(dict.fromkeys(cell["arm"])), alpha, resamples)
         for world, own in cell.groupby("world", sort=False):
-            _check_runs(
-                f"{_place(where, own)}, world {world}" if world else _place(where, own), own, baseline
-            )
+            _check_runs(_place(where, own, str(world)), own, baseline)
         of_cell = scores[scores["run"].isin(cell["run"])]
         for (measure, split), part in of_cell.groupby(["measure", "split"], sort=False):
             shared = where | {
@@ -295,11 +293,11 @@ def _tested(place: str, runs: pd.DataFrame, scores: pd.DataFrame) -> Tested:
     return Tested(arms, first.to_numpy())
 
 
-def _place(where: Mapping[str, Any], runs: pd.DataFrame) -> str:
+def _place(where: Mapping[str, Any], runs: pd.DataFrame, world: str = "") -> str:
+    batches = ", ".join(dict.fromkeys(runs["batch"]))
     setting = f", {where['setting']}" if where["setting"] else ""
-    return (
-        f"batch {', '.join(dict.fromkeys(runs['batch']))}, {where['task']}, shots {where['shots']:g}{setting}"
-    )
+    in_world = f", world {world}" if world else ""
+    return f"batch {batches}, {where['task']}, shots {where['shots']:g}{setting}{in_world}"
 
 
 def name_of_test(task: str, split: str) -> str:

@@ -71,7 +71,7 @@ def read_runs(*folders: Path) -> pd.DataFrame:
                 hidden = (*DESCRIBED, *apart, *tuned, *variants)
                 known = {n: canonical_json(v) for n, v in parameters.items() if n not in hidden}
                 described[entry["run"]] = known | {"tuned": ", ".join(tuned)}
-                versions[entry["run"]] = _version(folder / entry["run"], parameters, entry["output"])
+                versions[entry["run"]] = _version(entry["identity"], parameters, entry["output"])
             if entry["state"] == "done":
                 row |= _learned(folder / entry["run"])
             rows.append(row)
@@ -118,14 +118,12 @@ def _is_default(name: str, value: str) -> bool:
     return name in fields and value == canonical_json(fields[name].default)
 
 
-def _version(folder: Path, parameters: Mapping[str, Any], output: str) -> dict[str, Any]:
-    """What else a run's result depends on, as its worker recorded it; empty for a run that did not begin.
+def _version(identity: Mapping[str, Any], parameters: Mapping[str, Any], output: str) -> dict[str, Any]:
+    """What else a run's result depends on, of its recorded identity; empty for a run that did not begin.
 
     The code of library and template, and the digest of data and weights by the parameters that name them.
     """
-    try:
-        identity = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError):
+    if not identity:
         return {}
     others = {"arm", "seed", "shots", output}
     others.update(*(parameters_with(role=role) for role in ("method", "training", "recording", "machine")))

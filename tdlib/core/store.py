@@ -26,7 +26,7 @@ import os
 import random
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,6 +300,19 @@ class Store:
                 log.warning("%s: another process computes the same records; this one waits", self.folder)
                 fcntl.lockf(file, fcntl.LOCK_EX, *whose)
             yield
+
+    @contextmanager
+    def to_fill(self, kinds: Sequence[str], keys: Collection[bytes]) -> Iterator[dict[str, list[bytes]]]:
+        """Yields the keys that are missing of each kind, for the block to store; see ``alone_with``."""
+
+        def absent() -> dict[str, list[bytes]]:
+            return {kind: self.missing(kind, keys) for kind in kinds}
+
+        if not any((nothing := absent()).values()):
+            yield nothing
+            return
+        with self.alone_with(keys):
+            yield absent()
 
     def read(
         self, kind: str, key: bytes, columns: Sequence[str] = (), as_stored: bool = False

@@ -155,19 +155,15 @@ class CachedRegions:
     def add(self, examples: Sequence[Example]) -> None:
         """Computes and stores the regions that are not stored yet."""
         examples_by_key = {self._key(example): example for example in examples}
-        if self.store.missing("regions", examples_by_key):
-            with self.store.alone_with(examples_by_key):
-                self._add_missing(examples_by_key)
-
-    def _add_missing(self, examples_by_key: dict[bytes, Example]) -> None:
-        missing = self.store.missing("regions", examples_by_key)
-        for start in range(0, len(missing), _TOGETHER):
-            keys = missing[start : start + _TOGETHER]
-            records = []
-            for key in keys:
-                regions = self.source(examples_by_key[key])
-                records.append(vars(regions) | {"size": torch.tensor(regions.size or (0, 0)).float()})
-            self.store.append("regions", keys, records, [str(examples_by_key[key].image) for key in keys])
+        with self.store.to_fill(["regions"], examples_by_key) as missing:
+            for start in range(0, len(missing["regions"]), _TOGETHER):
+                keys = missing["regions"][start : start + _TOGETHER]
+                records = []
+                for key in keys:
+                    regions = self.source(examples_by_key[key])
+                    records.append(vars(regions) | {"size": torch.tensor(regions.size or (0, 0)).float()})
+                images = [str(examples_by_key[key].image) for key in keys]
+                self.store.append("regions", keys, records, images)
 
     def __call__(self, example: Example) -> Regions:
         try:

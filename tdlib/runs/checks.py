@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tdlib.arms import ARMS
-from tdlib.config import RunConfig, apply_arm, arm_settings, replaced_by_arm
+from tdlib.config import RunConfig, apply_arm, arm_settings, known_names, replaced_by_arm
 from tdlib.core.files import visible_files
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
 from tdlib.core.provenance import canonical_json
-from tdlib.method import registry
 from tdlib.regions.specs import each_path
 from tdlib.runs.template import Template, tables_of
 from tdlib.training.provenance import named_path
@@ -182,11 +181,8 @@ def _open_clip_names() -> list[str]:
 
 
 def _unknown_function(name: str, value: Any) -> bool:
-    if name == "task":
-        known = registry.table_keys("tdlib.data.tasks", "TASKS")
-    else:
-        known = list(ARMS) if name == "arm" else registry.names(name) if name in registry.TABLES else [value]
-    return isinstance(value, str) and value not in known
+    known = known_names(name)
+    return known is not None and isinstance(value, str) and value not in known
 
 
 def _config_problems(template: Template, values: Mapping[str, Any]) -> list[str]:

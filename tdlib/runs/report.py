@@ -331,16 +331,18 @@ def recorded_runs(folder: Path) -> pd.DataFrame:
     """Lists the runs of a batch's folder with their present state, even if its file no longer describes them.
 
     Columns: run, state, reason, parameters (a dict; None for a run that never began and that the
-    batch's file no longer describes), output (name of the parameter that says where results go).
+    batch's file no longer describes), output (name of the parameter that says where results go), identity
+    (what the id of a run that began stands for; else empty).
     """
     folder, record = Path(folder), batch_record(folder)
     planned: dict[str, Any] = {}
     rows = []
     for run in record["runs"]:
-        state = current_state(folder / run)
+        state, identity = current_state(folder / run), {}
         try:
             began = json.loads((folder / run / "parameters.json").read_text(encoding="utf-8"))
             parameters, output = began["parameters"], began["output"]
+            identity = began.get("identity", {})
         except (OSError, ValueError, KeyError):  # queued, or what was written is damaged
             if not planned and Path(record["file"]).is_file():
                 file = Path(record["file"])
@@ -349,9 +351,9 @@ def recorded_runs(folder: Path) -> pd.DataFrame:
             parameters, output = planned.get(run), planned.get("", "")
         rows.append(
             {"run": run, "state": state["state"], "reason": state.get("reason") or "",
-             "parameters": parameters, "output": output}
+             "parameters": parameters, "output": output, "identity": identity}
         )  # fmt: skip
-    return pd.DataFrame(rows, columns=["run", "state", "reason", "parameters", "output"])
+    return pd.DataFrame(rows, columns=["run", "state", "reason", "parameters", "output", "identity"])
 
 
 def open_results(folder: Path, runs: pd.DataFrame | None = None) -> "duckdb.DuckDBPyConnection":

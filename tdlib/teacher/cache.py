@@ -175,20 +175,15 @@ class TeacherCache:
         }
         for kind, sources in sources_of.items():
             parts = [kind, *(f"{kind}:{extra}" for extra in extras)]
-            if any(self.store.missing(part, sources) for part in parts):
-                with self.store.alone_with(sources):
-                    self._add_missing(parts, sources)
-
-    def _add_missing(self, parts: Sequence[str], sources: Mapping[bytes, str]) -> None:
-        """Computes what the cache lacks of records of one kind and further signals of them."""
-        absent = {part: set(self.store.missing(part, sources)) for part in parts}
-        # Keys that lack the same signals are computed together, all of their signals in one pass.
-        groups = defaultdict(list)
-        for key in sources:
-            if lacking := tuple(part for part in parts if key in absent[part]):
-                groups[lacking].append(key)
-        for lacking, keys in groups.items():
-            self._fill(lacking, keys, [sources[key] for key in keys])
+            with self.store.to_fill(parts, sources) as missing:
+                absent = {part: set(keys) for part, keys in missing.items()}
+                # Keys that lack the same signals are computed together, all of their signals in one pass.
+                groups = defaultdict(list)
+                for key in sources:
+                    if lacking := tuple(part for part in parts if key in absent[part]):
+                        groups[lacking].append(key)
+                for lacking, keys in groups.items():
+                    self._fill(lacking, keys, [sources[key] for key in keys])
 
     def add_pooled(self, texts: Iterable[str]) -> None:
         """Computes and stores the global embeddings of texts that the cache lacks, without their tokens.
@@ -216,10 +211,8 @@ class TeacherCache:
         sources = {
             pair_key(text_key(text), self.picture_key(path)): (text, str(path)) for text, path in pairs
         }
-        if self.store.missing("pairs", sources):
-            with self.store.alone_with(sources):
-                keys = self.store.missing("pairs", sources)
-                self._fill(["pairs"], keys, [sources[key] for key in keys])
+        with self.store.to_fill(["pairs"], sources) as missing:
+            self._fill(["pairs"], missing["pairs"], [sources[key] for key in missing["pairs"]])
 
     def _fill(self, kinds: Sequence[str], keys: Sequence[bytes], sources: Sequence[Any]) -> None:
         """Computes records once; writes a shard of each kind whenever enough of them are in memory.

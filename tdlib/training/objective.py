@@ -276,7 +276,7 @@ class TargetedDistillation(nn.Module):
         per_example = EXTRA_TERMS[name](
             TermInputs(
                 logits=logits, hidden=output.hidden_states[self.settings.distill_layer].float(),
-                hidden_states=tuple(output.hidden_states),
+                hidden_states=output.hidden_states,
                 tokens=Tokens(batch["target_spans"], batch["target_boxes"]), labels=batch["labels"],
                 teacher_logits=batch["teacher_logits"], teacher_knows=batch["teacher_knows"],
                 targets=batch["vectors"], valid=batch["valid"], scores=chosen.scores,

@@ -19,7 +19,7 @@ from tdlib.method.tokens import TeacherTokens, Tokens
 from tdlib.students.base import pad_last
 from tdlib.teacher.cache import TeacherCache, text_key
 from tdlib.teacher.model import TeacherRecord, choice_logits
-from tdlib.teacher.probe import AnswerStatements, compared_texts
+from tdlib.teacher.probe import AnswerStatements
 from tdlib.teacher.towers import EXTRAS
 from tdlib.training.judging import StatementJudge
 from tdlib.training.targets import TeacherFeatures
@@ -148,7 +148,7 @@ class TeacherFeatureReader:
             logits = choice_logits(picture.pooled.float(), pooled, self.cache.teacher.logit_scale)
         # Where the teacher cuts a text, its logits are those of another text; ``knows`` = 0 leaves them out.
         if self.answers:
-            is_cut = any(map(self.cache.cut, compared_texts(example, self.answers)))
+            is_cut = any(map(self.cache.cut, self.answers(example)))
         else:
             is_cut = any(text.cut for text in texts)
         judged = self.judge(example) if self.judge else (None, None)
