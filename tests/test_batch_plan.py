@@ -17,7 +17,7 @@ from tdlib.runs import states as run_states
 from tdlib.runs.batch import Batch, find_batch
 from tdlib.runs.checks import RunConfig, differences
 from tdlib.runs.engines import LocalEngine, Resources
-from tdlib.runs.plan import expand, plan_batch, read_batch
+from tdlib.runs.plan import Description, expand, plan_batch, read_batch
 from tdlib.runs.template import read_template
 
 
@@ -88,7 +88,9 @@ def test_splits_that_a_data_set_lacks_are_found_before_anything_starts(world):
 def test_resources_can_be_others_for_once(tmp_path):
     file = make_batch(tmp_path, grid={"a": [1]}, resources={"cpus": 1, "memory": "2GB"}).file
     here, there = Batch(file), Batch(file, resources={"gpus": 0.25, "memory": "8GB"})
-    assert there.plan.resources == Resources(1, 0.25, 2**33) and here.plan.resources == Resources(1, 0, 2**31)
+    assert there.plan.resources == Resources(gpus=0.25, memory=2**33) and here.plan.resources == Resources(
+        memory=2**31
+    )
     assert [run.id for run in here.plan.runs] == [run.id for run in there.plan.runs]
     assert "resources.gpu: unknown" in "\n".join(Batch(file, resources={"gpu": 1}).problems)
 
@@ -375,8 +377,8 @@ entry = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 3), min_size=1, 
 )  # fmt: skip
 def test_expansion(grid, rows, zipped, exclude, include, seeds, base):
     pairs = {"c": list(range(rows)), "d": list(range(rows))} if zipped else {}
-    parts = {"grid": grid, "zip": pairs, "exclude": exclude, "include": include, "seeds": seeds}
-    runs, repeated = expand(parts | {"parameters": base})
+    parts = {"grid": grid, "zip": pairs, "include": include, "seeds": seeds, "parameters": base}
+    runs, repeated = expand(Description(**parts, exclude=exclude))
     assert len({json.dumps(run, sort_keys=True) for run in runs}) == len(runs), "a run stands there twice"
     sides = 1
     for axis in grid.values():
@@ -397,7 +399,7 @@ def test_expansion(grid, rows, zipped, exclude, include, seeds, base):
             assert all(run[name] in axis for name, axis in grid.items())
             assert not zipped or run["c"] == run["d"]
             assert not any(all(run.get(n, ...) == v for n, v in given.items()) for given in exclude)
-    without, _ = expand(parts | {"parameters": base, "exclude": [{"seed": 1}]})
+    without, _ = expand(Description(**parts, exclude=[{"seed": 1}]))
     unseeded = [{n: v for n, v in run.items() if n != "seed"} for run in without if run.get("seed") == 1]
     assert all(run in included for run in unseeded), "a seed can be excluded"
     assert all(any(given.items() <= run.items() for run in runs) for given in included)

@@ -267,7 +267,7 @@ def test_gpus_are_leased_in_parts_and_against_other_runners(tmp_path, monkeypatc
 
 def test_where_no_gpu_is_free_no_run_is_touched(tmp_path, monkeypatch):
     monkeypatch.setattr(GpuLeases, "folder", tmp_path / "gpus")
-    wanted, first, second = Resources(1, gpus=0.5), LocalEngine(8, ["0"]), LocalEngine(8, ["0"])
+    wanted, first, second = Resources(gpus=0.5), LocalEngine(8, ["0"]), LocalEngine(8, ["0"])
     assert first.has_room(wanted) and second.has_room(wanted)
     assert first.leases.take(0.5) and first.has_room(wanted) and not second.has_room(wanted)
     assert first.leases.take(0.5) and not first.has_room(wanted)
@@ -275,11 +275,11 @@ def test_where_no_gpu_is_free_no_run_is_touched(tmp_path, monkeypatch):
 
 def test_resources_that_are_not_there_are_a_mistake(tmp_path):
     batch = make_batch(tmp_path, resources={"cpus": 2, "gpus": 1, "memory": "900TB", "time": "1.5h"})
-    assert batch.plan.resources == Resources(2, 1, 900 * 2**40, 5400)
+    assert batch.plan.resources == Resources(cpus=2, gpus=1, memory=900 * 2**40, time=5400)
     with pytest.raises(ConfigError) as error:
         batch.run(LocalEngine(cpus=1, gpus=[]))
     assert all(f"resources.{name}" in str(error.value) for name in ("cpus", "gpus", "memory"))
     engine = LocalEngine(cpus=8, gpus=["0", "1"])
-    assert engine.at_once(Resources(2)) == 4 and engine.at_once(Resources(1, gpus=0.25)) == 8
-    assert engine.at_once(Resources(1, gpus=2)) == 1
-    assert engine.at_once(Resources(1, gpus=0.4)) == 4 and engine.at_once(Resources(1, gpus=0.6)) == 2
+    assert engine.at_once(Resources(cpus=2)) == 4 and engine.at_once(Resources(gpus=0.25)) == 8
+    assert engine.at_once(Resources(gpus=2)) == 1
+    assert engine.at_once(Resources(gpus=0.4)) == 4 and engine.at_once(Resources(gpus=0.6)) == 2

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -267,7 +266,7 @@ class Batch:
     def _description(self) -> dict[str, Any]:
         return {
             "name": self.plan.name, "file": str(self.file or ""), "template": str(self.plan.template),
-            "runs": [run.id for run in self.plan.runs], "resources": asdict(self.plan.resources),
+            "runs": [run.id for run in self.plan.runs], "resources": self.plan.resources.model_dump(),
             "tuned": self.plan.tuned, "variants": self.plan.variants,
         }  # fmt: skip
 

@@ -6,18 +6,19 @@ without one.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import psutil
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from tdlib.core.devices import usable_cores
 from tdlib.core.paths import ROOT, ConfigError
@@ -27,14 +28,45 @@ BUSY = 75  # exit status (EX_TEMPFAIL) of a worker whose run another worker has 
 ELSEWHERE = "another worker has the run"
 
 
-@dataclass(frozen=True)
-class Resources:
-    """Limits of one run: processors, GPUs (or a part of one), bytes of memory, seconds (0: no limit)."""
+_UNITS = {"": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "tb": 2**40}
+_TIMES = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
-    cpus: float = 1
-    gpus: float = 0
-    memory: int = 0
-    seconds: float = 0
+
+def _quantity(units: Mapping[str, float]) -> BeforeValidator:
+    def number(value: Any) -> float:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+        unit = match[2].lower().replace("ib", "b") if match else ""
+        if not match or unit not in units:
+            raise ValueError("no quantity")
+        return float(match[1]) * units[unit]
+
+    return BeforeValidator(number)
+
+
+def _whole_or_part(gpus: float) -> float:
+    if gpus > 1 and gpus % 1:
+        raise ValueError("no whole number")
+    return gpus
+
+
+class Resources(BaseModel):
+    """Limits of one run, as a batch file's ``resources`` gives them, with or without units.
+
+    Memory is in bytes, time in seconds; 0 is no limit. A field's description says what an error expects.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cpus: Annotated[float, _quantity({"": 1})] = Field(default=1, gt=0, description="a number above 0")
+    gpus: Annotated[float, _quantity({"": 1}), AfterValidator(_whole_or_part)] = Field(
+        default=0, description="a whole number, or a part of one GPU"
+    )
+    memory: Annotated[float, _quantity(_UNITS)] = Field(
+        default=0, description="bytes, or a number and one of KB, MB, GB, TB"
+    )
+    time: Annotated[float, _quantity(_TIMES)] = Field(
+        default=0, description="seconds, or a number and one of s, m, min, h, d"
+    )
 
 
 class Started(Protocol):
@@ -226,7 +258,7 @@ class LocalWorker:
     ):
         self.engine, self.folder, self.wanted, self.process, self.gpus = engine, folder, wanted, process, gpus
         # The worker keeps the time limit itself; this one, a minute later, is for a worker that hangs.
-        self.deadline = time.monotonic() + wanted.seconds + 60 if wanted.seconds else None
+        self.deadline = time.monotonic() + wanted.time + 60 if wanted.time else None
         self._held = True
 
     def ended(self) -> bool:
@@ -256,17 +288,16 @@ class LocalWorker:
         self.process.wait()
 
 
-def _on_node(folder: str, wanted: dict[str, Any]) -> int:
+def _on_node(folder: Path, wanted: Resources) -> int:
     """Runs one worker process as a task of a Ray cluster; returns its exit status."""
     import ray
 
-    resources = Resources(**wanted)
-    gpus = ",".join(str(gpu) for gpu in ray.get_gpu_ids()) if resources.gpus else ""
-    with (Path(folder) / run_states.LOG).open("ab") as log:
+    gpus = ",".join(str(gpu) for gpu in ray.get_gpu_ids()) if wanted.gpus else ""
+    with (folder / run_states.LOG).open("ab") as log:
         return subprocess.run(
-            [sys.executable, "-m", "tdlib.runs.worker", folder],
+            [sys.executable, "-m", "tdlib.runs.worker", str(folder)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env=worker_environment(Path(folder), resources, gpus),
+            env=worker_environment(folder, wanted, gpus),
         ).returncode  # fmt: skip
 
 
@@ -327,10 +358,10 @@ class RayEngine:
     def start(self, folder: Path, wanted: Resources, lock: int | None) -> "RayWorker":
         options: dict[str, Any] = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "max_retries": 0}
         if wanted.memory:
-            options["memory"] = wanted.memory
+            options["memory"] = int(wanted.memory)
         task = self.ray.remote(_on_node).options(**options)
         self.active += 1
-        return RayWorker(self, folder, task.remote(str(folder), asdict(wanted)))
+        return RayWorker(self, folder, task.remote(folder, wanted))
 
     def close(self) -> None:
         if self._own:

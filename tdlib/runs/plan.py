@@ -27,16 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictInt,
-    StrictStr,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from tdlib.core.files import parse_json
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
@@ -116,44 +107,6 @@ def _loader() -> Any:
     return Loader
 
 
-_UNITS = {"": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "tb": 2**40}
-_TIMES = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-
-
-def _quantity(units: Mapping[str, float]) -> BeforeValidator:
-    def number(value: Any) -> float:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([a-zA-Z]*)\s*", str(value))
-        unit = match[2].lower().replace("ib", "b") if match else ""
-        if not match or unit not in units:
-            raise ValueError("no quantity")
-        return float(match[1]) * units[unit]
-
-    return BeforeValidator(number)
-
-
-def _whole_or_part(gpus: float) -> float:
-    if gpus > 1 and gpus % 1:
-        raise ValueError("no whole number")
-    return gpus
-
-
-class _Wanted(BaseModel):
-    """The key ``resources``; a field's description is what an error says was expected."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    cpus: Annotated[float, _quantity({"": 1})] = Field(1, gt=0, description="a number above 0")
-    gpus: Annotated[float, _quantity({"": 1}), AfterValidator(_whole_or_part)] = Field(
-        0, description="a whole number, or a part of one GPU"
-    )
-    memory: Annotated[float, _quantity(_UNITS)] = Field(
-        0, description="bytes, or a number and one of KB, MB, GB, TB"
-    )
-    time: Annotated[float, _quantity(_TIMES)] = Field(
-        0, description="seconds, or a number and one of s, m, min, h, d"
-    )
-
-
 _Names = dict[StrictStr, Any]
 _Axes = dict[StrictStr, Annotated[list[Any], Field(min_length=1)]]
 _Entries = list[Annotated[_Names, Field(min_length=1)]]
@@ -176,15 +129,9 @@ class Description(BaseModel):
     )
     tuned: StrictStr | None = Field(None, description="the name of a batch, or a path of its tuned.json")
     variants: list[StrictStr] = Field([], description="a list of parameters")
-    resources: _Wanted = Field(
-        default_factory=lambda: _Wanted.model_validate({}), description="some of cpus, gpus, memory, time"
-    )
+    resources: Resources = Field(default_factory=Resources, description="some of cpus, gpus, memory, time")
     retries: StrictInt = Field(0, ge=0, description="0 or more")
     output: StrictStr | None = Field(None, description="the name of a parameter")
-
-    def wanted(self) -> Resources:
-        wanted = self.resources
-        return Resources(wanted.cpus, wanted.gpus, int(wanted.memory), wanted.time)
 
     def all_seeds(self) -> list[Any]:
         return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds or [])
@@ -205,14 +152,13 @@ class Description(BaseModel):
 def read_description(given: Mapping[str, Any]) -> tuple[Description, list[str]]:
     """Reads the valid keys and lists what is wrong with the others. A key without value is ignored."""
     remaining: dict[Any, Any] = {key: value for key, value in given.items() if value is not None}
-    problems: list[str] = []
-    while True:  # without the keys that are wrong, so that the others are checked further
-        try:
-            return Description.model_validate(remaining), problems
-        except ValidationError as error:
-            problems += dict.fromkeys(_key_problem(item["loc"], remaining) for item in error.errors())
-            for key in {item["loc"][0] for item in error.errors()}:
-                del remaining[key]
+    try:
+        return Description.model_validate(remaining), []
+    except ValidationError as error:
+        problems = dict.fromkeys(_key_problem(item["loc"], remaining) for item in error.errors())
+        for key in {item["loc"][0] for item in error.errors()}:
+            del remaining[key]
+        return Description.model_validate(remaining), [*problems]
 
 
 def _key_problem(place: tuple[Any, ...], given: Mapping[Any, Any]) -> str:
@@ -220,10 +166,10 @@ def _key_problem(place: tuple[Any, ...], given: Mapping[Any, Any]) -> str:
     if key not in Description.model_fields:
         return f"{key}: unknown key{did_you_mean(key, Description.model_fields)}"
     if key == "resources" and isinstance(value, dict) and len(place) > 1:
-        inner = place[1]
-        if inner not in _Wanted.model_fields:
-            return f"resources.{inner}: unknown{did_you_mean(inner, _Wanted.model_fields)}"
-        return f"resources.{inner}={value[inner]!r}: expected {_Wanted.model_fields[inner].description}"
+        inner, known = place[1], Resources.model_fields
+        if inner not in known:
+            return f"resources.{inner}: unknown{did_you_mean(inner, known)}"
+        return f"resources.{inner}={value[inner]!r}: expected {known[inner].description}"
     return f"{key}={value!r}: expected {Description.model_fields[key].description}"
 
 
@@ -276,7 +222,7 @@ def plan_batch(
     """
     whole, problems = read_description(description)
     plan = Plan(whole.name or name, find_notebook(whole.template, folder), problems=problems)
-    plan.resources, plan.retries, plan.variants = whole.wanted(), whole.retries, whole.variants
+    plan.resources, plan.retries, plan.variants = whole.resources, whole.retries, whole.variants
     problems += _conflicts(whole)
     try:
         template = read_template(plan.template)
@@ -286,24 +232,19 @@ def plan_batch(
     plan.output = _output(whole, template, problems)
     unknown = [name for name in whole.variants if name not in template.parameters]
     problems += [f"variants: {template.problem(name, None)}" for name in unknown]
-    wrong = [
-        (place, parameter, value, text)
+    problems += dict.fromkeys(
+        f"{place}{text}"
         for place, parameter, value in whole.values()
         if (text := template.problem(parameter, value))
-    ]
-    problems += dict.fromkeys(f"{place}{text}" for place, _, _, text in wrong)
-    parts = {
-        "parameters": whole.parameters, "grid": whole.grid, "zip": whole.zip, "include": whole.include,
-        "exclude": whole.exclude, "seeds": whole.all_seeds(),
-    }  # fmt: skip
-    if problems:
-        parts = _usable(parts, {(parameter, repr(value)) for _, parameter, value, _ in wrong})
+    )
+    rows, plan.repeated = expand(whole)
+    if problems:  # what is right is checked all the same
+        rows = [{n: value for n, value in row.items() if not template.problem(n, value)} for row in rows]
     else:
-        crossed = _crossed(parts)
+        crossed = _crossed(whole)
         for number, entry in enumerate(whole.exclude):
             if not any(matches(row, entry) for row in crossed):
                 problems.append(f"exclude[{number}]={entry!r}: no run of grid, zip and seeds is like that")
-    rows, plan.repeated = expand(parts)
     if not rows:
         problems.append("no runs are left: exclude takes away all")
     if whole.tuned is not None:
@@ -347,37 +288,17 @@ def _output(whole: Description, template: Template, problems: list[str]) -> str:
     return output
 
 
-def _usable(parts: Mapping[str, Any], wrong: set[tuple[str, str]]) -> dict[str, Any]:
-    """Leaves out wrong names and values, so that the rest is checked as well."""
-
-    def good(name: str, value: Any) -> bool:
-        return (name, repr(value)) not in wrong
-
-    zipped = {n: axis for n, axis in parts["zip"].items() if all(good(n, value) for value in axis)}
-    grid = {n: [value for value in axis if good(n, value)] for n, axis in parts["grid"].items()}
-    return {
-        "parameters": {n: value for n, value in parts["parameters"].items() if good(n, value)},
-        "grid": {n: axis for n, axis in grid.items() if axis},
-        "zip": zipped if len({len(axis) for axis in zipped.values()}) == 1 else {},
-        "include": [{n: v for n, v in entry.items() if good(n, v)} for entry in parts["include"]],
-        "exclude": [],
-        "seeds": None,
-    }
-
-
-def expand(parts: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """Expands the parts into what each run sets, in order; also counts runs that are described twice.
+def expand(whole: Description) -> tuple[list[dict[str, Any]], int]:
+    """Expands a description into what each run sets, in order; also counts runs that it describes twice.
 
     Every combination of ``grid`` and of the rows of ``zip`` with every seed, less those that match an
     entry of ``exclude`` (all its values; a list means any of them), and the entries of ``include`` with
     every seed; all on top of ``parameters``. With ``include`` alone there is no other run. One seed comes
     after the other, so that a batch cut short has compared something.
     """
-    included = [parts.get("parameters", {}) | row for row in parts.get("include", [])]
-    excluded = parts.get("exclude", [])
-    kept = [row for row in _crossed(parts) if not any(matches(row, entry) for entry in excluded)]
-    rows = kept + _with_seeds(included, parts)
-    if seeds := list(parts.get("seeds") or []):
+    kept = [row for row in _crossed(whole) if not any(matches(row, entry) for entry in whole.exclude)]
+    rows = kept + _with_seeds([whole.parameters | row for row in whole.include], whole)
+    if seeds := whole.all_seeds():
         rows.sort(key=lambda row: seeds.index(row["seed"]) if row["seed"] in seeds else len(seeds))
     distinct: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -385,24 +306,24 @@ def expand(parts: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
     return list(distinct.values()), len(rows) - len(distinct)
 
 
-def _crossed(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _crossed(whole: Description) -> list[dict[str, Any]]:
     """Expands ``grid``, ``zip`` and seeds on top of ``parameters``: all that ``exclude`` can leave out."""
-    axes = [[{name: value} for value in values] for name, values in parts.get("grid", {}).items()]
-    if parts.get("zip"):
-        names = list(parts["zip"])
-        axes.append([dict(zip(names, row, strict=True)) for row in zip(*parts["zip"].values(), strict=True)])
-    if not axes and parts.get("include"):
+    axes = [[{name: value} for value in values] for name, values in whole.grid.items()]
+    if whole.zip:
+        side_by_side = zip(*whole.zip.values(), strict=False)  # ``_conflicts`` tells of other lengths
+        axes.append([dict(zip(whole.zip, row, strict=True)) for row in side_by_side])
+    if not axes and whole.include:
         return []
     rows = []
     for combination in itertools.product(*axes):
-        rows.append(dict(parts.get("parameters", {})))
+        rows.append(dict(whole.parameters))
         for part in combination:
             rows[-1] |= part
-    return _with_seeds(rows, parts)
+    return _with_seeds(rows, whole)
 
 
-def _with_seeds(rows: list[dict[str, Any]], parts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    seeds = parts.get("seeds")
+def _with_seeds(rows: list[dict[str, Any]], whole: Description) -> list[dict[str, Any]]:
+    seeds = whole.all_seeds()
     return [{"seed": seed} | row for seed in seeds for row in rows] if seeds else rows
 
 

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -243,5 +243,5 @@ def specification(plan: Plan, run: PlannedRun, attempt: int) -> dict[str, Any]:
     return {
         "template": str(plan.template), "parameters": run.parameters, "overrides": run.overrides,
         "output": plan.output, "identity": run.identity, "attempt": attempt,
-        "cwd": str(NOTEBOOKS), "resources": asdict(plan.resources),
+        "cwd": str(NOTEBOOKS), "resources": plan.resources.model_dump(),
     }  # fmt: skip

@@ -153,7 +153,7 @@ class _Attempt:
             used = self._memory(shared_once=True)
         self.peak = max(self.peak, used)
         if self.verdict is None:
-            limit, memory = self.limits["seconds"], self.limits["memory"]
+            limit, memory = self.limits["time"], self.limits["memory"]
             if os.getppid() != self.parent:  # an orphan would hold processors that nobody counts
                 self.verdict = "killed", "its runner ended"
             elif (self.folder / "stop").exists():
