@@ -223,19 +223,20 @@ def test_a_detector_is_saved_and_loaded(detector_folder, tmp_path):
 
 
 def test_a_detector_learns_what_stands_in_its_boxes(tmp_path):
-    from tdlib.make.detector import ATTRIBUTES, evaluate_detector, train_mini_detector
+    from tdlib.make.corpus import ATTRIBUTES
+    from tdlib.make.detector import evaluate_detector, train_mini_detector
 
-    losses = train_mini_detector(tmp_path, scenes=64, steps=20, batch=16, size=48)
+    losses = train_mini_detector(tmp_path / "made", tmp_path, scenes=64, steps=20, batch=16)
     assert np.mean(losses[-3:]) < 0.75 * np.mean(losses[:3])
-    figures = evaluate_detector(tmp_path, scenes=20)
+    figures = evaluate_detector(tmp_path / "made", tmp_path, scenes=20)
     assert figures.keys() == ATTRIBUTES.keys() and all(0 <= value <= 1 for value in figures.values())
-    made = json.loads((tmp_path / "provenance.json").read_text())
+    made = json.loads((tmp_path / "made" / "provenance.json").read_text())
     assert made["steps"] == 20 and made["corpus"] == "curated"
 
 
 def test_labels_are_true_of_their_boxes():
     """The picture inside a person's box has the colour of the shirt that the label names; things likewise."""
-    from tdlib.make.detector import ATTRIBUTES, labelled_boxes
+    from tdlib.make.corpus import ATTRIBUTES, labelled_boxes
     from tdlib.miniworld.drawing import COLOURS, draw
     from tdlib.miniworld.writers import scene_at
 

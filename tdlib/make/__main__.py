@@ -29,10 +29,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "model", choices=[*FOLDERS, "page"], help="'page': bring the page of models up to date"
     )
-    parser.add_argument(
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
         "--minutes", type=float, help="processor time that training takes (default: 80; not of the detector)"
     )
-    parser.add_argument("--steps", type=int, help="how many steps it takes, in place of minutes")
+    length.add_argument("--steps", type=int, help="how many steps it takes, in place of minutes")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/models/mini-...)")
     parser.add_argument(
         "--work", type=Path, default=ROOT / "data/cache/make", help="where corpora and checkpoints lie"
@@ -43,8 +44,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--measure", action="store_true", help="only measure what lies in the folder")
     options = parser.parse_args(arguments)
-    if options.steps and options.minutes:
-        parser.error("give --steps or --minutes, not both")
     if options.model == "detector" and options.minutes:
         parser.error("the detector is made in a number of steps: give --steps")
     if options.model == "page":
@@ -53,24 +52,20 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     folder = options.out or MODELS / FOLDERS[options.model]
-    settings = {name: value for name in ("scenes", "steps") if (value := getattr(options, name))}
+    settings = {"seed": options.seed}
+    settings |= {name: value for name in ("scenes", "steps", "minutes") if (value := getattr(options, name))}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     command = ""
     if not options.measure:
         command = shlex.join(["python", "-m", "tdlib.make", *(arguments or sys.argv[1:])])
         if options.model == "detector":
-            train_mini_detector(folder, seed=options.seed, **settings)
+            train_mini_detector(folder, options.work, **settings)
+        elif options.model == "clip":
+            make_clip(folder, options.work, device=device, **settings)
         else:
-            settings |= {
-                "seed": options.seed,
-                "device": "cuda" if torch.cuda.is_available() else "cpu",
-            }
-            settings |= {} if options.steps else {"minutes": options.minutes or 80.0}
-            if options.model == "clip":
-                make_clip(folder, options.work, **settings)
-            else:
-                make_student(options.model, folder, options.work, options.detector, **settings)
+            make_student(options.model, folder, options.work, options.detector, device=device, **settings)
     if options.model == "detector":
-        figures = evaluate_detector(folder)
+        figures = evaluate_detector(folder, options.work)
     elif options.model == "clip":
         figures = measure_clip(folder)
     else:

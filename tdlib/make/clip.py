@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tdlib.core.files import refuse_foreign, write_folder, write_json
 from tdlib.make import corpus
-from tdlib.make.loop import Position, mixed_precision, provenance, train
+from tdlib.make.loop import mixed_precision, provenance, train
+from tdlib.make.pretraining import contrastive_loss
 from tdlib.miniworld.writers import VERSION
 from tdlib.teacher.families import encode_text_ids
 
@@ -81,31 +82,18 @@ def patch_words(visual: VisionTransformer, pixels: Tensor, word_head: nn.Linear)
     return output["image_features"], votes.float().amax(dim=1)
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """Averages the cross-entropies of both directions, nats (Radford et al. 2021, figure 3).
-
-    ``images`` and ``texts`` (batch, dim) need not be normalised; row i of both belongs together;
-    ``scale`` multiplies cosines.
-    """
-    logits = scale * F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
 class ClipJob:
     """Training of the mini CLIP; see the module, and ``pretraining.StudentJob`` for the arguments."""
 
     phases: ClassVar = PHASES
 
     def __init__(
-        self, folder: Path, home: Path, scenes: int, seed: int = 0, batch: dict[str, int] | None = None,
-        device: str = "cpu",
-    ):  # fmt: skip
+        self, home: Path, scenes: int, seed: int = 0, batch: dict[str, int] | None = None, device: str = "cpu"
+    ):
         self.seed, self.scenes, self.device, self.batch = seed, scenes, device, batch or BATCH
         self.texts = corpus.texts("clip", home, seed, scenes)
         self.pictures = corpus.pictures("web", home, seed, scenes)["pictures"]
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        corpus.check_tokens(tokenizer, self.texts.digest, str(folder))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.texts.tokenizer)
         self.pad = tokenizer.pad_token_id
         self.config = json.loads(json.dumps(MINI_CLIP))
         self.config["text_cfg"]["vocab_size"] = len(tokenizer)
@@ -116,11 +104,10 @@ class ClipJob:
         asked = ((share > 0.01) & (share < 0.3)).nonzero()[0]  # mostly nouns; function words are frequent
         self.said = self.put(said[:, asked])
         self.head = nn.Linear(self.config["embed_dim"], len(asked))
-        mean, spread = (
+        self.mean, self.spread = (
             torch.tensor(value, device=device).view(3, 1, 1) * 255
             for value in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
         )
-        self.mean, self.spread = mean, spread
         self.module = nn.ModuleDict({"model": self.model, "head": self.head}).to(device)
         self.settings = {
             "kind": "clip", "world": VERSION, "scenes": scenes, "seed": seed, "batch": self.batch,
@@ -137,7 +124,7 @@ class ClipJob:
         group, member = divmod(place, _SORTED)
         size = self.batch[phase]
         large = min(size * _SORTED, self.scenes // size * size)
-        rows = next(corpus.batches(self.scenes, large, 1000 * self.seed + number, group))
+        rows = corpus.batch_at(self.scenes, large, 1000 * self.seed + number, group)
         rng = np.random.default_rng([self.seed, number, group])
         readings = self.texts.ids.shape[1]
         reading = rng.random((len(rows), readings)).argsort(1)[:, :CAPTIONS]
@@ -174,25 +161,16 @@ class ClipJob:
 
 
 def make_clip(
-    folder: Path, work: Path, *, steps: int | None = None, minutes: float | None = None, seed: int = 0,
-    scenes: int = 48_000, peak: float = 1e-3, batch: dict[str, int] | None = None, device: str = "cpu",
-    **options: Any,
-) -> Position:  # fmt: skip
+    folder: Path, work: Path, *, steps: int | None = None, minutes: float = 80, seed: int = 0,
+    scenes: int = 48_000, batch: dict[str, int] | None = None, device: str = "cpu",
+) -> None:  # fmt: skip
     """Trains the mini CLIP and writes an open_clip model folder; arguments as in ``make_student``."""
     refuse_foreign(folder, "provenance.json")
-    home, draft = work / "corpus", work / f"clip-{seed}"
-    texts = corpus.texts("clip", home, seed, scenes)
-    (draft / "model").mkdir(parents=True, exist_ok=True)
-    for path in texts.tokenizer.iterdir():
-        shutil.copy(path, draft / "model")
-    job = ClipJob(draft / "model", home, scenes, seed, batch, device)
-    position = train(
-        job, draft / "checkpoint.safetensors", steps=steps, minutes=minutes, peak=peak, **options
-    )
+    job = ClipJob(work / "corpus", scenes, seed, batch, device)
+    position = train(job, work / f"clip-{seed}" / "checkpoint.safetensors", steps, minutes)
 
     def fill(partial: Path) -> None:
-        for path in (draft / "model").iterdir():
-            shutil.copy(path, partial)
+        shutil.copytree(job.texts.tokenizer, partial, dirs_exist_ok=True)
         preprocess = {
             "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
             "interpolation": "bicubic", "resize_mode": "shortest",
@@ -202,8 +180,6 @@ def make_clip(
             job.model.logit_scale.clamp_(0, math.log(100))
         weights = {name: value.half().cpu().contiguous() for name, value in job.model.state_dict().items()}
         save_file(weights, partial / "open_clip_model.safetensors", metadata={"format": "pt"})
-        write_json(partial / "provenance.json", provenance(make_clip, "web", job, peak, position))
+        write_json(partial / "provenance.json", provenance(make_clip, "web", job, position))
 
-    if options.get("stop_after") is None or position.step != options["stop_after"]:
-        write_folder(folder, fill)
-    return position
+    write_folder(folder, fill)

@@ -6,11 +6,11 @@ digest of their tokenizer, which lies beside them: a maker copies that one into 
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tdlib.core.files import file_digest, write_folder, write_json
-from tdlib.data.examples import DataError
+from tdlib.data.examples import Box
 from tdlib.data.vcr import NEUTRAL_NAMES
-from tdlib.make.detector import ATTRIBUTES, render_boxes
 from tdlib.make.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer, vocabulary_texts
 from tdlib.method.tokens import grid_boxes
+from tdlib.miniworld import drawing
 from tdlib.miniworld.drawing import draw
 from tdlib.miniworld.language import two_parts
+from tdlib.miniworld.scenes import HELD, MOODS, PLACES, POSES, ROLES, SHIRTS, THINGS, WEATHER, Scene
 from tdlib.miniworld.writers import CURATED_READINGS, VERSION, captioned_scene, curated_texts, scene_at
 from tdlib.regions.backbones import load_detector
 from tdlib.students.base import LONGEST, tokenizer_digest
@@ -39,6 +40,7 @@ READINGS = {"curated": CURATED_READINGS, "web": 5}  # captions of a scene
 GRID = (6, 6)
 MOST_OBJECTS = 6  # people, held things and things of a curated scene; people and things are at most three
 _CHUNK = 250  # scenes that a process makes at a time
+_WORKERS = 2  # processes
 
 
 # Folders of arrays
@@ -53,15 +55,13 @@ def write_arrays(
     folder: Path,
     made: dict[str, Any],
     number: int,
-    work: Callable[..., dict[str, np.ndarray]],
-    arguments: tuple[Any, ...],
-    workers: int,
+    work: Callable[[int, int], dict[str, np.ndarray]],
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> dict[str, np.ndarray]:
     """Makes arrays of ``number`` rows each in processes, one chunk of rows after the other.
 
-    A folder whose ``made.json`` equals ``made`` is only read. ``work`` returns the rows [start, stop) of
-    every array; it is called with ``arguments``, start and stop. ``beside`` writes other files to the folder.
+    A folder whose ``made.json`` equals ``made`` is only read. ``work``, called with start and stop, returns
+    the rows [start, stop) of every array. ``beside`` writes other files to the folder.
     """
     made = json.loads(json.dumps(made | {"rows": number}))
     try:
@@ -74,9 +74,8 @@ def write_arrays(
         arrays: dict[str, np.ndarray] = {}
         starts = range(0, number, _CHUNK)
         stops = [min(start + _CHUNK, number) for start in starts]
-        with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            parts = pool.map(work, *([value] * len(starts) for value in arguments), starts, stops)
-            for start, stop, part in zip(starts, stops, parts, strict=True):
+        with ProcessPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for start, stop, part in zip(starts, stops, pool.map(work, starts, stops), strict=True):
                 for name, rows in part.items():
                     if name not in arrays:
                         arrays[name] = np.lib.format.open_memmap(
@@ -95,41 +94,81 @@ def write_arrays(
 # Pictures
 
 
+ATTRIBUTES = {
+    "name": ["person", *(name for table in (HELD, THINGS) for name, known in table.items() if known.curated)],
+    "shirt": [name for name, curated in SHIRTS.items() if curated],
+    "pose": list(POSES),
+    "mood": [name for name, mood in MOODS.items() if mood.curated],
+    "role": ["none", *(name for name, role in ROLES.items() if role.curated)],
+    "place": [name for name, place in PLACES.items() if place.curated],
+    "weather": ["indoors", *(name for name, weather in WEATHER.items() if weather.curated)],
+}  # the values that occur in the curated corpus
+_MOST = 14  # boxes of one picture: itself, three people with face, hat and held thing, or fewer and things
+
+
+def labelled_boxes(scene: Scene, picture: drawing.Picture) -> list[tuple[Box, dict[str, str]]]:
+    """Lists boxes (normalised xyxy) with their attributes; the whole picture comes first."""
+
+    def box(drawn: drawing.Drawn) -> Box:
+        left, top, right, bottom = drawn.box
+        return left / drawing.SIZE, top / drawing.SIZE, right / drawing.SIZE, bottom / drawing.SIZE
+
+    found: list[tuple[Box, dict[str, str]]] = [
+        ((0.0, 0.0, 1.0, 1.0), {"place": scene.place, "weather": scene.weather or "indoors"})
+    ]
+    for person, body, face, hat, held in zip(
+        scene.people, picture.people, picture.faces, picture.hats, picture.held, strict=True
+    ):
+        mood, role = {"mood": person.mood}, {"role": person.role or "none"}
+        said = {"name": "person", "shirt": person.shirt, "pose": person.pose} | mood | role
+        found += [(box(body), said), (box(face), mood)]
+        if hat:
+            found.append((box(hat), role))
+        if held and person.held:
+            found.append((box(held), {"name": person.held}))
+    return found + [
+        (box(drawn), {"name": name}) for name, drawn in zip(scene.things, picture.things, strict=True)
+    ]
+
+
+def _shown(picture: drawing.Picture) -> np.ndarray:
+    image = picture.image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
 def _draw_web(seed: int, start: int, stop: int) -> dict[str, np.ndarray]:
-    pictures = np.empty((stop - start, 3, SIZE, SIZE), np.uint8)
-    for row, index in enumerate(range(start, stop)):
-        image = draw(scene_at(seed, "web", WEB_FIRST + index)).image
-        pictures[row] = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    return {"pictures": pictures}
+    scenes = (scene_at(seed, "web", WEB_FIRST + index) for index in range(start, stop))
+    return {"pictures": np.stack([_shown(draw(scene)) for scene in scenes])}
 
 
 def _draw_curated(seed: int, start: int, stop: int) -> dict[str, np.ndarray]:
-    pictures, boxes, labels = render_boxes((seed, start, stop, SIZE))
-    return {"pictures": pictures, "boxes": boxes, "labels": labels}
+    boxes = np.zeros((stop - start, _MOST, 4), np.float32)
+    labels = np.full((stop - start, _MOST, len(ATTRIBUTES)), -1, np.int64)
+    shown = []
+    for row, index in enumerate(range(start, stop)):
+        scene = scene_at(seed, "curated", index)
+        picture = draw(scene)
+        shown.append(_shown(picture))
+        for number, (place, said) in enumerate(labelled_boxes(scene, picture)):
+            boxes[row, number] = place
+            for column, (name, values) in enumerate(ATTRIBUTES.items()):
+                if name in said:
+                    labels[row, number, column] = values.index(said[name])
+    return {"pictures": np.stack(shown), "boxes": boxes, "labels": labels}
 
 
-def pictures(kind: str, home: Path, seed: int, number: int, workers: int = 2) -> dict[str, np.ndarray]:
+def pictures(kind: str, home: Path, seed: int, number: int) -> dict[str, np.ndarray]:
     """Prepares ``pictures`` (number, 3, 96, 96) uint8 of a corpus; of the curated one also boxes and labels.
 
-    Boxes and labels are as in ``boxes_corpus``.
+    Boxes (number, 14, 4) are normalised xyxy. Labels (number, 14, attributes) are indices into the values
+    of ``ATTRIBUTES``, -1 if a box has no value of the attribute; rows of -1 only are no boxes.
     """
-    work = {"web": _draw_web, "curated": _draw_curated}[kind]
+    work = partial({"web": _draw_web, "curated": _draw_curated}[kind], seed)
     made = {"what": f"{kind} pictures", "world": VERSION, "seed": seed, "size": SIZE}
-    return write_arrays(home / f"{kind}-pictures-{seed}-{number}", made, number, work, (seed,), workers)
+    return write_arrays(home / f"{kind}-pictures-{seed}-{number}", made, number, work)
 
 
 # Texts
-
-
-def check_tokens(tokenizer: PreTrainedTokenizerFast, digest: str, where: str) -> None:
-    """Refuses arrays of token ids that another tokenizer made."""
-    found = tokenizer_digest(tokenizer)
-    if found != digest:
-        raise DataError(
-            f"{where}: its tokenizer ({found[:12]}) is not the one that the corpus was tokenized with "
-            f"({digest[:12]}); a model trained on these ids would read other words. Take the tokenizer that "
-            "lies beside the arrays, or tokenize the corpus with this one"
-        )
 
 
 def tokenize(
@@ -232,7 +271,7 @@ class Texts:
     replaced: np.ndarray | None = None
 
 
-def texts(kind: str, home: Path, seed: int, number: int, workers: int = 2) -> Texts:
+def texts(kind: str, home: Path, seed: int, number: int) -> Texts:
     """Prepares texts of "curated" or "web" scenes as students read them, or of web scenes as "clip" does."""
     with_clip = kind == "clip"
     tokenizer = _tokenizer(with_clip, seed)
@@ -242,13 +281,16 @@ def texts(kind: str, home: Path, seed: int, number: int, workers: int = 2) -> Te
         "longest": CLIP_LONGEST if with_clip else LONGEST,
     }  # fmt: skip
     folder = home / f"{kind}-texts-{seed}-{number}-{digest[:8]}"
-    work = _tokenize_for_clip if with_clip else _tokenize_scenes
-    arguments = (seed, tokenizer) if with_clip else (kind, seed, tokenizer)
+    work: Callable[[int, int], dict[str, np.ndarray]] = (
+        partial(_tokenize_for_clip, seed, tokenizer)
+        if with_clip
+        else partial(_tokenize_scenes, kind, seed, tokenizer)
+    )
 
     def beside(partial: Path) -> None:
         tokenizer.save_pretrained(partial / "tokenizer")
 
-    arrays = write_arrays(folder, made, number, work, arguments, workers, beside)
+    arrays = write_arrays(folder, made, number, work, beside)
     return Texts(**arrays, tokenizer=folder / "tokenizer", digest=digest)
 
 
@@ -269,7 +311,7 @@ def object_boxes(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
     Args:
         boxes: (pictures, boxes, 4) and
-        labels: (pictures, boxes, attributes), of ``boxes_corpus``.
+        labels: (pictures, boxes, attributes), as in ``pictures``.
 
     Returns:
         Boxes (pictures, 6, 4), a mask of the real ones (pictures, 6), and the number of people
@@ -292,11 +334,6 @@ def _see(folder: Path, detector: Path, start: int, stop: int) -> dict[str, np.nd
     boxes = torch.cat([whole.expand(len(shown), 1, 4), found, cells.expand(len(shown), -1, 4)], dim=1)
     mask = torch.cat([real.new_ones(len(shown), 1), real, real.new_ones(len(shown), len(cells))], dim=1)
     network = load_detector(detector)
-    if network.size != SIZE:
-        raise DataError(
-            f"{detector}: sees pictures of {network.size} pixels, but the corpus has {SIZE}; train the "
-            f"detector with size={SIZE}"
-        )
     features = torch.zeros(*mask.shape, network.dim, dtype=torch.half)
     places = [box[there] for box, there in zip(boxes, mask, strict=True)]
     features[mask] = network(shown, places).half()
@@ -306,7 +343,7 @@ def _see(folder: Path, detector: Path, start: int, stop: int) -> dict[str, np.nd
     }  # fmt: skip
 
 
-def regions(home: Path, seed: int, number: int, detector: Path, workers: int = 2) -> dict[str, np.ndarray]:
+def regions(home: Path, seed: int, number: int, detector: Path) -> dict[str, np.ndarray]:
     """Prepares the regions of curated scenes, as ``BackboneRegions`` computes them with "boxes+grid".
 
     Returns:
@@ -314,27 +351,21 @@ def regions(home: Path, seed: int, number: int, detector: Path, workers: int = 2
         picture, six places for objects and the cells of the grid; ``real`` (scenes, 6): a mask of the
         objects; ``people`` (scenes,): how many of the objects, the first ones, are people.
     """
-    pictures("curated", home, seed, number, workers)
+    pictures("curated", home, seed, number)
     source = home / f"curated-pictures-{seed}-{number}"
     digest = file_digest(detector / "model.safetensors")
     made = {"what": "curated regions", "world": VERSION, "seed": seed, "detector": digest, "grid": GRID}
     folder = home / f"curated-regions-{seed}-{number}-{digest[:8]}"
-    return write_arrays(folder, made, number, _see, (source, detector), workers)
+    return write_arrays(folder, made, number, partial(_see, source, detector))
 
 
 # Order
 
 
-def batches(number: int, batch: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Yields rows of shuffled batches, epoch after epoch, from batch ``start`` on.
+def batch_at(number: int, batch: int, seed: int, place: int) -> np.ndarray:
+    """Returns the rows of batch ``place`` of shuffled batches, epoch after epoch.
 
     Rows that do not fill a batch are left out of their epoch; the next one shuffles all rows again.
     """
-    per_epoch, epoch, order = number // batch, -1, np.empty(0, np.int64)
-    while True:
-        if start // per_epoch != epoch:
-            epoch = start // per_epoch
-            order = np.random.default_rng([seed, epoch]).permutation(number)
-        place = start % per_epoch * batch
-        yield order[place : place + batch]
-        start += 1
+    epoch, place = divmod(place, number // batch)
+    return np.random.default_rng([seed, epoch]).permutation(number)[place * batch : (place + 1) * batch]

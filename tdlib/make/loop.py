@@ -23,6 +23,9 @@ from tdlib.data.examples import DataError
 
 log = logging.getLogger("tdlib.make")
 
+PEAK = 1e-3  # highest learning rate
+WEIGHT_DECAY = 0.05  # of matrices
+SAVE_EVERY, LOG_EVERY = 180, 30  # seconds between checkpoints, and between lines of progress
 APART = ("__main__.py", "detector.py", "measure.py", "page.py")  # modules that no checkpoint depends on
 
 
@@ -52,19 +55,19 @@ def mixed_precision(device: str = "cpu") -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=enabled)
 
 
-def learning_rate(step: int, progress: float, peak: float, warmup: int = 100) -> float:
+def learning_rate(step: int, progress: float, warmup: int = 100) -> float:
     """Computes the learning rate: linear warm-up over the first steps, times half a cosine over the run.
 
     ``progress`` is the share of the run that is done, 0 to 1.
     """
-    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return PEAK * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def make_optimizer(model: nn.Module, weight_decay: float, fused: bool = True) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, fused: bool = True) -> torch.optim.AdamW:
     """Makes an AdamW that decays matrices only; the learning rate is set at every step."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=fused)
 
 
@@ -110,12 +113,12 @@ class Position:
             if math.isfinite(now):
                 self.averages[f"{phase} {name}"] = now if past is None else 0.98 * past + 0.02 * now
 
-    def line(self, phase: str, done: float, left: float) -> str:
-        """Formats a line of progress; ``done`` is a share of the run, ``left`` are seconds."""
+    def line(self, phase: str, done: float) -> str:
+        """Formats a line of progress; ``done`` is a share of the run."""
         shown = {k.split()[1]: round(v, 3) for k, v in self.averages.items() if k.startswith(phase)}
         return (
             f"{phase} step {self.step} ({100 * done:.0f} %) {shown}, {self.seconds / 60:.1f} min, "
-            f"{max(0, left) / 60:.1f} min left"
+            f"{self.seconds * max(0, 1 / done - 1) / 60:.1f} min left"
         )
 
 
@@ -182,11 +185,7 @@ def phase_at(phases: Sequence[tuple[str, float]], progress: float) -> str:
     return phases[-1][0]
 
 
-def train(
-    job: Job, checkpoint: Path, *, steps: int | None = None, minutes: float | None = None,
-    peak: float = 1e-3, weight_decay: float = 0.05, save_every: float = 180, log_every: float = 30,
-    stop_after: int | None = None,
-) -> Position:  # fmt: skip
+def train(job: Job, checkpoint: Path, steps: int | None, minutes: float) -> Position:
     """Trains a job to its end, from its checkpoint where there is one.
 
     Phases and learning rate follow the share that is done of a number of ``steps`` (then the result is a
@@ -194,78 +193,47 @@ def train(
 
     Args:
         job: what is trained.
-        checkpoint: file to continue from and to write every ``save_every`` seconds.
-        steps: of the whole run; or
+        checkpoint: file to continue from and to write every ``SAVE_EVERY`` seconds.
+        steps: of the whole run, or None for
         minutes: of the processor's time (on a GPU, of the clock's).
-        peak: highest learning rate.
-        weight_decay: of matrices.
-        save_every: seconds between checkpoints.
-        log_every: seconds between lines of progress.
-        stop_after: step after which to stop with a checkpoint, as if the process had been ended.
 
     Raises:
-        ValueError: not exactly one of steps and minutes is given.
         DataError: the checkpoint is of other settings or other code.
         FloatingPointError: a loss is not finite.
     """
-    if (steps is None) == (minutes is None):
-        raise ValueError(f"steps={steps}, minutes={minutes}: give exactly one of the two")
     module = job.module.train()
-    optimizer = make_optimizer(module, weight_decay)
-    settings = job.settings | {"peak": peak, "weight_decay": weight_decay, "code": maker_code()}
-    position = _start(job, checkpoint, optimizer, settings)
-    clock = _clock(module)
-    before, began = position.seconds, clock()
+    optimizer = make_optimizer(module)
+    settings = job.settings | {"code": maker_code()}
+    position = Position(memory=job.memory)
+    if checkpoint.is_file():
+        position = load_checkpoint(checkpoint, module, optimizer, settings)
+        job.memory = position.memory
+        log.info("continues at step %d, after %.0f s", position.step, position.seconds)
+    # On a CPU its own time counts, not the wall's: other work beside it slows a run down but does not
+    # shorten it. (With several threads their times add up. A GPU's work is not in the process's time.)
+    clock = time.monotonic if next(module.parameters()).is_cuda else time.process_time
+    began = clock() - position.seconds
     logged = saved = time.monotonic()
 
     def progress() -> float:
-        if steps is not None:
-            return position.step / steps
-        assert minutes is not None
-        return position.seconds / (60 * minutes)
+        return position.step / steps if steps else position.seconds / (60 * minutes)
 
     while (share := progress()) < 1:
         phase = phase_at(job.phases, share)
-        _update(job, phase, optimizer, learning_rate(position.step, share, peak), position, share)
+        _update(job, phase, optimizer, position, share)
         now = time.monotonic()
-        position.seconds = before + clock() - began
-        position.memory = dict(job.memory)
-        stops = position.step == stop_after
+        position.seconds = clock() - began
         done = progress()
-        if now - logged > log_every or done >= 1:
+        if now - logged > LOG_EVERY or done >= 1:
             logged = now
-            left = position.seconds * (1 / done - 1) if steps else 60 * (minutes or 0) - position.seconds
-            log.info("%s", position.line(phase, done, left))
-        if now - saved > save_every or done >= 1 or stops:
+            log.info("%s", position.line(phase, done))
+        if now - saved > SAVE_EVERY or done >= 1:
             saved = now
             save_checkpoint(checkpoint, module, optimizer, position, settings)
-        if stops:
-            break
     return position
 
 
-def _start(
-    job: Job, checkpoint: Path, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
-) -> Position:
-    """Returns the position at which a run starts: that of its checkpoint, if there is one."""
-    if not checkpoint.is_file():
-        return Position()
-    position = load_checkpoint(checkpoint, job.module, optimizer, settings)
-    job.memory.update(position.memory)
-    log.info("continues at step %d, after %.0f s", position.step, position.seconds)
-    return position
-
-
-def _clock(module: nn.Module) -> Callable[[], float]:
-    """Returns the clock that measures a run's time, in seconds."""
-    # On a CPU its own time counts, not the wall's: other work beside it slows a run down but does not
-    # shorten it. (With several threads their times add up. A GPU's work is not in the process's time.)
-    return time.monotonic if next(module.parameters()).is_cuda else time.process_time
-
-
-def _update(
-    job: Job, phase: str, optimizer: torch.optim.Optimizer, rate: float, position: Position, share: float
-) -> None:
+def _update(job: Job, phase: str, optimizer: torch.optim.Optimizer, position: Position, share: float) -> None:
     """Takes one step of a phase and advances ``position``. Raises FloatingPointError for a bad loss."""
     place = position.steps.get(phase, 0)
     loss, figures = job.loss(phase, place, share)
@@ -274,7 +242,7 @@ def _update(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate(position.step, share)
     nn.utils.clip_grad_norm_(list(job.module.parameters()), 1.0)
     optimizer.step()
     position.note(phase, figures)
@@ -282,13 +250,11 @@ def _update(
     position.steps[phase] = place + 1
 
 
-def provenance(
-    made_by: Callable[..., Any], corpus: str, job: Job, peak: float, position: Position
-) -> dict[str, Any]:
+def provenance(made_by: Callable[..., Any], corpus: str, job: Job, position: Position) -> dict[str, Any]:
     """Describes how a finished model was made, for the file beside its weights."""
     return {
         "made_by": f"{made_by.__module__}.{made_by.__qualname__}", "corpus": corpus, **job.settings,
-        "peak_learning_rate": peak, "steps": position.steps, "minutes": round(position.seconds / 60, 1),
+        "peak_learning_rate": PEAK, "steps": position.steps, "minutes": round(position.seconds / 60, 1),
         "final": {name: round(value, 3) for name, value in position.averages.items()},
         "machine": machine(),
     }  # fmt: skip

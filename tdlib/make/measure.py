@@ -22,6 +22,8 @@ from tdlib.teacher.model import Teacher
 from tdlib.training.prepare import add_to_cache
 from tdlib.training.reference import zero_shot
 
+ONLY_VAL = Size(train=0, test=0, shifted=0)
+
 
 def open_student(folder: Path, detector: Path, cache: Path) -> tuple[Any, StudentEncoder]:
     """Opens a student and its encoder; computed regions are kept in ``cache``."""
@@ -31,7 +33,7 @@ def open_student(folder: Path, detector: Path, cache: Path) -> tuple[Any, Studen
 
 
 def measure_student(
-    folder: Path, detector: Path, scenes: int = 512, seed: int = 1000, size: Size | None = None
+    folder: Path, detector: Path, scenes: int = 512, seed: int = 1000, size: Size = ONLY_VAL
 ) -> dict[str, float]:
     """Computes all held-out figures of a mini student, on worlds that no report uses.
 
@@ -40,7 +42,6 @@ def measure_student(
     curated corpus has the concepts.
     """
     check_tokenizer(folder, required=True)
-    size = size or Size(train=0, test=0, shifted=0)
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
         student, encoder = open_student(folder, detector, home / "regions")
@@ -58,9 +59,7 @@ def measure_student(
 
 
 @torch.inference_mode()
-def measure_clip(
-    folder: Path, scenes: int = 256, seed: int = 500, size: Size | None = None
-) -> dict[str, float]:
+def measure_clip(folder: Path, scenes: int = 256, seed: int = 500, size: Size = ONLY_VAL) -> dict[str, float]:
     """Computes held-out figures of a CLIP: retrieval among new web scenes, and zero-shot four-choice VCR.
 
     Retrieval is the share of noise-free captions whose picture is the nearest of ``scenes``, and the reverse.
@@ -80,7 +79,7 @@ def measure_clip(
         f"caption_of_{scenes}": float((cosines.argmax(0) == target).float().mean()),
     }
     with tempfile.TemporaryDirectory() as temporary:
-        world = write_vcr(Path(temporary) / "vcr", seed, size or Size(train=0, test=0, shifted=0))
+        world = write_vcr(Path(temporary) / "vcr", seed, size)
         cache = TeacherCache(Path(temporary) / "cache", teacher)
         for split in ("val", "val_shortcut"):
             examples = VcrReader(world, split).read()

@@ -36,6 +36,7 @@ PHASES = (("text", 0.06), ("words", 0.14), ("contrast", 0.16), ("fusion", 0.64))
 # Pictures, or texts, of a step. Small: on a processor more steps are worth more than larger ones.
 BATCH = {"text": 64, "words": 64, "contrast": 96, "fusion": 48}
 PAIRS = 28  # pictures of a fusion step with a true and a false caption; the rest have masked words
+HARD = 0.7  # final share of the false captions that are false in one point only
 _SORTED = 8  # batches whose texts are sorted by length together, so that little is padding
 
 
@@ -69,36 +70,43 @@ def matching_loss(logits: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, true) + F.cross_entropy(logits, first)
 
 
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """Averages the cross-entropies of both directions, nats (Radford et al. 2021, figure 3).
+
+    ``images`` and ``texts`` (batch, dim) need not be normalised; row i of both belongs together;
+    ``scale`` multiplies cosines.
+    """
+    logits = scale * F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
 class StudentJob:
     """Pretraining of one mini student; see the module.
 
     Args:
         kind: a key of ``KINDS``.
-        folder: of the model: holds the tokenizer, with which the texts must have been made.
         home: where the corpora lie, and are made where they are missing.
         detector: folder of the detector behind region features.
         scenes: of both corpora.
         seed: of the corpora and of all random numbers.
         batch: pictures or texts per step, by phase.
         pairs: pictures of a "fusion" step with a true and a false caption.
-        hard: final share of the false captions that are false in one point only.
         device: "cpu" or "cuda".
     """
 
     phases: ClassVar = PHASES
 
     def __init__(
-        self, kind: str, folder: Path, home: Path, detector: Path, scenes: int = 48_000, seed: int = 0,
-        batch: dict[str, int] | None = None, pairs: int = PAIRS, hard: float = 0.7, device: str = "cpu",
+        self, kind: str, home: Path, detector: Path, scenes: int = 48_000, seed: int = 0,
+        batch: dict[str, int] | None = None, pairs: int = PAIRS, device: str = "cpu",
     ):  # fmt: skip
-        self.kind, self.seed, self.scenes, self.pairs, self.hard = KINDS[kind], seed, scenes, pairs, hard
+        self.kind, self.seed, self.scenes, self.pairs = KINDS[kind], seed, scenes, pairs
         self.batch, self.device = batch or BATCH, device
         self.curated = corpus.texts("curated", home, seed, scenes)
         self.web = corpus.texts("web", home, seed, scenes)
         self.sight = self.kind.sight(home, seed, scenes, detector)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        for texts in (self.curated, self.web):
-            corpus.check_tokens(tokenizer, texts.digest, str(folder))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.curated.tokenizer)
         self.pad, self.mask = tokenizer.pad_token_id, tokenizer.mask_token_id
         self.separator = tokenizer.sep_token_id
         self.special = np.array(tokenizer.all_special_ids)
@@ -115,7 +123,7 @@ class StudentJob:
         self.module = nn.ModuleDict({"model": self.model, "heads": self.heads}).to(device)
         self.settings = {
             "kind": kind, "world": VERSION, "scenes": scenes, "seed": seed, "batch": self.batch,
-            "pairs": pairs, "hard_negatives": hard, "tokenizer": self.curated.digest, "phases": self.phases,
+            "pairs": pairs, "hard_negatives": HARD, "tokenizer": self.curated.digest, "phases": self.phases,
             **self.sight.settings,
         }  # fmt: skip
         # "matched": running share of right answers; "hardened": fusion steps since it left its plateau.
@@ -143,7 +151,7 @@ class StudentJob:
         if self._group[0] != (phase, group):
             size, number = self.batch[phase], [name for name, _ in self.phases].index(phase)
             large = min(size * _SORTED, self.scenes // size * size)
-            rows = next(corpus.batches(self.scenes, large, 1000 * self.seed + number, group))
+            rows = corpus.batch_at(self.scenes, large, 1000 * self.seed + number, group)
             rng = np.random.default_rng([self.seed, number, group])
             ids = self.web.ids if phase == "text" else self.curated.ids
             readings = ids.shape[1] if phase == "text" else ids.shape[1] // 2
@@ -253,13 +261,8 @@ class StudentJob:
             output = read(self.model, self.text(self.as_read(self.curated.ids[rows, reading])[:, None]), None)
             assert output.hidden_states is not None
             caption = output.hidden_states[-1][:, 0, 0]
-            one, other = (
-                F.normalize(head(value).float(), dim=-1)
-                for head, value in ((self.heads.picture, image), (self.heads.caption, caption))
-            )
-            logits = self.heads.scale.exp().clamp(max=100) * one @ other.T
-            target = torch.arange(len(logits))
-            retrieval = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            scale = self.heads.scale.exp().clamp(max=100)
+            retrieval = contrastive_loss(self.heads.picture(image), self.heads.caption(caption), scale)
             figures["contrast"] = retrieval.detach()
             loss = loss + retrieval
         return loss, figures
@@ -273,7 +276,7 @@ class StudentJob:
 
         # A true and a false caption of each picture
         scenes, told = rows[pairs], reading[pairs]
-        share = self.hard * min(1.0, self.memory["hardened"] / 200)
+        share = HARD * min(1.0, self.memory["hardened"] / 200)
         false = rng.random(len(scenes)) < share
         other, other_told = np.roll(scenes, 1), rng.integers(readings, size=len(scenes))
         wrong = np.where(false, scenes, other), np.where(false, told + readings, other_told)
