@@ -28,7 +28,15 @@ from tdlib.students.base import (
     encoded_text,
 )
 from tdlib.teacher.families import image_tower, text_tower
-from tdlib.teacher.model import Preprocess, Teacher, blueprint, choice_logits, patch_boxes
+from tdlib.teacher.model import (
+    Preprocess,
+    Teacher,
+    choice_logits,
+    description,
+    opened,
+    patch_boxes,
+    untrained,
+)
 from tdlib.teacher.text import TextTokenizer
 
 
@@ -67,7 +75,7 @@ def fusion_config(teacher: Teacher, labels: Sequence[str] = ()) -> ClipFusionCon
         classes["id2label"] = dict(enumerate(labels))
         classes["label2id"] = {label: index for index, label in enumerate(labels)}
     return ClipFusionConfig(
-        clip=json.loads(json.dumps(blueprint(teacher)[0])),  # with lists for tuples, as it is read
+        clip=json.loads(json.dumps(description(teacher))),  # with lists for tuples, as it is read
         grid=list(teacher.image.grid(height, width, patches)), patch=None if patch is None else list(patch),
         hidden_size=teacher.dim, num_hidden_layers=len(teacher.text.blocks),
         max_position_embeddings=teacher.tokenize.tokenizer.context_length, vocab_size=len(tokenizer),
@@ -98,7 +106,7 @@ class ClipFusionForMultipleChoice(PreTrainedModel):
 
     def __init__(self, config: ClipFusionConfig):
         super().__init__(config)
-        self.clip: Any = _store_buffers(blueprint(config.clip or {})[1]())
+        self.clip: Any = _store_buffers(untrained(config.clip or {}))
         width = config.hidden_size
         self.classifier = nn.Sequential(
             nn.Linear(4 * width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(),
@@ -248,7 +256,7 @@ class ClipFusionEncoder(StudentEncoder):
             config = AutoConfig.from_pretrained(self.name)
             if not isinstance(config, ClipFusionConfig):
                 raise TypeError(f"it is a {config.model_type}")
-            return config, *blueprint(config.clip or {})[2](self.name)
+            return config, *opened(config.clip or {}, self.name)
         except Exception as error:  # transformers and open_clip let through what json and tokenizers raise
             raise StudentError(
                 f"student {self.name!r}: tokenizer or preprocessing cannot be loaded ({error}); expected a "

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # transformers' defaults, too
 from safetensors.torch import load_file, save_file
 from torch import Tensor, cat
 
@@ -22,10 +23,6 @@ from tdlib.teacher.towers import TeacherError
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 ACTIVATIONS = {"quick_gelu": True, "gelu": False}  # whether it is QuickGELU
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
-MEAN, STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # transformers' defaults
 
 # Names of parameters, theirs and open_clip's; the order matters where one begins as another does.
 NAMES = [
@@ -165,7 +162,8 @@ def _preprocess(source: Path, stored: dict[str, Tensor]) -> dict[str, Any]:
             "2 (bilinear) or 3 (bicubic)"
         )
     return {
-        "mean": given.get("image_mean", MEAN), "std": given.get("image_std", STD),
+        "mean": given.get("image_mean", OPENAI_DATASET_MEAN),
+        "std": given.get("image_std", OPENAI_DATASET_STD),
         "interpolation": INTERPOLATIONS[resample], "resize_mode": mode,
     }  # fmt: skip
 

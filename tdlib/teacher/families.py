@@ -72,14 +72,11 @@ def check_tower(tower: Tower, inputs: Tensor) -> None:
     except (AttributeError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         wrong = f"{type(error).__name__}: {error}"
     if wrong:
+        kind = f"tower of {type(tower.blocks[-1]).__name__}s" if tower.blocks else "tower"
         raise TeacherError(
-            f"teacher {tower.name}: its {_kind_of(tower)} is not read here ({wrong[:200]}); choose a ViT, "
+            f"teacher {tower.name}: its {kind} is not read here ({wrong[:200]}); choose a ViT, "
             "ResNet, ConvNeXt, SigLIP, CoCa, EVA or MobileCLIP of open_clip's"
         )
-
-
-def _kind_of(tower: Tower) -> str:
-    return f"tower of {type(tower.blocks[-1]).__name__}s" if tower.blocks else "tower"
 
 
 def image_tower(visual: nn.Module, name: str) -> Tower:
@@ -250,13 +247,13 @@ def text_tower(model: nn.Module, name: str) -> Tower:
         return _hugging_face_text(text, name)
     if getattr(text, "cls_emb", None) is not None:
         return _appended_class(text, name)
-    pool_type = text.text_pool_type if isinstance(text, open_clip.CLIP) else text.pool_type
+    pool_type, end = _text_pooling(text)
     if pool_type not in ("first", "last", "argmax", "eos"):
         raise TeacherError(f"teacher {name}: its text tower does not pool (pool_type={pool_type!r})")
 
     def weights(hidden: Tensor, ids: Tensor) -> Tensor:
         index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).unsqueeze(-1)
-        return _one_hot(text_global_pool(index, ids, pool_type, _eos_of(text)).squeeze(-1), hidden)
+        return _one_hot(text_global_pool(index, ids, pool_type, end).squeeze(-1), hidden)
 
     pooling = Pooling(text.ln_final, weights, _linear(text.text_projection))
     return Tower(
@@ -265,9 +262,11 @@ def text_tower(model: nn.Module, name: str) -> Tower:
     )  # fmt: skip
 
 
-def _eos_of(text: Any) -> int | None:
-    """Returns the end token's id of a text tower; pool_type 'eos' pools there."""
-    return text.text_eos_id if isinstance(text, open_clip.CLIP) else text.eos_id
+def _text_pooling(text: Any) -> tuple[str, int | None]:
+    """Returns how a text tower pools, and the id of its end token, where pool_type 'eos' pools."""
+    if isinstance(text, open_clip.CLIP):
+        return text.text_pool_type, text.text_eos_id
+    return text.pool_type, text.eos_id
 
 
 def encode_text_ids(model: nn.Module, ids: Tensor) -> Tensor:
@@ -282,9 +281,7 @@ def encode_text_ids(model: nn.Module, ids: Tensor) -> Tensor:
     mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
     hidden = text.token_embedding(ids) + text.positional_embedding[:length]
     hidden = text.ln_final(text.transformer(hidden, attn_mask=mask))
-    pool_type = text.text_pool_type if isinstance(text, open_clip.CLIP) else text.pool_type
-    pooled = text_global_pool(hidden, ids, pool_type, eos_token_id=_eos_of(text))
-    return _linear(text.text_projection)(pooled)
+    return _linear(text.text_projection)(text_global_pool(hidden, ids, *_text_pooling(text)))
 
 
 def _appended_class(text: Any, name: str) -> Tower:

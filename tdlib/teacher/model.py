@@ -8,7 +8,7 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from tdlib.core.store import fingerprint
 from tdlib.method.tokens import grid_cells
 from tdlib.teacher.families import check_tower, image_tower, text_tower
 from tdlib.teacher.text import TextTokenizer, open_tokenizer
-from tdlib.teacher.towers import Seen, TeacherError, Tower
+from tdlib.teacher.towers import TeacherError
 
 log = logging.getLogger(__name__)
 
@@ -237,25 +237,18 @@ class Teacher:
     ) -> list[TeacherRecord]:
         """Computes per-patch features of pictures; ``extras`` names further signals (``EXTRAS``)."""
         records = []
-        boxes_of: dict[tuple[int, int], Tensor] = {}  # by the size of the picture
+        mode = getattr(self.model.visual, "preprocess_cfg", {}).get("resize_mode", "shortest")
         for start in range(0, len(pictures), PICTURES_AT_ONCE):
             chosen = pictures[start : start + PICTURES_AT_ONCE]
             pixels = torch.stack(in_threads(self.preprocess, chosen)).to(self.device)
             pooled, signals = _fetched(*self.image.encode(pixels, extras))
+            height, width = pixels.shape[-2:]
+            grid = self.image.grid(height, width, signals["projected"].shape[1])
             for row, picture in enumerate(chosen):
                 of_picture = {name: signal[row] for name, signal in signals.items()}
-                if picture.size not in boxes_of:
-                    boxes_of[picture.size] = self._boxes(
-                        picture.size, pixels.shape, len(of_picture["projected"])
-                    )
-                records.append(_record(of_picture, boxes_of[picture.size], pooled[row]))
+                boxes = patch_boxes(picture.size, (height, width), grid, mode, self.image.patch)
+                records.append(_record(of_picture, boxes, pooled[row]))
         return records
-
-    def _boxes(self, size: tuple[int, int], shape: torch.Size, tokens: int) -> Tensor:
-        mode = getattr(self.model.visual, "preprocess_cfg", {}).get("resize_mode", "shortest")
-        height, width = shape[-2:]
-        grid = self.image.grid(height, width, tokens)
-        return patch_boxes(size, (height, width), grid, mode, self.image.patch)
 
     def check(self, relevance: str) -> None:
         """Raises TeacherError if a tower cannot give a signal of ``EXTRAS``, or "gradient"."""
@@ -275,17 +268,20 @@ class Teacher:
         encoded = [self.tokenize(text) for text in texts]
         pairs = []
         with torch.no_grad():
-            seen_picture = self.image.see(
-                self.preprocess(picture)[None].to(self.device), len(self.image.blocks)
-            )
+            pixels = self.preprocess(picture)[None].to(self.device)
+            seen_picture = self.image.see(pixels, len(self.image.blocks))
         for start in range(0, len(texts), PAIRS_AT_ONCE):
             chosen = encoded[start : start + PAIRS_AT_ONCE]
             ids = self.text_ids([tokens for tokens, _ in chosen])
             with torch.no_grad():
                 seen_text = self.text.see(ids, len(self.text.blocks))
-            words, patches = _relevancies(
-                self.text, seen_text, self.image, seen_picture.repeated(len(chosen))
-            )
+            with torch.enable_grad():
+                of_text = self.text.attend(seen_text)
+                of_picture = self.image.attend(seen_picture.repeated(len(chosen)))
+                # One sum for all gradients: a pair's tokens change no other pair's cosine.
+                cosines = F.cosine_similarity(of_text.pooled, of_picture.pooled, dim=-1).sum()
+                words = self.text.relevancy(of_text, cosines)
+                patches = self.image.relevancy(of_picture, cosines)
             for row, (_, spans) in enumerate(chosen):
                 real = torch.tensor([end > begin for begin, end in spans])
                 of_words = words[row, : len(spans)].cpu()[real]
@@ -295,16 +291,17 @@ class Teacher:
 
 def _activation(name: str, pretrained: str) -> dict[str, Any]:
     """Chooses the options of open_clip's factory for the activation that the weights were trained with."""
-    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
-    quick = (open_clip.get_model_config(name) or {}).get("quick_gelu", False) if pretrained else False
-    if tag:
+    if not pretrained:
+        return {}
+    quick = (open_clip.get_model_config(name) or {}).get("quick_gelu", False)
+    if tag := open_clip.get_pretrained_cfg(name, pretrained):
         if quick and not tag.get("quick_gelu", False):
             raise TeacherError(
                 f"teacher {name!r}: the weights {pretrained!r} were trained without QuickGELU; name the "
                 f"architecture {name.removesuffix('-quickgelu')!r}"
             )
         return {"force_quick_gelu": True} if tag.get("quick_gelu", False) else {}
-    if pretrained and not quick and f"{name}-quickgelu" in open_clip.list_models():
+    if not quick and f"{name}-quickgelu" in open_clip.list_models():
         log.warning(
             "%s does not say which activation it was trained with; weights of OpenAI, MetaCLIP or DFN need "
             "the name %s-quickgelu, not %s", pretrained, name, name,
@@ -347,14 +344,6 @@ def _record(signals: dict[str, Tensor], positions: Tensor, pooled: Tensor, cut: 
     return TeacherRecord(positions=positions, pooled=pooled, cut=cut, **scaled)
 
 
-def _relevancies(text: Tower, seen_text: Seen, image: Tower, seen_image: Seen) -> tuple[Tensor, Tensor]:
-    """Computes the relevancy of pairs for their cosines, (batch, text positions) and (batch, patches)."""
-    with torch.enable_grad():
-        words, patches = text.attend(seen_text), image.attend(seen_image)
-        cosines = F.cosine_similarity(words.pooled, patches.pooled, dim=-1).sum()  # a sum: pairs do not mix
-        return text.relevancy(words, cosines), image.relevancy(patches, cosines)
-
-
 def choice_logits(image_pooled: Tensor, text_pooled: Tensor, logit_scale: float) -> Tensor:
     """Computes zero-shot logits of statements: scaled cosines of (..., dim) with (..., choices, dim).
 
@@ -364,27 +353,24 @@ def choice_logits(image_pooled: Tensor, text_pooled: Tensor, logit_scale: float)
     return logit_scale * (text_pooled @ image_pooled.unsqueeze(-1)).squeeze(-1)
 
 
-def blueprint(
-    source: Teacher | dict[str, Any],
-) -> tuple[dict[str, Any], Callable[[], nn.Module], Callable[[str], tuple[Preprocess, TextTokenizer]]]:
-    """Describes a teacher so that its model, preprocessing and tokenizer can be rebuilt without it.
+def description(teacher: Teacher) -> dict[str, Any]:
+    """Describes a teacher as open_clip_config.json does, so that it can be rebuilt without its weights."""
+    name = teacher.name if ":" in teacher.name else teacher.name.replace("/", "-")  # as open_clip does
+    model = cast(dict[str, Any], open_clip.get_model_config(name))
+    model["quick_gelu"] = any(isinstance(part, QuickGELU) for part in teacher.model.modules())
+    return {"model_cfg": model, "preprocess_cfg": {**teacher.model.visual.preprocess_cfg}}
 
-    Returns the content of open_clip_config.json, a function that makes such a model with random
-    weights, and one that opens preprocessing and tokenizer from the folder that it is given.
-    ``source`` is a teacher, or such a configuration.
-    """
-    if isinstance(source, Teacher):
-        name = source.name if ":" in source.name else source.name.replace("/", "-")  # as open_clip does
-        model = cast(dict[str, Any], open_clip.get_model_config(name))
-        model["quick_gelu"] = any(isinstance(part, QuickGELU) for part in source.model.modules())
-        source = {"model_cfg": model, "preprocess_cfg": {**source.model.visual.preprocess_cfg}}
-    preprocess = image_transform_v2(PreprocessCfg(**source["preprocess_cfg"]), is_train=False)
-    options = copy.deepcopy(source["model_cfg"])
+
+def untrained(described: dict[str, Any]) -> nn.Module:
+    """Builds the model of a ``description`` with random weights."""
+    options = copy.deepcopy(described["model_cfg"])
     custom_text = options.pop("custom_text", False) or "hf_model_name" in options["text_cfg"]
     options["text_cfg"]["hf_model_pretrained"] = options["vision_cfg"]["timm_model_pretrained"] = False
     custom = open_clip.CoCa if "multimodal_cfg" in options else open_clip.CustomTextCLIP
+    return (custom if custom_text else open_clip.CLIP)(**options)
 
-    def read(folder: str) -> tuple[Preprocess, TextTokenizer]:
-        return preprocess, TextTokenizer(open_clip.get_tokenizer(f"local-dir:{folder}"), folder)
 
-    return source, partial(custom if custom_text else open_clip.CLIP, **options), read
+def opened(described: dict[str, Any], folder: str) -> tuple[Preprocess, TextTokenizer]:
+    """Opens preprocessing and tokenizer of a ``description``; the tokenizer's files lie in ``folder``."""
+    preprocess = image_transform_v2(PreprocessCfg(**described["preprocess_cfg"]), is_train=False)
+    return preprocess, TextTokenizer(open_clip.get_tokenizer(f"local-dir:{folder}"), folder)

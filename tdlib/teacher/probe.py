@@ -177,14 +177,6 @@ def check_statements(examples: int, labels: int) -> None:
         )
 
 
-def compared_texts(example: Example, answers: AnswerStatements | None = None) -> list[str]:
-    """Lists the texts that are compared with the picture for the teacher's distribution over answers.
-
-    These are the answer statements, or without them the statements with each choice (or the only one).
-    """
-    return answers(example) if answers else [statement.text for statement in example.statements()]
-
-
 @dataclass(frozen=True)
 class CutTexts:
     """The number of examples that a teacher cannot read in full, and the one of which it misses most."""
@@ -207,13 +199,16 @@ def count_cut(
 ) -> CutTexts:
     """Counts the examples of which a teacher cuts a text, given how many tokens it cuts of one.
 
+    The texts are those that are compared with the picture for the teacher's distribution over answers: the
+    answer statements, or without them the statements with each choice (or the only one).
     That is ``TeacherCache.cut``, or, where no weights are at hand, ``lambda text: tokenize.read(text).cut``
     with ``text.open_tokenizer``.
     """
     number = bad = most = 0
     worst = ""
     for example in examples:
-        longest = max(map(cut, compared_texts(example, answers)))
+        texts = answers(example) if answers else [statement.text for statement in example.statements()]
+        longest = max(map(cut, texts))
         number, bad = number + 1, bad + (longest > 0)
         if longest > most:
             most, worst = longest, example.id

@@ -118,18 +118,14 @@ class TextTokenizer:
         for match in tokenizer.pat.finditer(clean):
             word = match.group()
             mapped = "".join(tokenizer.byte_encoder[byte] for byte in word.encode("utf-8"))
-            ends, total = [], 0  # byte position after each character of the word
-            for character in word:
-                total += len(character.encode("utf-8"))
-                ends.append(total)
-            start_byte = 0
+            # Pieces are made of bytes; this is the character of each one.
+            places = [place for place, letter in enumerate(word, match.start()) for _ in letter.encode()]
+            start = 0
             for piece in tokenizer.bpe(mapped).split(" "):
-                end_byte = start_byte + len(piece.removesuffix("</w>"))
-                first = next(i for i, end in enumerate(ends) if end > start_byte)
-                last = next(i for i, end in enumerate(ends) if end >= end_byte)
+                end = start + len(piece.removesuffix("</w>"))
                 ids.append(tokenizer.encoder[piece])
-                spans.append((match.start() + first, match.start() + last + 1))
-                start_byte = end_byte
+                spans.append((places[start], places[end - 1] + 1))
+                start = end
         limit = tokenizer.context_length - 1
         return TeacherText(
             [*ids[:limit], tokenizer.eot_token_id], [*spans[:limit], (0, 0)], max(0, len(ids) - limit)

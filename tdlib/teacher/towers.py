@@ -9,8 +9,8 @@ models of a family have is in ``families``; the sums over attention maps here se
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,7 +154,8 @@ def each_alone(block: nn.Module, hidden: Tensor) -> Tensor:
     if isinstance(block, RelPosBlock | ResPostRelPosBlock):  # position biases need all of a picture's tokens
         with _passing_values(block.attn):
             return block(hidden)
-    options = {"attention_mask": None} if _is_hugging_face(block) else {}
+    hugging_face = type(block).__module__.startswith("transformers.")
+    options = {"attention_mask": None} if hugging_face else {}
     output = block(hidden.reshape(-1, 1, hidden.shape[-1]), **options)
     return (output[0] if isinstance(output, tuple) else output).view_as(hidden)
 
@@ -171,10 +172,6 @@ def _passing_values(attention: RelPosAttention) -> Iterator[None]:
         yield
     finally:
         del attention.forward
-
-
-def _is_hugging_face(block: nn.Module) -> bool:
-    return type(block).__module__.startswith("transformers.")
 
 
 # Pooling
@@ -283,9 +280,22 @@ class Tower:
 
     def see(self, inputs: Tensor, blocks: int = 1) -> Seen:
         """Runs the model and keeps what entered its last ``blocks`` blocks."""
-        with _watch(self.blocks[len(self.blocks) - blocks :] if self.blocks else []) as watched:
+        entered: list[tuple[Tensor, Tensor | None]] = []
+        left: list[Tensor] = []  # by the last block
+
+        def entering(_block: nn.Module, args: tuple, kwargs: dict) -> None:
+            entered.append((args[0] if args else kwargs["hidden_states"], kwargs.get("attn_mask")))
+
+        def leaving(_block: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
+            left.append(output[0] if isinstance(output, tuple) else output)
+
+        with ExitStack() as hooks:
+            for block in self.blocks[len(self.blocks) - blocks :]:
+                hooks.enter_context(block.register_forward_pre_hook(entering, with_kwargs=True))
+            if self.blocks:
+                hooks.enter_context(self.blocks[-1].register_forward_hook(leaving))
             pooled, hidden = self.run(inputs)
-        return Seen(inputs, watched.entered, watched.left if hidden is None else hidden, pooled)
+        return Seen(inputs, entered, left[0] if hidden is None else hidden, pooled)
 
     def encode(self, inputs: Tensor, extras: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes pooled embeddings and signals of tokens, not normalised.
@@ -395,30 +405,3 @@ class Attended:
 
 def _differentiable(x: Tensor) -> Tensor:
     return x if x.requires_grad else x.requires_grad_()
-
-
-@dataclass
-class _Watched:
-    entered: list[tuple[Tensor, Tensor | None]]
-    left: Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-@contextmanager
-def _watch(blocks: Sequence[nn.Module]) -> Iterator[_Watched]:
-    """Records what enters blocks and what leaves the last one."""
-    watched = _Watched([])
-
-    def entering(_block: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        watched.entered.append((hidden, kwargs.get("attn_mask")))
-
-    def leaving(_block: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
-        watched.left = output[0] if isinstance(output, tuple) else output
-
-    hooks = [block.register_forward_pre_hook(entering, with_kwargs=True) for block in blocks]
-    hooks += [block.register_forward_hook(leaving) for block in blocks[-1:]]
-    try:
-        yield watched
-    finally:
-        for hook in hooks:
-            hook.remove()
