@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tdlib.data.examples import DataError
 from tdlib.miniworld.language import cause_clause, curated_concepts, definite
 from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, SHIRTS, STYLES, THINGS, WEATHER
 from tdlib.miniworld.worlds import SIDE_FILES, STRATA, Size, read_concepts, scene_at, strata_of
@@ -141,12 +140,6 @@ def test_data_without_side_files_have_no_strata(tmp_path):
         table = strata_of(folder, "val")
         assert table.empty and list(table.columns) == STRATA
     assert table.reindex(["a"]).fillna("").to_dict("records") == [dict.fromkeys(STRATA, "")]
-
-
-def test_side_files_of_an_earlier_form_are_refused_with_the_remedy(tmp_path):
-    (tmp_path / "val.concepts.jsonl").write_text('{"annot_id": "val-0", "style": "flat"}\n')
-    with pytest.raises(DataError, match=r"val\.concepts\.jsonl: .*remove the folder"):
-        strata_of(tmp_path, "val")
 
 
 def test_an_older_world_is_written_anew(ve):

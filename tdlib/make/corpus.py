@@ -28,7 +28,18 @@ from tdlib.method.tokens import grid_boxes
 from tdlib.miniworld import drawing
 from tdlib.miniworld.drawing import draw
 from tdlib.miniworld.language import two_parts
-from tdlib.miniworld.scenes import HELD, MOODS, PLACES, POSES, ROLES, SHIRTS, THINGS, WEATHER, Scene
+from tdlib.miniworld.scenes import (
+    HELD,
+    MOODS,
+    PLACES,
+    POSES,
+    ROLES,
+    SHIRTS,
+    THINGS,
+    WEATHER,
+    Scene,
+    curated_names,
+)
 from tdlib.miniworld.writers import CURATED_READINGS, VERSION, captioned_scene, curated_texts, scene_at
 from tdlib.regions.backbones import load_detector
 from tdlib.students.base import LONGEST, tokenizer_digest
@@ -95,13 +106,13 @@ def write_arrays(
 
 
 ATTRIBUTES = {
-    "name": ["person", *(name for table in (HELD, THINGS) for name, known in table.items() if known.curated)],
-    "shirt": [name for name, curated in SHIRTS.items() if curated],
+    "name": ["person", *curated_names(HELD), *curated_names(THINGS)],
+    "shirt": curated_names(SHIRTS),
     "pose": list(POSES),
-    "mood": [name for name, mood in MOODS.items() if mood.curated],
-    "role": ["none", *(name for name, role in ROLES.items() if role.curated)],
-    "place": [name for name, place in PLACES.items() if place.curated],
-    "weather": ["indoors", *(name for name, weather in WEATHER.items() if weather.curated)],
+    "mood": curated_names(MOODS),
+    "role": ["none", *curated_names(ROLES)],
+    "place": curated_names(PLACES),
+    "weather": ["indoors", *curated_names(WEATHER)],
 }  # the values that occur in the curated corpus
 _MOST = 14  # boxes of one picture: itself, three people with face, hat and held thing, or fewer and things
 

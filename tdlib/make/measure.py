@@ -9,10 +9,11 @@ import torch
 
 from tdlib.analysis import knowledge
 from tdlib.data.vcr import VcrReader
+from tdlib.miniworld.drawing import draw
 from tdlib.miniworld.worlds import Size
 from tdlib.miniworld.write_snli_ve import write_snli_ve
 from tdlib.miniworld.write_vcr import write_vcr
-from tdlib.miniworld.writers import captions
+from tdlib.miniworld.writers import captioned_scene
 from tdlib.regions.computed import CachedRegions
 from tdlib.regions.sources import open_regions
 from tdlib.students.base import LONGEST, StudentEncoder, check_tokenizer
@@ -68,9 +69,9 @@ def measure_clip(folder: Path, scenes: int = 256, seed: int = 500, size: Size = 
     """
     check_tokenizer(folder, required=True)
     teacher = Teacher(f"local-dir:{folder}")
-    pairs = list(captions("held_out", seed, scenes))
+    pairs = [captioned_scene("held_out", seed, index) for index in range(scenes)]
     pictures = torch.stack(
-        [record.pooled for record in teacher.encode_pictures([picture.image for picture, _ in pairs])]
+        [record.pooled for record in teacher.encode_pictures([draw(scene).image for scene, _ in pairs])]
     )
     texts = torch.stack([record.pooled for record in teacher.encode_texts([text for _, text in pairs])])
     cosines, target = texts @ pictures.T, torch.arange(scenes)

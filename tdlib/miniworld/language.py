@@ -5,13 +5,26 @@ decide whether the text is true of the picture (the ground truth of relevance).
 """
 
 import re
-from collections.abc import Sized
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
-from tdlib.miniworld.scenes import HELD, MOODS, PLACES, POSES, ROLES, SHIRTS, THINGS, WEATHER, Person, Scene
+from tdlib.miniworld.scenes import (
+    HELD,
+    MOODS,
+    PLACES,
+    POSES,
+    ROLES,
+    SHIRTS,
+    THINGS,
+    WEATHER,
+    Person,
+    Scene,
+    curated_names,
+    pick,
+)
 
 Token = str | list[int]
 
@@ -149,12 +162,12 @@ def true_values(scene: Scene, family: str) -> set[str]:
     return {person.held for person in scene.people if person.held}
 
 
-def family_size(family: str) -> int:
-    """Counts the different values that compete in a family."""
-    sizes: dict[str, Sized] = {"mood": MOODS, "place": PLACES, "need": WEATHER, "role": ROLES}
+def family_values(family: str) -> dict[str, Any]:
+    """Returns the table of the values that compete in a family; it lacks the rules, which few scenes have."""
     if family in ("joy", "trouble"):
-        return len(THINGS) + len(WEATHER)
-    return len(sizes.get(family, HELD))
+        return THINGS | WEATHER
+    tables: dict[str, dict[str, Any]] = {"mood": MOODS, "place": PLACES, "need": WEATHER, "role": ROLES}
+    return tables.get(family, HELD)
 
 
 # For each family: its values, the attribute that words a value, and the echoing and the plain wording.
@@ -310,12 +323,12 @@ def curated_captions(scene: Scene, rng: np.random.Generator, names: list[str]) -
                 return true, false
     candidates = questions(scene)
     while True:
-        question = candidates[int(rng.integers(len(candidates)))]
+        question = pick(rng, candidates)
         known = _curated_values(question.family)
         others = [value for value in known if value not in true_values(scene, question.family)]
         if question.value in known and others:
             break
-    other = others[int(rng.integers(len(others)))]
+    other = pick(rng, others)
     if rng.random() < 0.3:
         said = [rationale(question, value) for value in (question.value, other)]
         asked = ""
@@ -329,11 +342,7 @@ def curated_captions(scene: Scene, rng: np.random.Generator, names: list[str]) -
 
 def _curated_values(family: str) -> list[str]:
     """Lists the values of a family that the curated corpus has."""
-    tables: dict[str, dict] = {"mood": MOODS, "place": PLACES, "need": WEATHER, "role": ROLES}
-    if family in ("joy", "trouble"):
-        cues = [name for table in (THINGS, WEATHER) for name, row in table.items() if row.curated]
-        return [*cues, "birthday"] if family == "joy" else cues
-    return [name for name, row in tables.get(family, HELD).items() if row.curated]
+    return [*curated_names(family_values(family)), *(["birthday"] if family == "joy" else [])]
 
 
 @cache
@@ -349,8 +358,7 @@ def _altered(scene: Scene, rng: np.random.Generator) -> Scene:
     """Changes one thing of the scene to another that the curated corpus has."""
 
     def other(table: dict, now: str | None) -> str:
-        others = [name for name, row in table.items() if getattr(row, "curated", row) and name != now]
-        return others[int(rng.integers(len(others)))]
+        return pick(rng, [name for name in curated_names(table) if name != now])
 
     index = int(rng.integers(len(scene.people)))
     person = scene.people[index]

@@ -5,7 +5,9 @@ words in ``language``, files in ``writers``.
 """
 # ruff: noqa: E501 (the tables of concepts read best with one concept per line)
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -193,22 +195,23 @@ def reserved(scene: Scene) -> bool:
     return bool(reserved_people(scene))
 
 
-def _pick(rng: np.random.Generator, names: list[str]) -> str:
-    return names[int(rng.integers(len(names)))]
+def pick(rng: np.random.Generator, values: Sequence[Any]) -> Any:
+    return values[int(rng.integers(len(values)))]
 
 
-def _known(table: dict, curated: bool) -> list[str]:
-    """Lists the names of a concept table; with ``curated`` only those of the curated corpus."""
-    return [name for name, value in table.items() if not curated or getattr(value, "curated", value)]
+def curated_names(table: dict[str, Any]) -> list[str]:
+    """Lists the names of a concept table that the curated corpus has."""
+    return [name for name, value in table.items() if getattr(value, "curated", value)]
 
 
 def sample_person(rng: np.random.Generator, curated: bool = False) -> Person:
+    names = curated_names if curated else list
     return Person(
-        shirt=_pick(rng, _known(SHIRTS, curated)),
-        pose=_pick(rng, list(POSES)),
-        mood=_pick(rng, _known(MOODS, curated)),
-        held=_pick(rng, _known(HELD, curated)) if rng.random() < 0.85 else None,
-        role=_pick(rng, _known(ROLES, curated)) if rng.random() < 0.4 else None,
+        shirt=pick(rng, names(SHIRTS)),
+        pose=pick(rng, POSES),
+        mood=pick(rng, names(MOODS)),
+        held=pick(rng, names(HELD)) if rng.random() < 0.85 else None,
+        role=pick(rng, names(ROLES)) if rng.random() < 0.4 else None,
     )
 
 
@@ -216,9 +219,10 @@ def sample_scene(
     rng: np.random.Generator, curated: bool = False, styles: tuple[str, ...] | None = None
 ) -> Scene:
     """Samples a scene; with ``curated`` only concepts and the one style of the curated corpus."""
-    place = _pick(rng, _known(PLACES, curated))
+    names = curated_names if curated else list
+    place = pick(rng, names(PLACES))
     outdoor = PLACES[place].outdoor
-    weather = _pick(rng, _known(WEATHER, curated)) if outdoor else None
+    weather = pick(rng, names(WEATHER)) if outdoor else None
     number = int(rng.choice([1, 2, 3], p=[0.5, 0.4, 0.1]))
     people: list[Person] = []
     for _ in range(number):
@@ -226,8 +230,8 @@ def sample_scene(
         if person.held == "umbrella" and (weather is None or WEATHER[weather].umbrella is None):
             person = replace(person, held=None)  # nobody holds an umbrella without a reason
         people.append(person)
-    candidates = [name for name in _known(THINGS, curated) if outdoor or not THINGS[name].outdoor_only]
+    candidates = [name for name in names(THINGS) if outdoor or not THINGS[name].outdoor_only]
     count = min(int(rng.integers(0, 3)), 3 - number, len(candidates))
     things = tuple(str(name) for name in rng.permutation(candidates)[:count])
-    style = _pick(rng, list(styles) if styles else _known(STYLES, curated))
+    style = pick(rng, styles or names(STYLES))
     return Scene(place, weather, style, tuple(people), things, int(rng.integers(2**31)))

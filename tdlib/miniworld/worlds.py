@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 
 from tdlib.core.files import refuse_foreign, write_folder
-from tdlib.data.examples import DataError
 from tdlib.miniworld.drawing import SIZE, Picture, draw
 from tdlib.miniworld.language import curated_concepts
 from tdlib.miniworld.scenes import STYLES, Scene, reserved, sample_scene
@@ -140,18 +139,13 @@ def read_concepts(folder: Path, split: str) -> dict[str, dict[str, Any]]:
     kind have), each as {"concepts", "known"}, and the picture's ``style`` with ``style_known``. "known" is
     true if the curated corpus, from which the mini students learn, has all of the concepts, and null if there
     are none ("how many people are there?"). A reworded split ("val_shortcut", "dev_balanced") has the lines
-    of its source. Raises DataError for a file of an earlier format.
+    of its source.
     """
     for stem in (split, split.split("_")[0]):
         for start in ("", "snli_ve_", "v2_mscoco_", "vqacp_v2_"):
             path = Path(folder) / f"{start}{stem}.concepts.jsonl"
             if path.is_file():
-                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-                if not all("id" in line for line in lines):
-                    raise DataError(
-                        f"{path}: was written by an earlier version; remove the folder {path.parent}, and "
-                        "the next run there, or `tdlib world`, writes it anew"
-                    )
+                lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
                 return {line["id"]: line for line in lines}
     return {}
 
@@ -209,10 +203,10 @@ def writing_lines(folder: Path) -> Iterator[Callable[[str, Any], None]]:
         yield write
 
 
-def describe_world(data: str, seed: int, size: Size, **options: Any) -> dict[str, Any]:
-    """Makes the description that is written beside a world, by which ``has_world`` recognises it."""
+def describe_world(data: str, seed: int, size: Size) -> dict[str, Any]:
+    """Makes the description that is written beside a world, by which it is recognised."""
     about = {"generator": VERSION, "side_files": SIDE_FILES, "data": data, "seed": seed}
-    return about | {"size": vars(size), **options}
+    return about | {"size": vars(size)}
 
 
 def write_world(folder: Path, description: dict[str, Any], fill: Callable[[Path], None]) -> Path:
@@ -224,12 +218,3 @@ def write_world(folder: Path, description: dict[str, Any], fill: Callable[[Path]
         (partial / "miniworld.json").write_text(json.dumps(description))
 
     return write_folder(folder, marked)
-
-
-def has_world(folder: Path, description: dict[str, Any]) -> bool:
-    """Returns True if the folder holds this very world already."""
-    try:
-        found = json.loads((Path(folder) / "miniworld.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # no world there, or a damaged one
-    return found == json.loads(json.dumps(description))

@@ -33,7 +33,18 @@ from tdlib.miniworld.language import (
     referred,
     true_values,
 )
-from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, SHIRTS, THINGS, WEATHER, Scene, reserved_people
+from tdlib.miniworld.scenes import (
+    HELD,
+    MOODS,
+    PLACES,
+    ROLES,
+    SHIRTS,
+    THINGS,
+    WEATHER,
+    Scene,
+    pick,
+    reserved_people,
+)
 from tdlib.miniworld.worlds import USUAL_SIZE, Deck, Size
 
 LABELS = E, N, C = ("entailment", "neutral", "contradiction")
@@ -247,10 +258,10 @@ def _statements(
             partners.setdefault(subject, []).append((predicate, named, verdicts))
     keys, joined = list(facts), {}
     for _ in range(60 * wanted if keys else 0):
-        subject, predicate, named = key = keys[int(rng.integers(len(keys)))]
+        subject, predicate, named = key = pick(rng, keys)
         # a job and the weather equally often
         others = partners.get(subject if rng.random() < 0.5 else "", [])
-        words, others_named, verdicts = others[int(rng.integers(len(others)))] if others else ("", (), {})
+        words, others_named, verdicts = pick(rng, others) if others else ("", (), {})
         both = _both(facts[key], verdicts) if others else {E: {}}
         if all(both.values()):
             joined[f"{subject} {predicate} and {words}"] = named + others_named, both
@@ -372,7 +383,7 @@ def _split(folder: Path, split: str, number: int, seed: int, examples: int | Non
                 **_parses("sentence1", captions[index, which]),
             }
             for twin, (own, share) in twins.items():
-                prefix = own[label] if rng.random() < share else _PREFIXES[int(rng.integers(len(_PREFIXES)))]
+                prefix = own[label] if rng.random() < share else pick(rng, _PREFIXES)
                 text, spans = char_spans(prefix.format(statement) + ".")
                 write(f"{stream}{twin}.jsonl", common | _parses("sentence2", text))
                 marks = {"pairID": common["pairID"], "spans": spans}

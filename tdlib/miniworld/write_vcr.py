@@ -13,16 +13,16 @@ from tdlib.miniworld.language import (
     Marked,
     Question,
     answer,
-    family_size,
+    family_values,
     mark,
     questions,
     rationale,
     true_values,
 )
-from tdlib.miniworld.scenes import HELD, THINGS, Scene, reserved_people
+from tdlib.miniworld.scenes import HELD, THINGS, Scene, pick, reserved_people
 from tdlib.miniworld.worlds import USUAL_SIZE, Size
 
-ECHO = (0.55, 0.45)  # how often a right and a wrong answer repeats words and tags of the question
+_ECHO = (0.55, 0.45)  # how often a right and a wrong answer repeats words and tags of the question
 _BALANCED = (0.5, 0.5)
 _REVERSED = (0.0, 1.0)
 
@@ -82,7 +82,7 @@ def _askable(scene: Scene, about: list[int] | None = None) -> dict[str, list[Que
     """Lists questions about a scene by type; with ``about`` only those about these people."""
     by_type: dict[str, list[Question]] = {}
     for question in questions(scene):
-        if family_size(question.family) - len(true_values(scene, question.family)) < 3:
+        if len(family_values(question.family)) - len(true_values(scene, question.family)) < 3:
             continue  # too few answers are false of this picture
         if about is None or question.person in about:
             by_type.setdefault(question.type, []).append(question)
@@ -96,7 +96,7 @@ def _choose_questions(
     rarity = {"role": 0, "explanation": 1}
     kinds = sorted(by_type, key=lambda kind: (rarity.get(kind, 2), rng.random()))
     order = kinds if rng.random() < 0.5 else [str(kind) for kind in rng.permutation(kinds)]
-    return [by_type[kind][int(rng.integers(len(by_type[kind])))] for kind in order[:count]]
+    return [pick(rng, by_type[kind]) for kind in order[:count]]
 
 
 def _wrong_values(
@@ -109,7 +109,7 @@ def _wrong_values(
     taken = true_values(scene, question.family)
     chosen: list[tuple[str, int]] = []
     while len(chosen) < 3:  # ends, because ``_matchable`` has removed questions without three
-        value, source = pool[int(rng.integers(len(pool)))]
+        value, source = pick(rng, pool)
         if value not in taken:
             taken = taken | {value}
             chosen.append((value, source))
@@ -142,9 +142,7 @@ def _raw(text: Marked) -> str:
     return " ".join(" and ".join(str(i + 1) for i in t) if isinstance(t, list) else t for t in text.tokens)
 
 
-def _split(
-    folder: Path, split: str, number: int, seed: int, echo: tuple[float, float], examples: int | None = None
-) -> None:
+def _split(folder: Path, split: str, number: int, seed: int, examples: int | None = None) -> None:
     """Writes pictures, metadata and questions of one split, and the reworded twins of val."""
     rng = np.random.default_rng([seed, worlds.STREAMS[split], 2**31])
     scenes: list[_Scene] = []
@@ -164,7 +162,7 @@ def _split(
             f"{split}: {number} pictures are too few, no question has three wrong answers; ask for 30 or more"
         )
     pools = _pools(asked)
-    twins = {"": echo}
+    twins = {"": _ECHO}
     if split == "val":
         twins |= {"_shortcut": _REVERSED, "_balanced": _BALANCED}
     with worlds.writing_lines(folder) as write:
@@ -243,7 +241,7 @@ def _record(
     return record, decisive
 
 
-def write_vcr(folder: Path, seed: int = 0, size: Size = USUAL_SIZE, echo: tuple[float, float] = ECHO) -> Path:
+def write_vcr(folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
     """Writes a VCR folder: {train,val,test}.jsonl, vcr1images/, and the MiniWorld's side files.
 
     Side files: ``*.relevance.jsonl`` (which tokens and boxes decide each example),
@@ -251,8 +249,6 @@ def write_vcr(folder: Path, seed: int = 0, size: Size = USUAL_SIZE, echo: tuple[
     answers are about, and whether students met it: see ``read_concepts``). Shifts: ``val_shortcut`` and
     ``val_balanced`` are val with other wordings (the wrong answers repeat the question and the right
     one does not; or all equally often), ``val_style`` and ``val_composition`` have other pictures.
-
-    ``echo`` are the probabilities that a right and a wrong answer repeats words and tags of the question.
 
     Raises:
         DataError: the folder holds something else, for instance the real VCR; or a split has so
@@ -262,9 +258,8 @@ def write_vcr(folder: Path, seed: int = 0, size: Size = USUAL_SIZE, echo: tuple[
     def fill(partial: Path) -> None:
         for split in ("train", "val", "test"):
             examples = size.train_examples if split == "train" else None
-            _split(partial, split, getattr(size, split), seed, echo, examples)
+            _split(partial, split, getattr(size, split), seed, examples)
         for split in ("val_style", "val_composition"):
-            _split(partial, split, size.shifted, seed, echo)
+            _split(partial, split, size.shifted, seed)
 
-    unusual = {} if echo == ECHO else {"echo": echo}
-    return worlds.write_world(folder, worlds.describe_world("vcr", seed, size, **unusual), fill)
+    return worlds.write_world(folder, worlds.describe_world("vcr", seed, size), fill)

@@ -18,7 +18,7 @@ import numpy as np
 from tdlib.data.examples import DataError
 from tdlib.miniworld import worlds
 from tdlib.miniworld.language import causes, char_spans, definite, references, referred, true_values
-from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, THINGS, Scene, reserved_people
+from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, THINGS, Scene, pick, reserved_people
 from tdlib.miniworld.worlds import USUAL_SIZE, Deck, Size
 
 # VQA v2's types that our questions have; a question's type is the longest one that it starts with.
@@ -262,8 +262,8 @@ def annotators(rng: np.random.Generator, answer: str, others: list[str]) -> list
         if answer in SYNONYMS and rng.random() < 0.6:
             answers[place] = SYNONYMS[answer]
         elif others:
-            answers[place] = others[int(rng.integers(len(others)))]
-            confidence[place] = ("maybe", "no", "yes")[int(rng.integers(3))]
+            answers[place] = pick(rng, others)
+            confidence[place] = pick(rng, ("maybe", "no", "yes"))
     return [{"answer": answers[i], "answer_confidence": confidence[i], "answer_id": i + 1} for i in range(10)]
 
 

@@ -1,6 +1,7 @@
 """Writes the MiniWorld: the caption corpora here, each data set in its own module, all named here."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,27 +10,24 @@ from tdlib.config import RunConfig
 from tdlib.core.files import refuse_foreign, write_folder, write_jsonl
 from tdlib.data.tasks import data_folder, task_of
 from tdlib.data.vcr import NEUTRAL_NAMES
-from tdlib.miniworld.drawing import Picture, draw
 from tdlib.miniworld.language import curated_captions, web_caption
 from tdlib.miniworld.scenes import Scene, sample_scene
 from tdlib.miniworld.worlds import (
     STREAMS,
-    TRAIN_STYLES,
     USUAL_SIZE,
     VERSION,
     Size,
     describe_world,
-    has_world,
     save_picture,
     scene_at,
 )
 from tdlib.miniworld.write_snli_ve import write_snli_ve
-from tdlib.miniworld.write_vcr import ECHO, write_vcr
+from tdlib.miniworld.write_vcr import write_vcr
 from tdlib.miniworld.write_vqa import write_vqa, write_vqa_cp
 
 __all__ = [
-    "CURATED_READINGS", "ECHO", "TRAIN_STYLES", "VERSION", "WORLDS", "Size", "captioned_scene", "captions",
-    "curated_texts", "ensure_data", "ensure_world", "scene_at", "write_captions",
+    "CURATED_READINGS", "VERSION", "WORLDS", "Size", "captioned_scene", "curated_texts",
+    "ensure_data", "ensure_world", "scene_at", "write_captions",
     "write_snli_ve", "write_vcr", "write_vqa", "write_vqa_cp",
 ]  # fmt: skip
 
@@ -41,8 +39,11 @@ WORLDS: dict[str, Callable[[Path, int, Size], Path]] = {
 
 def ensure_world(data_set: str, folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
     """Writes the folder unless it already holds the same world; ``data_set`` is a key of ``WORLDS``."""
-    if has_world(folder, describe_world(data_set, seed, size)):
-        return Path(folder)
+    try:
+        if json.loads((folder / "miniworld.json").read_text()) == describe_world(data_set, seed, size):
+            return folder
+    except (OSError, ValueError):
+        pass  # no world there, or a damaged one
     return WORLDS[data_set](folder, seed, size)
 
 
@@ -76,13 +77,6 @@ def curated_texts(seed: int, index: int) -> list[str]:
     readings = (_reading("curated", seed, index, reading) for reading in range(CURATED_READINGS))
     pairs = [curated_captions(scene, rng, NEUTRAL_NAMES) for rng in readings]
     return [true for true, _ in pairs] + [false for _, false in pairs]
-
-
-def captions(kind: str, seed: int, number: int) -> Iterator[tuple[Picture, str]]:
-    """Iterates over pictures with captions of one corpus, see ``captioned_scene``."""
-    for index in range(number):
-        scene, caption = captioned_scene(kind, seed, index)
-        yield draw(scene), caption
 
 
 def write_captions(folder: Path, kind: str, seed: int, number: int) -> Path:
