@@ -68,6 +68,14 @@ def worlds(world, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def examples(world) -> list:
+    """Five questions of the VCR folder."""
+    from tdlib.data.vcr import VcrReader
+
+    return VcrReader(world, "train").read()[:5]
+
+
+@pytest.fixture(scope="session")
 def image(tmp_path_factory) -> Path:
     """A picture of one colour, 60 x 40 pixels."""
     from PIL import Image

@@ -70,8 +70,7 @@ def test_unknown_parameters_that_resemble_nothing():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("epochs", "12"), ("epochs", 1.0), ("epochs", True), ("epochs", None), ("seed", "0"), ("shots", "24"),
-        ("shots", True), ("arm", 1), ("student", 1), ("learning_rate", "1e-3"), ("learning_rate", True),
+        ("epochs", "12"), ("epochs", True), ("shots", True), ("learning_rate", "1e-3"), ("arm", 1),
         ("eval_splits", "val"), ("eval_splits", [1]), ("selector", ["nucleus"]), ("temperature", None),
     ],
 )  # fmt: skip
@@ -81,20 +80,19 @@ def test_wrong_types_are_refused(name, value):
         assert repr(value) in line or repr(value[0]) in line
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("epochs", 0), ("batch_size", -1), ("accumulation", 0), ("learning_rate", 0.0), ("count", 0),
-        ("head_learning_rate", -1.0), ("weight_decay", -0.1), ("warmup_fraction", 1.0), ("seed", -1),
-        ("shots", -1), ("shots", 1.5), ("mass", 0.0), ("mass", 1.1), ("fraction", 0.0), ("temperature", 0.0),
-        ("choice_temperature", 0.0), ("distill_weight", -1.0), ("choice_weight", -1.0),
-        ("prior_weight", -1.0), ("max_text_tokens", 2), ("probe_examples", -1), ("processes", 0),
-        ("checkpoint_every", -1),
-    ],
-)  # fmt: skip
-def test_values_out_of_range_are_refused(name, value):
-    (line,) = problems(**{name: value})
-    assert line.startswith(f"{name}={value!r}: ")
+def test_values_out_of_range_are_refused():
+    for wrong in (
+        {
+            "epochs": 0, "batch_size": -1, "accumulation": 0, "learning_rate": 0.0, "count": 0, "shots": -1,
+            "head_learning_rate": -1.0, "weight_decay": -0.1, "warmup_fraction": 1.0, "seed": -1,
+            "mass": 0.0, "fraction": 0.0, "temperature": 0.0, "choice_temperature": 0.0,
+            "distill_weight": -1.0, "choice_weight": -1.0, "prior_weight": -1.0, "max_text_tokens": 2,
+            "probe_examples": -1, "processes": 0, "checkpoint_every": -1,
+        },
+        {"shots": 1.5, "mass": 1.1},
+    ):  # fmt: skip
+        found = sorted(line.partition(": ")[0] for line in problems(**wrong))
+        assert found == sorted(f"{name}={value!r}" for name, value in wrong.items())
 
 
 @pytest.mark.parametrize(
@@ -205,10 +203,9 @@ def test_a_notebook_s_variables_are_a_configuration():
     assert config == RunConfig(arm="naive", shots=24, seed=3, epochs=5)
 
 
-@pytest.mark.parametrize("name", ["learning_rte", "label_smooth", "selecter", "shotss"])
-def test_a_slip_of_the_pen_in_a_notebook_is_refused(name):
-    with pytest.raises(ConfigError, match=f"{name}: unknown parameter; did you mean"):
-        RunConfig.from_notebook({name: 0.1, "__annotations__": {name: float}})
+def test_a_slip_of_the_pen_in_a_notebook_is_refused():
+    with pytest.raises(ConfigError, match="selecter: unknown parameter; did you mean"):
+        RunConfig.from_notebook({"selecter": 0.1, "__annotations__": {"selecter": float}})
 
 
 def test_bad_values_of_a_notebook_are_refused():

@@ -79,14 +79,14 @@ def test_the_inks_of_a_printed_picture_are_colours(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright_and_stored_boxes_turn_with_them(tmp_path, orientation, kind):
-    path = stored(tmp_path / f"picture.{kind.lower()}", orientation, kind)
-    size = open_picture(path).size
-    assert size == ((20, 40) if orientation in (5, 6, 7, 8) else (40, 20)) == read_header(path).upright
-    header = PictureHeader(40, 20, orientation)
-    (turned,) = upright_boxes([(0, 0, 0.25, 0.25)], (40, 20), header, "here")
-    assert turned == pytest.approx(bright_box(path), abs=0.03)
+def test_pictures_stand_upright_and_stored_boxes_turn_with_them(tmp_path, kind):
+    for orientation in range(1, 9):
+        path = stored(tmp_path / f"picture.{kind.lower()}", orientation, kind)
+        size = open_picture(path).size
+        assert size == ((20, 40) if orientation in (5, 6, 7, 8) else (40, 20)) == read_header(path).upright
+        header = PictureHeader(40, 20, orientation)
+        (turned,) = upright_boxes([(0, 0, 0.25, 0.25)], (40, 20), header, "here")
+        assert turned == pytest.approx(bright_box(path), abs=0.03)
 
 
 def test_boxes_measured_in_the_upright_picture_stay():

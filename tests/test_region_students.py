@@ -14,7 +14,6 @@ from region_students import CLOSE, LABELS, TEXT, BoxRegions, change, cut, inputs
 from torch.testing import assert_close
 from transformers import AutoConfig
 
-from tdlib.data.vcr import VcrReader
 from tdlib.students.base import StudentError, load_checkpoint
 from tdlib.students.convert import convert
 from tdlib.students.registry import ARCHITECTURES, load_student
@@ -50,11 +49,6 @@ def kind(request, tmp_path_factory, tokenizer_folder) -> Kind:
     model = small.weighty(make[request.param])
     folder = small.student_folder(tmp_path_factory, tokenizer_folder, model)
     return Kind(request.param, folder, load_student(str(folder)).eval())
-
-
-@pytest.fixture(scope="module")
-def examples(world):
-    return VcrReader(world, "train").read()[:5]
 
 
 def run_on(student, text, visual):

@@ -104,35 +104,9 @@ def test_a_text_without_words_has_no_tokens_but_a_pooled_feature(teacher):
 # Boxes of patches
 
 
-@pytest.mark.parametrize(
-    ("size", "mode", "first", "last"),
-    [
-        ((100, 100), "shortest", (0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)),
-        ((200, 100), "shortest", (0.25, 0, 0.5, 0.5), (0.5, 0.5, 0.75, 1)),
-        ((100, 200), "shortest", (0, 0.25, 0.5, 0.5), (0.5, 0.5, 1, 0.75)),
-        ((200, 100), "squash", (0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)),
-        ((100, 200), "squash", (0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)),
-        ((200, 100), "longest", (0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)),
-        ((100, 200), "longest", (0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)),
-        ((100, 100), "longest", (0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)),
-    ],
-)
-def test_patch_boxes_of_a_two_by_two_grid(size, mode, first, last):
-    boxes = patch_boxes(size, (32, 32), (2, 2), mode)
-    assert_close(boxes[0], torch.tensor(first).float())
-    assert_close(boxes[-1], torch.tensor(last).float())
-
-
-def test_patches_of_the_padding_have_no_area():
-    boxes = patch_boxes((200, 100), (32, 32), (4, 4), "longest").view(4, 4, 4)
-    areas = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-    assert (areas[[0, 3]] == 0).all()
-    assert_close(areas[1:3], torch.full((2, 4), 1 / 8))
-
-
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
 @pytest.mark.parametrize("input_size", [(32, 32), (24, 40)])
-@pytest.mark.parametrize("size", [(256, 256), (301, 173), (97, 211), (50, 333), (20, 20), (333, 325)])
+@pytest.mark.parametrize("size", [(256, 256), (301, 173), (97, 211), (50, 333), (20, 20)])
 def test_patches_lie_where_the_preprocessing_takes_them_from(size, input_size, mode):
     """A picture whose red and green say where a pixel lies, pushed through open_clip's own transform."""
     (width, height), (rows, columns) = size, (input_size[0] // 8, input_size[1] // 8)
@@ -184,10 +158,6 @@ def changed_copy(source, target, change=lambda config: None, weights=lambda stat
     weights(state)
     save_file(state, folder / "open_clip_model.safetensors")
     return folder
-
-
-def test_the_same_teacher_has_the_same_fingerprint(teacher, teacher_folder):
-    assert Teacher(f"local-dir:{teacher_folder}").fingerprint == teacher.fingerprint
 
 
 def test_fingerprint_changes_with_any_weight(teacher, teacher_folder):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tdlib.data.examples import TextPart
-from tdlib.data.vcr import PERSON_TOKENS, VcrReader
+from tdlib.data.vcr import PERSON_TOKENS
 from tdlib.students.base import StudentError
 from tdlib.students.convert import FORMATS, official_weights
 from tdlib.students.convert import convert as convert_checkpoint
@@ -41,11 +41,6 @@ def student(folder) -> UniterForMultipleChoice:
 @pytest.fixture(scope="module")
 def encoder(folder) -> UniterEncoder:
     return UniterEncoder(str(folder), 40, BoxRegions())
-
-
-@pytest.fixture(scope="module")
-def examples(world):
-    return VcrReader(world, "train").read()[:5]
 
 
 # Parity with the equations, in double precision, one token sequence at a time, from the weights alone

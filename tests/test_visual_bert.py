@@ -24,7 +24,6 @@ from transformers import VisualBertForMultipleChoice as StockForMultipleChoice
 from transformers import VisualBertForPreTraining, VisualBertForQuestionAnswering, VisualBertModel
 
 from tdlib.data.examples import Reference, TextPart
-from tdlib.data.vcr import VcrReader
 from tdlib.students.base import StudentError
 from tdlib.students.convert import convert
 from tdlib.students.registry import load_student
@@ -54,11 +53,6 @@ def student(folder) -> VisualBertForMultipleChoice:
 @pytest.fixture(scope="module")
 def encoder(folder) -> VisualBertEncoder:
     return VisualBertEncoder(str(folder), 40, BoxRegions())
-
-
-@pytest.fixture(scope="module")
-def examples(world):
-    return VcrReader(world, "train").read()[:5]
 
 
 def stock_inputs(inputs, aligned: bool) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tdlib.data.examples import Reference, TextPart
-from tdlib.data.vcr import VcrReader, render
+from tdlib.data.vcr import render
 from tdlib.regions.computed import Regions
 from tdlib.students.base import StudentError
 from tdlib.students.convert import FORMATS, official_weights
@@ -43,11 +43,6 @@ def student(folder) -> VlBertForMultipleChoice:
 @pytest.fixture(scope="module")
 def encoder(folder) -> VlBertEncoder:
     return VlBertEncoder(str(folder), 40, BoxRegions())
-
-
-@pytest.fixture(scope="module")
-def examples(world):
-    return VcrReader(world, "train").read()[:5]
 
 
 # Parity with the equations, in double precision, one token sequence at a time, from the weights alone
