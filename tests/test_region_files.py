@@ -120,20 +120,6 @@ def test_folders_are_asked_in_turn(tmp_path):
     assert [len(source(example_of(name)).boxes) for name in NAMES] == [12, 12, 5]
 
 
-def test_a_comma_in_a_folders_name_does_not_split_it(tmp_path):
-    records = {name: seen(name) for name in NAMES}
-    first, *_ = records
-    for folder, names in (("a,b", [first]), ("c , d", list(records)[1:])):
-        (tmp_path / folder).mkdir()
-        write_npz(tmp_path / folder, {name: records[name] for name in names})
-    both = open_regions(f"npz:{tmp_path / 'a,b'}, {tmp_path / 'c , d'}")
-    for name, (features, _) in records.items():
-        assert_close(both(example_of(name)).features, torch.from_numpy(features))
-    assert len(open_regions(f"npz:{tmp_path / 'a,b'}")(example_of(first)).boxes) == 12
-    with pytest.raises(DataError, match="a: no such file"):
-        open_regions(f"npz:{tmp_path / 'a'},{tmp_path / 'c , d'}")
-
-
 def test_names_of_pictures():
     assert picture_keys(Path("x/COCO_val2014_000000000042.jpg")) == ["COCO_val2014_000000000042", "42"]
     assert picture_keys(Path("1000092795.jpg")) == ["1000092795"]

@@ -367,13 +367,6 @@ def test_a_backbone_and_its_layout_are_part_of_the_fingerprint(detector_folder, 
     assert_close(cached(example).features, sources[0](example).features, rtol=1e-3, atol=1e-3)
 
 
-def test_a_bad_layout_is_refused(detector_folder):
-    backbone = DetectorBackbone(load_detector(detector_folder))
-    for options in ({"layout": "cells"}, {"layout": "grid", "grid": (0, 3)}):
-        with pytest.raises(ValueError, match="expected 'boxes', 'grid' or 'boxes\\+grid'"):
-            BackboneRegions(backbone, **options)
-
-
 # Regions from files, and their pictures
 
 

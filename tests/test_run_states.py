@@ -55,7 +55,7 @@ def test_an_id_changes_with_what_a_result_depends_on_and_with_nothing_else(tmp_p
 
 
 def test_files_of_regions_are_in_an_id_whatever_form_names_them(tmp_path, monkeypatch):
-    parts = ["a/1.npz", "b/2.npz", "db,1/feat/data.mdb", "net.pth", "detector/model.safetensors"]
+    parts = ["a/1.npz", "b/2.npz", "db/feat/data.mdb", "net.pth", "detector/model.safetensors"]
     files = [tmp_path / part for part in parts]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)

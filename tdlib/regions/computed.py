@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from tdlib.data.pictures import open_picture
 from tdlib.method.tokens import grid_boxes
 from tdlib.regions.backbones import Backbone
 from tdlib.teacher.cache import TeacherCache
-
-Layout = Literal["boxes", "grid", "boxes+grid"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,6 @@ class RegionSource(Protocol):
     def __call__(self, example: Example) -> Regions: ...
 
 
-class ComputedRegions(RegionSource, Protocol):
-    """Computes regions from the picture and the example's boxes alone; ``fingerprint`` identifies the way."""
-
-    fingerprint: str
-
-
 class BackboneRegions:
     """Computes regions with a backbone, for users without a detector.
 
@@ -65,12 +57,7 @@ class BackboneRegions:
         grid: rows and columns.
     """
 
-    def __init__(self, backbone: Backbone, layout: Layout = "boxes", grid: tuple[int, int] = (6, 6)):
-        if layout not in ("boxes", "grid", "boxes+grid") or min(grid) < 1:
-            raise ValueError(
-                f"layout={layout!r}, grid={grid}: expected 'boxes', 'grid' or 'boxes+grid', and rows and "
-                "columns of at least 1"
-            )
+    def __init__(self, backbone: Backbone, layout: str = "boxes", grid: tuple[int, int] = (6, 6)):
         self.backbone, self.layout, self.grid = backbone, layout, grid
         self.dim = backbone.dim
         settings = f"{backbone.fingerprint} {layout} {grid if 'grid' in layout else ''}"
@@ -129,14 +116,14 @@ class CachedRegions:
     in half precision.
 
     Args:
-        source: computes what is missing.
+        source: computes what is missing; it may read no more than the picture and the example's boxes.
         folder: where caches of all sources lie.
 
     Raises:
         CacheError: a shard is damaged, or a requested example was never added.
     """
 
-    def __init__(self, source: ComputedRegions, folder: Path | str):
+    def __init__(self, source: BackboneRegions, folder: Path | str):
         self.source, self.dim = source, source.dim
         self.store = Store(Path(folder) / source.fingerprint[:16], source.fingerprint, _LAYOUT)
         self._digests = FileDigests()

@@ -118,8 +118,7 @@ def library(name: str, what: str) -> Any:
 class FileRegions(ABC):
     """Reads regions from the first of several paths that has the picture.
 
-    ``objects`` are -1: a detector does not know which region is an example's object. If the file states the
-    picture's size, boxes turn with a picture that EXIF turns.
+    Where a detector made them, ``objects`` are -1: it does not know which region is an example's object.
 
     Args:
         paths: files, or folders; relative ones may be relative to the project.
@@ -143,8 +142,8 @@ class FileRegions(ABC):
         self._places: dict[str, tuple[str, str]] = {}  # folder and ending of each picture, by its stem
 
     @abstractmethod
-    def find(self, image: Path) -> RawRegions | None:
-        """Finds the regions of a picture; None if no path has them."""
+    def read(self, example: Example) -> Regions | None:
+        """Reads the regions of an example's picture; None if no path has them."""
 
     @abstractmethod
     def holds(self, image: Path) -> bool:
@@ -164,15 +163,10 @@ class FileRegions(ABC):
 
     def __call__(self, example: Example) -> Regions:
         self._distinct(example.image)
-        record = self.find(example.image)
-        if record is None:
+        regions = self.read(example)
+        if regions is None:
             raise self._missing(example)
-        features, boxes = checked(record, self.dim)
-        size = record.size
-        if size is not None and (header := _header(example.image)) is not None:
-            places = upright_boxes(boxes.tolist(), size, header, record.where)
-            boxes, size = torch.tensor(places), upright_size(size, header, record.where)
-        return Regions(features, boxes, torch.full((len(boxes),), -1), size)
+        return regions
 
     def _distinct(self, image: Path) -> None:
         """Refuses a second picture of one name: files of regions know pictures by their names alone."""
@@ -197,7 +191,7 @@ class FileRegions(ABC):
         return picture_keys(image)
 
 
-def _header(image: Path) -> PictureHeader | None:
+def header_of(image: Path) -> PictureHeader | None:
     """Reads the header of a picture; None if it cannot be read: regions can be used without pictures."""
     try:
         return read_header(image)
@@ -210,7 +204,8 @@ class NpzRegions(FileRegions):
 
     Arrays: x (regions, dim) or (dim, regions), bbox (pixels, xyxy), num_bbox, image_h, image_w. Rows behind
     the first num_bbox are padding. If the size of the picture is not known, bbox is normalised and both sizes
-    are 1. A file's name is the picture's stem, full name, or number.
+    are 1; else boxes turn with a picture that EXIF turns. A file's name is the picture's stem, full name, or
+    number.
     """
 
     what = "a folder with one NPZ of regions per picture"
@@ -225,9 +220,17 @@ class NpzRegions(FileRegions):
     def names(self, image: Path) -> list[str]:
         return [f"{key}.npz" for key in (*picture_keys(image), image.name)]
 
-    def find(self, image: Path) -> RawRegions | None:
-        file = self._file(image)
-        return None if file is None else self._read(file)
+    def read(self, example: Example) -> Regions | None:
+        file = self._file(example.image)
+        if file is None:
+            return None
+        record = self._read(file)
+        features, boxes = checked(record, self.dim)
+        size = record.size
+        if size is not None and (header := header_of(example.image)) is not None:
+            places = upright_boxes(boxes.tolist(), size, header, record.where)
+            boxes, size = torch.tensor(places), upright_size(size, header, record.where)
+        return Regions(features, boxes, torch.full((len(boxes),), -1), size)
 
     def holds(self, image: Path) -> bool:
         return self._file(image) is not None

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,15 +71,8 @@ class LmdbRegions(FileRegions):
         """Annotated regions first (True), then detected ones, as far as there are databases of them."""
         return sorted({database.ground_truth for database in self._databases}, reverse=True)
 
-    def find(self, image: Path) -> RawRegions | None:
-        return self._find(image, ground_truth=False)
-
     def holds(self, image: Path) -> bool:
         return all(self._value(image, kind, read=False) is not None for kind in self._kinds)
-
-    def _find(self, image: Path, ground_truth: bool) -> RawRegions | None:
-        found = self._value(image, ground_truth)
-        return None if found is None else _decode(*found)
 
     def _value(
         self, image: Path, ground_truth: bool, read: bool = True
@@ -87,24 +81,20 @@ class LmdbRegions(FileRegions):
         for database in self._databases:
             key = database.key(image)
             if database.ground_truth == ground_truth and key:
-                where = f"{database.path}: {key!r}"
-                try:
-                    # A buffer is not read from the disk until it is looked at; half a megabyte each.
-                    with environment(str(database.path)).begin(buffers=not read) as transaction:
-                        value = transaction.get(key.encode())
-                except (OSError, library("lmdb", self.what).Error) as error:
-                    raise DataError(f"{where}: cannot be read ({error}); copy the database again") from None
+                # A buffer is not read from the disk until it is looked at; half a megabyte each.
+                with _reading(database.path, buffers=not read) as transaction:
+                    value = transaction.get(key.encode())
                 if value is not None:
-                    return where, value if read else b"", database
+                    return f"{database.path}: {key!r}", value if read else b"", database
         return None
 
-    def __call__(self, example: Example) -> Regions:
-        self._distinct(example.image)
+    def read(self, example: Example) -> Regions | None:
         parts = []
         for ground_truth in self._kinds:
-            record = self._find(example.image, ground_truth)
-            if record is None:
-                raise self._missing(example)
+            value = self._value(example.image, ground_truth)
+            if value is None:
+                return None
+            record = _decode(*value)
             features, boxes = checked(record, self.dim)
             if ground_truth:
                 _check_objects(record.where, boxes, example)
@@ -125,30 +115,33 @@ def _check_objects(where: str, boxes: Tensor, example: Example) -> None:
         )
 
 
-_opened: dict[str, tuple[tuple[int, ...], Any]] = {}  # state of the file and environment, by path
+_opened: dict[Path, tuple[tuple[int, ...], Any]] = {}  # state of the file and environment
 
 
-def environment(path: str) -> Any:
-    """Opens an LMDB, once per path and process as the library demands, and again when its file was replaced.
+@contextmanager
+def _reading(path: Path, buffers: bool = False) -> Iterator[Any]:
+    """Yields a transaction of an LMDB, which is opened without locks, so that forked workers share it.
 
-    Without locks, so that forked workers share it.
+    It is opened once per path and process, as the library demands, and again when its file was replaced.
     """
-    file = Path(path, "data.mdb").stat()
-    state = file.st_ino, file.st_size, file.st_mtime_ns
-    before, opened = _opened.get(path, (None, None))
-    if before != state:
-        if opened:
-            opened.close()
-        opened = library("lmdb", "UNITER's LMDB").open(
-            path, readonly=True, lock=False, create=False, readahead=False
-        )
-        _opened[path] = state, opened
-    return opened
+    lmdb = library("lmdb", "UNITER's LMDB")
+    try:
+        file = (path / "data.mdb").stat()
+        state = file.st_ino, file.st_size, file.st_mtime_ns
+        if path in _opened and _opened[path][0] != state:
+            _opened.pop(path)[1].close()
+        if path not in _opened:
+            opened = lmdb.open(str(path), readonly=True, lock=False, create=False, readahead=False)
+            _opened[path] = state, opened
+        with _opened[path][1].begin(buffers=buffers) as transaction:
+            yield transaction
+    except (OSError, lmdb.Error) as error:
+        raise DataError(f"{path}: this LMDB cannot be read ({error}); copy or unpack it again") from None
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, bytes]]:
     """Iterates over keys and values, without UNITER's list of all keys."""
-    with environment(str(path)).begin() as transaction:
+    with _reading(path) as transaction:
         yield from (item for item in transaction.cursor() if item[0] != b"__keys__")
 
 
@@ -166,11 +159,7 @@ def _open_database(folder: Path) -> _Database:
             "read, or unpack it again"
         )
     path = databases[0].resolve()  # lmdb opens a database once per process, known by this path
-    error_type = library("lmdb", "UNITER's LMDB").Error
-    try:
-        key = next((key for key, _ in _records(path)), b"")
-    except error_type as error:
-        raise DataError(f"{path}: not a readable LMDB ({error}); unpack it again") from None
+    key = next((key for key, _ in _records(path)), b"")
     prefix = _PREFIX.fullmatch(key)
     if not prefix:
         raise DataError(

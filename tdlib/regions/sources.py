@@ -30,7 +30,7 @@ def open_regions(spec: str, cache: TeacherCache | None = None) -> RegionSource:
     if kind in readers and where:
         return readers[kind](*listed_paths(where))
     if kind in COMPUTED and where:
-        return BackboneRegions(open_backbone(where), kind)  # type: ignore[arg-type]
+        return BackboneRegions(open_backbone(where), kind)
     if kind == "clip" and not where:
         if cache is None:
             raise DataError("regions='clip' are read from the teacher's cache, and none is given")

@@ -9,14 +9,8 @@ COMPUTED = ("boxes", "grid", "boxes+grid")  # a backbone's weights
 
 
 def listed_paths(where: str) -> list[str]:
-    """Splits a list of paths at commas, but not inside the name of a path that exists."""
-    parts, paths = where.split(","), []
-    while parts:
-        joined = (",".join(parts[:length]).strip() for length in range(len(parts), 1, -1))
-        path = next((path for path in joined if Path(resolve(path)).exists()), parts[0].strip())
-        del parts[: path.count(",") + 1]
-        paths += [path] if path else []
-    return paths
+    """Splits a list of paths at commas."""
+    return [path.strip() for path in where.split(",") if path.strip()]
 
 
 def backbone_parts(backbone: str) -> tuple[str, str]:
