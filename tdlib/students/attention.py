@@ -43,7 +43,10 @@ def _explicit(modules: Sequence[Any]) -> Iterator[list[Tensor]]:
                 part(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
                 for part in (module.query, module.key, module.value)
             )
-            weights = attention_weights(q, k, _additive(attention_mask, q.dtype))
+            if attention_mask is not None and attention_mask.dtype == torch.bool:  # sdpa's; others are added
+                added = torch.zeros_like(attention_mask, dtype=q.dtype)
+                attention_mask = added.masked_fill(~attention_mask, torch.finfo(q.dtype).min)
+            weights = attention_weights(q, k, attention_mask)
             maps.append(weights)
             return (weights @ v).transpose(1, 2).flatten(2), weights
 
@@ -57,14 +60,6 @@ def _explicit(modules: Sequence[Any]) -> Iterator[list[Tensor]]:
     finally:
         for module in modules:
             module.__dict__.pop("forward", None)
-
-
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Makes an additive mask of any attention's: boolean (sdpa), (batch, keys) (flash), or additive."""
-    if mask is None or (mask.dim() == 4 and mask.dtype != torch.bool):
-        return mask
-    kept = mask.bool() if mask.dim() == 4 else mask.bool()[:, None, None]
-    return torch.zeros_like(kept, dtype=dtype).masked_fill(~kept, torch.finfo(dtype).min)
 
 
 def readout_position(student: Any, batch: Mapping[str, Tensor], choice: int = 0) -> int:

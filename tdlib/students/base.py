@@ -286,44 +286,41 @@ def load_checkpoint(
     model, report, stored = _from_pretrained(kind, name, seed, labels, what)
     missing = [key for key in report["missing_keys"] if not key.startswith(kind.may_lack)]
     mismatched = [str(key) for key in report["mismatched_keys"]]
-    if labels:  # a stored head for other labels is replaced, not an error
-        mismatched = [key for key in mismatched if "classifier." not in key]
-    if missing or mismatched:
+    # A stored head for other labels is replaced, not an error.
+    wrong = [key for key in mismatched if not (labels and "classifier." in key)]
+    if missing or wrong:
         raise StudentError(
             f"student {name!r}: not a {what} checkpoint of its own config's shape "
-            f"(missing {sorted(missing)[:3]}, mismatched {sorted(mismatched)[:3]})"
+            f"(missing {sorted(missing)[:3]}, mismatched {sorted(wrong)[:3]})"
         )
-    if labels and _draws_last_layer(model, report, stored, labels, seed, name) and bias is not None:
-        nn.init.constant_(model.classifier[-1].bias, bias)
+    if labels:
+        last = f"classifier.{len(model.classifier) - 1}.weight"
+        drawn = last in report["missing_keys"]
+        if any(last in key for key in mismatched):
+            drawn = True
+            named = not all(str(label).startswith("LABEL_") for label in stored.values())
+            log.log(  # a head that scored choices has no named outputs, so nobody expects it to be kept
+                logging.WARNING if named else logging.INFO,
+                "student %s: its head has another number of outputs than the %d labels, so its last layer is "
+                "drawn anew", name, len(labels),
+            )  # fmt: skip
+        if (drawn or not fit_classifier(model, stored, labels, seed, name)) and bias is not None:
+            nn.init.constant_(model.classifier[-1].bias, bias)
     return model
 
 
-def _draws_last_layer(
-    model: Any, report: dict[str, Any], stored: Mapping[int, str], labels: Sequence[str], seed: int, name: str
-) -> bool:
-    """Fits a loaded classifier to the labels; True if its last layer is not the stored one."""
-    last = f"classifier.{len(model.classifier) - 1}.weight"
-    if last in report["missing_keys"]:
-        return True
-    if any(last in str(key) for key in report["mismatched_keys"]):
-        named = not all(str(label).startswith("LABEL_") for label in stored.values())
-        log.log(  # a head that scored choices has no named outputs, so nobody expects it to be kept
-            logging.WARNING if named else logging.INFO,
-            "student %s: its head has another number of outputs than the %d labels, so its last layer is "
-            "drawn anew", name, len(labels),
-        )  # fmt: skip
-        return True
-    return not fit_classifier(model, stored, labels, seed, name)
+def named_outputs(labels: Sequence[str]) -> dict[str, Any]:
+    """Returns the options of a configuration that name a classifier's outputs; none without labels."""
+    if not labels:
+        return {}
+    numbers = {label: index for index, label in enumerate(labels)}
+    return {"id2label": dict(enumerate(labels)), "label2id": numbers}
 
 
 def _from_pretrained(
     kind: Any, name: str, seed: int, labels: Sequence[str], what: str
 ) -> tuple[Any, dict[str, Any], Mapping[int, str]]:
     """Returns the model, transformers' report on its parameters, and the stored names of its outputs."""
-    options: dict[str, Any] = {}
-    if labels:
-        options["id2label"] = dict(enumerate(labels))
-        options["label2id"] = {label: index for index, label in enumerate(labels)}
     verbosity = transformers.utils.logging.get_verbosity()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -335,7 +332,7 @@ def _from_pretrained(
                 output_loading_info=True,
                 dtype=torch.float32,  # whatever it is stored in: it will be trained
                 ignore_mismatched_sizes=bool(labels),
-                **options,
+                **named_outputs(labels),
             )
         except Exception as error:  # transformers lets through what json, torch and safetensors raise
             raise StudentError(
@@ -382,7 +379,7 @@ def fit_classifier(
 
 
 class FusedAttention:
-    """Computes self-attention by torch's fused kernel; a mixin before a stock module that writes it out.
+    """Computes self-attention by torch's fused kernel; ``fuse_attention`` mixes it into a stock module.
 
     No fused kernel keeps attention maps. A call that asks for them runs the stock module instead.
     """
@@ -411,12 +408,12 @@ class FusedAttention:
         return (mixed.transpose(1, 2).flatten(2),)
 
 
-def fuse_attention(model: nn.Module, kind: type[FusedAttention]) -> None:
-    """Makes a stock model compute its attention as ``kind`` does; ``kind`` is based on the stock module."""
-    stock = kind.__mro__[2]  # kind, FusedAttention, then the stock module
+def fuse_attention(model: nn.Module, stock: type[nn.Module]) -> None:
+    """Makes a model's self-attention, of the class ``stock`` that writes it out, use the fused kernel."""
+    fused = type(f"Fused{stock.__name__}", (FusedAttention, stock), {})
     for module in model.modules():
         if type(module) is stock:
-            module.__class__ = kind  # type: ignore[assignment]
+            module.__class__ = fused
 
 
 def drawn_linear(inputs: int, outputs: int) -> nn.Linear:
@@ -429,10 +426,5 @@ def drawn_linear(inputs: int, outputs: int) -> nn.Linear:
 
 def pad_last(rows: list[Tensor], length: int, dim: int = 1, value: float = 0) -> Tensor:
     """Stacks tensors after padding axis ``dim`` of each to ``length``."""
-    padded = []
-    for row in rows:
-        missing = length - row.shape[dim]
-        shape = [*row.shape]
-        shape[dim] = missing
-        padded.append(torch.cat([row, row.new_full(shape, value)], dim=dim) if missing else row)
-    return torch.stack(padded)
+    inner = [0, 0] * (rows[0].dim() - 1 - dim)  # F.pad counts axes from the last
+    return torch.stack([F.pad(row, [*inner, 0, length - row.shape[dim]], value=value) for row in rows])

@@ -22,10 +22,12 @@ from tdlib.data.pictures import open_picture
 from tdlib.students.base import (
     LONGEST,
     EncodedText,
+    Row,
     StudentEncoder,
     StudentError,
     StudentOutput,
     encoded_text,
+    named_outputs,
 )
 from tdlib.teacher.families import image_tower, text_tower
 from tdlib.teacher.model import (
@@ -70,16 +72,12 @@ def fusion_config(teacher: Teacher, labels: Sequence[str] = ()) -> ClipFusionCon
     patches = len(teacher.encode_pictures([blank])[0].positions)
     patch = teacher.image.patch
     tokenizer = _Tokenizer(teacher.tokenize)
-    classes: dict[str, Any] = {}
-    if labels:
-        classes["id2label"] = dict(enumerate(labels))
-        classes["label2id"] = {label: index for index, label in enumerate(labels)}
     return ClipFusionConfig(
         clip=json.loads(json.dumps(description(teacher))),  # with lists for tuples, as it is read
         grid=list(teacher.image.grid(height, width, patches)), patch=None if patch is None else list(patch),
         hidden_size=teacher.dim, num_hidden_layers=len(teacher.text.blocks),
         max_position_embeddings=teacher.tokenize.tokenizer.context_length, vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id, **classes,
+        pad_token_id=tokenizer.pad_token_id, **named_outputs(labels),
     )  # fmt: skip
 
 
@@ -265,20 +263,18 @@ class ClipFusionEncoder(StudentEncoder):
 
     def text(self, example: Example) -> EncodedText:
         statements = example.statements()
-        read = [self._cut(*self.tokenize(statement.text)) for statement in statements]
-        rows = [(ids, [0] * len(ids), spans) for ids, spans in read]
+        rows: list[Row] = []
+        for statement in statements:
+            ids, spans = self.tokenize(statement.text)
+            if len(ids) > self.max_text_tokens:  # its end token stays the last one
+                keep = self.max_text_tokens - 1
+                ids, spans = [*ids[:keep], ids[-1]], [*spans[:keep], spans[-1]]
+            rows.append((ids, [0] * len(ids), spans))
         return encoded_text(rows, self.tokenizer.pad_token_id, statements)
 
     def lengths(self, example: Example) -> list[int]:
         texts = [self.tokenize.read(statement.text) for statement in example.statements()]
         return [len(text.ids) + text.cut for text in texts]
-
-    def _cut(self, ids: list[int], spans: list[tuple[int, int]]) -> tuple[list, list]:
-        """At most ``max_text_tokens``, the last of which stays the last."""
-        if len(ids) <= self.max_text_tokens:
-            return ids, spans
-        keep = self.max_text_tokens - 1
-        return [*ids[:keep], ids[-1]], [*spans[:keep], spans[-1]]
 
     def visual(self, example: Example) -> dict[str, Tensor]:
         """``pixels`` (3, height, width) and ``boxes`` (patches, 4) of one example's picture."""

@@ -9,7 +9,7 @@ a tokenizer. Foreign files are read with ``weights_only=True``, so that no code 
 
 import argparse
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -199,21 +199,17 @@ def official_weights(
             if name in weights and weights[name].shape != shape
         },
     }
-    if listed := mismatches(problems):
-        raise StudentError(
-            f"checkpoint {where} is not a {source.name}: parameters {listed}; name the beginnings of those "
-            "that are unknown and not needed in drop (--drop NAME of the command)"
-        )
-    return config, weights, sorted(left_out)
-
-
-def mismatches(problems: Mapping[str, Collection[str]]) -> str:
-    """Summarises problems for a message: the number of parameters and three names of each; "" for none."""
-    return "; ".join(
+    listed = [
         f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in problems.items()
         if names
-    )
+    ]
+    if listed:
+        raise StudentError(
+            f"checkpoint {where} is not a {source.name}: parameters {'; '.join(listed)}; name the beginnings "
+            "of those that are unknown and not needed in drop (--drop NAME of the command)"
+        )
+    return config, weights, sorted(left_out)
 
 
 def _config_of(source: Format, weights: Mapping[str, Tensor], where: str) -> BertConfig:

@@ -55,22 +55,11 @@ def referents(objects: Tensor, region_objects: Tensor) -> Tensor:
     return (objects[..., None] == region_objects[:, None, None]) & (objects[..., None] >= 0)
 
 
-def answer_slot(state: Tensor, attention_mask: Tensor) -> Tensor:
-    """Returns the state of the text token before the last one, (batch * choices, width).
-
-    In a question that ``BertPairEncoder`` has encoded this is [MASK], from which the answer is read.
-
-    ``state`` (batch * choices, tokens, width), ``attention_mask`` (batch, choices, text_tokens) with
-    padding at the end.
-    """
-    slots = attention_mask.flatten(0, 1).sum(-1) - 2
-    return state[torch.arange(len(state), device=state.device), slots]
-
-
 class RegionStudent:
     """Scores statements about a picture that is given as regions; a mixin before ``PreTrainedModel``.
 
-    An architecture defines ``states``, ``summary``, ``renew_visual`` and ``classifier``.
+    An architecture defines ``states``, ``renew_visual`` and ``classifier``. Its base model has a ``pooler``,
+    which is None in classifiers that read their answer from [MASK].
     """
 
     inputs: ClassVar[tuple[str, ...]] = (
@@ -78,6 +67,12 @@ class RegionStudent:
         "region_objects", "objects", "spans",
     )  # fmt: skip
     classifier: nn.Module
+    base_model: Any
+
+    @staticmethod
+    def make_classifier(config: Any) -> nn.Module:
+        """Creates the head: dropout and one linear layer, if an architecture has no other."""
+        return nn.Sequential(nn.Dropout(config.hidden_dropout_prob), nn.Linear(config.hidden_size, 1))
 
     def states(self, *args: Any, **inputs: Any) -> tuple[Tensor, ...]:
         """Computes hidden states, each (batch * choices, text_tokens + regions or more, width).
@@ -88,8 +83,15 @@ class RegionStudent:
         raise NotImplementedError
 
     def summary(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        """Selects the vector (batch * choices, width) that the head reads from the last ``state``."""
-        raise NotImplementedError
+        """Selects the vector (batch * choices, width) that the head reads from the last ``state``.
+
+        It is the pooled [CLS], or without a pooler the text token before the last one: the [MASK] behind a
+        question, see ``BertPairEncoder``. ``attention_mask`` (batch, choices, text_tokens) has padding last.
+        """
+        if self.base_model.pooler is not None:
+            return self.base_model.pooler(state)
+        slots = attention_mask.flatten(0, 1).sum(-1) - 2
+        return state[torch.arange(len(state), device=state.device), slots]
 
     def renew_visual(self, dim: int) -> None:
         """Re-initialises the projection of region features, for features of width ``dim``."""

@@ -128,18 +128,12 @@ class UniterForMultipleChoice(RegionStudent, UniterPreTrainedModel):
     def make_classifier(config: UniterConfig) -> nn.Module:
         return nn.Sequential(*_two_layers(config, nn.ReLU(), outputs=2), LogOdds())
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.uniter.get_input_embeddings()
-
     def renew_visual(self, dim: int) -> None:
         self.uniter.img_embeddings.img_linear = drawn_linear(dim, self.config.hidden_size)
         self.config.img_dim = dim
 
     def states(self, **inputs: Tensor) -> tuple[Tensor, ...]:
         return self.uniter(**inputs)
-
-    def summary(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.uniter.pooler(state)
 
 
 class UniterForClassification(UniterForMultipleChoice):

@@ -23,7 +23,6 @@ from tdlib.method.tokens import grid_boxes, grid_cells
 from tdlib.students.base import (
     LONGEST,
     EncodedText,
-    FusedAttention,
     StudentEncoder,
     StudentError,
     StudentOutput,
@@ -91,10 +90,6 @@ def mask_of_attention(_module, _inputs, output: tuple[Tensor, Tensor]) -> tuple[
     return embeddings, mask[:, None, None]
 
 
-class ViltFusedAttention(FusedAttention, ViltSelfAttention):  # type: ignore[misc]
-    """The stock module's parameters, computed by torch's fused kernel."""
-
-
 class ViltForMultipleChoice(ViltPreTrainedModel):
     """ViLT that scores each statement about a picture; a softmax over the choices decides."""
 
@@ -105,7 +100,7 @@ class ViltForMultipleChoice(ViltPreTrainedModel):
     def __init__(self, config: ViltConfig):
         super().__init__(config)
         self.vilt = ViltModel(config)
-        fuse_attention(self.vilt, ViltFusedAttention)
+        fuse_attention(self.vilt, ViltSelfAttention)
         self.vilt.embeddings.register_forward_hook(mask_of_attention)
         self.classifier = self.make_classifier(config)
         self.post_init()

@@ -11,16 +11,12 @@ from torch import Tensor, nn
 from transformers import VisualBertConfig, VisualBertModel, VisualBertPreTrainedModel
 from transformers.models.visual_bert.modeling_visual_bert import VisualBertSelfAttention
 
-from tdlib.students.base import FusedAttention, StudentError, drawn_linear, fuse_attention, sequence_mask
-from tdlib.students.region_student import BertPairEncoder, RegionStudent, answer_slot, referents
+from tdlib.students.base import StudentError, drawn_linear, fuse_attention, sequence_mask
+from tdlib.students.region_student import BertPairEncoder, RegionStudent, referents
 
 # Of the visual token types. The authors' code gives regions of COCO, VCR, VQA and Flickr30k type 0; type 1 is
 # that of NLVR2's second picture. (The stock model takes 1 where none is given.)
 REGION_TYPE = 0
-
-
-class VisualBertFusedAttention(FusedAttention, VisualBertSelfAttention):  # type: ignore[misc]
-    """The stock module's parameters, computed by torch's fused kernel."""
 
 
 class VisualBertForMultipleChoice(RegionStudent, VisualBertPreTrainedModel):
@@ -44,24 +40,13 @@ class VisualBertForMultipleChoice(RegionStudent, VisualBertPreTrainedModel):
                 "choose a checkpoint without it"
             )
         self.visual_bert = VisualBertModel(config, add_pooling_layer=self.with_pooler)
-        fuse_attention(self.visual_bert, VisualBertFusedAttention)
+        fuse_attention(self.visual_bert, VisualBertSelfAttention)
         self.classifier = self.make_classifier(config)
         self.post_init()
-
-    @staticmethod
-    def make_classifier(config: VisualBertConfig) -> nn.Module:
-        return nn.Sequential(nn.Dropout(config.hidden_dropout_prob), nn.Linear(config.hidden_size, 1))
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.visual_bert.get_input_embeddings()
 
     def renew_visual(self, dim: int) -> None:
         self.visual_bert.embeddings.visual_projection = drawn_linear(dim, self.config.hidden_size)
         self.config.visual_embedding_dim = dim
-
-    def summary(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        assert self.visual_bert.pooler is not None
-        return self.visual_bert.pooler(state)
 
     def embed(
         self, input_ids: Tensor, token_type_ids: Tensor, region_features: Tensor, aligned: Tensor
@@ -109,9 +94,6 @@ class VisualBertForClassification(VisualBertForMultipleChoice):
     def make_classifier(config: VisualBertConfig) -> nn.Module:
         labels = len(config.id2label or {})
         return nn.Sequential(nn.Dropout(config.hidden_dropout_prob), nn.Linear(config.hidden_size, labels))
-
-    def summary(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        return answer_slot(state, attention_mask)
 
 
 class VisualBertEncoder(BertPairEncoder):

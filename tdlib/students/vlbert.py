@@ -6,7 +6,6 @@ precomputed, as in the authors' VQA: there is no detector inside, and no loss on
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -20,11 +19,11 @@ from transformers.models.bert.modeling_bert import (
     BertPreTrainedModel,
 )
 
-from tdlib.data.examples import DataError, Example
-from tdlib.data.pictures import read_header
+from tdlib.data.examples import Example
 from tdlib.regions.computed import Regions, RegionSource
+from tdlib.regions.files import header_of
 from tdlib.students.base import StudentError, drawn_linear, sequence_mask
-from tdlib.students.region_student import BertPairEncoder, RegionStudent, answer_slot, bert_states, referents
+from tdlib.students.region_student import BertPairEncoder, RegionStudent, bert_states, referents
 
 REGION_TYPE = 2  # the token type of regions and of [END]
 CLASSIFIER = "classifier.0."  # the transform of the pretrained word predictor, from which VQA's head starts
@@ -160,10 +159,6 @@ class VlBertForMultipleChoice(RegionStudent, BertPreTrainedModel):
         if isinstance(module, VisualLayerNorm):
             init.zeros_(module.weight)
 
-    @staticmethod
-    def make_classifier(config: VlBertConfig) -> nn.Module:
-        return nn.Sequential(nn.Dropout(config.hidden_dropout_prob), nn.Linear(config.hidden_size, 1))
-
     def get_input_embeddings(self) -> nn.Module:
         return self.vlbert.word_embeddings
 
@@ -174,10 +169,6 @@ class VlBertForMultipleChoice(RegionStudent, BertPreTrainedModel):
         down = self.image_feature_extractor.obj_downsample
         down[1] = drawn_linear(GEOMETRY + dim, self.config.hidden_size)
         self.config.visual_embedding_dim = dim
-
-    def summary(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        assert self.vlbert.pooler is not None
-        return self.vlbert.pooler(state)
 
     def states(
         self, *, region_features: Tensor, region_boxes: Tensor, region_objects: Tensor, objects: Tensor,
@@ -207,9 +198,6 @@ class VlBertForClassification(VlBertForMultipleChoice):
             nn.Linear(config.hidden_size, len(config.id2label or {})),
         )  # fmt: skip
 
-    def summary(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        return answer_slot(state, attention_mask)
-
 
 class VlBertEncoder(BertPairEncoder):
     """Turns examples into VL-BERT's inputs: the whole picture first, boxes within the picture's pixels."""
@@ -227,16 +215,14 @@ class VlBertEncoder(BertPairEncoder):
 
     def arrange(self, regions: Regions, example: Example) -> Regions:
         regions = whole_picture_first(regions)
-        size = regions.size or picture_size(example.image)
+        # Features that came with a data set can be used without its pictures.
+        header = None if regions.size else header_of(example.image)
+        size = header.upright if header else regions.size
         return regions if size is None else replace(regions, boxes=within_pixels(regions.boxes, size))
 
     def blank(self, visual: dict[str, Tensor]) -> dict[str, Tensor]:
         """The whole picture without content."""
-        return {
-            "region_features": torch.zeros_like(visual["region_features"][:1]),
-            "region_boxes": visual["region_boxes"][:1],
-            "region_objects": visual["region_objects"][:1],
-        }
+        return super().blank(visual) | {"region_boxes": visual["region_boxes"][:1]}
 
 
 def whole_picture_first(regions: Regions) -> Regions:
@@ -267,14 +253,3 @@ def within_pixels(boxes: Tensor, size: tuple[float, float]) -> Tensor:
     and 1 - 1 / height. ``size`` is width and height in pixels.
     """
     return boxes.clamp(min=0).minimum(1 - 1 / boxes.new_tensor([*size, *size]))
-
-
-def picture_size(path: Path) -> tuple[int, int] | None:
-    """Reads the width and height of a picture in pixels, upright; None if there is no such file.
-
-    Features that came with a data set can be used without its pictures.
-    """
-    try:
-        return read_header(path).upright
-    except DataError:
-        return None
