@@ -46,7 +46,6 @@ FAMILIES = {
         "embed_dim": 24, "vision_cfg": {"image_size": 64, "layers": [1] * 4, "width": 8, "head_width": 64},
         "text_cfg": TEXT,
     },
-    "custom-text": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": EVERY_POSITION, "custom_text": True},
     "sigmoid": {
         "embed_dim": 64, "vision_cfg": TRUNK, "text_cfg": EVERY_POSITION, "custom_text": True,
         "init_logit_bias": -10.0,

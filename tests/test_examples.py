@@ -236,14 +236,6 @@ def test_joined_spans_cover_the_same_words(first, second):
     assert [joined.text[start:end] for start, end in joined.relevant] == decisive
 
 
-def test_spans_of_the_second_part_lie_behind_the_first():
-    part = TextPart("Casey", (Reference(0, 5, (0,)),), ((0, 5),))
-    joined = join_parts(part, part)
-    assert joined == TextPart(
-        "Casey Casey", (Reference(0, 5, (0,)), Reference(6, 11, (0,))), ((0, 5), (6, 11))
-    )
-
-
 def test_statements_are_the_prompt_with_each_choice():
     choices = (TextPart("yes ."), TextPart("no ."))
     assert [part.text for part in dataclasses.replace(EXAMPLES[0], choices=choices).statements()] == [

@@ -208,7 +208,7 @@ def test_folders_that_do_not_fit_are_refused(kind, student_folder, tmp_path):
 
 
 @pytest.mark.parametrize("official", ["uniter", "vl-bert"])
-def test_files_that_cannot_be_read_are_refused(official, kind, tmp_path):
+def test_files_that_cannot_be_read_are_refused(official, tokenizer_folder, tmp_path):
     path, target = tmp_path / "official.pt", tmp_path / "converted"
     for write, message in (
         (lambda: None, r"official\.pt cannot be read"),
@@ -220,13 +220,13 @@ def test_files_that_cannot_be_read_are_refused(official, kind, tmp_path):
     ):
         write()
         with pytest.raises(StudentError, match=message):
-            convert(official, path, target, kind.folder)
+            convert(official, path, target, tokenizer_folder)
     assert not target.exists()
 
 
 @pytest.mark.parametrize("official", ["uniter", "vl-bert", "visual-bert"])
-def test_nothing_is_overwritten(official, kind, tmp_path):
+def test_nothing_is_overwritten(official, tokenizer_folder, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(StudentError, match="is not empty"):
-        convert(official, kind.folder, tmp_path, kind.folder)
+        convert(official, tokenizer_folder, tmp_path, tokenizer_folder)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
