@@ -191,7 +191,7 @@ def test_changing_priors_and_vqa_are_not_mixed_up(tmp_path):
     write_cp(tmp_path, wrapped("questions", CP[0]), CP[1])
     assert "expected one of [, found '{'; is this a VQA-CP file" in failure(
         tmp_path, "train", changing_priors=True
-    ).replace(" (near byte 0)", "")
+    ).replace(" (byte 0)", "")
     with pytest.raises(DataError, match=r"vqacp_v2_test_annotations\.json: no such file"):
         (tmp_path / "vqacp_v2_test_questions.json").write_text("[]")
         VqaReader(tmp_path, "test", changing_priors=True)

@@ -3,17 +3,18 @@
 import codecs
 import json
 import os
+import re
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from tdlib.data.examples import DataError
 
-_CHUNK = 2**22
-_SPACE = " \t\n\r"
+_SPACE = re.compile(r"[ \t\n\r]*")
+_scan_json = json.JSONDecoder().raw_decode
 _MARK = codecs.BOM_UTF8  # some editors and spreadsheets write these three bytes before the text
 
 
@@ -56,57 +57,60 @@ class Records(Sequence[dict[str, Any]]):
     """The objects of one JSON file: lines of a JSONL file, or entries of an array.
 
     The file must not change while it is in use. ``spans`` (records, 2) are the first byte and the end of each
-    record. Messages name a record by the path, ``places`` and its number from 1; ``numbers`` are line numbers
-    if they differ from the position + 1.
+    record. Messages name a record by the path, ``places`` and its number.
     """
 
     def __init__(
-        self, path: Path, spans: np.ndarray, places: str, numbers: np.ndarray | None = None, what: str = ""
+        self, path: Path, spans: Sequence[tuple[int, int]], places: str, numbers: Sequence[int], what: str
     ):
-        self.path, self.spans, self._places, self._numbers, self.what = path, spans, places, numbers, what
+        self.path, self._places, self.what = path, places, what
+        # As arrays, because lists of so many numbers are large.
+        self.spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
+        self._numbers = np.array(numbers, dtype=np.int64)
         self._file = path.open("rb")  # read by position; workers of a loader may share it
         weakref.finalize(self, self._file.close)
 
     @classmethod
     def lines(cls, path: Path, what: str) -> "Records":
-        """Reads the non-empty lines of a JSONL file."""
+        """Finds the lines of a JSONL file that hold more than white space."""
         _need_file(path, "a JSONL file with one example per line")
-        starts, ends, base = [np.zeros(1, np.int64)], [], 0
+        spans, numbers, start = [], [], 0
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                breaks = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10).astype(np.int64) + base
-                starts.append(breaks + 1)
-                ends.append(breaks)
-                base += len(chunk)
-        spans = np.stack([np.concatenate(starts), np.concatenate([*ends, [base]])], axis=1)
-        spans[0, 0] = _start_of_text(path)
-        # A line of white space alone is empty too; longer ones are taken for records without reading them.
-        keep = spans[:, 1] > spans[:, 0]
-        with path.open("rb") as file:
-            for index in np.flatnonzero(keep & (spans[:, 1] - spans[:, 0] < 16)):
-                file.seek(spans[index, 0])
-                keep[index] = bool(file.read(spans[index, 1] - spans[index, 0]).strip())
-        numbers = None if keep[:-1].all() else np.flatnonzero(keep) + 1
-        return cls(path, spans[keep], ":", numbers, what)
+            for number, line in enumerate(file, start=1):
+                if line.removeprefix(_MARK).strip():
+                    spans.append((start, start + len(line)))
+                    numbers.append(number)
+                start += len(line)
+        return cls(path, spans, ":", numbers, what)
 
     @classmethod
     def entries(cls, path: Path, key: str | None, what: str) -> "Records":
-        """Reads the objects of the array ``key`` of a JSON object, or of a top-level array (None).
+        """Finds the entries of the array ``key`` of a JSON object, or of a top-level array (None).
+
+        The file is in memory meanwhile, as text without its objects, which would take ten times as much.
 
         Raises:
             DataError: there is no such file or array, or the file is truncated or no JSON.
         """
         _need_file(path, f"a JSON file of {what}")
-        spans = np.array(list(_entry_spans(path, key, what)), dtype=np.int64).reshape(-1, 2)
-        return cls(path, spans, f", entry of {key!r} " if key else ", entry ", what=what)
+        # One character per byte, so that places are those of bytes. Nothing but ASCII gives JSON its form, and
+        # a record is decoded when it is accessed.
+        text = path.read_bytes().decode("latin-1")
+        try:
+            spans = list(_entry_spans(text, key))
+        except ValueError as error:
+            raise DataError(
+                f"{path}: {error}; is this a {what} file? It may be truncated or damaged: copy it again"
+            ) from None
+        places = f", entry of {key!r} " if key else ", entry "
+        return cls(path, spans, places, range(1, len(spans) + 1), what)
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def where(self, index: int) -> str:
         """Names the file and the line (or entry) of a record, counted from 1."""
-        number = index + 1 if self._numbers is None else int(self._numbers[index])
-        return f"{self.path}{self._places}{number}"
+        return f"{self.path}{self._places}{self._numbers[index]}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
         """Parses one record; raises DataError if it is not valid JSON in UTF-8, or no object."""
@@ -146,118 +150,66 @@ def _need_file(path: Path, expected: str) -> None:
             raise DataError(f"{path}: expected {expected}, but the file is {remedy}")
 
 
-def _start_of_text(path: Path) -> int:
-    """Counts the bytes before the text: 3 with a byte order mark, else 0."""
-    with path.open("rb") as file:
-        return len(_MARK) if file.read(len(_MARK)) == _MARK else 0
+class _Scanner:
+    """Reads JSON text value by value; ``place`` is the next character that is not white space."""
 
+    def __init__(self, text: str):
+        self.text = text
+        self._move(len(_MARK) if text.startswith(_MARK.decode("latin-1")) else 0)
 
-class _JsonStream:
-    """Reads the JSON text of a file in pieces, so that the file is never in memory as a whole.
-
-    ``text`` is the present piece, ``position`` the next character in it, and ``base`` the byte of the
-    file at which ``text`` starts.
-    """
-
-    def __init__(self, file: BinaryIO, path: Path, what: str):
-        self.file, self.path, self.what = file, path, what
-        self.text, self.position = "", 0
-        self.base = file.seek(_start_of_text(path))
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._scan = json.JSONDecoder().raw_decode
-
-    def bad(self, reason: str) -> DataError:
-        near = self.base + len(self.text[: self.position].encode())
-        return DataError(
-            f"{self.path}: {reason} (near byte {near}); is this a {self.what} file? It may be truncated or "
-            "damaged: copy it again"
-        )
-
-    def more(self) -> bool:
-        """Drops what was read and appends the next piece; False at the end of the file."""
-        try:
-            # A value that does not end in the present piece is parsed again with twice as much text.
-            piece = self.file.read(max(_CHUNK, len(self.text) - self.position))
-            added = self._decoder.decode(piece, final=not piece)
-        except UnicodeDecodeError as error:
-            raise self.bad(f"not UTF-8 ({error})") from None
-        self.base += len(self.text[: self.position].encode())
-        self.text, self.position = self.text[self.position :] + added, 0
-        return bool(piece)
-
-    def peek(self) -> str:
-        """The next character that is not white space; "" at the end of the file."""
-        while True:
-            while self.position < len(self.text) and self.text[self.position] in _SPACE:
-                self.position += 1
-            if self.position < len(self.text):
-                return self.text[self.position]
-            if not self.more():
-                return ""
+    def _move(self, place: int) -> None:
+        self.place = _SPACE.match(self.text, place).end()  # type: ignore[union-attr]  # it may be empty
 
     def take(self, expected: str) -> str:
         """Reads one of the expected characters."""
-        character = self.peek()
-        if not character or character not in expected:
-            wanted = " ".join(expected)
-            raise self.bad(f"expected one of {wanted}, found {character!r}" if character else "it ends early")
-        self.position += 1
+        character = self.text[self.place : self.place + 1]
+        if not character:
+            raise ValueError("it ends early")
+        if character not in expected:
+            raise ValueError(f"expected one of {' '.join(expected)}, found {character!r} (byte {self.place})")
+        self._move(self.place + 1)
         return character
 
     def value(self) -> tuple[Any, int]:
-        """Reads the next value; returns it and where it starts in ``text``."""
-        self.peek()
-        while True:
-            try:
-                value, end = self._scan(self.text, self.position)
-            except (ValueError, RecursionError) as error:
-                if isinstance(error, RecursionError) or not self.more():
-                    raise self.bad(f"not valid JSON ({error})") from None
-                continue
-            length = end - self.position
-            if len(self.text) - end < 3 and self.more():  # a number may continue, as the 1 of 1e+5
-                continue
-            start, self.position = self.position, self.position + length
-            return value, start
+        """Reads a value; returns it and its end."""
+        try:
+            value, end = _scan_json(self.text, self.place)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not valid JSON ({error})") from None
+        self._move(end)
+        return value, end
 
     def member(self) -> str:
         """Reads the name of an object's next member."""
         name, _ = self.value()
         if not isinstance(name, str):
-            raise self.bad(f"not valid JSON ({name!r} as a name)")
+            raise ValueError(f"not valid JSON ({name!r} as a name)")
         self.take(":")
         return name
 
 
-def _entry_spans(path: Path, key: str | None, what: str) -> Iterator[tuple[int, int]]:
-    """First byte and end of each entry of an array; ``key`` as in ``Records.entries``."""
-    with path.open("rb") as file:
-        stream = _JsonStream(file, path, what)
-        if key is not None:
-            stream.take("{")
-            while stream.member() != key:
-                stream.value()
-                if stream.take(",}") == "}":
-                    raise stream.bad(f"there is no {key!r}")
-        stream.take("[")
-        counted, place = stream.base, 0  # bytes before text[place], counted up to there
-        more_to_come = stream.peek() != "]"
-        if not more_to_come:
-            stream.take("]")
+def _entry_spans(text: str, key: str | None) -> Iterator[tuple[int, int]]:
+    """Start and end of each entry of an array; ``key`` as in ``Records.entries``."""
+    scanner = _Scanner(text)
+    if key is not None:
+        scanner.take("{")
+        while scanner.member() != key:
+            scanner.value()
+            if scanner.take(",}") == "}":
+                raise ValueError(f"there is no {key!r}")
+    scanner.take("[")
+    if text.startswith("]", scanner.place):
+        scanner.take("]")
+    else:
+        more_to_come = True
         while more_to_come:
-            stream.peek()
-            before = stream.base
-            _, start = stream.value()
-            if stream.base != before or counted < stream.base:
-                counted, place = stream.base, 0
-            counted += len(stream.text[place:start].encode())
-            length = len(stream.text[start : stream.position].encode())
-            yield counted, counted + length
-            counted, place = counted + length, stream.position
-            more_to_come = stream.take(",]") == ","
-        while key is not None and stream.take(",}") == ",":
-            if stream.member() == key:
-                raise stream.bad(f"there are two {key!r}, of which only one would be read")
-            stream.value()
-        if behind := stream.peek():
-            raise stream.bad(f"found {behind!r} behind the end")
+            start = scanner.place
+            _, end = scanner.value()
+            yield start, end
+            more_to_come = scanner.take(",]") == ","
+    while key is not None and scanner.take(",}") == ",":
+        if scanner.member() == key:
+            raise ValueError(f"there are two {key!r}, of which only one would be read")
+        scanner.value()
+    if scanner.place < len(text):
+        raise ValueError(f"found {text[scanner.place]!r} behind the end")
