@@ -354,10 +354,6 @@ def test_ids_may_hold_what_tells_the_parts_apart(tmp_path):
     assert [(e.question, e.part) for e in examples[:2]] == [("clip:r0:r", ""), ("clip:r0:r", "r")]
     subsets = {tuple(low_shot(examples, 2, seed).questions[::2]) for seed in range(9)}
     assert len(subsets) > 4
-    write(tmp_path, another(0, annot_id="clip"), another(1, annot_id="clip:r"))
-    with pytest.raises(DataError, match="'clip:r' is also the id of another question's rationales"):
-        both(tmp_path)
-    assert VcrReader(tmp_path, "train").open().ids == ["clip", "clip:r"]
 
 
 # people as tokens, and masked objects

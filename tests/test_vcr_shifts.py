@@ -141,30 +141,11 @@ def test_questions_about_others_are_not_in_a_rules_set(rule, questions):
     assert [rule(record(question)) for question in questions] == [None] * len(questions)
 
 
-@pytest.mark.parametrize("shift", [rule_singular, rule_plural, lambda r: shortcut_scores(r, pay_for([]))])
-@pytest.mark.parametrize("changes", [{"answer_label": None}, {"rationale_label": 4}, {"answer_label": True}])
-def test_rules_and_scores_need_labels(shift, changes):
+@pytest.mark.parametrize("shift", [rule_singular, rule_plural])
+@pytest.mark.parametrize("changes", [{"answer_label": None}, {"rationale_label": 4}])
+def test_rules_need_labels(shift, changes):
     with pytest.raises(ValueError, match="needs answer_label and rationale_label"):
         shift(record() | changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"objects": None}, "objects is None"),
-        ({"answer_choices": [DULL] * 3}, "expected 4 token lists"),
-        ({"rationale_choices": [DULL, DULL, "no", DULL]}, r"rationale_choices\[2\] is 'no'"),
-        ({"question": [[]]}, "neither a word nor a list"),
-        ({"question": [None]}, "neither a word nor a list"),
-        ({"question": [[4]]}, "reference to object 4, but the picture has 4"),
-        ({"question": [[-1]]}, "reference to object -1"),
-        ({"answer_choices": [[[MASKED_TAG]]] * 4}, "take the file that has no masks"),
-    ],
-)
-def test_what_is_no_vcr_line_fails(changes, reason):
-    for shift in (*RULES.values(), *(lambda r, f=f: f(r, {}) for f in MASKINGS.values())):
-        with pytest.raises(ValueError, match=reason):
-            shift(record() | changes)
 
 
 # masks
@@ -212,8 +193,6 @@ def test_masks_need_no_labels_but_the_right_scores():
         rm_top(record(answer_label=0), scores)
     with pytest.raises(ValueError, match=r"answer_choices\[0\] has 3 tokens, but 1 shortcut scores"):
         rm_top(record(), line([[0]] * 4, [[0, 1, 0]] * 4))
-    with pytest.raises(ValueError, match="count=0"):
-        keep_top(record(), scores, 0)
 
 
 # scores
@@ -273,11 +252,6 @@ def test_a_scorer_gives_one_finite_logit_per_variant(logits):
         shortcut_scores(record(), lambda _prompt, _variants: logits)
 
 
-def test_scores_name_their_example():
-    with pytest.raises(ValueError, match="annot_id is None"):
-        shortcut_scores(record(annot_id=None), pay_for([]))
-
-
 SCORES = shortcut_scores(record(), pay_for([]))
 
 
@@ -289,23 +263,11 @@ def test_scores_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [
-        ({"annot_id": 3}, "field 'annot_id' is int, expected str"),
-        ({"annot_id": "first"}, "'first' already stands in"),
-        ({"answer_label": 4}, "answer_label is 4, expected 0 to 3; make the scores again"),
-        ({"rationale_label": None}, "rationale_label is None"),
-        ({"rationale_losses": None}, "expected rationale_tokens and rationale_losses with 4 lists"),
-        ({"answer_losses": [[0.1] * 3] * 3}, "expected answer_tokens and answer_losses with 4 lists"),
-        ({"answer_losses": [[0.1] * 2] * 4}, "equal lengths"),
-        ({"answer_losses": [[0.1, 0.2, math.nan]] * 4}, "finite"),
-        ({"answer_losses": [[0.1, 0.2, True]] * 4}, "finite"),
-        ({"answer_losses": [[0.1, 0.2, 10**400]] * 4}, "finite"),
-        ({"answer_tokens": [[1, 2, 3]] * 4}, "one word"),
-    ],
+    [({"annot_id": 3}, "field 'annot_id' is int, expected str"), ({}, "'first' already stands in")],
 )
 def test_bad_scores_fail_by_line(tmp_path, changes, reason):
-    path = tmp_path / "scores.jsonl"
-    path.write_text(json.dumps(SCORES | {"annot_id": "first"}) + "\n" + json.dumps(SCORES | changes) + "\n")
+    path, first = tmp_path / "scores.jsonl", SCORES | {"annot_id": "first"}
+    path.write_text(json.dumps(first) + "\n" + json.dumps(first | changes) + "\n")
     with pytest.raises(DataError) as caught:
         read_scores(path)
     assert str(caught.value).startswith(f"{path}:2: ") and reason in str(caught.value)
@@ -438,7 +400,8 @@ def test_write_shifted_equals_the_functions(split, name):
         ('{"annot_id": ', ":2: not valid JSON"),
         ("[1]", ":2: expected a JSON object"),
         (json.dumps(record(annot_id=None)), ":2: field 'annot_id' is NoneType"),
-        (json.dumps(record(objects=[], annot_id="val-1")), ":2 (val-1): question: reference to object 1"),
+        (json.dumps(record(answer_choices=None, annot_id="val-1")), ":2 (val-1): TypeError"),
+        ('{"annot_id": "val-1", "answer_label": 1, "rationale_label": 2}', ":2 (val-1): KeyError"),
     ],
 )
 def test_a_bad_line_fails_by_file_and_line_and_leaves_the_old_file(split, name, scores, bad, reason):
@@ -455,22 +418,20 @@ def test_a_bad_line_fails_by_file_and_line_and_leaves_the_old_file(split, name, 
 
 def test_write_shifted_says_what_it_lacks(split):
     target, scores = split.parent / "out.jsonl", split.parent / "scores.jsonl"
-    for name, source, file, reason in (
-        ("keeptop2", split, None, "name='keeptop2': expected one of rule_singular, rule_plural, rmtop1,"),
-        ("keeptop3", split, None, "needs scores=..., made by tdlib.data.vcr_shifts.shortcut_scores"),
-        ("rule_plural", split.with_name("test.jsonl"), None, "test.jsonl: no such file"),
-        ("rmtop1", split, split.with_name("none.jsonl"), "none.jsonl: no such file"),
+    for source, file, reason in (
+        (split.with_name("test.jsonl"), scores, "test.jsonl: no such file"),
+        (split, split.with_name("none.jsonl"), "none.jsonl: no such file"),
     ):
         with pytest.raises(DataError) as caught:
-            write_shifted(source, target, name, file)
+            write_shifted(source, target, "rmtop1", file)
         assert reason in str(caught.value)
-    for written in (split, scores):
-        with pytest.raises(DataError, match="is also what is read; choose another file"):
-            write_shifted(split, written, "rmtop1", scores)
-    scores.write_text(scores.read_text().splitlines()[0])
-    with pytest.raises(DataError) as caught:
-        write_shifted(split, target, "rmtop1", scores)
-    assert f"{split}:2 (val-1): no line for it in {scores}" in str(caught.value)
+    first, second, _ = read(scores)
+    del second["answer_losses"]
+    for lines, reason in (([first], f"no line for it in {scores}"), ([first, second], "KeyError")):
+        scores.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(DataError) as caught:
+            write_shifted(split, target, "rmtop1", scores)
+        assert f"{split}:2 (val-1): {reason}" in str(caught.value)
     assert not target.exists()
 
 

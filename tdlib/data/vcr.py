@@ -7,7 +7,6 @@ indices and boxes that decide the answer) and ``*.types.jsonl`` (question types)
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,36 +155,21 @@ class _Picture:
         return upright_boxes(normalise_boxes(boxes, *self.size, where), self.size, self.header, where)
 
 
-@dataclass(frozen=True)
-class _Relevance:
-    """One line of a relevance file: indices of the decisive tokens of each text, and boxes in pixels."""
+def _decisive_tokens(line: tuple[dict[str, Any], str] | None) -> dict[str, list[int]]:
+    """Reads the indices of the decisive tokens of each text, by its name, from a line of a relevance file."""
+    if line is None:
+        return {}
+    record, where = line
+    texts = {"question": record.get("question", [])}
+    for key in ("answer_choices", "rationale_choices"):
+        if key in record:
+            choices = need(record, key, list, where, "relevance")
+            texts |= {f"{key}[{i}]": indices for i, indices in enumerate(choices)}
+    for name, indices in texts.items():
+        if not (isinstance(indices, list) and all(type(i) is int for i in indices)):
+            raise DataError(f"{where}: {name} is {indices!r}, expected a list of token indices")
+    return texts
 
-    question: list[int]
-    answer_choices: list[list[int]]
-    rationale_choices: list[list[int]]
-    boxes: list[Any]
-
-    @classmethod
-    def parse(cls, record: dict[str, Any], where: str) -> "_Relevance":
-        def indices(name: str, value: Any) -> list[int]:
-            if not (isinstance(value, list) and all(type(i) is int for i in value)):
-                raise DataError(f"{where}: {name} is {value!r}, expected a list of token indices")
-            return value
-
-        def four(name: str) -> list[list[int]]:
-            value = record.get(name, [[]] * 4)
-            if not (isinstance(value, list) and len(value) == 4):
-                raise DataError(f"{where}: {name} is {value!r}, expected 4 lists of token indices")
-            return [indices(f"{name}[{i}]", marks) for i, marks in enumerate(value)]
-
-        question = indices("question", record.get("question", []))
-        boxes = record.get("boxes", [])
-        if not isinstance(boxes, list):
-            raise DataError(f"{where}: boxes is {boxes!r}, expected a list of [x1, y1, x2, y2]")
-        return cls(question, four("answer_choices"), four("rationale_choices"), boxes)
-
-
-_UNMARKED = _Relevance([], [[]] * 4, [[]] * 4, [])
 
 _LABELS = {
     "qa": ("answer_label",), "qar": ("rationale_label",), "both": ("answer_label", "rationale_label")
@@ -209,10 +193,9 @@ class VcrReader(Reader):
     ``annot_id:r0`` to ``:r3`` are its rationales given each answer.
 
     Raises:
-        DataError: the folder lacks the split or its pictures, or an argument is unknown.
+        DataError: the folder lacks the split or its pictures.
     """
 
-    SUBTASKS = ("qa", "qar", "both")
     what = "VCR"
 
     def __init__(
@@ -225,12 +208,7 @@ class VcrReader(Reader):
     ):
         self.folder = Path(folder)
         self.path = file or self.folder / f"{split}.jsonl"
-        self.split = split
         self.images = self.folder / "vcr1images"
-        if subtask not in self.SUBTASKS:
-            raise DataError(f"subtask={subtask!r}: expected one of {', '.join(self.SUBTASKS)}")
-        if references not in REFERENCE_SCHEMES:
-            raise DataError(f"references={references!r}: expected one of {', '.join(REFERENCE_SCHEMES)}")
         if not self.path.is_file():
             raise missing_file(
                 self.path, "*.jsonl", "a VCR folder holds {train,val,test}.jsonl and vcr1images"
@@ -265,52 +243,40 @@ class VcrReader(Reader):
         relevance = SideFile(self.folder / f"{self.path.stem}.relevance.jsonl", "annot_id", self.what)
         positions = [position for position, _ in lines.values()]
         questions = [question for question in lines for _ in parts]
-        of_question = [*parts] * len(lines)
-        several = len(parts) > 1
-        ids, strata = questions, [types.get(question, "all") for question in questions]
-        if several:
-            ids = [f"{question}:{part}" if part else question for question, part in
-                   zip(questions, of_question, strict=True)]  # fmt: skip
-            strata = [sys.intern(f"{stratum} rationale" if part else stratum) for stratum, part in
-                      zip(strata, of_question, strict=True)]  # fmt: skip
-            twice = [identifier for identifier, number in Counter(ids).items() if number > 1]
-            if twice:
-                raise DataError(
-                    f"{self.path}: annot_id {twice[0]!r} is also the id of another question's rationales "
-                    "(annot_id and ':r'); rename it"
-                )
+        strata = [types.get(question, "all") for question in questions]
+        # A part is named only where a question gives several examples.
+        named = [*(parts if len(parts) > 1 else ("",))] * len(lines)
+        ids = [f"{q}:{part}" if part else q for q, part in zip(questions, named, strict=True)]
+        strata = [sys.intern(f"{s} rationale" if part else s) for s, part in zip(strata, named, strict=True)]
 
         def make(index: int) -> Example:
             position = positions[index // len(parts)]
             record, where = records[position], records.where(position)
-            line = relevance.find(record["annot_id"], position)
-            marks = _Relevance.parse(*line) if line else _UNMARKED
-            part = of_question[index]
-            example = self._example(record, where, marks, strata[index], part)
-            return replace(example, id=ids[index], part=part if several else "")
+            marks = relevance.find(record["annot_id"], position)
+            example = self._example(record, where, marks, strata[index], parts[index % len(parts)])
+            return replace(example, id=ids[index], part=named[index])
 
-        return Examples(ids, strata, make, labelled, questions, of_question if several else None)
+        return Examples(ids, strata, make, labelled, questions, named)
 
     def _types(self) -> dict[str, str]:
         """Reads question types by annot_id; a reworded split (val_shortcut) has those of its source (val)."""
+
+        def type_of(record: dict[str, Any], _identifier: str, where: str) -> str:
+            return sys.intern(need(record, "type", str, where, self.what))
+
         for stem in (self.path.stem, self.path.stem.split("_")[0]):
             path = self.folder / f"{stem}.types.jsonl"
             if path.is_file():
-                types = index_records(Records.lines(path, self.what), "annot_id", str, self._type)
+                types = index_records(Records.lines(path, self.what), "annot_id", str, type_of)
                 if types:
                     return {identifier: kind for identifier, (_, kind) in types.items()}
         return {}
 
-    def _type(self, record: dict[str, Any], _identifier: str, where: str) -> str:
-        return sys.intern(need(record, "type", str, where, self.what))
-
     def _file(self, record: dict[str, Any], key: str, where: str) -> Path:
         """Resolves a file of ``vcr1images/`` that a record names."""
         name = need(record, key, str, where, self.what)
-        if os.path.isabs(name) or ".." in Path(name).parts:
-            raise DataError(f"{where}: {key}={name!r} leads out of {self.images}; expected a path inside it")
         path = self.images / name
-        if "\0" in name or not os.path.isfile(path):
+        if not os.path.isfile(path):
             raise DataError(
                 f"{where}: {key}={name!r}: no such file in {self.images}; unpack vcr1images.zip again"
             )
@@ -331,29 +297,35 @@ class VcrReader(Reader):
         return picture
 
     def _example(
-        self, record: dict[str, Any], where: str, marks: _Relevance, stratum: str, part: str
+        self,
+        record: dict[str, Any],
+        where: str,
+        marks: tuple[dict[str, Any], str] | None,
+        stratum: str,
+        part: str,
     ) -> Example:
         where = f"{where} ({record['annot_id']})"
         picture = self._picture(record, where)
+        decisive = _decisive_tokens(marks)
 
-        def text(name: str, tokens: Any, decisive: list[int]) -> TextPart:
+        def text(name: str, tokens: Any) -> TextPart:
             if not isinstance(tokens, list):
                 raise DataError(
                     f"{where}: {name} is {tokens!r}, expected a list of tokens; is this a VCR file?"
                 )
             try:
-                part = render(tokens, picture.names, self.references, decisive)
+                part = render(tokens, picture.names, self.references, decisive.get(name, []))
             except (IndexError, TypeError) as error:
                 raise DataError(f"{where}: {name}: {error}; files of different releases?") from None
             if not part.text.strip():
                 raise DataError(f"{where}: {name} is empty; complete it or remove the line")
             return part
 
-        def choices_of(key: str, decisive: list[list[int]]) -> tuple[TextPart, ...]:
+        def choices_of(key: str) -> tuple[TextPart, ...]:
             choices = need(record, key, list, where, self.what)
             if len(choices) != 4:
                 raise DataError(f"{where}: {key} has {len(choices)} entries, expected 4; is this a VCR file?")
-            return tuple(text(f"{key}[{i}]", choices[i], decisive[i]) for i in range(4))
+            return tuple(text(f"{key}[{i}]", choice) for i, choice in enumerate(choices))
 
         def label_of(key: str) -> int | None:
             if key not in record:
@@ -363,8 +335,8 @@ class VcrReader(Reader):
                 raise DataError(f"{where}: {key}={label}, expected 0 to 3; is this a VCR file?")
             return label
 
-        prompt = text("question", need(record, "question", list, where, self.what), marks.question)
-        choices = choices_of("answer_choices", marks.answer_choices)
+        prompt = text("question", need(record, "question", list, where, self.what))
+        choices = choices_of("answer_choices")
         label = label_of("answer_label")
         start = 0
         if part:
@@ -375,7 +347,7 @@ class VcrReader(Reader):
                     f"{where}: QA->R is conditioned on the right answer, but there is no answer_label"
                 )
             prompt, label = join_parts(prompt, choices[given]), label_of("rationale_label")
-            choices = choices_of("rationale_choices", marks.rationale_choices)
+            choices = choices_of("rationale_choices")
         return Example(
             id=record["annot_id"],
             question=record["annot_id"],
@@ -387,7 +359,7 @@ class VcrReader(Reader):
             label=label,
             stratum=stratum,
             given=start,
-            relevant_boxes=picture.places(marks.boxes, f"relevance of {where}"),
+            relevant_boxes=picture.places(marks[0].get("boxes", []), marks[1]) if marks else (),
         )
 
 

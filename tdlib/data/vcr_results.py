@@ -51,30 +51,23 @@ def write_submission(path: Path, examples: Examples, probabilities: Sequence[Seq
         probabilities: four numbers for each of them.
 
     Raises:
-        DataError: a question lacks its answers or its rationales given one of the answers.
+        DataError: a question lacks its answers or its rationales given one of the answers, or a number is not
+            finite.
     """
     by_question: dict[str, dict[str, Sequence[float]]] = {}
     for question, part, numbers in zip(examples.questions, examples.parts, probabilities, strict=True):
+        if not all(math.isfinite(number) for number in numbers):
+            raise DataError(f"{path}: predictions for {question!r} are not finite; was it trained?")
         by_question.setdefault(question, {})[part] = numbers
-    if not by_question:
-        raise DataError(f"{path}: no predictions to write")
     wanted = parts_of("both", labelled=False)
     rows = []
     for question, by_part in by_question.items():
-        for part in wanted:
-            what = f"the {'rationales' if part else 'answers'} of {question!r}" + (
-                f" given answer {part[1:]}" if part else ""
+        if lacking := [part for part in wanted if part not in by_part]:
+            raise DataError(
+                f"{path}: no predictions for the {'rationales' if lacking[0] else 'answers'} of {question!r}; "
+                "the leaderboard wants answers, and rationales given each answer: predict the test split with "
+                "task='vcr'"
             )
-            if part not in by_part:
-                raise DataError(
-                    f"{path}: no predictions for {what}; the leaderboard wants answers, and rationales "
-                    "given each answer: predict the test split with task='vcr'"
-                )
-            numbers = by_part[part]
-            if len(numbers) != 4:
-                raise DataError(f"{path}: {len(numbers)} predictions for {what}, expected 4")
-            if not all(math.isfinite(number) for number in numbers):
-                raise DataError(f"{path}: predictions for {what} are not finite; was it trained?")
         rows.append([question, *(repr(float(p)) for part in wanted for p in by_part[part])])
     with whole_file(path) as file:
         csv.writer(file, lineterminator="\n").writerows([SUBMISSION_COLUMNS, *rows])

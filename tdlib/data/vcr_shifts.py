@@ -4,7 +4,8 @@
 that a model can learn without the picture stop working: by rule (no model needed), or by masking the tokens
 on which a trained model relies. This follows github.com/yekeren/VCR-shortcut-effects-study at 4d0151d in every
 quirk: pronouns have no cases ("near he waves"), verbs do not agree. It takes lines as ``json`` reads them and
-changes only the choices. It neither reads pictures nor runs models.
+changes only the choices. It neither reads pictures nor runs models, and leaves it to the reader of the set to
+check that lines are as VCR publishes them.
 """
 
 import json
@@ -17,7 +18,7 @@ from typing import Any
 from tdlib.core.files import whole_file
 from tdlib.data.examples import DataError
 from tdlib.data.json_files import Records
-from tdlib.data.reading import index_records, is_number, need
+from tdlib.data.reading import index_records, need
 
 Line = dict[str, Any]  # of a VCR file, or of a file of shortcut scores
 Token = str | list[int]  # a word, or a reference to objects of the picture
@@ -31,37 +32,13 @@ _HE = ("he", "his", "him", "He", "His", "Him")
 _SHE = ("she", "her", "hers", "She", "Her", "Hers")
 
 
-def _check(record: Line, labels: bool = True) -> None:
-    """Raises ``ValueError`` where a line is not as VCR publishes it."""
-    objects = record.get("objects")
-    if not (isinstance(objects, list) and all(isinstance(name, str) for name in objects)):
-        raise ValueError(f"objects is {objects!r}, expected a list of class names; is this a VCR file?")
-    lists = {"question": record.get("question")}
+def _check_labels(record: Line) -> None:
     for part in _PARTS:
-        choices = record.get(f"{part}_choices")
-        if not (isinstance(choices, list) and len(choices) == 4):
-            raise ValueError(f"{part}_choices is {choices!r}, expected 4 token lists; is this a VCR file?")
-        lists |= {f"{part}_choices[{index}]": choice for index, choice in enumerate(choices)}
-        label = record.get(f"{part}_label")
-        if labels and not (type(label) is int and 0 <= label < 4):
+        if record.get(f"{part}_label") not in range(4):
             raise ValueError(
-                f"{part}_label is {label!r}, but the set needs answer_label and rationale_label, each "
-                "0 to 3; take a split that has them (train or val)"
+                f"{part}_label is {record.get(f'{part}_label')!r}, but the set needs answer_label and "
+                "rationale_label, each 0 to 3; take a split that has them (train or val)"
             )
-    for name, tokens in lists.items():
-        if not isinstance(tokens, list):
-            raise ValueError(f"{name} is {tokens!r}, expected a list of tokens; is this a VCR file?")
-        for token in tokens:
-            if isinstance(token, str):
-                continue
-            if not (isinstance(token, list) and token and all(type(tag) is int for tag in token)):
-                raise ValueError(f"{name}: {token!r} is neither a word nor a list of object indices")
-            for tag in token:
-                if not 0 <= tag < len(objects):
-                    raise ValueError(
-                        f"{name}: reference to object {tag}, but the picture has {len(objects)} objects; "
-                        f"from {MASKED_TAG} on it is masked: take the file that has no masks"
-                    )
 
 
 def _with_choices(record: Line, change: Callable[[str, int, list[Token]], list[Token]]) -> Line:
@@ -92,7 +69,8 @@ def _to_pronoun(choice: Sequence[Token], tag: list[int] | None, pronoun: str) ->
 
 def _people(tokens: Sequence[Token], objects: Sequence[str]) -> list[int]:
     """Lists the persons to whom tokens refer, each once."""
-    return sorted({tag for tag in _tags(tokens) if objects[tag] == "person"})
+    tags = {tag for token in tokens if isinstance(token, list) for tag in token}
+    return sorted(tag for tag in tags if objects[tag] == "person")
 
 
 def _pronoun(choice: Sequence[Token], question: Sequence[Token]) -> str:
@@ -112,7 +90,7 @@ def rule_singular(record: Line) -> Line | None:
     the question's person, in the right one the person becomes a pronoun. A reference to a
     person together with an object is kept. tools/rephrase_choice_singular.py.
     """
-    _check(record)
+    _check_labels(record)
     objects, question = record["objects"], record["question"]
     asked = _people(question, objects)
     if len(asked) != 1:
@@ -146,7 +124,7 @@ def rule_plural(record: Line) -> Line | None:
     not in order is kept, because the original compares it with the sorted one.
     tools/rephrase_choice_plural.py.
     """
-    _check(record)
+    _check_labels(record)
     asked = _group(record["question"], record["objects"])
     if asked is None:
         return None
@@ -186,12 +164,7 @@ def mask_tokens(tokens: Sequence[Token], masked: Collection[int]) -> list[Token]
     return result
 
 
-def _mask_by(
-    record: Line, scores: Line, count: int, chosen: Callable[[Sequence[float]], list[int]]
-) -> Line:
-    _check(record, labels=False)
-    if count < 1:
-        raise ValueError(f"count={count}: expected a number of tokens, at least 1")
+def _mask_by(record: Line, scores: Line, chosen: Callable[[Sequence[float]], list[int]]) -> Line:
     for part in _PARTS:
         label = record.get(f"{part}_label")
         if label is not None and label != scores[f"{part}_label"]:
@@ -218,7 +191,7 @@ def rm_top(record: Line, scores: Line, count: int = 1) -> Line:
     ``scores`` is the example's line of a shortcut-scores file. tools/merge_adversarial_annotations.py.
     """
     return _mask_by(
-        record, scores, count, lambda losses: sorted(range(len(losses)), key=lambda i: -losses[i])[:count]
+        record, scores, lambda losses: sorted(range(len(losses)), key=lambda i: -losses[i])[:count]
     )
 
 
@@ -229,7 +202,7 @@ def keep_top(record: Line, scores: Line, count: int) -> Line:
     order of ties depends on numpy's version and the processor.
     """
     return _mask_by(
-        record, scores, count, lambda losses: sorted(range(len(losses)), key=losses.__getitem__)[:-count]
+        record, scores, lambda losses: sorted(range(len(losses)), key=losses.__getitem__)[:-count]
     )
 
 
@@ -243,9 +216,6 @@ def shortcut_scores(record: Line, score: Score) -> Line:
     ``*_tokens`` are for human readers (the study's files have a name for each person instead of
     "person_0"). modeling/shortcut_main.py.
     """
-    _check(record)
-    if not isinstance(record.get("annot_id"), str):
-        raise ValueError(f"annot_id is {record.get('annot_id')!r}, expected a string; is this a VCR file?")
     question, objects = record["question"], record["objects"]
     prompts = (question, [*question, *record["answer_choices"][record["answer_label"]]])
     line: Line = {"annot_id": record["annot_id"]}
@@ -279,39 +249,10 @@ def _sigmoid_cross_entropy(logit: float, right: bool) -> float:
 
 
 def read_scores(path: Path | str) -> dict[str, Line]:
-    """Reads the lines of a shortcut-scores file by annot_id; DataError names a bad line and its fault."""
-
-    def check(line: Line, _identifier: str, where: str) -> Line:
-        for part in _PARTS:
-            values: list[Any] = [line.get(f"{part}_{field}") for field in ("label", "tokens", "losses")]
-            label, tokens, losses = values
-            if not (type(label) is int and 0 <= label < 4):
-                raise DataError(f"{where}: {part}_label is {label!r}, expected 0 to 3; make the scores again")
-            if not (
-                _four_lists(tokens, lambda token: isinstance(token, str))
-                and _four_lists(losses, lambda loss: is_number(loss) and loss >= 0)
-                and [len(each) for each in tokens] == [len(each) for each in losses]
-            ):
-                raise DataError(
-                    f"{where}: expected {part}_tokens and {part}_losses with 4 lists of equal lengths, one "
-                    "word and one finite loss (at least 0) per token; make the scores again"
-                )
-        return line
-
-    lines = index_records(Records.lines(Path(path), "shortcut-scores"), "annot_id", str, check)
-    return {identifier: line for identifier, (_, line) in lines.items()}
-
-
-def _four_lists(value: Any, of: Callable[[Any], bool]) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 4
-        and all(isinstance(inner, list) and all(of(item) for item in inner) for inner in value)
-    )
-
-
-def _tags(tokens: Sequence[Token]) -> set[int]:
-    return {tag for token in tokens if isinstance(token, list) for tag in token}
+    """Reads the lines of a shortcut-scores file by annot_id."""
+    lines = Records.lines(Path(path), "shortcut-scores")
+    index = index_records(lines, "annot_id", str, lambda line, _identifier, _where: line)
+    return {identifier: line for identifier, (_, line) in index.items()}
 
 
 # Files
@@ -329,7 +270,7 @@ MASKINGS: dict[str, Callable[[Line, Line], Line]] = {
 SHIFTS = (*RULES, *MASKINGS)
 
 
-def write_shifted(source: Path | str, target: Path | str, name: str, scores: Path | str | None = None) -> int:
+def write_shifted(source: Path, target: Path, name: str, scores: Path | None = None) -> int:
     """Writes a split's shifted set as a file of the same schema; returns how many examples it holds.
 
     Args:
@@ -337,42 +278,31 @@ def write_shifted(source: Path | str, target: Path | str, name: str, scores: Pat
         target: written as a whole; until then an older file stays. It is empty if the rule applies to no
             example.
         name: one of ``SHIFTS``.
-        scores: a file of ``shortcut_scores`` lines; the masked sets need it, the others ignore it.
+        scores: a file of ``shortcut_scores`` lines, for the masked sets: those of a student, or the authors'
+            data/adversarial_based/shortcut_scores.jsonl.
 
     Raises:
-        DataError: an unknown name, missing scores, or a bad line, whose file and number it names.
+        DataError: a bad line, whose file and number it names, or one without scores.
     """
-    source, target = Path(source), Path(target)
-    if name not in RULES and name not in MASKINGS:
-        raise DataError(f"name={name!r}: expected one of {', '.join((*RULES, *MASKINGS))}")
-    if name in MASKINGS and scores is None:
-        raise DataError(
-            f"name={name!r}: needs scores=..., made by tdlib.data.vcr_shifts.shortcut_scores for each line "
-            f"of {source}, or the authors' data/adversarial_based/shortcut_scores.jsonl"
-        )
-    if target.resolve() in {Path(path).resolve() for path in (source, scores) if path is not None}:
-        raise DataError(f"{target}: is also what is read; choose another file to write")
-    scores_of = read_scores(scores) if name in MASKINGS and scores is not None else {}
-
+    scores_of = read_scores(scores) if scores else {}
     records = Records.lines(source, "VCR")
-
-    def shift(record: Line, where: str) -> Line | None:
-        identifier = need(record, "annot_id", str, where, "VCR")
-        if name in MASKINGS and identifier not in scores_of:
-            raise DataError(
-                f"{where} ({identifier}): no line for it in {scores}; expected scores of every example, "
-                "make them for this file"
-            )
-        try:
-            return RULES[name](record) if name in RULES else MASKINGS[name](record, scores_of[identifier])
-        except ValueError as error:
-            raise DataError(f"{where} ({identifier}): {error}") from None
-
     count = 0
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as file:
         for index in range(len(records)):
-            shifted = shift(records[index], records.where(index))
+            record, where = records[index], records.where(index)
+            identifier = need(record, "annot_id", str, where, "VCR")
+            try:
+                if name in RULES:
+                    shifted = RULES[name](record)
+                elif identifier in scores_of:
+                    shifted = MASKINGS[name](record, scores_of[identifier])
+                else:
+                    raise ValueError(f"no line for it in {scores}; make scores for this file")
+            except ValueError as error:
+                raise DataError(f"{where} ({identifier}): {error}") from None
+            except (KeyError, IndexError, TypeError) as error:
+                raise DataError(f"{where} ({identifier}): {error!r}; is this a VCR file?") from None
             if shifted is not None:
                 file.write(json.dumps(shifted, ensure_ascii=False) + "\n")
                 count += 1
