@@ -29,6 +29,7 @@ from tdlib.arms import ARMS
 from tdlib.data.tasks import TASKS
 
 CELL = ["task", "setting", "shots"]
+BASELINE = "finetune"  # the arm that the others are compared with
 USUAL = "usual"  # the test that is not shifted
 ALL_WORLDS = "all"  # worlds in which there are finished runs of the task and setting
 COLUMNS = [
@@ -37,24 +38,6 @@ COLUMNS = [
     "difference_high", "relative", "relative_low", "relative_high", "gain_over_chance", "p_value",
     "p_adjusted", "arms_tested", "verdict", "unpaired",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of a comparison.
-
-    ``baseline`` is the arm that the others are compared with. ``tested`` are the arms whose difference is
-    tested, all of the cell if empty; choose them before looking, as every further arm needs more pairs
-    (``statistics.pairs_needed``). They count for Holm's correction in every cell, test and world, also where
-    some have no pair yet: what is found must not depend on how far the runs are. Others get intervals and
-    the verdict "not tested". ``alpha`` is the level of the verdicts, ``resamples`` the number of bootstrap
-    samples. Intervals are of 95 %.
-    """
-
-    baseline: str = "finetune"
-    tested: Sequence[str] = ()
-    alpha: float = ALPHA
-    resamples: int = 2000
 
 
 @dataclass(frozen=True)
@@ -68,7 +51,7 @@ class Tested:
         return self.arms[arm].index if arm in self.arms else pd.Index([], dtype=int)
 
 
-def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "finetune",
+def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = BASELINE,
                  tested: Sequence[str] = (), alpha: float = ALPHA, resamples: int = 2000
                  ) -> pd.DataFrame:  # fmt: skip
     """Scores every arm in every cell on every test, and its paired difference to the baseline.
@@ -80,7 +63,13 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "fine
     difference_low, difference_high, relative, relative_low, relative_high, gain_over_chance, p_value,
     p_adjusted (Holm over the tested arms), arms_tested, verdict, and unpaired: seeds of arm or baseline that
     have no partner yet. ``runs`` are of one or several batches (``scores.read_runs``), ``scores`` theirs
-    (``scores.read_scores``); for the rest see ``Options``.
+    (``scores.read_scores``).
+
+    ``tested`` are the arms whose difference is tested, all of the cell if empty; choose them before looking,
+    as every further arm needs more pairs (``statistics.pairs_needed``). They count for Holm's correction in
+    every cell, test and world, also where some have no pair yet: what is found must not depend on how far the
+    runs are. Others get intervals and the verdict "not tested". ``alpha`` is the level of the verdicts,
+    ``resamples`` the number of bootstrap samples. Intervals are of 95 %.
 
     An arm has rows of several worlds together only if each of them has pairs of it with the baseline (of an
     arm without any pair: has its runs). The combinations are the largest one of each arm.
@@ -99,7 +88,7 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "fine
     every_world = {key: set(own["world"]) for key, own in done.groupby(["task", "setting"])}
     for key, cell in done.groupby(CELL, sort=False):
         where = dict(zip(CELL, key, strict=True))
-        options = Options(baseline, tested or list(dict.fromkeys(cell["arm"])), alpha, resamples)
+        options = baseline, tested or list(dict.fromkeys(cell["arm"])), alpha, resamples
         for world, own in cell.groupby("world", sort=False):
             _check_runs(_place(where, own, str(world)), own, baseline)
         of_cell = scores[scores["run"].isin(cell["run"])]
@@ -122,7 +111,7 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = "fine
                 shared["world"] = ALL_WORLDS if of_all else ", ".join(together)
                 rows += [
                     shared | row
-                    for row in arm_rows([worlds[world] for world in together], chance, options)
+                    for row in arm_rows([worlds[world] for world in together], chance, *options)
                     if len(together) == 1 or worlds_of[row["arm"]].issuperset(together)
                 ]
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -188,34 +177,34 @@ def summarise(predictions: pd.DataFrame) -> pd.DataFrame:
             str(arm): own.pivot(index="seed", columns="id", values="score")[pictures.index].astype(float)
             for arm, own in part.groupby("arm", sort=False)
         }
-        compared = arm_rows([Tested(arms, pictures.to_numpy())], float("nan"), Options())
+        compared = arm_rows([Tested(arms, pictures.to_numpy())], float("nan"))
         rows += [{"split": split, "n": row["seeds"]} | row for row in compared]
     columns = ["arm", "split", "mean", "low", "high", "n", "pairs", "difference", "difference_low"]
     return pd.DataFrame(rows, columns=[*columns, "difference_high", "verdict"])
 
 
-def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[dict[str, Any]]:
+def arm_rows(worlds: Sequence[Tested], chance: float, baseline: str = BASELINE, tested: Sequence[str] = (),
+             alpha: float = ALPHA, resamples: int = 2000) -> list[dict[str, Any]]:  # fmt: skip
     """Makes a row per arm on the same test of several worlds: mean and interval over its seeds, and the
-    paired difference to the baseline. ``chance`` is what guessing scores.
+    paired difference to the baseline. ``chance`` is what guessing scores; the rest as in ``compare_arms``.
     """
     arms = list(dict.fromkeys(arm for world in worlds for arm in world.arms))
     differences: dict[str, PairedDifference] = {}
     for arm in arms:
         pairs = [
-            (*(world.arms[name].loc[seeds].to_numpy() for name in (arm, options.baseline)), world.clusters)
+            (*(world.arms[name].loc[seeds].to_numpy() for name in (arm, baseline)), world.clusters)
             for world in worlds
-            if arm != options.baseline
-            and len(seeds := world.seeds(arm).intersection(world.seeds(options.baseline)))
+            if arm != baseline and len(seeds := world.seeds(arm).intersection(world.seeds(baseline)))
         ]
         if pairs:
-            differences[arm] = pooled_difference(pairs, chance, resamples=options.resamples)
-    family = {*(options.tested or arms)} - {options.baseline}
-    tested = {arm: one for arm, one in differences.items() if arm in family}
-    differences |= adjusted_together(tested, len(family))
+            differences[arm] = pooled_difference(pairs, chance, resamples=resamples)
+    family = {*(tested or arms)} - {baseline}
+    compared = {arm: one for arm, one in differences.items() if arm in family}
+    differences |= adjusted_together(compared, len(family))
     rows = []
     for arm in arms:
         of_arm = [(world.arms[arm].to_numpy(), world.clusters) for world in worlds if arm in world.arms]
-        mean, low, high = pooled_mean(of_arm, resamples=options.resamples)
+        mean, low, high = pooled_mean(of_arm, resamples=resamples)
         tests = [clusters for _, clusters in of_arm]
         row: dict[str, Any] = {
             "examples": sum(map(len, tests)), "pictures": sum(len(np.unique(one)) for one in tests),
@@ -223,11 +212,11 @@ def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[
             "high": high, "chance": chance, "over_chance": chance_corrected(mean, chance), "pairs": 0,
             "verdict": "", "unpaired": "",
         }  # fmt: skip
-        if arm != options.baseline:
+        if arm != baseline:
             alone = {
                 int(seed)
                 for world in worlds
-                for seed in world.seeds(arm).symmetric_difference(world.seeds(options.baseline))
+                for seed in world.seeds(arm).symmetric_difference(world.seeds(baseline))
             }
             row |= {"verdict": "too few pairs", "unpaired": ", ".join(map(str, sorted(alone)))}
         if gain := differences.get(arm):
@@ -237,10 +226,10 @@ def arm_rows(worlds: Sequence[Tested], chance: float, options: Options) -> list[
                 "relative_low": gain.relative_low, "relative_high": gain.relative_high,
                 "gain_over_chance": gain.gain_over_chance, "verdict": "not tested",
             }  # fmt: skip
-            if arm in tested:
+            if arm in compared:
                 row |= {
                     "p_value": gain.p_value, "p_adjusted": gain.p_adjusted, "arms_tested": gain.arms,
-                    "verdict": gain.verdict(options.alpha),
+                    "verdict": gain.verdict(alpha),
                 }  # fmt: skip
         rows.append(row)
     return rows

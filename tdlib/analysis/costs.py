@@ -44,13 +44,13 @@ def cost_table(runs: pd.DataFrame, reports: Path, baseline: str = "finetune") ->
 
 
 def _recorded(folder: Path) -> dict[str, float]:
-    """Reads a run's updates, passes and seconds; empty if it did not record them."""
+    """Reads a run's updates, passes and seconds; empty if it was not trained."""
     for file in sorted((folder / "output").rglob("metrics.json")):
         metrics = json.loads(file.read_text(encoding="utf-8"))
         if metrics.get("updates"):
             return {
                 "updates": metrics["updates"],
-                "passes_per_update": metrics.get("passes_per_update", float("nan")),
+                "passes_per_update": metrics["passes_per_update"],
                 "seconds_per_update": metrics["train_seconds"] / metrics["updates"],
                 "train_seconds": metrics["train_seconds"],
             }

@@ -142,7 +142,7 @@ def zero_shot(
     Columns ``KNOWLEDGE``: ``concepts`` of the right answer, ``known`` to the curated corpus or not (None:
     it names none), the picture's style and whether that corpus has it, and ``hit``.
     """
-    examples = list(VcrReader(world, split).read())
+    examples = VcrReader(world, split).read()
     encoder.prepare(examples)
     chosen = predict(student, EncodedExamples(examples, encoder)).argmax(1)
     hits = chosen == np.array([example.label for example in examples])
@@ -158,7 +158,7 @@ def entailment(
     The generator writes every hypothesis three times, once with each label, one after the other. Columns
     as in ``zero_shot``, the picture being the entailing one.
     """
-    examples = list(SnliVeReader(world, split).read())
+    examples = SnliVeReader(world, split).read()
     encoder.prepare(examples)
     logits = scores(student, encoder, examples)
     entails, contradicts = LABELS.index("entailment"), LABELS.index("contradiction")

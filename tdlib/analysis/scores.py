@@ -179,22 +179,18 @@ def _settings(runs: pd.DataFrame, described: Mapping[str, Mapping[str, str]]) ->
 
 def _learned(folder: Path) -> dict[str, Any]:
     """What a finished run learned from, and by which code."""
-    ids = _training_ids(folder)
+    manifests = sorted((folder / "output").rglob("manifest.json"))
+    if len(manifests) != 1:
+        raise ProtocolError(
+            f"{folder}: a finished run with {len(manifests)} files manifest.json in its output; expected one"
+        )
+    ids = json.loads(manifests[0].read_text(encoding="utf-8"))["ids"]
     commits = [
         json.loads(file.read_text(encoding="utf-8")).get("code") or ""
         for file in (folder / "output").rglob("environment.json")
     ]
     digest = hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:12]
     return {"train_examples": len(ids), "subset": digest, "commit": ", ".join(sorted(set(commits)))}
-
-
-def _training_ids(folder: Path) -> list[str]:
-    manifests = sorted((folder / "output").rglob("manifest.json"))
-    if len(manifests) != 1:
-        raise ProtocolError(
-            f"{folder}: a finished run with {len(manifests)} files manifest.json in its output; expected one"
-        )
-    return json.loads(manifests[0].read_text(encoding="utf-8"))["ids"]
 
 
 def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
@@ -216,13 +212,6 @@ def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.Dat
             )
         if undone < len(of_batch):
             scores.append(read_scores(folder, of_batch))
-            lacking = scores[-1].loc[scores[-1]["chance"].isna(), "run"].unique()
-            if len(lacking):
-                tasks = ", ".join(sorted(set(of_batch.loc[of_batch["run"].isin(lacking), "task"])))
-                missing.append(
-                    f"{name}: {len(lacking)} runs of {tasks} are of a version that did not record what "
-                    "guessing scores, so chance and gains over it are left out for them"
-                )
     if any("version=" in setting for setting in runs["setting"]):
         missing.append(
             "Code, data or weights differ between these batches (version, in the settings): their runs are "
@@ -242,25 +231,17 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
     Columns: batch, run, measure, split, id, question, image, score in [0, 1], chance. ``measure`` is the
     task's (``Task.metric``). A run of task "vcr" has three: Q->AR, where a row is a question, right if answer
     and rationale are, and its parts Q->A and QA->R. ``chance`` is what guessing scores on the example
-    (``data.chance``), as the run has recorded it; missing where it did not and the task has a label set.
-    ``runs`` are those of ``read_runs`` for this batch's folder.
+    (``data.chance``). ``runs`` are those of ``read_runs`` for this batch's folder.
 
     Raises:
         ProtocolError: a finished run has left no predictions, or has some scores missing.
     """
     with open_results(folder, runs[["run", "state"]]) as connection:
-        there = connection.execute("SELECT view_name FROM duckdb_views()").fetchall()
-        if ("predictions",) not in there:
-            predictions = pd.DataFrame(columns=["run", "split", "id", "image", "score", "chance"])
-        else:
-            columns = connection.execute("SELECT column_name FROM (DESCRIBE predictions)").fetchall()
-            parts = [name for name in ("question", "part") if (name,) in columns]
-            wanted = ", ".join(["run", "split", "id", *parts, "image", "score"])
-            # Older runs have recorded no chance: where there are choices it is known all the same.
-            chance = "CASE WHEN answer = '' THEN 1 / len(probabilities) END"
-            chance = f"coalesce(chance, {chance})" if ("chance",) in columns else chance
-            predictions = connection.execute(f"SELECT {wanted}, {chance} AS chance FROM predictions").df()
-    predictions = _with_parts(predictions)
+        wanted = ["run", "split", "id", "question", "part", "image", "score", "chance"]
+        if ("predictions",) in connection.execute("SELECT view_name FROM duckdb_views()").fetchall():
+            predictions = connection.execute(f"SELECT {', '.join(wanted)} FROM predictions").df()
+        else:  # no run has left any
+            predictions = pd.DataFrame(columns=wanted)
     done = runs[runs["state"] == "done"].set_index("run")
     without = sorted(set(done.index) - set(predictions["run"]))
     if without:
@@ -304,18 +285,9 @@ def joint_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
 
     Predictions of several runs are told apart by the columns run, or arm and seed.
     """
-    predictions = _with_parts(predictions)
     if (predictions["part"] == "").all():
         return predictions
     return joint_scores(predictions, [n for n in ("run", "arm", "seed", "split") if n in predictions])
-
-
-def _with_parts(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Adds question and part for runs of earlier versions, which had them in the id alone."""
-    if "part" in predictions and not predictions["part"].isna().any():
-        return predictions
-    part = predictions["id"].str.extract(r":(r)$")[0].fillna("")
-    return predictions.assign(part=part, question=predictions["id"].str.removesuffix(":r"))
 
 
 # Kinds of examples.
@@ -335,7 +307,6 @@ def with_strata(runs: pd.DataFrame, scores: pd.DataFrame, reports: Path) -> pd.D
 
 def add_strata(predictions: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """Adds the columns of ``with_strata`` to predictions of runs on the data in one folder."""
-    predictions = _with_parts(predictions)
     return predictions.join(strata_by_row(predictions, folder))
 
 

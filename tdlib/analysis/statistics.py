@@ -206,17 +206,12 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
 
     In ascending order, ``p~_(i) = max over j <= i of min(1, (m - j + 1) p_(j))``; each may be held
     against alpha by itself.
-
-    Raises:
-        ValueError: a value is not in [0, 1].
     """
     values = np.asarray(p_values, dtype=float)
-    if values.ndim != 1 or not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"p_values={p_values!r}: expected numbers in [0, 1]")
     order = np.argsort(values, kind="stable")
     steps = np.minimum(1.0, (len(values) - np.arange(len(values))) * values[order])
     adjusted = np.empty(len(values))
-    adjusted[order] = np.maximum.accumulate(steps) if len(values) else steps
+    adjusted[order] = np.maximum.accumulate(steps)
     return adjusted
 
 

@@ -122,12 +122,6 @@ def reading_guide(compared: pd.DataFrame, baseline: str = "finetune") -> Html:
     return Html(f"<details><summary>How to read this page</summary><ul>{items}</ul></details>")
 
 
-def _for_page(table: pd.DataFrame) -> pd.DataFrame:
-    """Drops the columns that a page does not show, also the name of a single batch or measure."""
-    alike = [name for name in ("batch", "measure") if name in table and table[name].nunique() < 2]
-    return table.drop(columns=[*ONLY_IN_FILES, *alike], errors="ignore")
-
-
 def _figure(drawing: str, caption: str) -> Html:
     return Html(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>")
 
@@ -166,7 +160,9 @@ def write_study(
             table.to_csv(out, index=False)
         with whole_path(folder / f"{name}.parquet") as partial:
             table.to_parquet(partial, index=False)
-        body = table_html(readable(_for_page(table)), sorts=True)
+        alike = [name for name in ("batch", "measure") if name in table and table[name].nunique() < 2]
+        on_page = table.drop(columns=[*ONLY_IN_FILES, *alike], errors="ignore")
+        body = table_html(readable(on_page), sorts=True)
         with whole_file(folder / f"{name}.html") as out:
             out.write(f"<h2>{escape(caption)}</h2>{body}\n")
         files = f"<p>All columns: {link(f'{name}.csv', 'CSV')}, {link(f'{name}.parquet', 'Parquet')}</p>"

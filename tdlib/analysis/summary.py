@@ -5,10 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-from tdlib.analysis.compare import Options, summarise
+from tdlib.analysis.compare import BASELINE, summarise
 from tdlib.analysis.statistics import ALPHA, FOUND, pairs_needed
 
-BASELINE = Options().baseline
 TOO_FEW = "too few pairs"
 
 
