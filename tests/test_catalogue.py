@@ -261,8 +261,9 @@ def probabilities(chosen: list[int], classes: int) -> np.ndarray:
 def test_a_vcr_submission_is_the_leaderboards(tmp_path):
     run = config("vcr", put_vcr(tmp_path / "vcr"))
     examples = reader(run, submission_split("vcr")).open()
-    path = task_of(run).write_submission(tmp_path, examples, probabilities([0, 1, 2, 3, 0] * 2, 4), ())
-    assert path == tmp_path / "submission.csv" and check_submission(path, ["test-0", "test-1"]) == []
+    path = tmp_path / task_of(run).submission
+    task_of(run).write_submission(path, examples, probabilities([0, 1, 2, 3, 0] * 2, 4), ())
+    assert path.name == "submission.csv" and check_submission(path, ["test-0", "test-1"]) == []
     header, row, _ = csv.reader(path.read_text().splitlines())
     assert tuple(header) == SUBMISSION_COLUMNS and row[0] == "test-0"
     chosen = [np.argmax([float(value) for value in row[1 + 4 * i : 5 + 4 * i]]) for i in range(5)]
@@ -274,17 +275,18 @@ def test_half_of_vcr_has_no_submission(tmp_path):
     for task in ("vcr_qa", "vcr_qar"):
         examples = reader(config(task, tmp_path / "vcr"), "test").open()
         with pytest.raises(ConfigError, match="half of what the leaderboard asks for; use task='vcr'"):
-            TASKS[task].write_submission(tmp_path, examples, probabilities([0] * len(examples), 4), ())
+            TASKS[task].write_submission(tmp_path / "s", examples, probabilities([0] * len(examples), 4), ())
     run = config("vcr", tmp_path / "vcr")
     examples = reader(run, "val").open()  # has labels: no rationales given each answer
     with pytest.raises(DataError, match="predict the test split"):
-        task_of(run).write_submission(tmp_path, examples, probabilities([0] * len(examples), 4), ())
+        task_of(run).write_submission(tmp_path / "s", examples, probabilities([0] * len(examples), 4), ())
 
 
 @pytest.mark.parametrize("task", ["snli_ve", "e_snli_ve"])
 def test_an_entailment_submission_has_a_line_per_pair(tmp_path, task):
     examples = Examples(["x", "y"], ["all"] * 2, lambda _: example(), False)
-    path = TASKS[task].write_submission(tmp_path, examples, probabilities([2, 0], 3), LABELS)
+    path = tmp_path / TASKS[task].submission
+    TASKS[task].write_submission(path, examples, probabilities([2, 0], 3), LABELS)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"pairID": "x", "label": "neutral"},
         {"pairID": "y", "label": "contradiction"},
@@ -295,7 +297,8 @@ def test_an_entailment_submission_has_a_line_per_pair(tmp_path, task):
 def test_a_vqa_submission_is_the_servers(tmp_path, task):
     examples = Examples(["70", "9"], ["all"] * 2, lambda _: example(), False)
     for told in (probabilities([1, 0], 2), np.array([1, 0])):  # of many labels only the chosen ones
-        path = TASKS[task].write_submission(tmp_path, examples, told, ("yes", "no"))
+        path = tmp_path / TASKS[task].submission
+        TASKS[task].write_submission(path, examples, told, ("yes", "no"))
         assert json.loads(path.read_text()) == [
             {"question_id": 70, "answer": "no"}, {"question_id": 9, "answer": "yes"},
         ]  # fmt: skip
@@ -304,6 +307,6 @@ def test_a_vqa_submission_is_the_servers(tmp_path, task):
 @pytest.mark.parametrize("task", ["vcr", "snli_ve", "vqa_v2"])
 def test_predictions_must_cover_the_split(tmp_path, task):
     examples = Examples(["1", "2"], ["all"] * 2, lambda _: example(), False)
-    with pytest.raises(DataError, match="1 predictions for 2 examples"):
-        TASKS[task].write_submission(tmp_path, examples, probabilities([0], 4), LABELS)
+    with pytest.raises(ValueError, match="shorter"):
+        TASKS[task].write_submission(tmp_path / "s", examples, probabilities([0], 4), LABELS)
     assert list(tmp_path.iterdir()) == []

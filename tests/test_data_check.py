@@ -155,14 +155,15 @@ def test_a_submission_is_checked_against_its_data_set(tmp_path, capsys):
     written.write_text(lines(good[0], good[0], good[1] | {"label": 2}, good[2] | {"pairID": "x"}, {}))
     problems = [problem.removeprefix(str(written)) for problem in check_file(written, folder)]
     assert [problem[:24] for problem in problems] == [
-        ":2: pairID '1.jpg#5' alr", ":3 (1.jpg#6): label=2, e", ":4: 'x' is no pair",
-        ":5: field 'pairID' is mi", ": 2 of 4 pairs are missi",
+        ":2: pairID '1.jpg#5' alr", ":3 (1.jpg#6): label=2, e", ":4: 'x' is not in the sp",
+        ":5: field 'pairID' is mi", ": 2 of 4 are missing (fi",
     ]  # fmt: skip
     assert main(["data", "check", str(written), "--data", str(folder)]) == 1
     assert "5 problems" in capsys.readouterr().out
-    assert "is no pair" in check_file(written, folder, "dev")[0]
+    assert "is not in the split" in check_file(written, folder, "dev")[0]
     with pytest.raises(ConfigError, match=r"expected a file as submission\.csv \(VCR\)"):
         check_file(written, tmp_path)
     vqa = put_vqa(tmp_path / "vqa")
     (tmp_path / "answers.json").write_text(json.dumps([{"question_id": 7008, "answer": "yes"}]))
-    assert check_file(tmp_path / "answers.json", vqa) == ["1 question ids missing in the file: 7009"]
+    (problem,) = check_file(tmp_path / "answers.json", vqa)
+    assert problem.endswith("answers.json: 1 of 2 are missing (first: 7009)")

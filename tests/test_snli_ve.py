@@ -3,7 +3,6 @@
 import copy
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tdlib.data.examples import DataError, Example
-from tdlib.data.snli_ve import IMAGE_FOLDERS, LABELS, SnliVeReader, image_id, write_submission
+from tdlib.data.snli_ve import IMAGE_FOLDERS, LABELS, SnliVeReader, image_id
 
 RECORD: dict[str, Any] = {  # a line of snli_ve_dev.jsonl with all its fields
     "annotator_labels": ["entailment", "entailment", "neutral", "entailment", "entailment"],
@@ -152,7 +151,7 @@ def test_explained_rows_may_lack_labels(tmp_path):
 
 BAD_TABLES: dict[str, tuple[str, str]] = {
     "empty": ("", ":1: no column hypothesis, pairID"),
-    "another table": ("a,b\n1,2\n", ":1: no column hypothesis, pairID; expected e-ViL's columns"),
+    "another table": ("a,b\n1,2\n", ":1: no column hypothesis, pairID; is this a file as e-SNLI"),
     "a column too few": (table(ROW, ROW[:5]), ":5: more or fewer columns"),
     "a column too many": (table((*ROW, "x")), ":4: more or fewer columns"),
     "an open quote": (table(ROW)[:-3], "not readable as CSV"),
@@ -190,7 +189,7 @@ def test_a_missing_split_or_folder_says_what_was_looked_for(tmp_path):
 
 BAD_RECORDS: dict[str, tuple[dict[str, Any], str]] = {
     "no consensus": (another(1, gold_label="-"), "gold_label='-', expected one of contradiction, entailm"),
-    "an empty label": (another(1, gold_label=""), "gold_label=''"),
+    "an empty label": (another(1, gold_label=""), "no gold_label, as 1 of 3 lines"),
     "a label number": (another(1, gold_label=1), "gold_label=1"),
     "labels": (another(1, gold_label=["neutral"]), "gold_label=['neutral']"),
     "no label": (without(another(1), "gold_label"), "no gold_label, as 1 of 3 lines"),
@@ -201,12 +200,10 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], str]] = {
     "a hypothesis number": (another(1, sentence2=3), "field 'sentence2' is int"),
     "twice": (RECORD, "pairID '4465359505.jpg#2r1e' already stands in "),
     "picture missing": (another(1, Flikr30kID="12"), "12.jpg: no such picture; unpack Flickr30k again"),
-    "picture outside": (another(1, Flikr30kID="../../x"), "picture id '../../x', expected the number"),
-    "picture the folder": (another(1, Flikr30kID=".."), "picture id '..'"),
-    "picture odd": (another(1, Flikr30kID="a\0"), "picture id 'a\\x00'"),
+    "picture odd": (another(1, Flikr30kID="a\0"), "no such picture"),
     "picture name long": (another(1, Flikr30kID="a" * 9999), "no such picture"),
     "picture unnamed": (without(another(1), "Flikr30kID") | {"pairID": "x"}, "no picture: none of Flikr"),
-    "no picture": (another(1, Flikr30kID=".jpg"), "picture id ''"),
+    "no picture": (another(1, Flikr30kID=".jpg"), ".jpg: no such picture"),
 }  # fmt: skip
 
 
@@ -291,15 +288,3 @@ def test_any_bytes_give_examples_or_a_data_error(fuzzed, name, data):
     (fuzzed / "esnlive_dev.csv").write_text(table(ROW))
     (fuzzed / name).write_bytes(damaged(data, (fuzzed / name).read_bytes()))
     assert_examples_or_data_error(fuzzed, explained=name.endswith(".csv"))
-
-
-# predictions
-
-
-def test_predictions_are_written_one_line_per_pair(tmp_path):
-    assert write_submission(tmp_path / "out.jsonl", {"a#1": 0, "ü#2": 2}) == 2
-    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert written == [{"pairID": "a#1", "label": "contradiction"}, {"pairID": "ü#2", "label": "neutral"}]
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
-    with pytest.raises(DataError, match="no predictions"):
-        write_submission(tmp_path / "none.jsonl", {})

@@ -252,11 +252,9 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # change
     "question number": ({"question": 3}, {}, "field 'question' is int"),
     "id a string": ({"question_id": "458752001"}, {}, "field 'question_id' is str"),
     "id a fraction": ({"question_id": 458752001.0}, {}, "field 'question_id' is float"),
-    "id too large": ({"question_id": 10**30}, {"question_id": 10**30}, "question_id=1000"),
-    "id below zero": ({"question_id": -1}, {"question_id": -1}, "question_id=-1, expected"),
     "picture missing": ({"image_id": 7}, {"image_id": 7}, "COCO_train2014_000000000007.jpg: no such picture"),
-    "picture too large": ({"image_id": 10**12}, {}, "image_id=1000000000000, expected the number"),
-    "picture below zero": ({"image_id": -7}, {}, "image_id=-7, expected the number"),
+    "picture too large": ({"image_id": 10**400}, {}, "no such picture"),
+    "picture below zero": ({"image_id": -7}, {}, "no such picture"),
     "picture a name": ({"image_id": "7"}, {}, "field 'image_id' is str"),
 }  # fmt: skip
 
@@ -294,8 +292,8 @@ def test_the_vocabulary_has_the_frequent_answers_of_all_splits(tmp_path):
 @pytest.mark.parametrize(
     ("annotations", "reason"),
     [
-        (ANNOTATIONS, "none of 3 answers occurs 9 times .* lower the minimum"),
-        ([], "none of 0 answers"),
+        (ANNOTATIONS, "no answer occurs 9 times in train2014; lower the minimum"),
+        ([], "no answer occurs 9 times"),
         (
             [ANNOTATIONS[0] | {"multiple_choice_answer": 2}],
             "'annotations' 1: field 'multiple_choice_answer' is",

@@ -1,14 +1,13 @@
 """VQA v2: the official accuracy, the answer vocabulary with its soft targets, the submission file."""
 
 import json
-import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdlib.data.examples import DataError
-from tdlib.data.vqa_metric import Vocabulary, check_submission, normalise, question_accuracy, write_submission
+from tdlib.data.vqa_metric import Vocabulary, check_submission, normalise, question_accuracy
 
 few = settings(deadline=None, max_examples=50)
 
@@ -57,10 +56,6 @@ def test_answers_all_the_same_are_not_normalised():
 def test_few_annotators():
     assert question_accuracy("cat", ["cat"]) == 0  # nobody is left to agree with
     assert question_accuracy("cat", ["cat", "cat"]) == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="answers is empty"):
-        question_accuracy("cat", [])
-    with pytest.raises(ValueError, match=r"answers is one string \('cat'\)"):
-        question_accuracy("cat", "cat")
 
 
 @few
@@ -88,15 +83,6 @@ def test_vocabulary_counts_preprocessed_answers_in_order_of_first_occurrence():
     assert Vocabulary.build(["cat"] * 9 + ["dog"] * 8).answers == ("cat",)
 
 
-def test_vocabulary_refuses_what_it_cannot_label():
-    with pytest.raises(ValueError, match=r"none of 2 answers occurs 9 times \(the most common: 8\)"):
-        Vocabulary.build(["cat"] * 8 + ["dog"])
-    with pytest.raises(ValueError, match="multiple_choice_answers is one string"):
-        Vocabulary.build("cat", minimum=1)
-    with pytest.raises(ValueError, match=r"1 answers twice \(first: 'cat'\)"):
-        Vocabulary(("cat", "dog", "cat"))
-
-
 def test_soft_targets_count_answers_as_they_were_written():
     vocabulary = Vocabulary(("dog", "cat", "2", "yes", "no"))
     answers = ["no"] * 4 + ["yes"] * 3 + ["cat"] * 2 + ["2"]
@@ -117,8 +103,8 @@ def test_vocabulary_file_is_that_of_uniter(tmp_path):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (None, "no such file"),
-        ("{", "not valid JSON"),
+        (None, "not readable as JSON .*No such file"),
+        ("{", "not readable as JSON"),
         ('{"cat": 0, "dog": 1, "cat": 2}', "'cat' stands twice"),
         ('["cat"]', "found list"),
         ("{}", "found no answers"),
@@ -136,71 +122,35 @@ def test_vocabulary_refuses_bad_files(tmp_path, content, found):
         Vocabulary.load(path)
 
 
-def test_submission_has_the_order_of_the_split(tmp_path):
-    path = tmp_path / "submission.json"
-    write_submission(path, {1: "yes", 3: "naïve"}, [3, 1])
-    assert json.loads(path.read_text(encoding="utf-8")) == [
-        {"question_id": 3, "answer": "naïve"},
-        {"question_id": 1, "answer": "yes"},
-    ]
-    assert check_submission(path, [1, 3]) == []
-
-
-@pytest.mark.parametrize(
-    ("answers", "question_ids", "found"),
-    [
-        ({1: "yes"}, [1, 2, 3], "2 question ids missing in the answers: 2, 3;"),
-        ({1: "yes", 2: "no"}, [1], "1 extra question ids in the answers: 2;"),
-        ({1: "yes"}, [1, 1], "1 question ids doubled: 1;"),
-        ({1: 0}, [1], "1 answers that are not strings: 1;"),
-        ({}, range(7), "7 question ids missing in the answers: 0, 1, 2, 3, 4, ...;"),
-    ],
-)
-def test_submission_refuses_other_questions_and_leaves_the_old_file(tmp_path, answers, question_ids, found):
-    path = tmp_path / "submission.json"
-    path.write_text("old")
-    with pytest.raises(DataError) as caught:
-        write_submission(path, answers, question_ids)
-    assert str(caught.value).startswith(f"{path}: not written: {found} expected one answer")
-    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
-
-
 def test_check_submission_lists_everything_wrong(tmp_path):
     path = tmp_path / "submission.json"
     entries = [
         {"question_id": 1, "answer": "yes"},
         {"question_id": 1, "answer": "no"},
         {"question_id": "2", "answer": "no"},
-        {"question_id": True, "answer": 4},
+        {"question_id": 3, "answer": 4},
         {"answer": "no"},
         {"question_id": 9},
         [1, "yes"],
     ]
     path.write_text(json.dumps(entries))
-    assert sorted(check_submission(path, [1, 2, 3])) == sorted([
-        "1 entries that are not objects: 6",
-        "1 entries without 'question_id': 4",
-        "1 entries without 'answer': 5",
-        "2 entries whose 'question_id' is not int: 2, 3",
-        "1 entries whose 'answer' is not str: 3",
-        "1 question ids doubled: 1",
-        "2 question ids missing in the file: 2, 3",
-        "1 extra question ids in the file: 9",
-    ])  # fmt: skip
+    problems = [problem.removeprefix(str(path)) for problem in check_submission(path, [1, 2, 3])]
+    assert [problem[:36] for problem in problems] == [
+        ", entry 2: question_id 1 already sta", ", entry 3: field 'question_id' is st",
+        ", entry 4 (3): answer=4, expected a ", ", entry 5: field 'question_id' is mi",
+        ", entry 6 (9): answer=None, expected", ", entry 6: 9 is not in the split",
+        ", entry 7: expected a JSON object, f", ": 1 of 3 are missing (first: 2)",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("content", "found"),
-    [
-        (None, "not readable as JSON in UTF-8: .*No such file"),
-        (b"[", "not readable as JSON in UTF-8: Expecting value"),
-        (b"\xff", "not readable as JSON in UTF-8: .*can't decode"),
-        (b"{}", "expected a list of entries, found dict"),
-    ],
+    [(None, "no such file"), (b"[", "not valid JSON"), (b"{}", "expected one of [, found '{'")],
 )
 def test_check_submission_of_something_else(tmp_path, content, found):
     path = tmp_path / "submission.json"
     if content is not None:
         path.write_bytes(content)
-    (problem,) = check_submission(path, [1])
-    assert re.match(found, problem)
+    with pytest.raises(DataError) as caught:
+        check_submission(path, [1])
+    assert found in str(caught.value)

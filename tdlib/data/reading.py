@@ -1,7 +1,7 @@
 """Shared by the readers of all tasks: checks of fields and boxes, side files, and the readers' base class."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -63,6 +63,33 @@ def index_records(
                 raise
             report(str(error))
     return index
+
+
+def check_answers(
+    path: Path,
+    records: Located,
+    key: str,
+    wanted: Collection[Identifier],
+    fault: Callable[[dict[str, Any]], str],
+) -> list[str]:
+    """Lists all faults of a file for a benchmark, which has one record for each of the ``wanted`` ids.
+
+    ``fault`` says what is wrong with a record but for its id; "" if nothing.
+    """
+    problems: list[str] = []
+    wanted = set(wanted)
+
+    def check(record: dict[str, Any], identifier: Identifier, where: str) -> None:
+        if wrong := fault(record):
+            problems.append(f"{where} ({identifier}): {wrong}")
+        if identifier not in wanted:
+            problems.append(f"{where}: {identifier!r} is not in the split")
+
+    kind = type(next(iter(wanted)))
+    seen = index_records(records, key, kind, check, problems.append)
+    if missing := sorted(wanted - seen.keys()):
+        problems.append(f"{path}: {len(missing)} of {len(wanted)} are missing (first: {missing[0]!r})")
+    return problems
 
 
 def all_labelled(path: Path, records: Located, labels: dict[str, tuple[int, Any]], key: str) -> bool:

@@ -5,7 +5,6 @@ The hypothesis (``sentence2``) is read about the Flickr30k picture; the premise 
 """
 
 import csv
-import json
 import logging
 import os
 import re
@@ -15,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tdlib.core.files import whole_file
 from tdlib.data.examples import DataError, Example, Examples, Span
 from tdlib.data.json_files import Records
 from tdlib.data.reading import (
@@ -23,6 +21,7 @@ from tdlib.data.reading import (
     Reader,
     SideFile,
     all_labelled,
+    check_answers,
     index_records,
     missing_file,
     need,
@@ -53,8 +52,6 @@ def image_id(record: dict[str, Any], where: str) -> str:
                 f"{where}: no picture: none of {', '.join(IMAGE_KEYS)}, and pairID={pair!r} has no '.jpg'"
             )
         name = pair[: pair.rfind(".jpg")]
-    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-        raise DataError(f"{where}: picture id {name!r}, expected the number of a Flickr30k picture")
     return name
 
 
@@ -92,7 +89,7 @@ class SnliVeReader(Reader):
         hypothesis_key = "hypothesis" if self.explained else "sentence2"
 
         def label_of(record: dict[str, Any], pair: str, where: str) -> str | None:
-            label = record.get("gold_label")
+            label = record.get("gold_label") or None  # "" in the CSV files
             if label is not None and label not in LABELS:
                 raise DataError(
                     f"{where} ({pair}): gold_label={label!r}, expected one of {', '.join(LABELS)} "
@@ -117,11 +114,10 @@ class SnliVeReader(Reader):
             if not os.path.isfile(image):
                 raise DataError(f"{where} ({pair}): {image}: no such picture; unpack Flickr30k again")
             marks = relevance.find(pair, position)
-            label = record.get("gold_label")
             return Example(
                 id=pair, image=image, boxes=(), names=(),
                 prompt=relevant_part(text, marks),
-                choices=(), label=None if label is None else LABELS.index(label), stratum=strata[index],
+                choices=(), label=LABELS.index(strata[index]) if labelled else None, stratum=strata[index],
                 relevant_boxes=picture_boxes(marks, image),
             )  # fmt: skip
 
@@ -143,18 +139,15 @@ class _Rows(list[dict[str, Any]]):
     what = SnliVeReader.what
 
     def __init__(self, path: Path):
-        rows = list(_csv_rows(path))
-        super().__init__(row for _, row in rows)
-        self._places = [f"{path}:{line}" for line, _ in rows]
+        rows = dict(_csv_rows(path, ("pairID", "hypothesis")))
+        super().__init__(rows.values())
+        self.path, self._lines = path, list(rows)
 
     def where(self, index: int) -> str:
-        return self._places[index]
+        return f"{self.path}:{self._lines[index]}"
 
 
-def _csv_rows(
-    path: Path, columns: Sequence[str] = ("pairID", "hypothesis"),
-    of: str = "e-ViL's columns pairID, Flickr30kID, hypothesis, gold_label, explanation",
-) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
+def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Iterates over the rows of a CSV that must have these columns, with the line in which each ends."""
     csv.field_size_limit(2**24)
     try:
@@ -166,14 +159,14 @@ def _csv_rows(
                 raise DataError(f"{path}:1: column {twice[0]!r} stands there twice; remove one")
             lacking = set(columns) - set(names)
             if lacking:
-                raise DataError(f"{path}:1: no column {', '.join(sorted(lacking))}; expected {of}")
+                raise DataError(
+                    f"{path}:1: no column {', '.join(sorted(lacking))}; is this a file as e-SNLI "
+                    "(esnli_*.csv) or e-SNLI-VE (esnlive_*.csv) publish it?"
+                )
             for row in rows:
                 if None in row or None in row.values():
                     raise DataError(f"{path}:{rows.line_num}: more or fewer columns than the header")
-                yield (
-                    rows.line_num,
-                    {key: value for key, value in row.items() if (key, value) != ("gold_label", "")},
-                )
+                yield rows.line_num, row
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV in UTF-8 ({error}); copy it again") from None
 
@@ -203,7 +196,7 @@ def with_highlights(examples: Sequence[Example], folder: Path) -> list[Example]:
     pairs = {example.id for example in examples}
     marked: dict[str, list[str]] = {}
     for path in paths:
-        for _, row in _csv_rows(path, ("pairID", _MARKED[0]), "e-SNLI's columns pairID, Sentence2_marked_1"):
+        for _, row in _csv_rows(path, ("pairID", _MARKED[0])):
             if row["pairID"] in pairs:
                 marked[row["pairID"]] = [row[name] for name in _MARKED if row.get(name, "").strip()]
     with_truth, different = [], []
@@ -245,34 +238,11 @@ def _without_punctuation(text: str, span: Span) -> Span:
     return (letters[0], letters[-1] + 1) if letters else span
 
 
-def write_submission(path: Path, labels: dict[str, int]) -> int:
-    """Writes one line per pair, {"pairID", "label"}: our format, as SNLI-VE has no server."""
-    if not labels:
-        raise DataError(f"{path}: no predictions to write")
-    with whole_file(path) as file:
-        for pair, label in labels.items():
-            file.write(json.dumps({"pairID": pair, "label": LABELS[label]}) + "\n")
-    return len(labels)
-
-
 def check_submission(path: Path, pairs: Sequence[str]) -> list[str]:
-    """Lists all faults of a file of ``write_submission`` for these pairs."""
-    problems: list[str] = []
-    wanted = set(pairs)
+    """Lists all faults of a file of predictions for these pairs: a line {"pairID", "label"} for each."""
 
-    def check(line: dict[str, Any], pair: str, where: str) -> None:
-        if line.get("label") not in LABELS:
-            problems.append(
-                f"{where} ({pair}): label={line.get('label')!r}, expected one of {', '.join(LABELS)}"
-            )
-        if pair not in wanted:
-            problems.append(f"{where}: {pair!r} is no pair")
+    def fault(line: dict[str, Any]) -> str:
+        label = line.get("label")
+        return "" if label in LABELS else f"label={label!r}, expected one of {', '.join(LABELS)}"
 
-    try:
-        lines = Records.lines(path, "SNLI-VE submission")
-    except DataError as error:
-        return [str(error)]
-    seen = index_records(lines, "pairID", str, check, problems.append)
-    if missing := sorted(wanted - seen.keys()):
-        problems.append(f"{path}: {len(missing)} of {len(wanted)} pairs are missing (first: {missing[0]!r})")
-    return problems
+    return check_answers(path, Records.lines(path, "SNLI-VE submission"), "pairID", pairs, fault)

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from tdlib.config import RunConfig
-from tdlib.core.files import file_state
+from tdlib.core.files import file_state, whole_path, write_json, write_jsonl
 from tdlib.core.paths import ROOT, ConfigError, resolve
 from tdlib.data import snli_ve, vcr, vcr_results, vqa, vqa_metric
 from tdlib.data.examples import DataError, Example, Examples
@@ -76,20 +76,14 @@ class Task:
     shift: tuple[str, str] = ("", "")
     files: re.Pattern[str] | None = None
     submission: ClassVar[str]  # name of the file for the benchmark
+    # Each example has separate candidate answers; else all share a label set.
+    has_choices: ClassVar[bool] = False
+    # Several labels can be right to some degree, so that each is decided separately.
+    has_soft_labels: ClassVar[bool] = False
 
     def reader(self, config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
         """Opens the reader of a split. Raises DataError if the data set lacks it."""
         raise NotImplementedError
-
-    @property
-    def has_choices(self) -> bool:
-        """True if each example has separate candidate answers; False if all share a label set."""
-        return False
-
-    @property
-    def has_soft_labels(self) -> bool:
-        """True if several labels can be right to some degree, so that each is decided separately."""
-        return False
 
     @property
     def has_parts(self) -> bool:
@@ -126,31 +120,21 @@ class Task:
         return {self.metric: float(np.mean(predictions["score"]))}
 
     def write_submission(
-        self, folder: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
-    ) -> Path:
-        """Writes the predictions of a whole split as the benchmark wants them; returns the file.
+        self, path: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
+    ) -> None:
+        """Writes the predictions of a whole split as the benchmark wants them.
 
         Args:
-            folder: where the file ``submission`` is written.
+            path: of the file, named as ``submission``.
             examples: the whole split.
             probabilities: (examples, choices or labels); of a large label set, which needs no more, the
                 chosen labels (examples,) will do.
             labels: the label set; empty where examples have choices.
 
         Raises:
-            DataError: the predictions do not cover the split.
+            ValueError: the predictions do not cover the split.
             ConfigError: the benchmark takes no predictions of this task alone.
         """
-        if len(examples) != len(probabilities):
-            raise DataError(f"{folder}: {len(probabilities)} predictions for {len(examples)} examples")
-        path = folder / self.submission
-        self.fill_submission(path, examples, probabilities, labels)
-        return path
-
-    def fill_submission(
-        self, path: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
-    ) -> None:
-        """Writes the file of ``write_submission``, which has checked the number of predictions."""
         raise NotImplementedError
 
     def check_submission(self, path: Path, examples: Examples) -> list[str]:
@@ -164,15 +148,12 @@ class VcrTask(Task):
 
     subtask: str = "both"
     submission: ClassVar[str] = "submission.csv"
+    has_choices: ClassVar[bool] = True
 
     def reader(self, config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
         """Opens a split; a rule-based set of Ye and Kovashka that is not there is made from its source."""
         folder = data_folder(config)
         return vcr.VcrReader(folder, split, self.subtask, config.references, file=_generated(folder, split))
-
-    @property
-    def has_choices(self) -> bool:
-        return True
 
     @property
     def has_parts(self) -> bool:
@@ -192,7 +173,7 @@ class VcrTask(Task):
             TASKS["vcr_qar"].metric: float(np.mean(scores[rationale])),
         }
 
-    def fill_submission(
+    def write_submission(
         self, path: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
     ) -> None:
         if not self.has_parts:
@@ -220,10 +201,12 @@ class EntailmentTask(Task):
     def labels(self, config: RunConfig) -> tuple[str, ...]:
         return snli_ve.LABELS
 
-    def fill_submission(
+    def write_submission(
         self, path: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
     ) -> None:
-        snli_ve.write_submission(path, dict(zip(examples.ids, _chosen(probabilities), strict=True)))
+        pairs = zip(examples.ids, _chosen(probabilities), strict=True)
+        with whole_path(path) as partial:
+            write_jsonl(partial, ({"pairID": pair, "label": snli_ve.LABELS[label]} for pair, label in pairs))
 
     def check_submission(self, path: Path, examples: Examples) -> list[str]:
         return snli_ve.check_submission(path, examples.ids)
@@ -235,13 +218,10 @@ class VqaTask(Task):
 
     changing_priors: bool = False
     submission: ClassVar[str] = "submission.json"
+    has_soft_labels: ClassVar[bool] = True
 
     def reader(self, config: RunConfig, split: str, vocabulary: Vocabulary | None = None) -> Reader:
         return vqa.VqaReader(data_folder(config), split, vocabulary, self.changing_priors)
-
-    @property
-    def has_soft_labels(self) -> bool:
-        return True
 
     def vocabulary(self, config: RunConfig) -> Vocabulary:
         """Returns the vocabulary of a named file, else the frequent answers of the training split."""
@@ -255,12 +235,11 @@ class VqaTask(Task):
     def labels(self, config: RunConfig) -> tuple[str, ...]:
         return self.vocabulary(config).answers
 
-    def fill_submission(
+    def write_submission(
         self, path: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
     ) -> None:
-        ids = [int(identifier) for identifier in examples.ids]
-        answers = {i: labels[label] for i, label in zip(ids, _chosen(probabilities), strict=True)}
-        vqa_metric.write_submission(path, answers, ids)
+        questions = zip(examples.ids, _chosen(probabilities), strict=True)
+        write_json(path, [{"question_id": int(i), "answer": labels[label]} for i, label in questions])
 
     def check_submission(self, path: Path, examples: Examples) -> list[str]:
         return vqa_metric.check_submission(path, [int(identifier) for identifier in examples.ids])
@@ -342,8 +321,7 @@ def task_of(config: RunConfig) -> Task:
 def data_folder(config: RunConfig) -> Path:
     """Returns the folder of a run's data set; the MiniWorld's need not be written yet."""
     if config.data_dir:
-        path = Path(config.data_dir).expanduser()
-        return path if path.is_absolute() else ROOT / path
+        return ROOT / Path(config.data_dir).expanduser()
     return world_folder(config.task, config.world_seed)
 
 

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tdlib.data.examples import DataError, Example, Examples
 from tdlib.data.json_files import Records
 from tdlib.data.reading import (
@@ -71,12 +69,12 @@ def build_vocabulary(
             for index, record in enumerate(records):
                 yield need(record, "multiple_choice_answer", str, records.where(index), records.what)
 
-    try:
-        return Vocabulary.build(answers(), minimum)
-    except DataError:
-        raise
-    except ValueError as error:
-        raise DataError(f"{folder}: {error}; lower the minimum or use more data") from None
+    vocabulary = Vocabulary.build(answers(), minimum)
+    if not vocabulary.answers:
+        raise DataError(
+            f"{folder}: no answer occurs {minimum} times in {', '.join(splits)}; lower the minimum or use more data"
+        )
+    return vocabulary
 
 
 class VqaReader(Reader):
@@ -116,25 +114,50 @@ class VqaReader(Reader):
     def open(self, report: Callable[[str], None] | None = None) -> Examples:
         questions = _records(self.path, "questions", self.changing_priors)
         labelled = self.annotations.is_file()
-        annotations = _records(self.annotations, "annotations", self.changing_priors) if labelled else None
-        identifiers, positions, places, strata = self._index(questions, annotations, report)
-        relevance = SideFile(
-            self.folder / f"{self.annotations.stem.removesuffix('_annotations')}.relevance.jsonl",
-            "question_id", self.what,
-        )  # fmt: skip
+        answered: dict[int, tuple[int, str]] = {}
+        if labelled:
+            annotations = _records(self.annotations, "annotations", self.changing_priors)
+            answered = index_records(
+                annotations, "question_id", int,
+                lambda record, _, where: sys.intern(need(record, "question_type", str, where, self.what)),
+                report,
+            )  # fmt: skip
+
+        def stratum(record: dict[str, Any], identifier: int, where: str) -> str:
+            if labelled and identifier not in answered:
+                raise DataError(
+                    f"{where}: question_id {identifier} has no annotation in {self.annotations}; "
+                    "files of different releases?"
+                )
+            return answered[identifier][1] if labelled else "all"
+
+        asked = index_records(questions, "question_id", int, stratum, report)
+        if not asked:
+            raise DataError(f"{self.path}: the file has no questions; copy it again")
+        if extra := len(answered.keys() - asked.keys()):
+            problem = (
+                f"{self.annotations}: {extra} annotations of questions that are not in {self.path.name}; "
+                "files of different releases?"
+            )
+            if report is None:
+                raise DataError(problem)
+            report(problem)
+        positions = [position for position, _ in asked.values()]
+        strata = [kind for _, kind in asked.values()]
+        places = [answered[identifier][0] for identifier in asked] if labelled else []
+        stem = self.annotations.stem.removesuffix("_annotations")
+        relevance = SideFile(self.folder / f"{stem}.relevance.jsonl", "question_id", self.what)
 
         def make(index: int) -> Example:
-            position = int(positions[index])
+            position = positions[index]
+            question = questions[position]
             annotation = None
-            if annotations is not None:
-                place = int(places[index])
-                annotation = annotations[place], annotations.where(place)
-            marks = relevance.find(int(identifiers[index]), position)
-            return self._example(
-                questions[position], questions.where(position), annotation, marks, strata[index]
-            )
+            if labelled:
+                annotation = annotations[places[index]], annotations.where(places[index])
+            marks = relevance.find(question["question_id"], position)
+            return self._example(question, questions.where(position), annotation, marks, strata[index])
 
-        return Examples([str(i) for i in identifiers], strata, make, labelled)
+        return Examples([str(identifier) for identifier in asked], strata, make, labelled)
 
     def _doubt(self, example: Example) -> str:
         count = len(example.annotators)
@@ -144,49 +167,6 @@ class VqaReader(Reader):
             f"{self.annotations} ({example.id}): answers of {count} people, expected ten; with fewer than four "
             "no answer is wholly right, because each person's is compared with the others' and three count as 1"
         )
-
-    def _index(
-        self, questions: Records, annotations: Records | None, report: Callable[[str], None] | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-        """Lists for each question its id, its position, that of its annotation, and its question type."""
-        answered = self._answered(annotations, report) if annotations is not None else {}
-
-        def stratum(record: dict[str, Any], identifier: int, where: str) -> str:
-            if not 0 <= identifier < 2**63:
-                raise DataError(f"{where}: question_id={identifier}, expected a number of 64 bits")
-            if annotations is not None and identifier not in answered:
-                raise DataError(
-                    f"{where}: question_id {identifier} has no annotation in {self.annotations}; "
-                    "files of different releases?"
-                )
-            return answered[identifier][1] if answered else "all"
-
-        seen = index_records(questions, "question_id", int, stratum, report)
-        if not seen:
-            raise DataError(f"{self.path}: the file has no questions; copy it again")
-        if extra := len(answered.keys() - seen.keys()):
-            problem = (
-                f"{self.annotations}: {extra} annotations of questions that are not in {self.path.name}; "
-                "files of different releases?"
-            )
-            if report is None:
-                raise DataError(problem)
-            report(problem)
-        identifiers = np.fromiter(seen, np.int64, len(seen))
-        positions = np.array([position for position, _ in seen.values()], np.int64)
-        strata = [kind for _, kind in seen.values()]
-        places = np.array([answered[i][0] for i in seen] if answered else [], np.int64)
-        return identifiers, positions, places, strata
-
-    def _answered(
-        self, annotations: Records, report: Callable[[str], None] | None
-    ) -> dict[int, tuple[int, str]]:
-        """Indexes annotations by question id: the position of each, and its question type."""
-
-        def kind(record: dict[str, Any], identifier: int, where: str) -> str:
-            return sys.intern(need(record, "question_type", str, where, self.what))
-
-        return index_records(annotations, "question_id", int, kind, report)
 
     def _example(
         self,
@@ -206,8 +186,6 @@ class VqaReader(Reader):
             subtype = need(question, "coco_split", str, where, self.what)
             if subtype not in ("train2014", "val2014"):
                 raise DataError(f"{where}: coco_split={subtype!r}, expected train2014 or val2014")
-        if not 0 <= image_id < 10**12:
-            raise DataError(f"{where}: image_id={image_id}, expected the number of a COCO picture")
         image = image_file(self.folder, subtype, image_id)
         if not os.path.isfile(image):
             raise DataError(f"{where}: {image}: no such picture; unpack COCO's {image.parent.name} there")

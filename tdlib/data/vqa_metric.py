@@ -8,17 +8,15 @@ hengyuan-hu/bottom-up-attention-vqa, in UNITER's file format.
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from tdlib.core.files import write_json
 from tdlib.data.examples import DataError
-from tdlib.data.json_files import parse_json
-
-T = TypeVar("T")
+from tdlib.data.json_files import Records, read_json
+from tdlib.data.reading import check_answers
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # apostrophe, colon, $, % and & are not in it
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -89,11 +87,8 @@ def question_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
     Ten answers give 0, .3, .6, .9, 1 for 0, 1, 2, 3, 4 matches; a single one always gives 0. Where
     all answers are the same, nothing is normalised but the white space: ten times "cat" gives 0
-    to "The cat". Raises ValueError without answers.
+    to "The cat".
     """
-    _refuse_string("answers", answers)
-    if not answers:
-        raise ValueError("answers is empty; expected the annotators' answers, at least one")
     prediction, given = _trim(prediction), [_trim(answer) for answer in answers]
     if len(set(given)) > 1:
         prediction, given = normalise(prediction), [normalise(answer) for answer in given]
@@ -104,18 +99,9 @@ def question_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The answers from which a classifier chooses; the label of an answer is its position.
-
-    Raises ValueError if there are none or if one is there twice.
-    """
+    """The answers from which a classifier chooses; the label of an answer is its position."""
 
     answers: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if not self.answers:
-            raise ValueError("the vocabulary is empty; expected at least one answer")
-        if doubled := _doubled(self.answers):
-            raise ValueError(f"the vocabulary has {len(doubled)} answers twice (first: {doubled[0]!r})")
 
     @classmethod
     def build(cls, multiple_choice_answers: Iterable[str], minimum: int = 9) -> "Vocabulary":
@@ -126,18 +112,9 @@ class Vocabulary:
         One answer per question (``multiple_choice_answer``) of the splits trained on; 3,129 for
         train and val of VQA v2. Ordered by first occurrence (the original's order was that of a
         Python 2 dict), so the labels depend on the order of the questions, and on nothing else.
-        Raises ValueError if none is left.
         """
-        _refuse_string("multiple_choice_answers", multiple_choice_answers)
         counts = Counter(normalise(answer) for answer in multiple_choice_answers)
-        kept = tuple(answer for answer, count in counts.items() if count >= minimum)
-        if not kept:
-            most = max(counts.values(), default=0)
-            raise ValueError(
-                f"none of {len(counts)} answers occurs {minimum} times (the most common: {most}); "
-                "expected more questions or a lower minimum"
-            )
-        return cls(kept)
+        return cls(tuple(answer for answer, count in counts.items() if count >= minimum))
 
     def soft_targets(self, answers: Sequence[str]) -> dict[int, float]:
         """Score labels by their number of annotators: .3, .6, .9 for one to three, 1 from four on.
@@ -145,7 +122,6 @@ class Vocabulary:
         A label that is not there has target 0. Counts the strings as the annotators wrote them, as
         hengyuan-hu and ViLT do ("Yes" is not "yes"); UNITER counts their normalised forms.
         """
-        _refuse_string("answers", answers)
         counts = Counter(answers)
         last = len(_SOFT_SCORES) - 1
         return {
@@ -158,12 +134,7 @@ class Vocabulary:
     def load(cls, path: Path) -> "Vocabulary":
         """Read UNITER's ``ans2label.json``. Raises DataError unless the labels are 0 to n-1, each once."""
         remedy = "write the file again, or copy UNITER's ans2label.json"
-        try:
-            labels = parse_json(path.read_bytes())
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such file; expected an answer vocabulary; {remedy}") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: not valid JSON in UTF-8 ({error}); {remedy}") from None
+        labels = read_json(path, remedy=remedy)
         if not isinstance(labels, dict) or not labels:
             found = "no answers" if labels == {} else type(labels).__name__
             raise DataError(f"{path}: expected a JSON object {{answer: label}}, found {found}; {remedy}")
@@ -182,51 +153,15 @@ class Vocabulary:
         return {answer: label for label, answer in enumerate(self.answers)}
 
 
-def write_submission(path: Path, answers: Mapping[int, str], question_ids: Sequence[int]) -> None:
-    """Write ``[{"question_id": int, "answer": str}, ...]`` in the order of ``question_ids``.
+def check_submission(path: Path, question_ids: Collection[int]) -> list[str]:
+    """Lists all faults of a file for the server: an entry {"question_id", "answer"} for each question."""
 
-    ``question_ids``: all of the split, for the server takes no less. Raises DataError, and writes
-    nothing, if ids are missing, extra or doubled, or if an answer is not a string.
-    """
-    problems = _summary("question ids doubled", _doubled(question_ids))
-    problems += _differences(answers, question_ids, "the answers")
-    problems += _summary(
-        "answers that are not strings", [i for i, a in answers.items() if not isinstance(a, str)]
-    )
-    if problems:
-        raise DataError(
-            f"{path}: not written: {'; '.join(problems)}; expected one answer for each question of the split"
-        )
-    write_json(path, [{"question_id": int(i), "answer": answers[i]} for i in question_ids])
+    def fault(entry: dict[str, Any]) -> str:
+        answer = entry.get("answer")
+        return "" if isinstance(answer, str) else f"answer={answer!r}, expected a string"
 
-
-def check_submission(path: Path, question_ids: Sequence[int]) -> list[str]:
-    """List all that is wrong with a submission file for these questions, one line per kind; empty if good.
-
-    A line tells how many there are and where the first ones stand (entries count from 0).
-    """
-    try:
-        entries = parse_json(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        return [f"not readable as JSON in UTF-8: {error}"]
-    if not isinstance(entries, list):
-        return [f"expected a list of entries, found {type(entries).__name__}"]
-    wrong: dict[str, list[int]] = {}
-    found: list[int] = []
-    for position, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            wrong.setdefault("entries that are not objects", []).append(position)
-            continue
-        for key, kind in (("question_id", int), ("answer", str)):
-            if key not in entry:
-                wrong.setdefault(f"entries without {key!r}", []).append(position)
-            elif type(entry[key]) is not kind:
-                wrong.setdefault(f"entries whose {key!r} is not {kind.__name__}", []).append(position)
-            elif key == "question_id":
-                found.append(entry[key])
-    problems = [line for what, positions in wrong.items() for line in _summary(what, positions)]
-    problems += _summary("question ids doubled", _doubled(found))
-    return problems + _differences(found, question_ids, "the file")
+    entries = Records.entries(path, None, "VQA submission")
+    return check_answers(path, entries, "question_id", question_ids, fault)
 
 
 def _trim(text: str) -> str:
@@ -236,26 +171,3 @@ def _trim(text: str) -> str:
 def _mean(values: Sequence[float]) -> float:
     # Added from left to right as in the original's Python; since 3.12 sum() corrects its rounding.
     return reduce(operator.add, values, 0.0) / len(values)
-
-
-def _refuse_string(name: str, value: Any) -> None:
-    if isinstance(value, str):
-        raise ValueError(f"{name} is one string ({value[:40]!r}); expected several strings")
-
-
-def _doubled(values: Iterable[T]) -> list[T]:
-    return [value for value, count in Counter(values).items() if count > 1]
-
-
-def _differences(found: Iterable[int], expected: Iterable[int], where: str) -> list[str]:
-    """Question ids missing and extra, each once and in their order."""
-    found, expected = dict.fromkeys(found), dict.fromkeys(expected)
-    missing = _summary(f"question ids missing in {where}", [i for i in expected if i not in found])
-    return missing + _summary(f"extra question ids in {where}", [i for i in found if i not in expected])
-
-
-def _summary(what: str, places: Sequence[int]) -> list[str]:
-    if not places:
-        return []
-    more = ", ..." if len(places) > 5 else ""
-    return [f"{len(places)} {what}: {', '.join(map(str, places[:5]))}{more}"]

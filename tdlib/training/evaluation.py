@@ -173,8 +173,9 @@ def evaluate(
             figures["detail"][split] = detail(table.assign(**strata.reset_index(drop=True)), STRATA)
         if split == config.submission_split:
             told = predictions.chosen if predictions.every is None else predictions.every
-            path = task_of(config).write_submission(folder, examples, told, prepared.labels)
-            figures["submission"] = path.name
+            task = task_of(config)
+            task.write_submission(folder / task.submission, examples, told, prepared.labels)
+            figures["submission"] = task.submission
         frames.append(table)
     pd.concat(frames).to_parquet(folder / "predictions.parquet", index=False)
     return figures
