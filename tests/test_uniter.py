@@ -289,14 +289,14 @@ def test_vcr_adds_token_types_and_people(tmp_path, tokenizer_folder, examples):
     assert run(student, {name: own[name] for name in student.inputs}).logits.isfinite().all()
 
 
-def test_new_rows_come_from_the_seed(tmp_path, tokenizer_folder):
+def test_new_rows_are_the_same_each_time(tmp_path, tokenizer_folder):
     rows, random = [], torch.random.get_rng_state()
-    for number, seed in enumerate((1, 1, 2)):
+    for number in range(2):
         place = tmp_path / str(number)
         place.mkdir()
-        folder, _ = convert(official_state(), place, tokenizer_folder, vcr=True, seed=seed)
+        folder, _ = convert(official_state(), place, tokenizer_folder, vcr=True)
         rows.append(load_file(folder / "model.safetensors")["uniter.embeddings.word_embeddings.weight"][300:])
-    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+    assert torch.equal(rows[0], rows[1]) and 0 < rows[0].std(0).min()
     assert torch.equal(torch.random.get_rng_state(), random)
 
 

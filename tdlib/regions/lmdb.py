@@ -59,17 +59,14 @@ class LmdbRegions(FileRegions):
     def __init__(self, *paths: Path | str):
         super().__init__(*paths)
         self._databases = [_open_database(path) for path in self.paths]
+        # Annotated regions first (True), then detected ones, as far as there are databases of them.
+        self._kinds = sorted({database.ground_truth for database in self._databases}, reverse=True)
         first = self._databases[0]
         key, value = next(_records(first.path))
         self.dim = _decode(f"{first.path}: {key!r}", value, first).features.shape[-1]
 
     def names(self, image: Path) -> list[str]:
         return [key for database in self._databases if (key := database.key(image))]
-
-    @property
-    def _kinds(self) -> list[bool]:
-        """Annotated regions first (True), then detected ones, as far as there are databases of them."""
-        return sorted({database.ground_truth for database in self._databases}, reverse=True)
 
     def holds(self, image: Path) -> bool:
         return all(self._value(image, kind, read=False) is not None for kind in self._kinds)

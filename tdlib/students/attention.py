@@ -92,7 +92,7 @@ def _check_tokens(maps: Sequence[Tensor], record: TargetRecord) -> None:
 def named_record(
     record: TargetRecord, batch: Mapping[str, Tensor], tokenizer: Any, tokens: int
 ) -> TargetRecord:
-    """Names the record's tokens that have no place, such as [CLS], and extends it to ``tokens`` tokens."""
+    """Names the record's tokens that have no place, such as [CLS]; adds [END] until there are ``tokens``."""
     ids = batch["input_ids"][0, record.choice].tolist()
     words = tokenizer.convert_ids_to_tokens(list(ids)) if tokenizer is not None else ["[special]"] * len(ids)
     names = [
@@ -101,17 +101,12 @@ def named_record(
             zip(record.tokens, record.is_text, record.is_visual, strict=True)
         )
     ]
-    return longer(replace(record, tokens=tuple(names)), tokens)
-
-
-def longer(record: TargetRecord, tokens: int) -> TargetRecord:
-    """Appends [END] to the record's tokens until there are ``tokens``."""
     more = tokens - len(record.tokens)
     arrays: dict[str, Any] = {}
     for name in ("spans", "boxes", "distilled", "relevance", "prior", "score", "selected", "weight"):
         value = getattr(record, name)
         arrays[name] = np.concatenate([value, np.zeros((more, *value.shape[1:]), value.dtype)])
-    return replace(record, tokens=(*record.tokens, *["[END]"] * more), **arrays)
+    return replace(record, tokens=(*names, *["[END]"] * more), **arrays)
 
 
 def student_attention(

@@ -29,7 +29,7 @@ from tdlib.students.base import (
     encoded_text,
     named_outputs,
 )
-from tdlib.teacher.families import image_tower, text_tower
+from tdlib.teacher.families import text_tower
 from tdlib.teacher.model import (
     Preprocess,
     Teacher,
@@ -152,8 +152,8 @@ class ClipFusionForMultipleChoice(PreTrainedModel):
                 "a CLIP with a fusion head gives no hidden states: there is nothing to distil CLIP into; set "
                 "distill_weight=0, truth_weight=0 and extra_weight=0"
             )
-        image = image_tower(self.clip.visual, self.config.model_type).run(pixel_values)[0]
-        return StudentOutput(logits=self.score(F.normalize(image, dim=-1), self.encode_texts(input_ids)))
+        image = self.clip.encode_image(pixel_values, normalize=True)
+        return StudentOutput(logits=self.score(image, self.encode_texts(input_ids)))
 
     def encode_texts(self, input_ids: Tensor) -> Tensor:
         """Global embeddings of statements, (batch, choices, teacher_dim), of unit length."""

@@ -105,7 +105,7 @@ FORMATS = {
 
 def convert(
     kind: str, checkpoint: Path | str, folder: Path | str, tokenizer: Path | str, *, vcr: bool = False,
-    seed: int = 0, drop: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
     """Writes an official checkpoint as a folder.
 
@@ -118,7 +118,6 @@ def convert(
         vcr: prepare it for VCR as the authors do at the start of finetuning: token types of
             answers (and of UNITER's rationales) start as those of questions, and UNITER's tokens of people
             (``person_0`` ...) get rows from N(0, 0.02). What pretraining on VCR has learned is kept.
-        seed: of the new rows.
         drop: beginnings of the names of further parameters to leave out.
 
     Returns:
@@ -139,7 +138,7 @@ def convert(
     else:
         state = read_checkpoint(checkpoint, source.key)
         config, weights, left_out = official_weights(source, state, str(checkpoint), drop)
-    words = _fit_tokenizer(source, tokenizer, config, weights, str(checkpoint), vcr, seed)
+    words = _fit_tokenizer(source, tokenizer, config, weights, str(checkpoint), vcr)
     if vcr and source is not None:
         order = source.types[config.type_vocab_size]
         weights[source.sizes["types"]] = weights[source.sizes["types"]][list(order)]
@@ -241,8 +240,7 @@ def _config_of(source: Format, weights: Mapping[str, Tensor], where: str) -> Ber
 
 
 def _fit_tokenizer(
-    source: Format | None, name: Path | str, config: Any, weights: dict[str, Tensor], where: str, vcr: bool,
-    seed: int,
+    source: Format | None, name: Path | str, config: Any, weights: dict[str, Tensor], where: str, vcr: bool
 ) -> Any:  # fmt: skip
     """Loads the tokenizer, for ``vcr`` with tokens of people; ``weights`` get a row for each new token."""
     people = source.people if vcr and source else ()
@@ -265,7 +263,7 @@ def _fit_tokenizer(
             f"{more if source and source.people else ''}"
         )
     if missing and source:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         rows = config.initializer_range * torch.randn(missing, config.hidden_size, generator=generator)
         table = source.sizes["words"]
         weights[table] = torch.cat([weights[table].float(), rows])

@@ -38,10 +38,10 @@ class Attention:
     readout: int
     model: str
 
-    def row(self, query: int | None = None, head: int | None = None) -> np.ndarray:
-        """Averages a token's weights of all tokens over layers (and heads): (tokens,), sums to 1."""
+    def row(self, head: int | None = None) -> np.ndarray:
+        """Averages what the readout attends to over layers, and over heads if None: (tokens,), sums to 1."""
         maps = self.maps if head is None else self.maps[:, head : head + 1]
-        return maps[:, :, self.readout if query is None else query].mean((0, 1))
+        return maps[:, :, self.readout].mean((0, 1))
 
 
 def rollout(maps: np.ndarray, query: int) -> np.ndarray:
@@ -86,8 +86,6 @@ def teacher_attention(
         AttentionError: the tower's attention cannot be read here, or a layer does not exist.
         DataError: the picture cannot be read.
     """
-    if tower not in ("text", "image"):
-        raise AttentionError(f"tower={tower!r}: expected 'text' or 'image'")
     reader: Tower = getattr(teacher, tower)
     count = len(reader.blocks) + reader.pooling.attends
     if not count or any(take_apart(block) is None for block in reader.blocks):

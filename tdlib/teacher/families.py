@@ -23,12 +23,15 @@ from tdlib.teacher.towers import Pooling, TeacherError, Tower, attention_weights
 # Pooling
 
 
-def _one_hot(index: Tensor, hidden: Tensor) -> Tensor:
-    return F.one_hot(index, hidden.shape[1]).unsqueeze(1).to(hidden)
+def _at(position: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """All weight on one position."""
 
+    def weights(hidden: Tensor, _inputs: Tensor) -> Tensor:
+        chosen = hidden.new_zeros(len(hidden), 1, hidden.shape[1])
+        chosen[..., position] = 1
+        return chosen
 
-def _first(hidden: Tensor, _inputs: Tensor) -> Tensor:
-    return _one_hot(torch.zeros(len(hidden), dtype=torch.long, device=hidden.device), hidden)
+    return weights
 
 
 def _uniform(prefix: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -109,7 +112,7 @@ def _vision_transformer(visual: VisionTransformer, name: str) -> Tower:
             (nn.Identity(), visual.ln_post) if visual.final_ln_after_pool else (visual.ln_post, nn.Identity())
         )
         pooling = Pooling(
-            before, _first if visual.pool_type == "tok" else _uniform(1), lambda x: after(x) @ visual.proj
+            before, _at(0) if visual.pool_type == "tok" else _uniform(1), lambda x: after(x) @ visual.proj
         )
     return Tower(
         name, lambda pixels: (_pooled(visual(pixels)), None), visual.transformer.resblocks, pooling, prefix=1,
@@ -183,7 +186,7 @@ def _timm_transformer(visual: TimmModel, name: str) -> Tower:
     if isinstance(pool, AttentionPoolLatent) and pool.latent_len == 1 and pool.pos_embed is None:
         pooling = _latent_pooling(trunk.norm, pool, head, skipped)
     elif pool is None and trunk.global_pool in ("token", "avg"):
-        pooling = Pooling(trunk.norm, _first if trunk.global_pool == "token" else _uniform(skipped), head)
+        pooling = Pooling(trunk.norm, _at(0) if trunk.global_pool == "token" else _uniform(skipped), head)
     else:
         kind = trunk.global_pool if pool is None else type(pool).__name__
         raise TeacherError(
@@ -253,7 +256,8 @@ def text_tower(model: nn.Module, name: str) -> Tower:
 
     def weights(hidden: Tensor, ids: Tensor) -> Tensor:
         index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).unsqueeze(-1)
-        return _one_hot(text_global_pool(index, ids, pool_type, end).squeeze(-1), hidden)
+        chosen = text_global_pool(index, ids, pool_type, end).squeeze(-1)
+        return F.one_hot(chosen, hidden.shape[1]).unsqueeze(1).to(hidden)
 
     pooling = Pooling(text.ln_final, weights, _linear(text.text_projection))
     return Tower(
@@ -286,11 +290,7 @@ def encode_text_ids(model: nn.Module, ids: Tensor) -> Tensor:
 
 def _appended_class(text: Any, name: str) -> Tower:
     """Reads CoCa's text tower, which appends a class token and pools it."""
-
-    def weights(hidden: Tensor, _ids: Tensor) -> Tensor:
-        return _one_hot(hidden.new_full((len(hidden),), hidden.shape[1] - 1, dtype=torch.long), hidden)
-
-    pooling = Pooling(text.ln_final, weights, _linear(text.text_projection))
+    pooling = Pooling(text.ln_final, _at(-1), _linear(text.text_projection))
     return Tower(name, lambda ids: (_pooled(text(ids)), None), text.transformer.resblocks, pooling)
 
 
@@ -317,5 +317,5 @@ def _hugging_face_text(text: HFTextEncoder, name: str) -> Tower:
             x = dense.activation(dense.dense(x))
         return text.proj(x)
 
-    pooling = Pooling(norm, mean if isinstance(text.pooler, MeanPooler) else _first, head)
+    pooling = Pooling(norm, mean if isinstance(text.pooler, MeanPooler) else _at(0), head)
     return Tower(name, lambda ids: (_pooled(text(ids)), None), list(blocks), pooling, cut=True)

@@ -7,7 +7,6 @@ import pandas as pd
 
 from tdlib.core.facts import title, token_name
 from tdlib.core.records import TargetRecord
-from tdlib.students.attention import longer
 from tdlib.teacher.attention import Attention, AttentionError, rollout
 from tdlib.views.compare import values_view
 from tdlib.views.figures.attention import plot_heads
@@ -33,7 +32,7 @@ def attention_view(attention: Attention, head: int | None = None) -> View:
     heads = f"head {head}" if head is not None else f"mean of {attention.maps.shape[1]} heads"
     method = f"{attention.model}: attention of {name_layers(attention.layers)}, {heads}"
     record = attention.record
-    return values_view(record, attention.row(query, head), method, token_name(record, query))
+    return values_view(record, attention.row(head), method, token_name(record, query))
 
 
 def rollout_view(attention: Attention) -> View:
@@ -54,8 +53,6 @@ def relevance_view(record: TargetRecord, values: np.ndarray, method: str) -> Vie
     ``method`` names model, layers and goal, such as "student: gradient relevance, layers 0 to 3, choice 2".
     """
     values = np.asarray(values, dtype=float)
-    if len(values) > len(record.tokens):
-        record = longer(record, len(values))
     total = values.sum()
     return values_view(record, values / total if total > 0 else values, method)
 
