@@ -252,7 +252,8 @@ def filling(teacher: Teacher, examples: Sequence[Example], repeats: int) -> dict
         with tempfile.TemporaryDirectory() as folder:
             cache = TeacherCache(folder, teacher)
             cache.add(**sources)
-            size = cache.store.nbytes(name) / cache.store.count(name)
+            shards = [path.stat().st_size for path in cache.store.folder.glob(f"{name}-*")]
+            size = sum(shards) / cache.store.count(name)
         rows[f"cache of {name}: speed of filling / bare encoding"] = (
             f"{seconds['bare'][1]:.2f} ({cache.store.count(name) / seconds['filling'][0]:.0f} a second, "
             f"{size / 1000:.1f} kB each)"

@@ -142,7 +142,8 @@ from tdlib.core.store import Store
 from tdlib.teacher.cache import text_key
 store = Store.__new__(Store)
 store.folder = __import__("pathlib").Path(sys.argv[1])
-with store.alone_with([text_key(text) for text in sys.argv[2:]]):
+store.missing = lambda kind, keys: keys
+with store.to_fill(["texts"], [text_key(text) for text in sys.argv[2:]]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -393,22 +394,6 @@ def test_an_overflow_in_half_precision_is_named(tmp_path, teacher, spoiling, mon
     monkeypatch.setattr(teacher.model, "named_parameters", lambda: weights)
     with pytest.raises(TeacherError, match=r"in float16: .* load the weights in float32"):
         TeacherCache(tmp_path, teacher).add(TEXTS[:1])
-
-
-@pytest.mark.parametrize("kind", ["texts", "pictures"])
-def test_a_cache_that_holds_such_features_is_repaired(filled, teacher, pictures, monkeypatch, kind, caplog):
-    path = shard_of(filled, kind)
-    tensors = load_file(path)
-    tensors["projected"][tensors["offsets"][1]] = torch.nan  # of the second record
-    save_file(tensors, path)
-    sign(filled)
-    again = TeacherCache(filled.folder.parent, teacher)
-    assert "1 records are not finite" in caplog.text
-    assert len(again) == len(filled) - 1
-    asked = counted(monkeypatch, teacher)
-    again.add(TEXTS, pictures)
-    assert len(asked[kind]) == 1 and sum(map(len, asked.values())) == 1
-    assert_live(TeacherCache(filled.folder.parent, teacher), teacher, TEXTS, pictures)
 
 
 # Texts beyond the context

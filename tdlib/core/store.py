@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 OPEN_FILES = 128  # of one store at a time: large caches have more shards than a process may open files
 _DTYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "U8": torch.uint8}
-_BLOCK = 2**25  # numbers that are checked at once for being finite: bounds the memory
 
 
 class CacheError(RuntimeError):
@@ -131,8 +130,8 @@ class _File:
 class _Shard:
     """One safetensors file of records; ValueError, or what json and the system raise, if it is none."""
 
-    def __init__(self, path: Path, kind: str, columns: Mapping[str, Column], files: "_Files"):
-        self.path, self.kind, self._files = path, kind, files
+    def __init__(self, path: Path, columns: Mapping[str, Column], files: "_Files"):
+        self.path, self._files = path, files
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if not 0 < size < path.stat().st_size:
@@ -166,23 +165,6 @@ class _Shard:
         start, stop = self.rows("source_offsets", row, row + 2).tolist()
         return json.loads(self.rows("sources", start, stop).numpy().tobytes())
 
-    def not_finite(self, columns: Mapping[str, Column]) -> list[int]:
-        """Finds the records that hold a number which is not finite."""
-        bad: set[int] = set()
-        for name, column in columns.items():
-            shape = self._places[name][1]
-            step = max(1, _BLOCK // max(1, int(np.prod(shape[1:]))))
-            for start in range(0, shape[0], step):
-                values = self.rows(name, start, min(start + step, shape[0]))
-                bad |= set(_not_finite(values, column, self.offsets, start))
-        return sorted(bad)
-
-
-def _not_finite(values: Tensor, column: Column, offsets: np.ndarray, first: int = 0) -> list[int]:
-    """Finds the records that some of these rows of a column, from row ``first`` on, make not finite."""
-    rows = first + (~values[..., None].isfinite().flatten(1).all(1)).nonzero()[:, 0].numpy()
-    return (np.searchsorted(offsets, rows, "right") - 1 if column.ragged else rows).tolist()
-
 
 class _Files(OrderedDict[Path, _File]):
     """Keeps the files that were used last open, by path; each process opens them for itself."""
@@ -204,10 +186,10 @@ class _Index:
         self.keys = np.empty(0, "S16")
         self.places = np.empty(0, np.int64)  # number of the shard * 2**32 + row in it
 
-    def add(self, keys: bytes, shard: int, dropped: Sequence[int]) -> None:
-        """Adds a shard's records except ``dropped`` ones; a key that is there already keeps its place."""
+    def add(self, keys: bytes, shard: int) -> None:
+        """Adds a shard's records; a key that is there already keeps its place."""
         short, rows = np.unique(np.frombuffer(keys, "S32").astype("S16"), return_index=True)
-        new = (self.find(short) < 0) & ~np.isin(rows, dropped)
+        new = self.find(short) < 0
         at = np.searchsorted(self.keys, short[new])
         self.keys = np.insert(self.keys, at, short[new])
         self.places = np.insert(self.places, at, shard * 2**32 + rows[new])
@@ -226,8 +208,7 @@ class Store:
 
     Shards are safetensors files named by their SHA-256, each with the keys of its records and what they
     were made of. ``manifest.json`` lists them with their digests and is replaced last: a killed writer, or
-    two at once, leave a whole store. Records with numbers that are not finite are never stored; where
-    they are there nevertheless, opening drops them, so that they are computed again.
+    two at once, leave a whole store. Records with numbers that are not finite are never stored.
 
     Args:
         folder: is made if it is not there.
@@ -257,19 +238,12 @@ class Store:
                 raise CacheError(f"{path}: shard is missing; {self.remedy}")
             if file_digest(path) != entry["sha256"]:
                 raise CacheError(f"{path}: checksum differs, the file is damaged; {self.remedy}")
-        if dropped := sum(map(self._open, entries)):
-            log.warning(
-                "%s: %d records are not finite; they are dropped and made again", self.folder, dropped
-            )
-            self._list(entries)
+        for entry in entries:
+            self._open(entry)
 
     def count(self, kind: str) -> int:
         """Number of records of a kind."""
         return len(self._index[kind].keys)
-
-    def nbytes(self, kind: str) -> int:
-        """Bytes on disk of all shards of a kind."""
-        return sum(shard.path.stat().st_size for shard in self._shards if shard.kind == kind)
 
     def missing(self, kind: str, keys: Iterable[bytes]) -> list[bytes]:
         """Returns the keys that no record is stored under, in their order; other processes may store too."""
@@ -284,12 +258,19 @@ class Store:
         return lacking(missing)
 
     @contextmanager
-    def alone_with(self, keys: Iterable[bytes]) -> Iterator[None]:
-        """Keeps other processes from computing records of just these keys meanwhile.
+    def to_fill(self, kinds: Sequence[str], keys: Collection[bytes]) -> Iterator[dict[str, list[bytes]]]:
+        """Yields the keys that are missing of each kind, for the block to store.
 
-        Those that wanted to wait here, and find the records stored: runs of a batch that begin side by side
-        with the same examples would each compute all of them.
+        Other processes that lack records of just these keys wait meanwhile, and then find them stored: runs
+        of a batch that begin side by side with the same examples would each compute all of them.
         """
+
+        def absent() -> dict[str, list[bytes]]:
+            return {kind: self.missing(kind, keys) for kind in kinds}
+
+        if not any((nothing := absent()).values()):
+            yield nothing
+            return
         digest = hashlib.sha256(b"".join(keys)).digest()
         # One byte of an empty file is locked, for each set of keys another one.
         whose = 1, int.from_bytes(digest[:7], "big")
@@ -299,19 +280,6 @@ class Store:
             except (BlockingIOError, PermissionError):
                 log.warning("%s: another process computes the same records; this one waits", self.folder)
                 fcntl.lockf(file, fcntl.LOCK_EX, *whose)
-            yield
-
-    @contextmanager
-    def to_fill(self, kinds: Sequence[str], keys: Collection[bytes]) -> Iterator[dict[str, list[bytes]]]:
-        """Yields the keys that are missing of each kind, for the block to store; see ``alone_with``."""
-
-        def absent() -> dict[str, list[bytes]]:
-            return {kind: self.missing(kind, keys) for kind in kinds}
-
-        if not any((nothing := absent()).values()):
-            yield nothing
-            return
-        with self.alone_with(keys):
             yield absent()
 
     def read(
@@ -376,25 +344,22 @@ class Store:
             os.replace(partial, self.folder / file)
         finally:
             Path(partial).unlink(missing_ok=True)
-        entry = {"file": file, "kind": kind, "sha256": digest, "records": len(keys), "finite": digest}
-        self._list([entry])
+        entry = {"file": file, "kind": kind, "sha256": digest, "records": len(keys)}
+        self._list(entry)
         self._open(entry)
 
-    def _open(self, entry: dict[str, Any]) -> int:
-        """Adds a shard to the index; returns how many records were newly dropped as not finite."""
-        path, kind, dropped = self.folder / entry["file"], entry["kind"], entry.setdefault("dropped", [])
+    def _open(self, entry: dict[str, Any]) -> None:
+        """Adds a shard to the index."""
+        path, kind = self.folder / entry["file"], entry["kind"]
         try:
-            shard = _Shard(path, kind, self.layout[kind], self._files)
+            shard = _Shard(path, self.layout[kind], self._files)
             if shard.records != entry["records"]:
                 raise ValueError(f"{shard.records} records, where the manifest lists {entry['records']}")
-            if entry.get("finite") != entry["sha256"]:  # this content was never checked
-                entry |= {"dropped": shard.not_finite(self.layout[kind]), "finite": entry["sha256"]}
-            self._index[kind].add(shard.keys(), len(self._shards), entry["dropped"])
+            self._index[kind].add(shard.keys(), len(self._shards))
         except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
             raise CacheError(f"{path}: not a readable shard ({error}); {self.remedy}") from None
         self._shards.append(shard)
         self._opened.add(entry["file"])
-        return len(set(entry["dropped"]) - set(dropped))
 
     def _manifest(self) -> dict[str, Any]:
         path = self.folder / "manifest.json"
@@ -415,14 +380,14 @@ class Store:
             )
         return manifest
 
-    def _list(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Writes entries to the manifest and replaces older ones of the same files."""
+    def _list(self, entry: dict[str, Any]) -> None:
+        """Writes a shard to the manifest, in place of one of the same content."""
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # or a shard that another process adds meanwhile would be lost
             manifest = self._manifest()
-            both = {entry["file"]: entry for entry in [*manifest["shards"], *entries]}
+            shards = {known["file"]: known for known in [*manifest["shards"], entry]}
             with whole_path(self.folder / "manifest.json") as partial:
-                partial.write_text(json.dumps(manifest | {"shards": list(both.values())}), encoding="utf-8")
+                partial.write_text(json.dumps(manifest | {"shards": list(shards.values())}), encoding="utf-8")
                 sync(partial)
 
 
@@ -437,6 +402,8 @@ def _pack(
         whole = torch.cat(values) if column.ragged else torch.stack(values)
         packed[name] = whole.half() if column.half else whole
     for name, column in columns.items():
-        if bad := _not_finite(packed[name], column, packed["offsets"].numpy()):
-            raise NotFiniteError(sorted(set(bad)), name, sources[bad[0]])
+        rows = (~packed[name][..., None].isfinite().flatten(1).all(1)).nonzero()[:, 0].numpy()
+        if len(rows):
+            bad = np.searchsorted(packed["offsets"].numpy(), rows, "right") - 1 if column.ragged else rows
+            raise NotFiniteError(sorted(set(bad.tolist())), name, sources[bad[0]])
     return packed

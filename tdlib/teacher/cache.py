@@ -70,8 +70,7 @@ def _tensors(record: TeacherRecord) -> dict[str, Tensor]:
 class TeacherCache:
     """Features of one teacher under ``root``; opening it verifies it.
 
-    Checksums are compared, a sample of what is stored is computed again, and records whose numbers are
-    not finite are dropped, so that the next ``add`` makes them anew.
+    Checksums are compared, and a sample of what is stored is computed again.
 
     Args:
         root: where caches of all teachers lie; this one is ``root/<fingerprint>``.
