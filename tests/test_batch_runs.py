@@ -177,6 +177,27 @@ def test_a_worker_that_a_look_at_its_run_has_kept_out_starts_again(tmp_path):
     assert list(batch.run(Engine())["state"]) == ["done"]
 
 
+def test_a_run_that_another_runner_has_done_meanwhile_is_left_to_it(tmp_path):
+    class Engine(LocalEngine):
+        begun, folder = 0, None
+
+        def start(self, folder, *_):
+            """Another runner, whose lock cannot be seen here, was faster."""
+            assert not self.begun
+            self.begun, self.folder = self.begun + 1, folder
+            state = {"state": "running", "host": "another", "heartbeat": time.time()}
+            run_states.write_state(folder, state)
+            return Elsewhere()
+
+        def has_room(self, _):
+            if self.folder:
+                run_states.write_state(self.folder, {"state": "done", "files": {}})
+            return True
+
+    batch, engine = make_batch(tmp_path), Engine()
+    assert list(batch.run(engine)["state"]) == ["done"] and engine.begun == 1
+
+
 def test_a_task_that_breaks_on_its_node_says_why():
     engine = RayEngine.__new__(RayEngine)
 

@@ -20,7 +20,6 @@ from tdlib.core.files import write_json
 from tdlib.runs import states as run_states
 from tdlib.runs.engines import ELSEWHERE, Engine, Started
 from tdlib.runs.plan import Plan, PlannedRun
-from tdlib.runs.template import NOTEBOOKS
 
 POLL = 0.2  # seconds between looks at the runs
 
@@ -97,9 +96,10 @@ class Runner:
 
     def _start(self, run: PlannedRun) -> bool:
         folder = self.folder / run.id
-        # Most runs of a large batch are done: their state is read before a lock is taken.
+        # What was tried here may be tried again if it was killed, but not if another runner has done it.
+        wanted = (*self.states, "killed", "lost") if self.tries[run.id] else self.states
         recorded = run_states.recorded_state(folder)["state"]
-        if recorded not in (*self.states, "running", "done") and not self.tries[run.id]:
+        if recorded not in (*wanted, "running", "done"):  # without a lock, which would make a folder
             return self._leave(run, recorded)
         lock = run_states.claim(folder)
         if lock is None:
@@ -112,7 +112,7 @@ class Runner:
                 state = {"state": "lost"}
             elif state["state"] == "done" and run_states.damaged(folder, state):
                 state = {"state": "lost"}
-            if state["state"] not in self.states and not self.tries[run.id]:
+            if state["state"] not in wanted:
                 return self._leave(run, state["state"])
             if state["state"] == "queued" and (other := run_states.reuse_finished_run(folder)):
                 del self.waiting[run.id]
@@ -243,5 +243,5 @@ def specification(plan: Plan, run: PlannedRun, attempt: int) -> dict[str, Any]:
     return {
         "template": str(plan.template), "parameters": run.parameters, "overrides": run.overrides,
         "output": plan.output, "identity": run.identity, "attempt": attempt,
-        "cwd": str(NOTEBOOKS), "resources": plan.resources.model_dump(),
+        "resources": plan.resources.model_dump(),
     }  # fmt: skip
