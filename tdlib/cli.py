@@ -165,8 +165,7 @@ def _batch(options: argparse.Namespace) -> int:
 
     print(f"batch {options.action}: reading {find_batch(options.file)}", file=sys.stderr, flush=True)
     reports = Path(options.folder) if options.folder else None
-    wanted = pairs_of(getattr(options, "resources", []), "-r")
-    resources = {name: parse_value(text, name) for name, text in wanted.items()}
+    resources = pairs_of(getattr(options, "resources", []), "-r")
     batch = Batch(options.file, reports=reports, resources=resources)
     if options.action == "plan":
         return _plan(batch)
@@ -192,10 +191,8 @@ def _batch(options: argparse.Namespace) -> int:
     if options.action == "status":
         for note in batch.done_otherwise():
             print(f"note: {note}")
-    try:
-        print(f"page: {batch.write_reports()}")
-    except OSError as error:
-        print(f"tdlib batch: no page was written: {error}", file=sys.stderr)
+    if page := batch.write_reports():
+        print(f"page: {page}")
     good = {"done", "queued", "running"} if options.action == "status" else {"done", "running"}
     return int(any(states[run]["state"] not in good for run in asked))
 

@@ -74,7 +74,7 @@ def test_an_arm_may_be_made_of_other_arms(tmp_path, settings):
     base = 'ARMS["base"] = ARMS["clip_td"] | {"selector": "all"}\n'
     training_template(tmp_path, f'from tdlib.arms import ARMS\n{base}ARMS["mine"] = {settings}\n')
     template = read_template(tmp_path / "own.ipynb")
-    mine = template.registered_arm("mine")
+    mine = template.arms["mine"]
     assert mine == ARMS["clip_td"] | {"selector": "all"} | ({"mass": 0.5} if "base" in settings else {})
     description = {"template": "own.ipynb", "parameters": {"arm": "mine"}}
     grid = {"grid": {"selector": ["first", "nucleus"]}}

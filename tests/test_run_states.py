@@ -16,6 +16,7 @@ from tdlib.core.provenance import code_version, executed_code
 from tdlib.data import tasks
 from tdlib.runs import states as run_states
 from tdlib.runs.engines import GpuLeases, LocalEngine, Resources
+from tdlib.runs.template import read_template
 from tdlib.training import provenance as training_provenance
 from tdlib.training.provenance import data_manifest
 
@@ -31,7 +32,7 @@ def test_an_id_changes_with_what_a_result_depends_on_and_with_nothing_else(tmp_p
     template = write_template(tmp_path)
 
     def name(**changed) -> str:
-        return run_states.identity(template.read_bytes(), parameters | changed, "runs_dir")["id"]
+        return run_states.identity(read_template(template), parameters | changed, "runs_dir")["id"]
 
     first = name()
     assert first == name(runs_dir="y", interactive=True) and first != name(a=2)
@@ -49,9 +50,9 @@ def test_an_id_changes_with_what_a_result_depends_on_and_with_nothing_else(tmp_p
         change()
         assert name() != before
     assert data_manifest({"data_dir": "", "world_seed": 3})[0][::2] == ["miniworld", 3]
-    training = (ROOT / "notebooks" / "04_distill.ipynb").read_bytes()
+    training = read_template(ROOT / "notebooks" / "04_distill.ipynb")
     code = run_states.identity(training, {})["code"]
-    assert code == code_version() and not run_states.identity(template.read_bytes(), {})["code"]
+    assert code == code_version() and not run_states.identity(read_template(template), {})["code"]
 
 
 def test_files_of_regions_are_in_an_id_whatever_form_names_them(tmp_path, monkeypatch):
@@ -110,16 +111,16 @@ SOURCE = '"""Of a module."""\nimport math\n\n\ndef f(x):\n    """Doubles."""\n  
 
 
 def test_an_id_changes_with_the_modules_that_cells_import(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_states, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr("tdlib.runs.template.NOTEBOOKS", tmp_path)
     (tmp_path / "kit").mkdir()
     files = {"mine.py": "import kit.deep\n", "kit/deep.py": "from . import more\n", "kit/more.py": "A = 1\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "other.py").write_text("A = 1\n")
-    template = write_template(tmp_path, "%matplotlib inline\nfrom mine import x\n" + RESULT).read_bytes()
+    template = write_template(tmp_path, "%matplotlib inline\nfrom mine import x\n" + RESULT)
 
     def identity() -> dict[str, str]:
-        return run_states.identity(template, {})
+        return run_states.identity(read_template(template), {})
 
     first = identity()
     (tmp_path / "other.py").write_text("A = 2\n")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 from tdlib.core.files import write_json
@@ -16,7 +17,7 @@ from tdlib.core.paths import ROOT, ConfigError, did_you_mean
 from tdlib.core.provenance import canonical_json
 from tdlib.runs import states as run_states
 from tdlib.runs.engines import ENGINES, Engine
-from tdlib.runs.plan import Plan, PlannedRun, estimate, matches, plan_batch, read_batch
+from tdlib.runs.plan import Plan, PlannedRun, matches, plan_batch, read_batch
 from tdlib.runs.runner import POLL, Runner
 
 if TYPE_CHECKING:
@@ -78,7 +79,10 @@ class Batch:
         return {run.id: run_states.current_state(self.folder_of(run)) for run in self.plan.runs}
 
     def estimates(self) -> dict[str, float]:
-        """Expected seconds of each run, from finished runs of the same template in any batch."""
+        """Estimates the seconds of each run from finished runs of the same template, in any batch.
+
+        It is the median of those that share most parameters with it.
+        """
         earlier = []
         for file in self.reports.glob("*/*/parameters.json"):
             state = run_states.recorded_state(file.parent)
@@ -86,7 +90,13 @@ class Batch:
                 began = json.loads(file.read_text(encoding="utf-8"))
                 if state["state"] == "done" and Path(began["template"]).name == self.plan.template.name:
                     earlier.append((began["parameters"], state["seconds"]))
-        return estimate(self.plan, earlier)
+        expected = {}
+        for run in self.plan.runs if earlier else ():
+            alike = [sum(p.get(n) == value for n, value in run.parameters.items()) for p, _ in earlier]
+            most = max(alike)
+            nearest = [seconds for n, (_, seconds) in zip(alike, earlier, strict=True) if n == most]
+            expected[run.id] = median_high(nearest)
+        return expected
 
     def done_otherwise(self) -> list[str]:
         """Says how many planned runs were done before with other code, data or template, and are new now."""
@@ -134,11 +144,15 @@ class Batch:
 
         return batch_reports.results_table(self.plan, self.states())
 
-    def write_reports(self) -> Path:
-        """Writes results.parquet and index.html; returns the page."""
+    def write_reports(self) -> Path | None:
+        """Writes results.parquet and index.html; returns the page, None where it cannot be written."""
         from tdlib.runs import report as batch_reports
 
-        return batch_reports.write_reports(self.folder, self.plan, self.states(), self.file)
+        try:
+            return batch_reports.write_reports(self.folder, self.plan, self.states(), self.file)
+        except OSError as error:  # such as a full disk; the runs have written their results
+            print(f"{self.folder}: no page was written: {error}", file=sys.stderr)
+            return None
 
     def run(
         self, engine: str | Engine = "local", where: Mapping[str, Any] | None = None, **options: Any
@@ -257,10 +271,7 @@ class Batch:
         finally:
             if isinstance(engine, str):
                 where.close()
-        try:
-            self.write_reports()
-        except OSError as error:  # such as a full disk; the runs have written their results
-            print(f"{self.folder}: no page was written: {error}", file=sys.stderr)
+        self.write_reports()
         return self.table()
 
     def _description(self) -> dict[str, Any]:

@@ -54,8 +54,8 @@ def notes(template: Template, values: Mapping[str, Any]) -> list[str]:
 
 def arm_of(template: Template, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Returns the settings of a run's arm; None if it has none, or one that only a kernel can tell."""
-    name = values.get("arm", "")
-    return template.registered_arm(name) if template.registers("arm", name) else ARMS.get(name)
+    settings = template.arms.get(values.get("arm", ""))
+    return settings if isinstance(settings, dict) else None
 
 
 def run_problems(

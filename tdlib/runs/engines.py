@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -203,15 +202,15 @@ class LocalEngine:
         self.command = [sys.executable, "-m", "tdlib.runs.worker"]
 
     def check(self, wanted: Resources) -> list[str]:
-        problems = []
-        if wanted.cpus > self.cpus:
-            problems.append(f"resources.cpus={wanted.cpus:g}: this machine has {self.cpus:g} to give")
-        if wanted.gpus > len(self.gpus):
-            problems.append(f"resources.gpus={wanted.gpus:g}: this machine has {len(self.gpus)} to give")
-        if wanted.memory > self.memory:
-            size, there = wanted.memory / 2**30, self.memory / 2**30
-            problems.append(f"resources.memory={size:.1f} GiB: this machine has {there:.1f} GiB")
-        return problems
+        limits = (
+            ("cpus", wanted.cpus, self.cpus), ("gpus", wanted.gpus, len(self.gpus)),
+            ("memory, in GiB", wanted.memory / 2**30, self.memory / 2**30),
+        )  # fmt: skip
+        return [
+            f"resources.{name}: {needed:.4g}, but this machine has {there:.4g} to give"
+            for name, needed, there in limits
+            if needed > there
+        ]
 
     def at_once(self, wanted: Resources) -> int:
         rooms = [self.cpus / wanted.cpus]
@@ -257,13 +256,9 @@ class LocalWorker:
         self, engine: LocalEngine, folder: Path, wanted: Resources, process: subprocess.Popen, gpus: list[str]
     ):
         self.engine, self.folder, self.wanted, self.process, self.gpus = engine, folder, wanted, process, gpus
-        # The worker keeps the time limit itself; this one, a minute later, is for a worker that hangs.
-        self.deadline = time.monotonic() + wanted.time + 60 if wanted.time else None
         self._held = True
 
     def ended(self) -> bool:
-        if self.deadline and time.monotonic() > self.deadline and self.process.poll() is None:
-            self.kill()
         if self.process.poll() is None:
             return False
         if self._held:

@@ -40,8 +40,9 @@ def run_notebook(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
     planned = template.defaults | parameters
     refuse_folder(path, folder, str(planned.get("runs_dir") or ""))
     print(f"{path.stem}: executing; its page goes to {folder}", flush=True)
-    import papermill  # with nbconvert it takes a second to load, and bad parameters need neither
+    # With nbconvert they take a second to load, and bad parameters need neither.
     from nbclient.exceptions import DeadKernelError
+    from papermill import PapermillExecutionError
 
     def fill(partial: Path) -> None:
         executed = partial / path.name
@@ -53,13 +54,9 @@ def run_notebook(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
 
         began, scratch = time.time(), scratch_folder()
         try:
-            papermill.execute_notebook(
-                literal(path), literal(executed), parameters=parameters, cwd=str(NOTEBOOKS),
-                kernel_name="python3", progress_bar=sys.stderr.isatty(), log_output=False,
-                request_save_on_cell_execute=True,
-                **kernel_options(scratch, bars=bool(planned.get("interactive"))),
-            )  # fmt: skip
-        except papermill.PapermillExecutionError as error:
+            bars, interactive = sys.stderr.isatty(), bool(planned.get("interactive"))
+            execute(path, executed, parameters, scratch, bars=interactive, progress_bar=bars)
+        except PapermillExecutionError as error:
             raise give_up(f"{error.ename}: {error.evalue}", "\nExecuted so far: ") from None
         except DeadKernelError as error:
             raise give_up(f"the kernel was killed ({error}); out of memory?", " ") from None
@@ -106,20 +103,21 @@ def scratch_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="tdlib-", dir=None if short else "/tmp"))
 
 
-def kernel_options(
-    scratch: Path,
-    launched: Callable[[subprocess.Popen | None], None] = lambda process: None,
-    bars: bool = False,
-) -> dict[str, Any]:
-    """Makes the arguments of papermill's ``execute_notebook`` that say how to start a kernel.
+def execute(
+    path: Path, target: Path, parameters: dict[str, Any], scratch: Path,
+    launched: Callable[[subprocess.Popen | None], None] = lambda process: None, bars: bool = False,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """Executes a notebook by papermill, which saves it to ``target`` after every cell; returns it.
 
     It is a kernel of this Python, whatever a user's own "python3" of Jupyter starts. It is reached by sockets
     in the folder ``scratch`` (see ``scratch_folder``): another process may take a port, but no file, and with
     ports kernels warn in every run that nothing is encrypted.
 
     ``launched`` is called with the kernel's process. ``bars`` lets libraries draw progress bars, which fill a
-    log with hundreds of partial lines.
+    log with hundreds of partial lines. ``options`` are papermill's.
     """
+    import papermill
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -138,7 +136,10 @@ def kernel_options(
         _launch_kernel = _async_launch_kernel
 
     sockets = {"transport": "ipc", "ip": f"{scratch}/kernel", "connection_file": f"{scratch}/kernel.json"}
-    return {"config": Config({"KernelManager": sockets}), "kernel_manager_class": Kernel}
+    return papermill.execute_notebook(
+        literal(path), literal(target), parameters=parameters, cwd=str(NOTEBOOKS), kernel_name="python3",
+        config=Config({"KernelManager": sockets}), kernel_manager_class=Kernel, **options,
+    )  # fmt: skip
 
 
 def write_prepared(path: Path, target: Path, parameters: dict[str, Any]) -> None:

@@ -22,11 +22,12 @@ number with a leading zero, a key that stands twice) is refused with its line.
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from tdlib.core.files import parse_json
@@ -35,22 +36,17 @@ from tdlib.core.provenance import canonical_json, code_version
 from tdlib.runs.checks import notes, run_problems, without_effect
 from tdlib.runs.engines import Resources
 from tdlib.runs.states import identity
-from tdlib.runs.template import UNKNOWN, Template, find_notebook, read_template
+from tdlib.runs.template import UNKNOWN, Template, find_notebook, no_such, read_template
 
 # The file.
 
 
 def read_batch(file: Path) -> dict[str, Any]:
     """Reads a batch file; ConfigError names the file and what is wrong with it."""
-    import yaml
-
     if not file.is_file():
-        known = sorted(path.stem for path in file.parent.glob("*.yaml"))
-        raise ConfigError(
-            f"{file}: no such batch{did_you_mean(file.stem, known)}; there are: {', '.join(known) or 'none'}"
-        )
+        raise no_such("batch", file)
     try:
-        description = yaml.load(file.read_text(encoding="utf-8-sig"), _loader())
+        description = yaml.load(file.read_text(encoding="utf-8-sig"), _Loader)
     except ConfigError as error:
         raise ConfigError(f"{file}:{error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -61,50 +57,46 @@ def read_batch(file: Path) -> dict[str, Any]:
     return description
 
 
-def _loader() -> Any:
+class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with scalars of YAML 1.2; PyYAML alone reads ``010`` as 8 and ``no`` as False."""
-    import yaml
 
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML reads the class)
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML reads the class)
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            lines: dict[str, int] = {}
-            for key, _ in node.value:
-                if key.tag == "tag:yaml.org,2002:merge":  # what it brings, the mapping may override
-                    continue
-                name, line = str(self.construct_object(key, deep=True)), key.start_mark.line + 1
-                if name in lines:
-                    raise ConfigError(
-                        f"{line}: {name!r} stands here and in line {lines[name]}; keep one of them"
-                    )
-                lines[name] = line
-            return super().construct_mapping(node, deep)
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # what it brings, the mapping may override
+                continue
+            name, line = str(self.construct_object(key, deep=True)), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(f"{line}: {name!r} stands here and in line {lines[name]}; keep one of them")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
-        def construct_number(self, node: Any) -> int | float:
-            text = node.value.lower()
-            if re.fullmatch(r"[-+]?0\d+", text):
-                raise ConfigError(
-                    f"{node.start_mark.line + 1}: {node.value}: a number with a leading zero; write "
-                    f"{int(text)}, or '{node.value}' if it is text"
-                )
-            if text[:2] in ("0o", "0x"):
-                return int(text, 0)
-            if text.lstrip("+-") in (".inf", ".nan"):
-                return float(text.replace(".", "", 1))
-            return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
+    def construct_number(self, node: Any) -> int | float:
+        text = node.value.lower()
+        if re.fullmatch(r"[-+]?0\d+", text):
+            raise ConfigError(
+                f"{node.start_mark.line + 1}: {node.value}: a number with a leading zero; write "
+                f"{int(text)}, or '{node.value}' if it is text"
+            )
+        if text[:2] in ("0o", "0x"):
+            return int(text, 0)
+        if text.lstrip("+-") in (".inf", ".nan"):
+            return float(text.replace(".", "", 1))
+        return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
 
-    number = r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|0o[0-7]+|0x[0-9a-fA-F]+|[-+]?\.(inf|Inf|INF)"
-    number += r"|\.(nan|NaN|NAN)"
-    for tag, pattern, starts in (
-        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-        ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-        ("number", number, [*"-+.0123456789"]),
-        ("merge", "<<", ["<"]),
-    ):
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})\Z"), starts)
-    Loader.add_constructor("tag:yaml.org,2002:number", Loader.construct_number)
-    return Loader
+
+_NUMBER = r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|0o[0-7]+|0x[0-9a-fA-F]+|[-+]?\.(inf|Inf|INF)"
+_NUMBER += r"|\.(nan|NaN|NAN)"
+for _tag, _pattern, _starts in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("number", _NUMBER, [*"-+.0123456789"]),
+    ("merge", "<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _starts)
+_Loader.add_constructor("tag:yaml.org,2002:number", _Loader.construct_number)
 
 
 _Names = dict[StrictStr, Any]
@@ -257,7 +249,7 @@ def plan_batch(
         runs: dict[str, PlannedRun] = {}
         for row in rows:
             whole_row = defaults | row
-            run = PlannedRun(row, whole_row, identity(template.content, whole_row, plan.output, code))
+            run = PlannedRun(row, whole_row, identity(template, whole_row, plan.output, code))
             # Rows that differ only in a default written out, or in what changes no result, are one run.
             runs.setdefault(run.id, run)
         plan.runs, plan.repeated = [*runs.values()], plan.repeated + len(rows) - len(runs)
@@ -389,25 +381,3 @@ def _run_problems(rows: list[dict[str, Any]], template: Template, plan: Plan) ->
             if parameter.default is UNKNOWN and name not in row and name != plan.output
         )
     return [f"{text} ({number} of {len(rows)} runs)" for text, number in counts.items()]
-
-
-# How long it will take.
-
-
-def estimate(plan: Plan, earlier: Iterable[tuple[dict[str, Any], float]]) -> dict[str, float]:
-    """Estimates the seconds of each run: the median of the ``earlier`` runs that share most parameters.
-
-    ``earlier`` are parameters and seconds of finished runs of the same template.
-    """
-    earlier = [(parameters, seconds) for parameters, seconds in earlier if seconds]
-    expected = {}
-    for run in plan.runs:
-        likeness = [
-            (sum(parameters.get(name) == value for name, value in run.parameters.items()), seconds)
-            for parameters, seconds in earlier
-        ]
-        best = max((score for score, _ in likeness), default=0)
-        nearest = sorted(seconds for score, seconds in likeness if score == best)
-        if nearest:
-            expected[run.id] = nearest[len(nearest) // 2]
-    return expected

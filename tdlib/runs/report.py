@@ -57,9 +57,8 @@ def results_table(plan: Plan, states: Mapping[str, Mapping[str, Any]]) -> pd.Dat
         return table
     last = ["seconds", "peak_memory_mib", "attempt", "reason"]
     table = table[[name for name in table if name not in last] + last]
-    return table.sort_values("state", key=lambda column: column.map(_ORDER.index), kind="stable").reset_index(
-        drop=True
-    )
+    order = table["state"].map(_ORDER.index).argsort(kind="stable")
+    return table.iloc[order].reset_index(drop=True)
 
 
 def column_of(parameter: str) -> str:

@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 
 from tdlib.config import parameters_with
-from tdlib.core.files import remove_tree, whole_file
-from tdlib.core.provenance import code_of, code_version, digest
-from tdlib.runs.template import NOTEBOOKS, imported_files
+from tdlib.core.files import remove_tree, sync, whole_path
+from tdlib.core.provenance import code_version, digest
+from tdlib.runs.template import Template
 from tdlib.training.checkpoints import HOME as CHECKPOINTS
 from tdlib.training.checkpoints import UNEVALUATED
 from tdlib.training.provenance import data_manifest
@@ -41,13 +41,12 @@ NOTEBOOK, LOG, OUTPUT = "notebook.ipynb", "log.txt", "output"
 
 
 def identity(
-    template: bytes, parameters: dict[str, Any], output: str = "", code: str | None = None
+    template: Template, parameters: dict[str, Any], output: str = "", code: str | None = None
 ) -> dict[str, str]:
     """Hashes all that results depend on: "parameters", "template", "data", "code", and "id" of these.
 
     Args:
-        template: the notebook file; its code cells count, outputs and prose do not, and so do the modules
-            beside notebooks that they import. The library's sources count where these use them.
+        template: its code counts (``Template.code``). The library's sources count where it uses them.
         parameters: all of them, defaults included.
         output: name of the parameter that says where results go, which does not count; neither do
             ``interactive`` and the parameters of the machine (``RunConfig``'s roles), such as
@@ -56,16 +55,12 @@ def identity(
     """
     apart = (output, "interactive", *parameters_with(role="machine"))
     counted = {name: value for name, value in parameters.items() if name not in apart}
-    cells = ["".join(cell["source"]) for cell in json.loads(template)["cells"] if cell["cell_type"] == "code"]
-    modules = imported_files(cells, NOTEBOOKS)
-    imported = [[file.relative_to(NOTEBOOKS).as_posix(), code_of(file)] for file in modules]
+    library = any("tdlib" in source for source in template.sources)
     parts = {
         "parameters": digest(counted),
-        "template": digest([cells, imported]),
+        "template": template.code,
         "data": digest(data_manifest(counted)),
-        "code": (code or code_version())
-        if any("tdlib" in source for source in [*cells, *modules.values()])
-        else "",
+        "code": (code or code_version()) if library else "",
     }
     return {"id": digest(parts)[:12], **parts}
 
@@ -138,10 +133,9 @@ def unclaimed(folder: Path) -> Iterator[bool]:
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Writes ``state.json`` and waits until it is on the disk; on error the older one stays."""
-    with whole_file(folder / "state.json") as file:
-        file.write(json.dumps(state, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with whole_path(folder / "state.json") as partial:
+        partial.write_text(json.dumps(state, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        sync(partial)
 
 
 def recorded_state(folder: Path) -> dict[str, Any]:
@@ -220,11 +214,8 @@ def clear_for_attempt(folder: Path) -> int:
     if (folder / "state.json").exists():
         kept = folder / f"attempt-{number - 1}"
         kept.mkdir(exist_ok=True)
-        for name in (
-            NOTEBOOK,
-            LOG,
-            "state.json",
-        ):  # the state last: until then this attempt counts as not archived
+        # The state last: until then this attempt counts as not archived.
+        for name in (NOTEBOOK, LOG, "state.json"):
             with suppress(FileNotFoundError):
                 os.replace(folder / name, kept / name)
     for name in ("stop", f".{NOTEBOOK}"):

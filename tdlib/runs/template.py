@@ -8,10 +8,9 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tdlib.arms import ARMS
 from tdlib.config import RunConfig
 from tdlib.core.files import parse_value
 from tdlib.core.paths import ROOT, ConfigError, did_you_mean
+from tdlib.core.provenance import code_of, digest
 from tdlib.method import registry
 
 NOTEBOOKS = ROOT / "notebooks"  # kernels work there, so that cells import modules that lie beside notebooks
@@ -41,10 +41,8 @@ class Parameter:
     @property
     def kind(self) -> str:
         """Returns the type that values must have, a key of ``_KINDS``; "" where any type is allowed."""
-        named = re.split(r"[\[|\s]", self.annotation.strip())[0].lower()
-        if named in _KINDS or self.default is None or self.default is UNKNOWN:
-            return named if named in _KINDS else ""
-        return type(self.default).__name__ if type(self.default).__name__ in _KINDS else ""
+        annotated = re.split(r"[\[|\s]", self.annotation.strip())[0].lower()
+        return next((kind for kind in (annotated, type(self.default).__name__) if kind in _KINDS), "")
 
     def problem(self, value: Any) -> str:
         """Returns what is wrong with a value's type; "" if nothing is."""
@@ -110,9 +108,31 @@ class Template:
         return self.parameters.get(name, Parameter(name, "", None, "")).from_text(text)
 
     @cached_property
+    def modules(self) -> dict[Path, str]:
+        """Sources of the modules beside notebooks that cells import, also through each other.
+
+        Packages count whole.
+        """
+        files: dict[Path, str] = {}
+        waiting = [*self.cells]
+        while waiting:
+            for name in _imports(waiting.pop()):
+                for file in (NOTEBOOKS / f"{name}.py", *(NOTEBOOKS / name).rglob("*.py")):
+                    if file.is_file() and file not in files:
+                        files[file] = file.read_text(encoding="utf-8", errors="replace")
+                        waiting.append(files[file])
+        return dict(sorted(files.items()))
+
+    @cached_property
     def sources(self) -> list[str]:
-        """Sources of the code cells, and of the modules beside notebooks that they import."""
-        return [*self.cells, *imported_files(self.cells, NOTEBOOKS).values()]
+        """Sources of the modules and of the code cells."""
+        return [*self.modules.values(), *self.cells]
+
+    @cached_property
+    def code(self) -> str:
+        """Hash of what cells and modules execute; outputs and prose are not in it."""
+        modules = [[file.relative_to(NOTEBOOKS).as_posix(), code_of(file)] for file in self.modules]
+        return digest([self.cells, modules])
 
     @cached_property
     def registered(self) -> dict[str, dict[str, ast.expr]]:
@@ -141,19 +161,16 @@ class Template:
         change = r"\b([A-Z_]+)\b(?:\.(?:update|setdefault)|\[[^\]'\"]+\]\s*=[^=]|\s*\|=)"
         return {match[1] for source in self.sources for match in re.finditer(change, source)}
 
-    def registered_arm(self, name: str) -> dict[str, Any] | None:
-        """Returns the settings of an arm that code registers; None if there is none or only running it tells.
+    @cached_property
+    def arms(self) -> dict[str, Any]:
+        """Settings of every arm, also of those that code registers; ``UNKNOWN`` where only running it tells.
 
-        It may be a literal, also one made of other arms: ``{**ARMS["clip_td"], "selector": "all"}``.
+        They may be a literal, also one made of other arms: ``{**ARMS["clip_td"], "selector": "all"}``.
         """
-        settings = self._settings_of_arm(name, ())
-        return settings if isinstance(settings, dict) else None
-
-    def _settings_of_arm(self, name: str, outer: tuple[str, ...]) -> Any:
-        """What ``ARMS[name]`` is while the arms ``outer`` are being made of it."""
-        if name in outer or name not in self.registered.get("ARMS", {}):
-            return ARMS.get(name, UNKNOWN) if outer else UNKNOWN
-        return _constant(_Arms(self, (*outer, name)).visit(deepcopy(self.registered["ARMS"][name])))
+        arms: dict[str, Any] = dict(ARMS)
+        for name, settings in self.registered.get("ARMS", {}).items():
+            arms[name] = _constant(settings, {"ARMS": arms})
+        return arms
 
     @cached_property
     def overridden(self) -> dict[str, Any]:
@@ -180,20 +197,6 @@ def tables_of(parameter: str) -> list[str]:
     return {"arm": ["ARMS"], "task": ["TASKS"]}.get(parameter, functions)
 
 
-class _Arms(ast.NodeTransformer):
-    """Puts settings in place of ``ARMS["name"]``, where they are known."""
-
-    def __init__(self, template: Template, outer: tuple[str, ...]):
-        self.template, self.outer = template, outer
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        if ast.unparse(node.value).rpartition(".")[2] == "ARMS" and isinstance(node.slice, ast.Constant):
-            settings = self.template._settings_of_arm(str(node.slice.value), self.outer)
-            if settings is not UNKNOWN:
-                return ast.parse(repr(settings), mode="eval").body
-        return node
-
-
 def find_notebook(name: str, folder: Path = ROOT) -> Path:
     """Finds a notebook by its name in notebooks/, or by its path, relative to ``folder`` or the project."""
     if not name.endswith(".ipynb"):
@@ -202,14 +205,17 @@ def find_notebook(name: str, folder: Path = ROOT) -> Path:
     return next((place.resolve() for place in places if place.is_file()), places[0])
 
 
+def no_such(what: str, path: Path) -> ConfigError:
+    """Makes the error of a file that is missing, with the names of those beside it."""
+    known = sorted(other.stem for other in path.parent.glob(f"*{path.suffix}"))
+    there = ", ".join(known) or "none"
+    return ConfigError(f"{path}: no such {what}{did_you_mean(path.stem, known)}; there are: {there}")
+
+
 def read_template(path: Path) -> Template:
     """Reads a notebook; ConfigError where it has not exactly one cell tagged ``parameters``, in Python."""
     if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.ipynb"))
-        raise ConfigError(
-            f"{path}: no such notebook{did_you_mean(path.stem, known)}; there are: "
-            f"{', '.join(known) or 'none'}"
-        )
+        raise no_such("notebook", path)
     content = path.read_bytes()
     try:
         cells = [cell for cell in json.loads(content)["cells"] if cell["cell_type"] == "code"]
@@ -268,28 +274,14 @@ def parse_cell(source: str) -> ast.Module:
         return ast.Module([], [])
 
 
-def imported_files(sources: Iterable[str], home: Path) -> dict[Path, str]:
-    """Reads the modules in ``home`` that code imports, also through each other; packages count whole."""
-    files: dict[Path, str] = {}
-    waiting = [*sources]
-    while waiting:
-        for name in _imports(waiting.pop()):
-            for file in (home / f"{name}.py", *(home / name).rglob("*.py")):
-                if file.is_file() and file not in files:
-                    files[file] = file.read_text(encoding="utf-8", errors="replace")
-                    waiting.append(files[file])
-    return dict(sorted(files.items()))
-
-
-@lru_cache(maxsize=1024)  # a batch asks for every run
-def _imports(source: str) -> tuple[str, ...]:
+def _imports(source: str) -> set[str]:
     names: list[str] = []
     for node in ast.walk(parse_cell(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.append(node.module)
-    return tuple(dict.fromkeys(name.partition(".")[0] for name in names))
+    return {name.partition(".")[0] for name in names}
 
 
 _ARITHMETIC = (
@@ -298,11 +290,16 @@ _ARITHMETIC = (
 )  # fmt: skip
 
 
-def _constant(value: ast.expr) -> Any:
-    """Computes literals and arithmetic on them, such as ``2 * 3``; ``UNKNOWN`` for all else."""
-    if not all(isinstance(node, _ARITHMETIC) for node in ast.walk(value)):
-        return UNKNOWN
+def _constant(value: ast.expr, known: Mapping[str, Any] | None = None) -> Any:
+    """Computes literals and arithmetic on them, such as ``2 * 3``; ``UNKNOWN`` for all else.
+
+    ``known`` are variables that it may name and look up entries of.
+    """
+    for node in ast.walk(value):
+        looked_up = known and (isinstance(node, ast.Subscript) or getattr(node, "id", "") in known)
+        if not looked_up and not isinstance(node, _ARITHMETIC):
+            return UNKNOWN
     try:
-        return eval(compile(ast.Expression(value), "<parameter>", "eval"), {"__builtins__": {}})
+        return eval(compile(ast.Expression(value), "<parameter>", "eval"), {"__builtins__": {}}, known)
     except Exception:  # 1 / 0: the kernel will say so
         return UNKNOWN

@@ -29,7 +29,7 @@ from tdlib.core.provenance import git_version
 from tdlib.runs import states as run_states
 from tdlib.runs.checks import difference_reason, differences
 from tdlib.runs.engines import BUSY
-from tdlib.runs.notebook import ANSI, kernel_options, literal, scratch_folder
+from tdlib.runs.notebook import ANSI, execute, scratch_folder
 from tdlib.runs.states import LOG, NOTEBOOK, OUTPUT
 from tdlib.runs.template import read_template
 
@@ -51,15 +51,14 @@ class _Attempt:
         self.parent = int(os.environ.get(run_states.RUNNER) or os.getppid())
         self.began = time.monotonic()
         self.peak = 0
-        self.scratch = str(scratch_folder())
+        self.scratch = scratch_folder()
         self.verdict: tuple[str, str] | None = None  # state and reason, if the watching thread ends it
         self.outcome: dict[str, Any] | None = None  # what the executing thread came to
-        self.cell = 0
         self._beat = 0.0
         self.state: dict[str, Any] = {
             "state": "running", "run": self.spec["identity"]["id"], "attempt": self.spec["attempt"],
             "host": socket.gethostname(), "pid": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
-            "started": time.time(), "scratch": self.scratch,
+            "started": time.time(), "scratch": str(self.scratch),
         }  # fmt: skip
 
     # The executing thread.
@@ -71,39 +70,35 @@ class _Attempt:
             self.outcome = _failure_of(error)
 
     def _execute(self) -> dict[str, Any]:
-        template = Path(self.spec["template"]).read_bytes()
+        template = read_template(Path(self.spec["template"]))
         now = run_states.identity(template, self.spec["parameters"], self.spec["output"])
-        changed = [name for name, value in self.spec["identity"].items() if now[name] != value]
-        if changed:
+        planned = self.spec["identity"]
+        if changed := [name for name in planned if name != "id" and now[name] != planned[name]]:
             return {
                 "state": "failed",
-                "reason": f"{', '.join(name for name in changed if name != 'id')} changed since the batch "
-                "was started; start it again: changed runs get new folders",
+                "reason": f"{', '.join(changed)} changed since the batch was started; start it again: "
+                "changed runs get new folders",
             }
         write_json(self.folder / "environment.json", describe_machine())
         # Without this jsonschema would spend 0.8 s on a grammar of IRIs, which no notebook's schema uses.
         sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
-        import papermill
         from nbclient.exceptions import DeadKernelError
+        from papermill import PapermillExecutionError
 
         def launched(process: subprocess.Popen | None) -> None:
             self.process = process
 
-        partial = self.folder / f".{NOTEBOOK}"
         parameters = dict(self.spec["overrides"])
         if self.spec["output"]:
             parameters[self.spec["output"]] = str(self.folder / OUTPUT)
-        checked = Path(
-            self.scratch, "template.ipynb"
-        )  # the content that was hashed above: the file may change meanwhile
-        checked.write_bytes(template)
+        checked = self.scratch / "template.ipynb"
+        checked.write_bytes(template.content)  # what was hashed above: the file may change meanwhile
         try:
-            executed = papermill.execute_notebook(
-                literal(checked), literal(partial), parameters=parameters, kernel_name="python3",
-                cwd=self.spec["cwd"], progress_bar=False, start_timeout=300, stdout_file=sys.stdout,
-                stderr_file=sys.stderr, **kernel_options(Path(self.scratch), launched),
+            executed = execute(
+                checked, self.folder / f".{NOTEBOOK}", parameters, self.scratch, launched,
+                progress_bar=False, start_timeout=300, stdout_file=sys.stdout, stderr_file=sys.stderr,
             )  # fmt: skip
-        except papermill.PapermillExecutionError as error:
+        except PapermillExecutionError as error:
             trace = "\n".join(error.traceback)
             return _failure(error.ename, str(error.evalue), trace, error.cell_index, error.source)
         except (DeadKernelError, RuntimeError) as error:
@@ -115,8 +110,7 @@ class _Attempt:
         ]
         if not_executed:
             return {"state": "failed", "reason": f"the notebook left off before cell {not_executed[0]}"}
-        planned = self.spec["parameters"]
-        if lines := differences(read_template(checked), planned, self.folder / OUTPUT):
+        if lines := differences(template, self.spec["parameters"], self.folder / OUTPUT):
             return {"state": "failed", "reason": difference_reason(lines)}
         return {"state": "done"}
 
@@ -194,9 +188,8 @@ class _Attempt:
                     process.kill()
         if self.process is not None:
             with suppress(OSError):
-                os.killpg(
-                    self.process.pid, signal.SIGKILL
-                )  # the kernel leads its process group, which survives its leader
+                # The kernel leads its process group, which survives its leader.
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     def taken_over(self) -> bool:
         """True if another attempt has begun, as where this one was cut off from the files for a while."""
@@ -307,9 +300,8 @@ def work(folder: Path) -> str:
 def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     if len(arguments) > 1:
-        os.set_inheritable(
-            int(arguments[1]), False
-        )  # a kernel that outlives this process must not keep the claim
+        # A kernel that outlives this process must not keep the claim.
+        os.set_inheritable(int(arguments[1]), False)
     else:
         until = time.monotonic() + 3  # whoever looks at a run holds its lock for a moment
         while run_states.claim(folder) is None:
