@@ -155,7 +155,7 @@ def test_encoders_that_do_not_fit_are_refused(kind, student_folder, tmp_path):
         kind.encoder(student_folder)
     with pytest.raises(StudentError, match=r"at most 64.*max_text_tokens=65"):
         kind.encoder(tokens=65)
-    width = kind.architecture.encoder.region_width
+    width = "img_dim" if kind.name == "uniter" else "visual_embedding_dim"
     shutil.copytree(kind.folder, tmp_path / "copy")
     change(tmp_path / "copy", **{width: 2048})
     with pytest.raises(StudentError, match=r"width 2048, but these have 6"):
@@ -198,7 +198,7 @@ def test_a_head_comes_from_the_seed(kind):
 
 def test_folders_that_do_not_fit_are_refused(kind, student_folder, tmp_path):
     shutil.copytree(kind.folder, tmp_path / "width")
-    change(tmp_path / "width", **{kind.architecture.encoder.region_width: 7})
+    change(tmp_path / "width", **{"img_dim" if kind.name == "uniter" else "visual_embedding_dim": 7})
     for folder in (tmp_path / "width", student_folder, tmp_path / "nothing"):
         with pytest.raises(StudentError, match=re.escape(str(folder))):
             kind.load(folder)

@@ -176,7 +176,7 @@ def read(model: Any, text: dict[str, Tensor] | None, visual: dict[str, Tensor] |
             hidden_states=tuple(state.unflatten(0, (number, choices)) for state in hidden_states(output)),
         )
     if visual is None:
-        width = getattr(model.config, "img_dim", None) or model.config.visual_embedding_dim
+        width = model.config.visual_embedding_dim
         visual = {
             "region_features": torch.zeros(number, 1, width),
             "region_boxes": torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]).expand(number, 1, 4),

@@ -49,7 +49,6 @@ class Format:
     rename: Callable[[str], str]  # the authors' name of a parameter as ours
     left_out: tuple[str, ...]  # parameters whose (our) names begin so are not where finetuning starts from
     sizes: Mapping[str, str]
-    width: str  # name of the width of region features in the configuration
     types: Mapping[int, tuple[int, ...]]  # by the number of token types: which one each of VCR's copies
     tokenizer: str  # what the authors pretrained with
     geometry: int = 0
@@ -83,7 +82,7 @@ FORMATS = {
          "types": "uniter.embeddings.token_type_embeddings.weight",
          "regions": "uniter.img_embeddings.img_linear.weight",
          "intermediate": "uniter.encoder.layer.0.intermediate.dense.weight"},
-        "img_dim", {2: (0, 1, 0, 0), 4: (0, 1, 2, 3)}, "bert-base-cased (28,996)", people=PERSON_TOKENS,
+        {2: (0, 1, 0, 0), 4: (0, 1, 2, 3)}, "bert-base-cased (28,996)", people=PERSON_TOKENS,
     ),
     "vl-bert": Format(
         "VL-BERT", VlBertConfig, (VlBertForMultipleChoice, VlBertForClassification), "state_dict",
@@ -98,7 +97,7 @@ FORMATS = {
          "regions": "image_feature_extractor.obj_downsample.1.weight",
          "intermediate": "vlbert.encoder.layer.0.intermediate.dense.weight"},
         # Type 1, which pretraining on captions never meets, starts as type 0.
-        "visual_embedding_dim", {3: (0, 0, 2)}, "bert-base-uncased (30,522)", GEOMETRY,
+        {3: (0, 0, 2)}, "bert-base-uncased (30,522)", GEOMETRY,
     ),
 }  # fmt: skip
 
@@ -235,7 +234,7 @@ def _config_of(source: Format, weights: Mapping[str, Tensor], where: str) -> Ber
     return source.config(
         vocab_size=shape["words"][0], hidden_size=width, num_hidden_layers=len(layers),
         num_attention_heads=width // 64, intermediate_size=shape["intermediate"][0],
-        max_position_embeddings=shape["positions"][0], type_vocab_size=types, **{source.width: seen},
+        max_position_embeddings=shape["positions"][0], type_vocab_size=types, visual_embedding_dim=seen,
     )  # fmt: skip
 
 

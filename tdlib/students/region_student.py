@@ -145,7 +145,6 @@ class RegionEncoder(StudentEncoder):
 
     token_types: ClassVar[dict[str, int]] = {"question": 0, "answer": 1, "rationale": 1}
     config_kind: ClassVar[Any]
-    region_width: ClassVar[str] = "visual_embedding_dim"  # what the configuration calls it
 
     def __init__(self, name: str, max_text_tokens: int, regions: RegionSource):
         super().__init__(name, max_text_tokens)
@@ -155,7 +154,7 @@ class RegionEncoder(StudentEncoder):
                 f"student {name!r} is a {self.config.model_type}; expected a folder or hub id of a "
                 f"{self.kind}"
             )
-        width = getattr(self.config, self.region_width)
+        width = self.config.visual_embedding_dim
         if regions.dim != width and not self.foreign:
             raise StudentError(
                 f"student {name!r} reads region features of width {width}, but these have {regions.dim}; "

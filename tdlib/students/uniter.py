@@ -24,12 +24,13 @@ IMAGE_TYPE = 1  # the token type of regions
 
 
 class UniterConfig(BertConfig):
-    """BERT's sizes, and ``img_dim``, the width of region features.
+    """BERT's sizes, and ``img_dim``, the width of region features (other students' ``visual_embedding_dim``).
 
     ``type_vocab_size`` is 2 in the authors' checkpoints; VCR needs 4 (see ``convert``).
     """
 
     model_type = "uniter"
+    attribute_map: ClassVar[dict[str, str]] = {"visual_embedding_dim": "img_dim"}
 
     vocab_size: int = 28996  # bert-base-cased
     img_dim: int = 2048
@@ -161,7 +162,6 @@ class UniterEncoder(RegionEncoder):
     token_types: ClassVar[dict[str, int]] = {"question": 0, "answer": 2, "rationale": 3}
 
     config_kind = UniterConfig
-    region_width = "img_dim"
 
     def text(self, example: Example) -> EncodedText:
         encoded = super().text(example)

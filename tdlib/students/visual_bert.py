@@ -48,17 +48,16 @@ class VisualBertForMultipleChoice(RegionStudent, VisualBertPreTrainedModel):
         self.visual_bert.embeddings.visual_projection = drawn_linear(dim, self.config.hidden_size)
         self.config.visual_embedding_dim = dim
 
-    def embed(
-        self, input_ids: Tensor, token_type_ids: Tensor, region_features: Tensor, aligned: Tensor
-    ) -> Tensor:
-        """Embeddings (batch, choices, text_tokens + regions, width).
-
-        ``aligned`` (batch, choices, text_tokens, regions): which regions each token refers to.
-        """
+    def states(
+        self, *, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, region_features: Tensor,
+        region_mask: Tensor, region_objects: Tensor, objects: Tensor, **_: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         table = self.visual_bert.embeddings
         words = table.word_embeddings(input_ids.flatten(0, 1)).unflatten(0, input_ids.shape[:2])
         positions = table.position_embeddings.weight[: input_ids.shape[2]]
         text = words + table.token_type_embeddings(token_type_ids) + positions
+        # Which regions each token refers to, (batch, choices, text_tokens, regions).
+        aligned = referents(objects, region_objects) & (attention_mask[..., None] == 1)
         share = aligned.to(words) / aligned.sum(2, keepdim=True).clamp(min=1)
         places = torch.einsum("bctr,tw->bcrw", share, positions.to(words))
         type_and_position = (
@@ -66,14 +65,8 @@ class VisualBertForMultipleChoice(RegionStudent, VisualBertPreTrainedModel):
             + table.visual_position_embeddings.weight[0]
         )
         regions = (table.visual_projection(region_features) + type_and_position)[:, None] + places
-        return table.dropout(table.LayerNorm(torch.cat([text, regions], dim=2)))
-
-    def states(
-        self, *, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, region_features: Tensor,
-        region_mask: Tensor, region_objects: Tensor, objects: Tensor, **_: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        aligned = referents(objects, region_objects) & (attention_mask[..., None] == 1)
-        states = [self.embed(input_ids, token_type_ids, region_features, aligned).flatten(0, 1)]
+        embeddings = table.dropout(table.LayerNorm(torch.cat([text, regions], dim=2)))
+        states = [embeddings.flatten(0, 1)]
         # One row for every query: true where a token may be attended to.
         mask = sequence_mask(attention_mask, region_mask).flatten(0, 1)[:, None, None].bool()
         for layer in self.visual_bert.encoder.layer:

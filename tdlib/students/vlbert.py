@@ -97,23 +97,6 @@ class VisualLinguisticBert(nn.Module):
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if with_pooler else None
 
-    def embed(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, seen: Tensor,
-        region_word: Tensor, which: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Embeddings (batch, choices, text_tokens + regions + 1, width); arguments as in ``forward``."""
-        batch, choices, length = input_ids.shape
-        words = self.word_embeddings(input_ids.flatten(0, 1)).unflatten(0, (batch, choices))
-        rows = torch.arange(batch, device=seen.device)[:, None, None]
-        positions = self.position_embeddings.weight[:length]
-        text = words + self.visual_ln_text(seen)[rows, which] + positions
-        text = text + self.token_type_embeddings(token_type_ids)
-        ends = attention_mask.sum(-1, keepdim=True)  # (batch, choices, 1)
-        kind = self.token_type_embeddings.weight[REGION_TYPE]
-        regions = (self.visual_ln_object(seen) + region_word)[:, None] + self.position_embeddings(ends) + kind
-        end = self.end_embedding.weight + self.position_embeddings(ends + 1) + kind
-        return self.embedding_dropout(self.embedding_LayerNorm(torch.cat([text, regions, end], dim=2)))
-
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, seen: Tensor,
         region_word: Tensor, region_mask: Tensor, which: Tensor,
@@ -127,7 +110,18 @@ class VisualLinguisticBert(nn.Module):
             region_mask: (batch, regions), 1 on real regions.
             which: (batch, choices, text_tokens), the region that each text token shows.
         """
-        embeddings = self.embed(input_ids, attention_mask, token_type_ids, seen, region_word, which)
+        batch, choices, length = input_ids.shape
+        words = self.word_embeddings(input_ids.flatten(0, 1)).unflatten(0, (batch, choices))
+        rows = torch.arange(batch, device=seen.device)[:, None, None]
+        positions = self.position_embeddings.weight[:length]
+        text = words + self.visual_ln_text(seen)[rows, which] + positions
+        text = text + self.token_type_embeddings(token_type_ids)
+        ends = attention_mask.sum(-1, keepdim=True)  # (batch, choices, 1)
+        kind = self.token_type_embeddings.weight[REGION_TYPE]
+        regions = (self.visual_ln_object(seen) + region_word)[:, None] + self.position_embeddings(ends) + kind
+        end = self.end_embedding.weight + self.position_embeddings(ends + 1) + kind
+        every = torch.cat([text, regions, end], dim=2)  # (batch, choices, text_tokens + regions + 1, width)
+        embeddings = self.embedding_dropout(self.embedding_LayerNorm(every))
         tokens = nn.functional.pad(sequence_mask(attention_mask, region_mask), (0, 1), value=1)
         return bert_states(self.encoder.layer, self.config, embeddings.flatten(0, 1), tokens.flatten(0, 1))
 
