@@ -151,7 +151,7 @@ def test_explained_rows_may_lack_labels(tmp_path):
 
 BAD_TABLES: dict[str, tuple[str, str]] = {
     "empty": ("", ":1: no column hypothesis, pairID"),
-    "another table": ("a,b\n1,2\n", ":1: no column hypothesis, pairID; is this a file as e-SNLI"),
+    "another table": ("a,b\n1,2\n", ":1: no column hypothesis, pairID; is this a e-SNLI-VE file"),
     "a column too few": (table(ROW, ROW[:5]), ":5: more or fewer columns"),
     "a column too many": (table((*ROW, "x")), ":4: more or fewer columns"),
     "an open quote": (table(ROW)[:-3], "not readable as CSV"),

@@ -103,22 +103,28 @@ def test_checking_a_submission_lists_all_problems(tmp_path):
     path = tmp_path / "submission.csv"
     write_submission(path, *predicted("t-0", "t-1", "t-2", "other"))
     header, first, second, third, other = path.read_text().splitlines()
-    bad = [header, first, second.replace(",5.0,", ",nan,"), first, third + ",1", other]
+    bad = [header, first, second.replace(",5.0,", ",nan,"), first, third.replace(",10.0,", ",x,"), other]
     path.write_text("\n".join(bad))
     problems = check_submission(path, ["t-0", "t-1", "t-2", "t-3"])
     assert [problem.removeprefix(f"{path}") for problem in problems] == [
         ":3 (t-1): expected 20 finite numbers",
-        ":4: 't-0' stands there twice",
-        ":5: 22 columns, expected 21",
-        ":6: 'other' is no question of the set",
-        ": 2 of 4 questions are missing (first: 't-2')",
+        f":4: annot_id 't-0' already stands in {path}:2; remove one",
+        ":5 (t-2): expected 20 finite numbers",
+        ":6: 'other' is not in the split",
+        ": 1 of 4 are missing (first: 't-3')",
     ]
+    path.write_text("\n".join([header, first + ",1"]))
+    with pytest.raises(DataError, match=":2: more or fewer columns"):
+        check_submission(path, ["t-0"])
+    moved = [",".join([*line.split(",")[1:], line.split(",")[0]]) for line in (header, first)]
+    path.write_text("\n".join(moved))
+    (problem,) = check_submission(path, ["t-0"])
+    assert problem.startswith(f"{path}:1: expected the header annot_id,answer_0,")
 
 
 @pytest.mark.parametrize("content", [b"", b"a,b\n", HEADER[:-1].encode(), b"\xff\n"])
 def test_checking_what_is_no_submission(tmp_path, content):
     (tmp_path / "s.csv").write_bytes(content)
-    (problem,) = check_submission(tmp_path / "s.csv", ["t-0"])
-    assert problem.startswith(f"{tmp_path / 's.csv'}:")
-    (problem,) = check_submission(tmp_path / "none.csv", ["t-0"])
-    assert "none.csv: not readable" in problem
+    with pytest.raises(DataError) as caught:
+        check_submission(tmp_path / "s.csv", ["t-0"])
+    assert str(caught.value).startswith(f"{tmp_path / 's.csv'}:")

@@ -1,7 +1,8 @@
 """Shared by the readers of all tasks: checks of fields and boxes, side files, and the readers' base class."""
 
+import csv
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -29,13 +30,45 @@ Checked = TypeVar("Checked")
 
 
 class Located(Protocol):
-    """The records of one file, each with its line or entry: ``Records``, or the rows of a table."""
+    """The records of one file, each with its line or entry: ``Records`` or ``Rows``."""
 
     what: str
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
     def where(self, index: int) -> str: ...
+
+
+class Rows(list[dict[str, str]]):
+    """The rows of a CSV file, each with the line of the file in which it ends."""
+
+    def __init__(self, path: Path, what: str, columns: Sequence[str]):
+        rows = dict(csv_rows(path, what, columns))
+        super().__init__(rows.values())
+        self.path, self.what, self._lines = path, what, list(rows)
+
+    def where(self, index: int) -> str:
+        return f"{self.path}:{self._lines[index]}"
+
+
+def csv_rows(path: Path, what: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Iterates over the rows of a CSV file that must have these columns, with the line in which each ends."""
+    csv.field_size_limit(2**24)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, strict=True)
+            names = rows.fieldnames or []
+            twice = sorted({name for name in names if list(names).count(name) > 1})
+            if twice:
+                raise DataError(f"{path}:1: column {twice[0]!r} stands there twice; remove one")
+            if lacking := sorted({*columns} - {*names}):
+                raise DataError(f"{path}:1: no column {', '.join(lacking)}; is this a {what} file?")
+            for row in rows:
+                if None in row or None in row.values():
+                    raise DataError(f"{path}:{rows.line_num}: more or fewer columns than the header")
+                yield rows.line_num, row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not readable as CSV in UTF-8 ({error}); copy it again") from None
 
 
 def index_records(

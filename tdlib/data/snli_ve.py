@@ -4,7 +4,6 @@ The hypothesis (``sentence2``) is read about the Flickr30k picture; the premise 
 (``sentence1``) is no input, as in the task's definition.
 """
 
-import csv
 import logging
 import os
 import re
@@ -19,9 +18,11 @@ from tdlib.data.json_files import Records
 from tdlib.data.reading import (
     Located,
     Reader,
+    Rows,
     SideFile,
     all_labelled,
     check_answers,
+    csv_rows,
     index_records,
     missing_file,
     need,
@@ -85,7 +86,7 @@ class SnliVeReader(Reader):
         self.images = folders[0]
 
     def open(self, report: Callable[[str], None] | None = None) -> Examples:
-        records: Located = _Rows(self.path) if self.explained else Records.lines(self.path, self.what)
+        records: Located = Rows(self.path, "e-SNLI-VE", ("pairID", "hypothesis")) if self.explained else Records.lines(self.path, self.what)
         hypothesis_key = "hypothesis" if self.explained else "sentence2"
 
         def label_of(record: dict[str, Any], pair: str, where: str) -> str | None:
@@ -133,44 +134,6 @@ class SnliVeReader(Reader):
         )
 
 
-class _Rows(list[dict[str, Any]]):
-    """The rows of e-SNLI-VE's table, each with the line of the file in which it ends."""
-
-    what = SnliVeReader.what
-
-    def __init__(self, path: Path):
-        rows = dict(_csv_rows(path, ("pairID", "hypothesis")))
-        super().__init__(rows.values())
-        self.path, self._lines = path, list(rows)
-
-    def where(self, index: int) -> str:
-        return f"{self.path}:{self._lines[index]}"
-
-
-def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Iterates over the rows of a CSV that must have these columns, with the line in which each ends."""
-    csv.field_size_limit(2**24)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, strict=True)
-            names = rows.fieldnames or []
-            twice = sorted({name for name in names if list(names).count(name) > 1})
-            if twice:
-                raise DataError(f"{path}:1: column {twice[0]!r} stands there twice; remove one")
-            lacking = set(columns) - set(names)
-            if lacking:
-                raise DataError(
-                    f"{path}:1: no column {', '.join(sorted(lacking))}; is this a file as e-SNLI "
-                    "(esnli_*.csv) or e-SNLI-VE (esnlive_*.csv) publish it?"
-                )
-            for row in rows:
-                if None in row or None in row.values():
-                    raise DataError(f"{path}:{rows.line_num}: more or fewer columns than the header")
-                yield rows.line_num, row
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not readable as CSV in UTF-8 ({error}); copy it again") from None
-
-
 # Words that people marked (e-SNLI, Camburu et al. 2018), as relevant spans of the hypothesis.
 
 HIGHLIGHTS = "highlights"
@@ -196,7 +159,7 @@ def with_highlights(examples: Sequence[Example], folder: Path) -> list[Example]:
     pairs = {example.id for example in examples}
     marked: dict[str, list[str]] = {}
     for path in paths:
-        for _, row in _csv_rows(path, ("pairID", _MARKED[0])):
+        for _, row in csv_rows(path, "e-SNLI", ("pairID", _MARKED[0])):
             if row["pairID"] in pairs:
                 marked[row["pairID"]] = [row[name] for name in _MARKED if row.get(name, "").strip()]
     with_truth, different = [], []

@@ -255,7 +255,7 @@ def _frequent_answers(
     folder: Path, split: str, minimum: int, changing_priors: bool, _state: tuple[int, int] | None
 ) -> Vocabulary:
     """Builds a vocabulary once; ``_state`` makes the cache miss when the annotations have changed."""
-    return vqa.build_vocabulary(folder, [split], minimum, changing_priors)
+    return vqa.build_vocabulary(folder, split, minimum, changing_priors)
 
 
 class _Tasks(dict[str, Task]):

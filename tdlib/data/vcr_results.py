@@ -2,13 +2,14 @@
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from tdlib.core.files import whole_file
 from tdlib.data.examples import DataError, Examples
+from tdlib.data.reading import Rows, check_answers
 from tdlib.data.vcr import parts_of
 
 
@@ -74,39 +75,21 @@ def write_submission(path: Path, examples: Examples, probabilities: Sequence[Seq
     return len(rows)
 
 
-def check_submission(path: Path, identifiers: Iterable[str]) -> list[str]:
-    """Lists all faults of a leaderboard CSV, given the ids of the test questions."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        return [f"{path}: not readable as CSV ({error})"]
-    if not rows or tuple(rows[0]) != SUBMISSION_COLUMNS:
+def check_submission(path: Path, questions: Sequence[str]) -> list[str]:
+    """Lists all faults of a leaderboard CSV for these questions.
+
+    Raises:
+        DataError: it is no table with these columns.
+    """
+
+    def fault(row: dict[str, str]) -> str:
+        try:
+            finite = all(math.isfinite(float(row[name])) for name in SUBMISSION_COLUMNS[1:])
+        except ValueError:
+            finite = False
+        return "" if finite else "expected 20 finite numbers"
+
+    rows = Rows(path, "VCR submission", SUBMISSION_COLUMNS)
+    if rows and tuple(rows[0]) != SUBMISSION_COLUMNS:
         return [f"{path}:1: expected the header {','.join(SUBMISSION_COLUMNS)}"]
-    problems, seen = [], set()
-    wanted = set(identifiers)
-    for number, row in enumerate(rows[1:], start=2):
-        where = f"{path}:{number}"
-        if len(row) != len(SUBMISSION_COLUMNS):
-            problems.append(f"{where}: {len(row)} columns, expected {len(SUBMISSION_COLUMNS)}")
-            continue
-        if not all(_is_finite(value) for value in row[1:]):
-            problems.append(f"{where} ({row[0]}): expected 20 finite numbers")
-        if row[0] in seen:
-            problems.append(f"{where}: {row[0]!r} stands there twice")
-        elif row[0] not in wanted:
-            problems.append(f"{where}: {row[0]!r} is no question of the set")
-        seen.add(row[0])
-    missing = sorted(wanted - seen)
-    if missing:
-        problems.append(
-            f"{path}: {len(missing)} of {len(wanted)} questions are missing (first: {missing[0]!r})"
-        )
-    return problems
-
-
-def _is_finite(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+    return check_answers(path, rows, "annot_id", questions, fault)

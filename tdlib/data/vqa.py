@@ -6,7 +6,8 @@ those of the annotators, even if these are not in the vocabulary.
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tdlib.data.reading import (
     picture_boxes,
     relevant_part,
 )
-from tdlib.data.vqa_metric import Vocabulary
+from tdlib.data.vqa_metric import Vocabulary, normalise
 
 _ANSWER_TYPES = ("yes/no", "number", "other")
 
@@ -55,26 +56,25 @@ def _records(path: Path, key: str, changing_priors: bool) -> Records:
 
 
 def build_vocabulary(
-    folder: Path, splits: Sequence[str], minimum: int = 9, changing_priors: bool = False
+    folder: Path, split: str, minimum: int = 9, changing_priors: bool = False
 ) -> Vocabulary:
-    """Collects the answers that occur often enough as ``multiple_choice_answer`` in these splits.
+    """Collects the answers that, normalised, are the ``multiple_choice_answer`` of enough questions of a split.
 
-    3,129 for VQA v2's train2014 and val2014 with 9 occurrences or more (Teney et al. 2018).
+    As compute_softscore.py does, which removes commas afterwards; there are none left. Ordered by first
+    occurrence (the original's order was that of a Python 2 dict), so the labels depend on the order of the
+    questions, and on nothing else. With train and val together it would be the 3,129 of Teney et al. (2018).
     """
-
-    def answers() -> Iterator[str]:
-        for split in splits:
-            path = files(folder, split, changing_priors)[1]
-            records = _records(path, "annotations", changing_priors)
-            for index, record in enumerate(records):
-                yield need(record, "multiple_choice_answer", str, records.where(index), records.what)
-
-    vocabulary = Vocabulary.build(answers(), minimum)
-    if not vocabulary.answers:
+    annotations = _records(files(folder, split, changing_priors)[1], "annotations", changing_priors)
+    counts: Counter[str] = Counter()
+    for index, record in enumerate(annotations):
+        where = annotations.where(index)
+        counts[normalise(need(record, "multiple_choice_answer", str, where, annotations.what))] += 1
+    kept = tuple(answer for answer, count in counts.items() if count >= minimum)
+    if not kept:
         raise DataError(
-            f"{folder}: no answer occurs {minimum} times in {', '.join(splits)}; lower the minimum or use more data"
+            f"{annotations.path}: no answer occurs {minimum} times; lower the minimum or use more data"
         )
-    return vocabulary
+    return Vocabulary(kept)
 
 
 class VqaReader(Reader):

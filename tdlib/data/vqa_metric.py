@@ -103,19 +103,6 @@ class Vocabulary:
 
     answers: tuple[str, ...]
 
-    @classmethod
-    def build(cls, multiple_choice_answers: Iterable[str], minimum: int = 9) -> "Vocabulary":
-        """Keep the answers that, normalised, are that of at least ``minimum`` questions.
-
-        The original (compute_softscore.py) removes commas afterwards; there are none left.
-
-        One answer per question (``multiple_choice_answer``) of the splits trained on; 3,129 for
-        train and val of VQA v2. Ordered by first occurrence (the original's order was that of a
-        Python 2 dict), so the labels depend on the order of the questions, and on nothing else.
-        """
-        counts = Counter(normalise(answer) for answer in multiple_choice_answers)
-        return cls(tuple(answer for answer, count in counts.items() if count >= minimum))
-
     def soft_targets(self, answers: Sequence[str]) -> dict[int, float]:
         """Score labels by their number of annotators: .3, .6, .9 for one to three, 1 from four on.
 
