@@ -9,7 +9,7 @@ import pytest
 
 from tdlib.miniworld.language import cause_clause, curated_concepts, definite
 from tdlib.miniworld.scenes import HELD, MOODS, PLACES, ROLES, SHIRTS, STYLES, THINGS, WEATHER
-from tdlib.miniworld.worlds import SIDE_FILES, STRATA, Size, read_concepts, scene_at, strata_of
+from tdlib.miniworld.worlds import STRATA, Size, read_concepts, scene_at, strata_of
 from tdlib.miniworld.write_snli_ve import write_snli_ve
 from tdlib.miniworld.write_vqa import write_vqa, write_vqa_cp
 
@@ -140,8 +140,3 @@ def test_data_without_side_files_have_no_strata(tmp_path):
         table = strata_of(folder, "val")
         assert table.empty and list(table.columns) == STRATA
     assert table.reindex(["a"]).fillna("").to_dict("records") == [dict.fromkeys(STRATA, "")]
-
-
-def test_an_older_world_is_written_anew(ve):
-    """So that it gets the files; what it holds besides stays, see the tests of the writers."""
-    assert json.loads((ve / "miniworld.json").read_text())["side_files"] == SIDE_FILES == 3

@@ -59,8 +59,9 @@ def batches(number: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
         order = order[batch:]
 
 
-def learning_rate(step: int, steps: int, warmup: int = 50) -> float:
+def learning_rate(step: int, steps: int) -> float:
     """Linear warm-up, then half a cosine."""
+    warmup = 50
     if step < warmup:
         return PEAK * (step + 1) / warmup
     return PEAK * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

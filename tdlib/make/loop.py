@@ -55,12 +55,12 @@ def mixed_precision(device: str = "cpu") -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=enabled)
 
 
-def learning_rate(step: int, progress: float, warmup: int = 100) -> float:
-    """Computes the learning rate: linear warm-up over the first steps, times half a cosine over the run.
+def learning_rate(step: int, progress: float) -> float:
+    """Computes the learning rate: linear warm-up over 100 steps, times half a cosine over the run.
 
     ``progress`` is the share of the run that is done, 0 to 1.
     """
-    return PEAK * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return PEAK * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def make_optimizer(model: nn.Module, fused: bool = True) -> torch.optim.AdamW:
