@@ -31,23 +31,13 @@ class SelectionOptions:
 
     ``mass`` in (0, 1]: share of a modality's score to cover. ``count`` >= 1: tokens per modality.
     ``fraction`` in (0, 1]: share of a modality's valid tokens. ``deviations``: standard deviations
-    above the mean. Raises ValueError for a number outside its range.
+    above the mean. ``RunConfig`` refuses numbers outside these ranges.
     """
 
     mass: float = 0.6
     count: int = 5
     fraction: float = 0.3
     deviations: float = 1.0
-
-    def __post_init__(self):
-        if not 0 < self.mass <= 1:
-            raise ValueError(f"selection mass is {self.mass}; expected a share of the score in (0, 1]")
-        if not (self.count >= 1 and self.count % 1 == 0):
-            raise ValueError(f"selection count is {self.count}; expected a whole number, at least 1")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"selection fraction is {self.fraction}; expected a share of tokens in (0, 1]")
-        if not math.isfinite(self.deviations):
-            raise ValueError(f"selection deviations is {self.deviations}; expected a finite number")
 
 
 Selector = Callable[[Tensor, Tensor, SelectionOptions, Generator | None], Tensor]
@@ -73,12 +63,8 @@ def token_scores(
     valid tokens of each modality sum to 1 (our reading of CLIP-TD). Valid tokens are real ones whose
     row of the alignment is not zero. Prior in [0, 1]; scores in [0, 1], 0 for tokens that are not
     valid or have no position. A modality that has no valid token or only priors of 0 sums to 0.
-    Carries no gradient. Raises ValueError for a bad coefficient.
+    Carries no gradient.
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"relevance temperature is {temperature}; expected a finite number above 0")
-    if not 0 <= prior_weight < math.inf:
-        raise ValueError(f"prior_weight is {prior_weight}; expected a finite number of at least 0")
     # In the log domain the product cannot underflow, and 0 ** 0 = 1 as xlogy(0, 0) = 0.
     log_prior = torch.xlogy(torch.full_like(prior, prior_weight), prior)
     log_scores = (relevance / temperature + log_prior).detach()
@@ -90,33 +76,26 @@ def select(
     scores: Scores,
     student: Tokens,
     valid: Mask,
-    selector: str | Selector = "nucleus",
+    selector: str = "nucleus",
     options: SelectionOptions = DEFAULTS,
     generator: Generator | None = None,
 ) -> Mask:
-    """Apply a selector (a name in ``SELECTORS`` or a function) to each modality; return the union.
+    """Apply the selector of this name in ``SELECTORS`` to each modality; return the union.
 
     Our reading of CLIP-TD: words and regions never compete with each other, so a selector sees scores of 0
     outside its modality, and what it marks there does not count. ``generator`` is read by the selectors that
-    draw; without it they use torch's global one. Raises ValueError for an unknown name, and for a selector
-    that returns no boolean mask of the scores' shape.
+    draw; without it they use torch's global one. Raises ValueError for a selector that returns no boolean
+    mask of the scores' shape.
     """
-    name = selector if isinstance(selector, str) else getattr(selector, "__name__", "a function")
-    if isinstance(selector, str):
-        if selector not in SELECTORS:
-            raise ValueError(f"selector is {selector!r}; expected a function or one of {sorted(SELECTORS)}")
-        selector = SELECTORS[selector]
     marked = []
     for own in modalities(student, valid):
-        selected = selector(scores.masked_fill(~own, 0), own, options, generator)
-        check_result(f"selector {name!r}", selected, own.shape, mask=True)
+        selected = SELECTORS[selector](scores.masked_fill(~own, 0), own, options, generator)
+        check_result(f"selector {selector!r}", selected, own.shape, mask=True)
         marked.append(selected & own)
     return marked[0] | marked[1]
 
 
-def nucleus(
-    scores: Scores, valid: Mask, options: SelectionOptions = DEFAULTS, generator: Generator | None = None
-) -> Mask:
+def nucleus(scores: Scores, valid: Mask, options: SelectionOptions, generator: Generator | None) -> Mask:
     """Select the smallest set of tokens whose score reaches ``mass`` of the valid tokens' score.
 
     ``argmin |V| such that sum_V s >= mass * sum s`` (top-p of Holtzman et al. 2020, used here on
@@ -129,24 +108,18 @@ def nucleus(
     return torch.zeros_like(valid).scatter(-1, order, before < target)
 
 
-def top_k(
-    scores: Scores, valid: Mask, options: SelectionOptions = DEFAULTS, generator: Generator | None = None
-) -> Mask:
+def top_k(scores: Scores, valid: Mask, options: SelectionOptions, generator: Generator | None) -> Mask:
     """Select the ``count`` valid tokens of highest score (all, where there are fewer)."""
     return _highest(scores, valid, torch.full_like(valid.sum(dim=-1), options.count))
 
 
-def top_fraction(
-    scores: Scores, valid: Mask, options: SelectionOptions = DEFAULTS, generator: Generator | None = None
-) -> Mask:
+def top_fraction(scores: Scores, valid: Mask, options: SelectionOptions, generator: Generator | None) -> Mask:
     """Select the highest ``fraction`` of the valid tokens, rounded up: ``ceil(fraction * valid tokens)``."""
     size = options.fraction * (1 - TOLERANCE) * valid.sum(dim=-1)
     return _highest(scores, valid, size.ceil().long())
 
 
-def threshold(
-    scores: Scores, valid: Mask, options: SelectionOptions = DEFAULTS, generator: Generator | None = None
-) -> Mask:
+def threshold(scores: Scores, valid: Mask, options: SelectionOptions, generator: Generator | None) -> Mask:
     """Select the tokens that stand out: ``s >= mean + deviations * sd`` over the valid tokens.
 
     ``sd`` is the population's. May select nothing when ``deviations`` is above 1; a token with
@@ -159,23 +132,17 @@ def threshold(
     return valid & (scores > 0) & (scores >= limit - TOLERANCE * limit.abs())
 
 
-def all_valid(
-    scores: Scores, valid: Mask, options: SelectionOptions = DEFAULTS, generator: Generator | None = None
-) -> Mask:
+def all_valid(scores: Scores, valid: Mask, options: SelectionOptions, generator: Generator | None) -> Mask:
     """Select every valid token: the control without selection (naive distillation)."""
     return valid.clone()
 
 
-def first(
-    scores: Scores, valid: Mask, options: SelectionOptions = DEFAULTS, generator: Generator | None = None
-) -> Mask:
+def first(scores: Scores, valid: Mask, options: SelectionOptions, generator: Generator | None) -> Mask:
     """Select the first valid tokens by position, as many as ``nucleus`` does: a control, see ``random``."""
     return _highest(torch.zeros_like(scores), valid, _nucleus_size(scores, valid, options))
 
 
-def random(
-    scores: Scores, valid: Mask, options: SelectionOptions = DEFAULTS, generator: Generator | None = None
-) -> Mask:
+def random(scores: Scores, valid: Mask, options: SelectionOptions, generator: Generator | None) -> Mask:
     """Select valid tokens uniformly at random, as many as ``nucleus`` selects: the control of selection.
 
     The same number of words and of places, but not the same balance of weight between them: with
@@ -188,16 +155,12 @@ def random(
     return _highest(noise, valid, _nucleus_size(scores, valid, options))
 
 
-def inverse(
-    scores: Scores, valid: Mask, options: SelectionOptions = DEFAULTS, generator: Generator | None = None
-) -> Mask:
+def inverse(scores: Scores, valid: Mask, options: SelectionOptions, generator: Generator | None) -> Mask:
     """Select the valid tokens of lowest score, as many as ``nucleus`` does: a control, see ``random``."""
     return _highest(-scores, valid, _nucleus_size(scores, valid, options))
 
 
-def sample(
-    scores: Scores, valid: Mask, options: SelectionOptions = DEFAULTS, generator: Generator | None = None
-) -> Mask:
+def sample(scores: Scores, valid: Mask, options: SelectionOptions, generator: Generator | None) -> Mask:
     """Draw tokens without replacement in proportion to their score, as many as ``nucleus`` selects.
 
     Gumbel-top-k (Kool et al. 2019) takes the highest ``log s + Gumbel noise``; with ``e`` from
@@ -211,7 +174,7 @@ def sample(
 
 
 def _nucleus_size(scores: Tensor, valid: Tensor, options: SelectionOptions) -> Int[Tensor, "*batch"]:
-    return nucleus(scores, valid, options).sum(dim=-1)
+    return nucleus(scores, valid, options, None).sum(dim=-1)
 
 
 def _highest(keys: Tensor, valid: Tensor, size: Int[Tensor, "*batch"]) -> Mask:
