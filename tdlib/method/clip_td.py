@@ -42,11 +42,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from tdlib.method.alignment import align, aligned_targets
-from tdlib.method.losses import Distance, distance_named
+from tdlib.method.losses import weighted_distance
 from tdlib.method.priors import PRIORS, Idf, referred_prior
 from tdlib.method.registry import check_result, is_users
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
-from tdlib.method.selection import DEFAULTS, SelectionOptions, Selector, select, token_scores
+from tdlib.method.selection import DEFAULTS, SelectionOptions, select, token_scores
 from tdlib.method.tokens import TeacherTokens, Tokens
 from tdlib.method.weighting import INSTANCE_WEIGHTS, LABEL_FREE, TOKEN_WEIGHTS
 
@@ -146,7 +146,7 @@ def choose_tokens(
     scores: PerToken,
     student: Tokens,
     valid: Mask,
-    selector: str | Selector = "nucleus",
+    selector: str = "nucleus",
     options: SelectionOptions = DEFAULTS,
     token_weight: str = "score",
     generator: Generator | None = None,
@@ -201,26 +201,25 @@ def distillation_loss(
     weights: PerToken,
     instance: Float[Tensor, " batch"],
     places: Mapping[str, Int[Tensor, " places"]],
-    distance: str | Distance = "cosine",
+    distance: str = "cosine",
     num_sequences: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Step 9, the text's part and the picture's; the loss is their sum.
 
+    ``mean_b c[b] * sum_i w[b, i] * D(phi(h[b, i]), u[b, i])``, the mean running over all sequences (examples
+    times choices), also those without a selected token. Gradients reach ``hidden`` and ``phi`` alone.
     ``phi`` holds the maps "text" and "visual" into CLIP's space. ``places`` are those (``places_of``) of the
     selected tokens that have a target and a weight; only these are read, mapped and compared.
     ``num_sequences``: divide by this number, that of a whole accumulation window, instead of batch times
     choices.
     """
-    measure = distance_named(distance)
     sequences = num_sequences or hidden.shape[0] * hidden.shape[1]
-    share = (weights * instance[:, None, None]).detach() / sequences
+    share = weights * instance[:, None, None] / sequences
 
     def part(name: str) -> Float[Tensor, ""]:
         states, targets, shares = (
-            values.flatten(0, 2).index_select(0, places[name]) for values in (hidden, vectors.detach(), share)
+            values.flatten(0, 2).index_select(0, places[name]) for values in (hidden, vectors, share)
         )
-        distances = measure(phi[name](states), targets)
-        check_result(f"distance {distance!r}", distances, shares.shape)
-        return (shares * distances).sum()
+        return weighted_distance(phi[name](states), targets, shares, distance)
 
     return part("text"), part("visual")

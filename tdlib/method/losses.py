@@ -79,41 +79,19 @@ DISTANCES: dict[str, Distance] = {
 }
 
 
-def distance_named(distance: str | Distance) -> Distance:
-    """The distance of this name, or the function given. Raises ValueError for an unknown name."""
-    if not isinstance(distance, str):
-        return distance
-    if distance not in DISTANCES:
-        raise ValueError(f"distance is {distance!r}; expected a function or one of {sorted(DISTANCES)}")
-    return DISTANCES[distance]
-
-
-def targeted_distillation_loss(
-    student_projected: Vectors,
-    targets: Vectors,
-    token_weights: PerToken,
-    instance_weights: Float[Tensor, "*#batch"],
-    distance: str | Distance = "cosine",
-    num_sequences: int | None = None,
+def weighted_distance(
+    student_projected: Float[Tensor, "tokens teacher_dim"],
+    targets: Float[Tensor, "tokens teacher_dim"],
+    weights: Float[Tensor, " tokens"],
+    distance: str = "cosine",
 ) -> Float[Tensor, ""]:
-    """Pull the targeted tokens towards the teacher: ``mean_b c[b] * sum_i w[b, i] * D(student, target)``.
+    """Pull tokens towards the teacher: ``sum_i w[i] * D(student[i], target[i])``, D a key of ``DISTANCES``.
 
-    Our reading of CLIP-TD. ``instance_weights`` broadcast to the batch dimensions ((batch, 1) over
-    (batch, choices), say). A token with weight 0 or with a zero target ("not distilled") adds
-    nothing, whatever the student holds there; a sequence without any still counts in the mean.
-    ``num_sequences``: divide by this number, that of a whole accumulation window, instead of the
-    number given here. Raises ValueError for an unknown distance or a number below 1.
+    Raises ValueError for a distance that does not return one number per token.
     """
-    targets, weights = targets.detach(), token_weights.detach()
-    is_distilled = (weights != 0) & (targets != 0).any(dim=-1)
-    student = student_projected.masked_fill(~is_distilled.unsqueeze(-1), 0)
-    targets = targets.masked_fill(~is_distilled.unsqueeze(-1), 0)  # else info_nce takes them as negatives
-    per_token = distance_named(distance)(student, targets)
+    per_token = DISTANCES[distance](student_projected, targets.detach())
     check_result(f"distance {distance!r}", per_token, weights.shape)
-    per_token = per_token.masked_fill(~is_distilled, 0)
-    # expand, not broadcasting: (batch, 1) over (batch,) must fail instead of pairing all with all.
-    per_sequence = instance_weights.detach().expand(weights.shape[:-1]) * (weights * per_token).sum(dim=-1)
-    return per_sequence.sum() / _count("num_sequences", num_sequences, per_sequence.numel())
+    return (weights.detach() * per_token).sum()
 
 
 def choice_distribution_loss(
@@ -128,17 +106,14 @@ def choice_distribution_loss(
     In nats. Both are ``softmax(logits / T)``; the factor keeps the size of the gradients (Hinton et al.
     2015, section 2). ``instance_weights`` are c, 1 if None; with ``weighting.wsld_weight`` these are the
     weighted soft labels of Zhou et al. 2021. ``num_examples``: divide by this number, that of a whole
-    accumulation window, instead of the number given here. Raises ValueError for a bad temperature or a
-    number below 1.
+    accumulation window, instead of the number given here.
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"choice temperature is {temperature}; expected a finite number above 0")
     teacher = (_at_least_float32(teacher_logits.detach()) / temperature).softmax(dim=-1)
     student = (_at_least_float32(student_logits) / temperature).log_softmax(dim=-1)
     divergence = F.kl_div(student, teacher, reduction="none").sum(dim=-1)
     if instance_weights is not None:
         divergence = instance_weights.detach().expand(divergence.shape) * divergence
-    return temperature**2 * divergence.sum() / _count("num_examples", num_examples, divergence.numel())
+    return temperature**2 * divergence.sum() / (num_examples or divergence.numel())
 
 
 def _difference(student_projected: Tensor, targets: Tensor) -> Vectors:
@@ -162,10 +137,3 @@ def _length(vectors: Tensor, smallest: float = 1e-6) -> PerToken:
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _count(name: str, given: int | None, found: int) -> int:
-    """The divisor of a mean: the number of the whole accumulation window if given, else that of the batch."""
-    if given is not None and given < 1:
-        raise ValueError(f"{name} is {given}; expected at least 1, or None for the number in this batch")
-    return given if given is not None else max(found, 1)

@@ -24,7 +24,7 @@ from tdlib.method.clip_td import (
     score_by_student,
     weigh_examples,
 )
-from tdlib.method.losses import choice_distribution_loss, targeted_distillation_loss
+from tdlib.method.losses import choice_distribution_loss, weighted_distance
 from tdlib.method.registry import check_result
 from tdlib.method.relevance import STUDENT_RELEVANCE
 from tdlib.method.selection import SelectionOptions
@@ -337,13 +337,13 @@ class TargetedDistillation(nn.Module):
         sequences = examples * hidden.shape[1]
         terms = {"distill": hidden.new_zeros(()), "instance_weight": instance.sum() / examples}
         if self.settings.distill_target != "tokens":
+            weights = 0.5 * instance.repeat_interleave(hidden.shape[1])
             for name in ("text_global", "image_global"):
-                # All sequences as the tokens of one: a distance that compares tokens finds the others.
-                terms["distill"] = terms["distill"] + targeted_distillation_loss(
-                    self.phi[name](hidden[:, :, 0]).flatten(0, 1), batch[name].flatten(0, 1),
-                    0.5 * instance.repeat_interleave(hidden.shape[1]), torch.ones_like(instance[0]),
-                    self.settings.distance, sequences,
-                )  # fmt: skip
+                # A distance that compares tokens finds those of all sequences, but none that weigh nothing.
+                mapped, targets = self.phi[name](hidden[:, :, 0]).flatten(0, 1), batch[name].flatten(0, 1)
+                targets = targets.masked_fill(weights[:, None] == 0, 0)
+                distance = weighted_distance(mapped, targets, weights, self.settings.distance)
+                terms["distill"] = terms["distill"] + distance / sequences
         if chosen is None or chosen.places is None or chosen.vectors is None:
             return terms
         on_words, on_places = distillation_loss(
