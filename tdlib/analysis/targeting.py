@@ -156,7 +156,9 @@ def _frequency(record: TargetRecord, idf: "Idf | None") -> np.ndarray:
         return np.where(record.is_text, record.prior, 0)
     import torch  # here, because tables of results must not load it
 
-    return np.where(record.is_text, idf.prior(record.text, torch.as_tensor(record.spans)).numpy(), 0)
+    from tdlib.method.priors import idf_prior
+
+    return np.where(record.is_text, idf_prior(record.text, torch.as_tensor(record.spans), idf).numpy(), 0)
 
 
 def _centre(record: TargetRecord, idf: "Idf | None") -> np.ndarray:

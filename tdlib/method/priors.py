@@ -7,7 +7,6 @@ for fitting and for looking up.
 
 import math
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tdlib.method.alignment import visual_overlap
+from tdlib.method.alignment import text_overlap, visual_overlap
 
 WORD = re.compile(r"\w+")
 
@@ -34,8 +33,6 @@ class Idf:
     @classmethod
     def fit(cls, documents: Iterable[str]) -> "Idf":
         """Count words over the documents (one text per example); read once, so a generator will do."""
-        if isinstance(documents, str):
-            raise ValueError(f"documents is one string ({documents[:40]!r}); expected an iterable of strings")
         num_documents, counts = 0, Counter[str]()
         for document in documents:
             num_documents += 1
@@ -49,31 +46,20 @@ class Idf:
         """
         return math.log((1 + self.num_documents) / (1 + self.document_frequency.get(word.lower(), 0))) + 1
 
-    def prior(self, text: str, spans: Int[Tensor, "tokens 2"]) -> Float[Tensor, " tokens"]:
-        """Give each token the idf of the word it shares most characters with, over the example's highest.
-
-        In [0, 1] (our reading of CLIP-TD); 0 for a token without a word: punctuation, special
-        tokens, padding. ``spans`` are [start, end) offsets into ``text``. Ties go to the earlier word.
-        """
-        words = [match.span() for match in WORD.finditer(text)]
-        values = [self.word(text[start:end]) for start, end in words]
-        ends = [end for _, end in words]
-        priors = [0.0] * len(spans)
-        for token, (start, end) in enumerate(spans.tolist()):
-            most = 0
-            index = bisect_right(ends, start)  # the first word that ends after the token starts
-            while index < len(words) and words[index][0] < end:
-                shared = min(end, words[index][1]) - max(start, words[index][0])
-                if shared > most:
-                    most, priors[token] = shared, values[index]
-                index += 1
-        highest = max(priors, default=0.0) or 1.0
-        return torch.tensor([prior / highest for prior in priors])
-
 
 def idf_prior(text: str, spans: Int[Tensor, "tokens 2"], idf: Idf) -> Float[Tensor, " tokens"]:
-    """Prefer words that are rare in the training split: see ``Idf.prior``."""
-    return idf.prior(text, spans)
+    """Give each token the idf of the word it shares most characters with, over the example's highest.
+
+    In [0, 1] (our reading of CLIP-TD); 0 for a token without a word: punctuation, special tokens, padding.
+    ``spans`` are [start, end) offsets into ``text``. Ties go to the earlier word.
+    """
+    words = [match.span() for match in WORD.finditer(text)]
+    if not words or not len(spans):
+        return torch.zeros(len(spans))
+    idfs = torch.tensor([idf.word(text[start:end]) for start, end in words], dtype=torch.float64)
+    shared = text_overlap(spans, torch.tensor(words))
+    of_tokens = torch.where(shared.amax(-1) > 0, idfs[shared.argmax(-1)], 0)
+    return (of_tokens / of_tokens.max().clamp_min(1)).float()  # every idf is at least 1
 
 
 def uniform_prior(text: str, spans: Int[Tensor, "tokens 2"], idf: Idf | None) -> Float[Tensor, " tokens"]:
