@@ -138,26 +138,17 @@ def call_problem(parameter: str, name: str) -> str:
     A table that was never imported holds only the project's functions, which can.
     """
     for table in TABLES[parameter]:
-        if f"tdlib.method.{table.module}" in sys.modules and name in table.functions():
-            return _call_problem(table, name, table.functions()[name])
-    return ""
-
-
-def _call_problem(table: Table, name: str, function: Any) -> str:
-    wanted = ", ".join(table.arguments)
-    if not callable(function):
-        return f"{table.name}[{name!r}] is {function!r}, expected a function of ({wanted})"
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions written in C do not tell their arguments
-        return ""
-    try:
-        signature.bind(*table.arguments)
-    except TypeError as error:
-        return (
-            f"{table.name}[{name!r}] is {getattr(function, '__name__', 'a function')}{signature}, but is "
-            f"called with {len(table.arguments)} arguments by position: ({wanted}); {error}"
-        )
+        if f"tdlib.method.{table.module}" not in sys.modules or name not in table.functions():
+            continue
+        try:
+            inspect.signature(table.functions()[name]).bind(*table.arguments)
+        except TypeError as error:
+            return (
+                f"{table.name}[{name!r}] is called with {len(table.arguments)} arguments by position: "
+                f"({', '.join(table.arguments)}); {error}"
+            )
+        except ValueError:  # some functions written in C do not tell their arguments
+            pass
     return ""
 
 
