@@ -161,7 +161,7 @@ def test_a_function_that_cannot_be_called_as_it_will_be_is_refused(monkeypatch, 
     (line,) = problems(**{name: "mine"})
     (called,) = {known.name for known in registry.TABLES[name] if known.functions() is table}
     assert line.startswith(f"{name}='mine': {called}['mine'] is ")
-    assert "expected a function of" in line or "arguments by position" in line
+    assert "called by position as (" in line
 
 
 def test_functions_may_have_arguments_of_their_own(monkeypatch):
@@ -174,12 +174,12 @@ def test_every_table_is_listed_with_its_call_and_its_functions():
     rows = {row["table"].rpartition(".")[2]: row for row in registry.signatures()}
     assert set(rows) == {table.name for known in registry.TABLES.values() for table in known}
     weights = rows["INSTANCE_WEIGHTS"]
-    assert weights["called with"].count("batch choices") == 2 and "labels (batch)" in weights["called with"]
+    assert weights["called as"].count("batch choices") == 2 and "labels: Int[" in weights["called as"]
     for known in registry.TABLES.values():
         for table in known:
             assert rows[table.name]["functions"] == ", ".join(table.functions())
             for function in table.functions().values():
-                inspect.signature(function).bind(*table.arguments)
+                inspect.signature(function).bind(*table.call().parameters)
 
 
 def test_names_are_known_before_torch_is_loaded():

@@ -11,6 +11,7 @@ names alone, which are read from the source until something imports the module i
 import ast
 import importlib
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -24,12 +25,10 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Table:
-    """One table of exchangeable functions."""
+    """One table of exchangeable functions: the dict ``name`` in a ``module`` of ``tdlib.method``."""
 
-    module: str  # of ``tdlib.method`` that holds it
-    name: str  # of the dict in that module
-    arguments: tuple[str, ...]  # what its functions are called with, by position
-    returns: str  # shape and range of what they return
+    module: str
+    name: str
 
     def names(self) -> list[str]:
         """The names in the table now; its module is not imported for this."""
@@ -39,63 +38,28 @@ class Table:
         """The table itself; imports torch."""
         return getattr(importlib.import_module(f"tdlib.method.{self.module}"), self.name)
 
+    def call(self) -> inspect.Signature:
+        """How its functions are called, by position: as the project's, but for arguments with defaults."""
+        projects = next(function for function in self.functions().values() if not is_users(function))
+        known = inspect.signature(projects)
+        parameters = [one for one in known.parameters.values() if one.default is one.empty]
+        return known.replace(parameters=parameters)
 
-_INSTANCE = Table(
-    "weighting", "INSTANCE_WEIGHTS",
-    ("teacher probabilities (batch choices)", "student probabilities (batch choices)", "labels (batch)"),
-    "(batch), at least 0",
-)  # fmt: skip
-_SCHEDULE = Table("weighting", "SCHEDULES", ("progress: float in [0, 1)",), "float in [0, 1]")
+
+_INSTANCE, _SCHEDULE = Table("weighting", "INSTANCE_WEIGHTS"), Table("weighting", "SCHEDULES")
 TABLES: dict[str, tuple[Table, ...]] = {
-    "relevance": (
-        Table(
-            "relevance", "RELEVANCE",
-            ("alignment (choices student_tokens teacher_tokens)", "student: Tokens",
-             "teacher: TeacherTokens"),
-            "(choices student_tokens)",
-        ),
-        Table(
-            "relevance", "STUDENT_RELEVANCE",
-            ("projected (batch choices tokens teacher_dim)", "targets (the same)", "student: Tokens",
-             "valid (batch choices tokens)"),
-            "(batch choices tokens)",
-        ),
-    ),
-    "prior": (
-        Table("priors", "PRIORS", ("text: str", "spans (tokens 2)", "idf: Idf"), "(tokens), in [0, 1]"),
-    ),
-    "selector": (
-        Table(
-            "selection", "SELECTORS",
-            ("scores (batch choices tokens), 0 outside the modality",
-             "valid (the same): the modality's tokens that have a target", "options: SelectionOptions",
-             "generator: torch.Generator | None"),
-            "boolean mask (batch choices tokens); called once for words and once for places",
-        ),
-    ),
-    "token_weight": (
-        Table(
-            "weighting", "TOKEN_WEIGHTS",
-            ("scores (batch choices tokens)", "selected (batch choices tokens)"),
-            "(batch choices tokens); counts where selected",
-        ),
-    ),
+    "relevance": (Table("relevance", "RELEVANCE"), Table("relevance", "STUDENT_RELEVANCE")),
+    "prior": (Table("priors", "PRIORS"),),
+    "selector": (Table("selection", "SELECTORS"),),
+    "token_weight": (Table("weighting", "TOKEN_WEIGHTS"),),
     "instance_weight": (_INSTANCE,),
     "choice_instance_weight": (_INSTANCE,),
-    "distance": (
-        Table(
-            "losses", "DISTANCES",
-            ("student_projected (..., tokens, teacher_dim)", "targets (the same)"),
-            "(..., tokens)",
-        ),
-    ),
-    "extra_term": (
-        Table("terms", "EXTRA_TERMS", ("inputs: TermInputs, the batch's tensors",), "(batch)"),
-    ),
+    "distance": (Table("losses", "DISTANCES"),),
+    "extra_term": (Table("terms", "EXTRA_TERMS"),),
     "distill_schedule": (_SCHEDULE,),
     "repair_schedule": (_SCHEDULE,),
     "repair_instance_weight": (_INSTANCE,),
-}  # fmt: skip
+}
 
 
 def table_keys(module: str, name: str) -> list[str]:
@@ -140,13 +104,11 @@ def call_problem(parameter: str, name: str) -> str:
     for table in TABLES[parameter]:
         if f"tdlib.method.{table.module}" not in sys.modules or name not in table.functions():
             continue
+        wanted = table.call()
         try:
-            inspect.signature(table.functions()[name]).bind(*table.arguments)
+            inspect.signature(table.functions()[name]).bind(*wanted.parameters)
         except TypeError as error:
-            return (
-                f"{table.name}[{name!r}] is called with {len(table.arguments)} arguments by position: "
-                f"({', '.join(table.arguments)}); {error}"
-            )
+            return f"{table.name}[{name!r}] is called by position as {_without_modules(wanted)}; {error}"
         except ValueError:  # some functions written in C do not tell their arguments
             pass
     return ""
@@ -169,16 +131,19 @@ def check_result(what: str, found: Any, shape: Sequence[int], mask: bool = False
 
 
 def signatures() -> list[dict[str, str]]:
-    """One row per table, for ``pandas.DataFrame``: parameter, table, arguments, returns, functions."""
+    """One row per table, for ``pandas.DataFrame``: parameter, table, called as, functions."""
     return [
         {
             "parameter": parameter, "table": f"tdlib.method.{table.module}.{table.name}",
-            "called with": ", ".join(table.arguments), "returns": table.returns,
-            "functions": ", ".join(table.names()),
+            "called as": _without_modules(table.call()), "functions": ", ".join(table.names()),
         }
         for parameter, known in TABLES.items()
         for table in known
     ]  # fmt: skip
+
+
+def _without_modules(call: inspect.Signature) -> str:
+    return re.sub(r"\b(?:\w+\.)+", "", str(call))
 
 
 def is_users(function: Function) -> bool:
