@@ -42,9 +42,6 @@ class Tokens:
     def is_visual(self) -> Bool[Tensor, "*batch tokens"]:
         return (self.boxes[..., 2] > self.boxes[..., 0]) & (self.boxes[..., 3] > self.boxes[..., 1])
 
-    def to(self, device: torch.device | str) -> "Tokens":
-        return Tokens(self.spans.to(device), self.boxes.to(device))
-
     def __getitem__(self, row: int) -> "Tokens":
         """The tokens of one entry of the first axis."""
         return Tokens(self.spans[row], self.boxes[row])

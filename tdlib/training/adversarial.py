@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from tdlib.config import RunConfig
-from tdlib.students.base import StudentOutput, student_inputs
+from tdlib.students.base import StudentOutput
 
 PICTURES = ("region_features", "pixel_values")
 
@@ -42,11 +42,11 @@ def symmetric_divergence(first: Tensor, second: Tensor) -> Tensor:
 
 def adversarial_loss(
     student: PreTrainedModel,
+    inputs: dict[str, Any],
     batch: dict[str, Tensor],
     task_loss: Callable[[Tensor, dict[str, Tensor], int], Tensor],
     config: RunConfig,
     examples: int,
-    output_hidden_states: bool = False,
 ) -> tuple[StudentOutput, dict[str, Tensor]]:
     """The clean output, and the loss at K moved inputs as the term "adversarial".
 
@@ -57,9 +57,8 @@ def adversarial_loss(
     gradients reach the clean output too. The graphs of all K + 1 passes are in memory at once.
 
     In ``config``, ``adversarial_steps`` is K, ``adversarial_weight`` w and ``adversarial_rate`` the L2 norm
-    of a step. ``examples`` is what sums are divided by.
+    of a step. ``inputs`` are the student's of the ``batch``; ``examples`` is what sums are divided by.
     """
-    inputs: dict[str, Any] = student_inputs(student, batch) | {"output_hidden_states": output_hidden_states}
     seen = next(name for name in PICTURES if name in inputs)
     words = inputs["input_ids"].flatten(0, 1)
     clean = student(**inputs)

@@ -63,17 +63,12 @@ def _teaching(config: RunConfig, terms: Mapping[str, float]) -> str:
         return "No teacher." if config.student != "teacher" else f"It is CLIP itself: `{config.teacher}`."
     source = " ".join(filter(None, (config.teacher, config.teacher_pretrained)))
     control = f" (control: {config.teacher_control})" if config.teacher_control else ""
-    text = f"Teacher: `{source}`{control}. Weights of the terms: {weights}. The student has the parameters "
-    text += "and the graph of the plainly finetuned one: the projections to the teacher's space were dropped."
-    if config.asks_judge:
-        text += " CLIP also judged statements, of other pictures too (beyond the paper)."
-    if config.extra_weight:
-        text += f" It has a further term, `{config.extra_term}` (beyond the paper)."
-    if config.distill_weight or config.asks_judge or config.extra_weight:
-        text += " Targeted tokens (CLIP-TD, arXiv 2201.05729, our reading): " + _listed(
-            config, parameters_with(role="method")
-        )
-    return text
+    return (
+        f"Teacher: `{source}`{control}. Weights of the terms: {weights} (those after distill are beyond the "
+        "paper). The student has the parameters and the graph of the plainly finetuned one: the projections to "
+        "the teacher's space were dropped. Settings of the method (CLIP-TD, arXiv 2201.05729, our reading): "
+        + _listed(config, parameters_with(role="method"))
+    )
 
 
 def _listed(config: RunConfig, names: tuple[str, ...]) -> str:

@@ -62,18 +62,17 @@ class EncodedExamples(Dataset):
             self._kept[index] = item
         return item
 
-    def keeps_all(self) -> bool:
-        """True if all examples are likely to fit into memory together, judged by the first one."""
-        return not len(self) or len(self) * _nbytes(self[0]) <= self._memory
-
     def workers(self, asked: int, processes: int = 1) -> int:
         """Returns how many processes make batches: ``asked``, or as data and machine ask if that is -1.
 
+        None are of use where all examples are likely to fit into memory together, judged by the first one.
         ``processes`` share the machine, each with workers of its own.
         """
         if asked >= 0:
             return asked
-        return 0 if usual_workers() == 0 or self.keeps_all() else usual_workers(processes)
+        if usual_workers() == 0 or not len(self):
+            return 0
+        return 0 if len(self) * _nbytes(self[0]) <= self._memory else usual_workers(processes)
 
     def text_length(self, index: int) -> int:
         """Returns the number of text tokens of an example once encoded, without opening its picture."""

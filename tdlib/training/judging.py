@@ -65,8 +65,7 @@ class StatementJudge:
     def __call__(self, example: Example) -> tuple[Tensor, Tensor]:
         """Global embeddings times the logit scale (statements, teacher_dim), and outputs (judged,)."""
         texts, outputs = self._statements(example)
-        if self._answers:
-            self.prepare([example])
+        self.prepare([example])
         embeddings = torch.stack([self.cache.pooled(text) for text in texts])
         return self.cache.teacher.logit_scale * embeddings, torch.tensor(outputs)
 

@@ -71,15 +71,14 @@ def term_weights(config: RunConfig, progress: float | None = None) -> dict[str, 
 class Chosen:
     """The tokens of a batch that are distilled: a mask, weights and scores, all (batch, choices, tokens).
 
-    ``places`` are where the loss reads, ``vectors`` the targets there; None where only the terms "truth" and
-    "extra" read tokens.
+    ``places`` are where the loss reads, ``vectors`` the targets there.
     """
 
     selected: Tensor
     weights: Tensor
     scores: Tensor
-    places: dict[str, Tensor] | None = None
-    vectors: Tensor | None = None
+    places: dict[str, Tensor]
+    vectors: Tensor
 
 
 class TargetedDistillation(nn.Module):
@@ -124,9 +123,8 @@ class TargetedDistillation(nn.Module):
             self.repairing = Repairing(config, width)
         learned = config.distill_schedule == "learned" and (self.phi is not None or config.choice_weight > 0)
         if learned or (config.repair_schedule == "learned" and config.repair_weight > 0):
-            names = ["task", "choice", "distill", *(self.repairing.terms if self.repairing else ())]
-            names += ["features"] if config.distils_unlabelled else []
-            names += ["extra"] if config.extra_weight > 0 else []
+            weights = term_weights(config)
+            names = [name for name in TERMS if name in TERMS[:3] or weights[name] > 0]
             self.log_variance = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
         self.options = SelectionOptions(config.mass, config.count, config.fraction, config.deviations)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -175,7 +173,7 @@ class TargetedDistillation(nn.Module):
         examples = window or len(batch["labels"])
         if config.adversarial_steps and self.training:
             output, extra = adversarial_loss(
-                self.student, batch, self.task_loss, config, examples, self.needs_hidden_states
+                self.student, self.inputs(batch), batch, self.task_loss, config, examples
             )
         else:
             output, extra = self.student(**self.inputs(batch)), {}
@@ -202,14 +200,11 @@ class TargetedDistillation(nn.Module):
         """Replaces the teacher's features of a batch by its targets, see ``targets.make_targets``."""
         return make_targets(batch, self.settings)
 
-    @property
-    def needs_hidden_states(self) -> bool:
-        return self.phi is not None or self.chooses_alone
-
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """The arguments with which the student is called."""
         inputs: dict[str, Any] = student_inputs(self.student, batch)
-        return inputs | {"output_hidden_states": True} if self.needs_hidden_states else inputs
+        reads_tokens = self.phi is not None or self.chooses_alone
+        return inputs | {"output_hidden_states": True} if reads_tokens else inputs
 
     def task_loss(self, logits: Tensor, batch: dict[str, Tensor], examples: int) -> Tensor:
         """The loss of the task itself, summed over the batch and divided by ``examples``."""
@@ -235,17 +230,11 @@ class TargetedDistillation(nn.Module):
 
     def _chosen(self, batch: dict[str, Tensor], output: StudentOutput) -> Chosen | None:
         """Chooses tokens once for all terms that read them; None where no term does."""
-        config = self.settings
-        of_tokens = self.maps_tokens
-        if not of_tokens and not self.chooses_alone:
+        if not self.maps_tokens and not self.chooses_alone:
             return None
-        hidden = None
-        if output.hidden_states is not None:
-            hidden = output.hidden_states[config.distill_layer].float()
-        _, scores = self.scores(batch, hidden)
+        assert output.hidden_states is not None
+        _, scores = self.scores(batch, output.hidden_states[self.settings.distill_layer].float())
         selected, weights = self.choose_tokens(batch, scores)
-        if not of_tokens:
-            return Chosen(selected, weights, scores)
         distilled = selected & batch["valid"] & (weights != 0)
         if distilled.device.type in GATHERING:
             places = places_of(distilled, Tokens(batch["target_spans"], batch["target_boxes"]))
@@ -344,7 +333,7 @@ class TargetedDistillation(nn.Module):
                 targets = targets.masked_fill(weights[:, None] == 0, 0)
                 distance = weighted_distance(mapped, targets, weights, self.settings.distance)
                 terms["distill"] = terms["distill"] + distance / sequences
-        if chosen is None or chosen.places is None or chosen.vectors is None:
+        if chosen is None or not self.maps_tokens:
             return terms
         on_words, on_places = distillation_loss(
             hidden, self.token_maps, chosen.vectors, chosen.weights, instance, chosen.places,

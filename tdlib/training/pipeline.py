@@ -74,6 +74,7 @@ class TeacherFeatureReader:
     ):
         self.cache, self.idf, self.config, self.class_logits = cache, idf, config, class_logits
         self.answers = answers
+        self._extras = [config.relevance] if config.relevance in EXTRAS else []
         # Computed now and kept: processes that make batches must not load the teacher or touch the GPU.
         _ = cache.teacher.logit_scale
         self.seen_as, self.judge, self.centres = seen_as, judge, centres
@@ -99,8 +100,8 @@ class TeacherFeatureReader:
             self._add(pairs)
 
     def _add(self, pairs: Sequence[tuple[str, Path]]) -> None:
-        extras = [self.config.relevance] if self.config.relevance in EXTRAS else []
-        self.cache.add([text for text, _ in pairs], [picture for _, picture in pairs], extras=extras)
+        texts, pictures = [text for text, _ in pairs], [picture for _, picture in pairs]
+        self.cache.add(texts, pictures, extras=self._extras)
         if self.config.relevance == "gradient":
             self.cache.add_pairs(pairs)
 
@@ -109,11 +110,10 @@ class TeacherFeatureReader:
     ) -> tuple[list[TeacherRecord], TeacherRecord, list[tuple[Tensor, Tensor]] | None]:
         """Reads statements and a picture as they are stored, and the scalars of a relevance variant."""
         variant = self.config.relevance
-        extras = [variant] if variant in EXTRAS else []
-        if variant in (*EXTRAS, "gradient"):
+        if self._extras or variant == "gradient":
             self._add([(text, picture) for text in statements])
-        texts = [self.cache.text(text, extras, as_stored=True) for text in statements]
-        patches = self.cache.picture(picture, extras, as_stored=True)
+        texts = [self.cache.text(text, self._extras, as_stored=True) for text in statements]
+        patches = self.cache.picture(picture, self._extras, as_stored=True)
         if variant == "gradient":
             lengths = [[len(text.positions), len(patches.positions)] for text in texts]
             pairs = [
@@ -121,7 +121,7 @@ class TeacherFeatureReader:
                 for text, length in zip(statements, lengths, strict=True)
             ]
             return texts, patches, [(words, cells) for words, cells in pairs]
-        if variant in EXTRAS and variant != "vv":
+        if self._extras and variant != "vv":
             return texts, patches, [(getattr(text, variant), getattr(patches, variant)) for text in texts]
         return texts, patches, None
 

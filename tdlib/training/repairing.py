@@ -73,11 +73,12 @@ class Repairing(nn.Module):
                 self.psi = nn.Linear(width, 1)
             nn.init.zeros_(self.psi.weight)
             nn.init.zeros_(self.psi.bias)
-        weights = {"repair": config.repair_weight, "truth": config.truth_weight}
-        self.terms = tuple(name for name, weight in weights.items() if weight > 0)
 
-    def judge(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """CLIP's logits (batch, pictures, judged), the pictures' numbers, and the first place of each."""
+    def judge(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """CLIP's logits (batch, pictures, judged), and those for each example's own picture (batch, judged).
+
+        Beside these the numbers of the pictures, and whether each is there for the first time.
+        """
         numbers, images = batch["picture"], batch["image_global"][:, 0]
         if "pool_picture" in batch:
             numbers = torch.cat([numbers, batch["pool_picture"]])
@@ -88,16 +89,16 @@ class Repairing(nn.Module):
             judged = judge_truth(batch["statements"], images, distinct)
         else:
             judged = judge_choices(batch["statements"], images)
-        return judged, numbers, first
+        own = judged[torch.arange(len(judged), device=first.device), first[: len(judged)]]
+        return judged, own, numbers, distinct
 
     def pair(self, batch: dict[str, Tensor], logits: Tensor, share: float = 1.0) -> Pairs:
         """Chooses the rows that are shown again (``share`` of them), and the picture of each."""
         config, examples = self.settings, len(batch["labels"])
         with torch.autocast(batch["image_global"].device.type, enabled=False):
             # bf16 would round CLIP's logits to 1/8 where its scale is 100, and another picture might win.
-            judged, numbers, first = self.judge(batch)
-        own = judged.gather(1, first[:examples, None, None].expand(-1, -1, judged.shape[2]))[:, 0]
-        columns = torch.arange(examples, device=numbers.device)
+            judged, own, numbers, distinct = self.judge(batch)
+        everyone = columns = torch.arange(examples, device=numbers.device)
         if config.repair_pool == "own":  # a control: CLIP's judgement of the true pairs
             exists = torch.ones_like(columns, dtype=torch.bool)
             judged_there = own
@@ -106,14 +107,13 @@ class Repairing(nn.Module):
             if "pool_picture" in batch:
                 allowed[:, :examples] = False
             else:  # a picture of several examples must not be drawn more often than others
-                allowed &= (first == torch.arange(len(numbers), device=numbers.device))[None]
+                allowed &= distinct
             student = logits.detach().gather(1, batch["judged"])
             choose = PICTURE_CHOICES[config.repair_choice]
             columns = choose(judged, own, student, allowed, self.generator)
             exists = columns >= 0
             columns = columns.clamp_min(0)
-            index = columns[:, None, None].expand(-1, -1, judged.shape[2])
-            judged_there = judged.gather(1, index)[:, 0]
+            judged_there = judged[everyone, columns]
         noise = torch.rand(examples, generator=self.generator).to(numbers.device, non_blocking=True)
         order = noise + 2.0 * ~exists  # noise is below 1: rows without another picture come last
         rows = order.argsort()[: math.ceil(share * examples)].sort().values
@@ -161,8 +161,7 @@ class Repairing(nn.Module):
         """The term "truth", on the true pairs and on the re-paired ones if there are any."""
         text = Tokens(batch["target_spans"], batch["target_boxes"]).is_text
         of_text = weights * (selected & text)
-        judged, _, first = self.judge(batch)
-        own = judged.gather(1, first[: len(of_text), None, None].expand(-1, -1, judged.shape[2]))[:, 0]
+        _, own, _, _ = self.judge(batch)
         everyone, knows = torch.ones(len(of_text), device=of_text.device), batch["teacher_knows"]
         loss = self._truth(output, of_text, own, everyone, knows)
         if repaired is not None:

@@ -165,7 +165,9 @@ def train_run(
     run = _Run(config, prepared, subset, checkpoints.checkpoints_of(folder))
     log.info("%s, seed %d: %d examples, %d epochs", config.arm, config.seed, len(subset), config.epochs)
     if place_among_processes() > 0:  # only the first process evaluates and writes
-        return run.help_train(show_progress)
+        with tempfile.TemporaryDirectory() as elsewhere:  # what this process writes is deleted
+            run.train(Path(elsewhere), show_progress)
+        return run.metrics
     failures: list[BaseException] = []
 
     def fill(partial: Path) -> None:
@@ -285,12 +287,6 @@ class _Run:
         self.metrics["passes_per_update"] = passes_per_update(config)
         for recorder in self.recorders:
             recorder.record(END)
-
-    def help_train(self, show_progress: bool) -> dict[str, Any]:
-        """Trains beside the process that writes the run folder; this process's files are deleted."""
-        with tempfile.TemporaryDirectory() as elsewhere:
-            self.train(Path(elsewhere), show_progress)
-        return self.metrics
 
     def _recorders(self) -> list[ProbeRecorder]:
         """Opens a recorder for the probes of each evaluated split, if the run distils or re-pairs."""
