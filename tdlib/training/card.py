@@ -65,7 +65,7 @@ def _teaching(config: RunConfig, terms: Mapping[str, float]) -> str:
     control = f" (control: {config.teacher_control})" if config.teacher_control else ""
     return (
         f"Teacher: `{source}`{control}. Weights of the terms: {weights} (those after distill are beyond the "
-        "paper). The student has the parameters and the graph of the plainly finetuned one: the projections to "
+        "paper). The student has the parameters and the graph of a plainly finetuned one: the projections to "
         "the teacher's space were dropped. Settings of the method (CLIP-TD, arXiv 2201.05729, our reading): "
         + _listed(config, parameters_with(role="method"))
     )
