@@ -368,10 +368,11 @@ def apply_arm(config: RunConfig, arm: Mapping[str, Any] | None = None) -> RunCon
     ``arm``: settings in place of those in ``ARMS``, of an arm that is not registered yet.
 
     Raises:
-        ConfigError: the arm sets an unknown parameter or a bad value, or its settings contradict the others.
+        ConfigError: there is no such arm, it sets an unknown parameter or a bad value, or its settings
+            contradict the others.
     """
     settings = config.model_dump()
-    own = arm_settings(ARMS[config.arm] if arm is None else arm, settings)
+    own = arm_settings(ARMS.get(config.arm, {}) if arm is None else arm, settings)
     applied = RunConfig.from_parameters(**{**settings, **own})
     alone = applied.batch_size < 2 * applied.processes
     if alone and applied.repair_weight > 0 and applied.repair_pool == "batch":

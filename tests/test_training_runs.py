@@ -353,7 +353,7 @@ def test_an_arms_own_targets_are_used(base, prepared, tmp_path, monkeypatch):
 
 def test_comparisons_that_cannot_be_fair_are_refused(base, tmp_path, monkeypatch):
     monkeypatch.setitem(ARMS, "more", {"shots": 0.5})
-    for arms, problem in ((["more"], "'more' changes shots"), (["nonesuch", "finetune"], "unknown nonesuch")):
+    for arms, problem in ((["more"], "'more' changes shots"), (["nonesuch", "finetune"], "arm='nonesuch'")):
         with pytest.raises(ConfigError, match=problem):
             compare(base, arms, [0], tmp_path)
     assert not os.listdir(tmp_path)

@@ -5,6 +5,7 @@ and learned weights of terms. It decides which terms there are and calls steps 6
 ``repairing.Repairing`` computes the terms of re-pairing.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -397,7 +398,8 @@ class TargetedDistillation(nn.Module):
         reading).
         """
         assert self.phi is not None
-        sums: dict[str, list[Tensor]] = {}
+        xx: dict[str, Any] = defaultdict(float)  # of each map: the sums of x x^T, and of x y^T
+        xy: dict[str, Any] = defaultdict(float)
         device = next(self.student.parameters()).device
         self.student.eval()
         for number, batch in enumerate(loader):
@@ -422,15 +424,12 @@ class TargetedDistillation(nn.Module):
                 # condition number of x.
                 x = nn.functional.pad(hidden[chosen], (0, 1), value=1.0).double()
                 y = targets[chosen].double()
-                moments = [x.T @ x, x.T @ y]
-                sums[name] = (
-                    [a + b for a, b in zip(sums[name], moments, strict=True)] if name in sums else moments
-                )
-        for name, (xx, xy) in sums.items():
+                xx[name], xy[name] = xx[name] + x.T @ x, xy[name] + x.T @ y
+        for name, linear in self.phi.items():
             # Relative to the size of the features, so that it means the same for every student.
-            penalty = PHI_RIDGE * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=device)
-            linear = self.phi[name]
+            eye = torch.eye(len(xx[name]), dtype=torch.double, device=device)
+            penalty = PHI_RIDGE * xx[name].diagonal().mean() * eye
             assert isinstance(linear, nn.Linear)
-            solution = torch.linalg.solve(xx + penalty, xy).to(linear.weight.dtype)
+            solution = torch.linalg.solve(xx[name] + penalty, xy[name]).to(linear.weight.dtype)
             linear.weight.copy_(solution[:-1].T)
             linear.bias.copy_(solution[-1])
