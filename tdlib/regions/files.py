@@ -149,6 +149,10 @@ class FileRegions(ABC):
     def holds(self, image: Path) -> bool:
         """Tells whether a call finds a picture's regions, without reading them."""
 
+    @abstractmethod
+    def names(self, image: Path) -> list[str]:
+        """Lists the names under which a picture is looked up."""
+
     def require(self, examples: Iterable[Example]) -> None:
         """Raises DataError if regions of any of these examples' pictures are missing."""
         pictures: set[Path] = set()
@@ -185,10 +189,6 @@ class FileRegions(ABC):
             f"looked for {', '.join(map(repr, self.names(example.image))) or 'none, from its name'}. Add "
             f"{self.what} that covers this picture's split"
         )
-
-    def names(self, image: Path) -> list[str]:
-        """Lists the names under which a picture is looked up."""
-        return picture_keys(image)
 
 
 def header_of(image: Path) -> PictureHeader | None:
