@@ -4,6 +4,7 @@ Marks are filled where the paired test found a difference, so that nothing is to
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.lines import Line2D
@@ -44,35 +45,33 @@ def plot_differences(
     need(drawn, columns, "plot_differences")
     arms = list(dict.fromkeys(drawn["arm"]))
     # The first colour and mark are the baseline's in other figures.
-    colours, marks = LINE_COLOURS[1:] + LINE_COLOURS[:1], MARKS[1:] + MARKS[:1]
+    looks: dict[str, dict[str, Any]] = {
+        arm: {"color": LINE_COLOURS[place % len(LINE_COLOURS)], "marker": MARKS[place % len(MARKS)]}
+        for place, arm in enumerate(arms, start=1)
+    }
     keys = [name for name in panel if name in drawn]
     groups = list(drawn.groupby(keys, sort=False)) if keys else [((), drawn)]
     most = max(rows[row].nunique() for _, rows in groups)
-    figure, grid = panels(len(groups), 0.9 + most * (0.2 + 0.16 * len(arms)), sharex=False, sharey=False)
+    figure, grid = panels(len(groups), 0.9 + most * (0.2 + 0.16 * len(arms)))
     for axes, (key, rows) in zip(grid, groups, strict=True):
         places = list(dict.fromkeys(rows[row]))
         for one in rows.to_dict("records"):
-            arm = arms.index(one["arm"])
+            look, arm = looks[one["arm"]], arms.index(one["arm"])
             y = places.index(one[row]) + (arm - (len(arms) - 1) / 2) * 0.7 / len(arms)
-            colour, mark = colours[arm % len(colours)], marks[arm % len(marks)]
             low, high = 100 * one["difference_low"], 100 * one["difference_high"]
-            axes.hlines(y, low, high, color=colour, linewidth=1.5)
-            filled = colour if one["verdict"] in FOUND else "white"
-            axes.plot(100 * one["difference"], y, mark, color=colour, markerfacecolor=filled, markersize=5.5)
+            axes.hlines(y, low, high, color=look["color"], linewidth=1.5)
+            filled = look["color"] if one["verdict"] in FOUND else "white"
+            axes.plot(100 * one["difference"], y, markerfacecolor=filled, markersize=5.5, **look)
         axes.axvline(0, color="black", linewidth=1)
         axes.set_yticks(range(len(places)), [plain(str(place)) for place in places])
         axes.set_ylim(len(places) - 0.5, -0.5)
         axes.set_xlabel(f"difference to {plain(baseline)} (points)")
-        parts = [
-            worlds_in_words(part) if k == "world" else str(part) for k, part in zip(keys, key, strict=True)
-        ]
-        heading = ", ".join(part for part in parts if part)
-        axes.set_title(plain(heading))
+        named = zip(keys, key, strict=True)
+        parts = [worlds_in_words(part) if name == "world" else str(part) for name, part in named]
+        axes.set_title(plain(", ".join(part for part in parts if part)))
         axes.grid(axis="both")
-    for arm, name in enumerate(arms):
-        colour, mark = colours[arm % len(colours)], marks[arm % len(marks)]
-        line = Line2D([], [], label=plain(name), color=colour, marker=mark, markerfacecolor="white")
-        grid[0].add_line(line)
+    for name, look in looks.items():
+        grid[0].add_line(Line2D([], [], label=plain(name), markerfacecolor="white", **look))
     if any(drawn["verdict"].isin(FOUND)):
         line = Line2D([], [], label="filled: found by the test", color=GREY, marker="o", linestyle="")
         grid[0].add_line(line)

@@ -47,10 +47,10 @@ def plot_concepts(table: pd.DataFrame) -> Figure:
 def _draw_block(axes: Axes, block: pd.DataFrame, students: list[str]) -> None:
     order = block.groupby("concept")["hit"].mean().sort_values(ascending=False, kind="stable").index
     numbers = block.drop_duplicates("concept").set_index("concept")["n"]
-    shares = block.pivot(index="concept", columns="student", values="hit").reindex(order)
+    shares = block.pivot(index="concept", columns="student", values="hit").reindex(order, columns=students)
     for row, concept in enumerate(order):
         for column, student in enumerate(students):
-            share = float(shares.get(student, pd.Series(dtype=float)).get(concept, np.nan))
+            share = float(shares.loc[concept, student])
             if np.isnan(share):
                 continue
             tint = WEIGHTS(share)

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from tdlib.views.figures.style import BLUE, GREY, Figure, plain, shared_legend, small, styled
-from tdlib.views.picture import find_picture
+from tdlib.views.figures.style import BLUE, Figure, plain, shared_legend, small, styled
+from tdlib.views.figures.targets import draw_background
 
 BARS: dict[str, dict[str, Any]] = {  # by who says it
     "CLIP": {"color": BLUE, "hatch": ""},
@@ -33,24 +33,14 @@ def plot_lesson(pictures: dict[str, Path], texts: Sequence[str], table: pd.DataF
     figure = Figure(figsize=(9.4, 3.0 + 0.6 + tall))
     grid = figure.subplots(2, 2, height_ratios=[2.6, tall + 0.3], squeeze=False)
     for column, (name, path) in enumerate(pictures.items()):
-        _draw_picture(grid[0, column], path, name)
+        draw_background(grid[0, column], path)
+        grid[0, column].set_title(f"{plain(name)}: {plain(path.name)}")
         _draw_bars(grid[1, column], table[table["picture"] == name], who, len(texts))
     grid[1, 0].set_yticks(range(len(labels)), labels)
     grid[1, 1].set_yticks(range(len(labels)), [""] * len(labels))
     shared_legend(figure, list(grid[1]))
     figure.suptitle(plain(heading))
     return figure
-
-
-def _draw_picture(axes: Axes, path: Path, name: str) -> None:
-    picture, missing = find_picture(path)
-    if picture is None:
-        axes.text(0.5, 0.5, "\n".join(wrap(plain(missing), 40)), ha="center", va="center", color=GREY,
-                  fontsize=small(), transform=axes.transAxes)  # fmt: skip
-    else:
-        axes.imshow(picture)
-    axes.set_title(f"{plain(name)}: {plain(path.name)}")
-    axes.set_axis_off()
 
 
 def _draw_bars(axes: Axes, table: pd.DataFrame, who: Sequence[str], texts: int) -> None:

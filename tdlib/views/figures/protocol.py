@@ -39,7 +39,7 @@ def plot_shots(shots: pd.DataFrame) -> Figure:
     need(shots, columns, "plot_shots")
     arms = list(dict.fromkeys(shots["arm"]))
     groups = list(shots.groupby(["task", "setting", "world"], sort=False))
-    figure, grid = panels(len(groups), 2.9, sharex=False, sharey=False)
+    figure, grid = panels(len(groups), 2.9)
     for axes, (key, rows) in zip(grid, groups, strict=True):
         sizes = sorted(rows["train_examples"].unique())
         of_panel = [arm for arm in arms if arm in set(rows["arm"])]
@@ -49,13 +49,9 @@ def plot_shots(shots: pd.DataFrame) -> Figure:
             apart = 1 + 0.02 * (column - (len(of_panel) - 1) / 2)
             x = of_arm["train_examples"] * apart
             place = arms.index(arm)  # an arm looks alike in every panel
-            style = line_style(place) | {
-                "marker": MARKS[place % len(MARKS)],
-                "linewidth": 1.5,
-                "markersize": 5,
-            }
+            style = line_style(place) | {"marker": MARKS[place % len(MARKS)]}
             axes.vlines(x, 100 * of_arm["low"], 100 * of_arm["high"], color=style["color"], linewidth=1)
-            axes.plot(x, 100 * of_arm["mean"], label=plain(arm), **style)
+            axes.plot(x, 100 * of_arm["mean"], label=plain(arm), linewidth=1.5, markersize=5, **style)
         axes.axhline(100 * rows["chance"].mean(), color=GREY, linewidth=1, linestyle="--", label="chance")
         axes.set_xscale("log")
         axes.minorticks_off()

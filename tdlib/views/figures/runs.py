@@ -217,7 +217,7 @@ def plot_history(history: pd.DataFrame) -> Figure:
     """
     need(history, ["step", "term", "value", "arm", "seed"], "plot_history")
     arms, terms = list(dict.fromkeys(history["arm"])), list(dict.fromkeys(history["term"]))
-    figure, grid = panels(len(terms), 2.4, sharex=True, sharey=False)
+    figure, grid = panels(len(terms), 2.4, sharex=True)
     for axes, term in zip(grid, terms, strict=True):
         for i, arm in enumerate(arms):
             rows = history[(history["term"] == term) & (history["arm"] == arm)].dropna(subset=["value"])

@@ -65,18 +65,15 @@ MARKS = ["o", "s", "^", "D", "v", "P", "X"]
 HALO = [withStroke(linewidth=2, foreground="white")]
 
 
-def _ramp(name: str, hues: list[tuple[int, int, int]], alphas: list[float]) -> LinearSegmentedColormap:
-    stops = [(*(channel / 255 for channel in hue), alpha) for hue, alpha in zip(hues, alphas, strict=True)]
-    return LinearSegmentedColormap.from_list(name, stops)
+def _ramp(name: str, *stops: tuple[float, tuple[int, int, int], float]) -> LinearSegmentedColormap:
+    """A colour map of (place, hue, alpha)."""
+    colours = [(place, (*(channel / 255 for channel in hue), alpha)) for place, hue, alpha in stops]
+    return LinearSegmentedColormap.from_list(name, colours)
 
 
 # The colours of ``views.scale``: over a picture the alpha is the value, on white they are a tint.
-WEIGHTS = _ramp("weight", [HUE, HUE], [0, DARKEST])
-DIFFERENCES = LinearSegmentedColormap.from_list(
-    "difference",
-    [(place, (*(c / 255 for c in hue), alpha)) for place, hue, alpha in
-     ((0, LESS, DARKEST), (0.5, LESS, 0), (0.5, MORE, 0), (1, MORE, DARKEST))],
-)  # fmt: skip
+WEIGHTS = _ramp("weight", (0, HUE, 0), (1, HUE, DARKEST))
+DIFFERENCES = _ramp("difference", (0, LESS, DARKEST), (0.5, LESS, 0), (0.5, MORE, 0), (1, MORE, DARKEST))
 
 
 class Figure(MatplotlibFigure):
@@ -179,12 +176,12 @@ def step_axis(axes: Axes, labels: list[str]) -> None:
     axes.tick_params(length=2)
 
 
-def panels(count: int, height: float, sharex: bool, sharey: bool) -> tuple[Figure, list[Axes]]:
+def panels(count: int, height: float, sharex: bool = False) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` axes, two or three beside each other, ``height`` inches each."""
     columns = 2 if count == 4 else min(count, 3)
     rows = -(-count // columns)
     figure = Figure(figsize=(max(4.2, 1.4 + 2.4 * columns), 0.5 + rows * height))
-    grid = figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False).ravel()
+    grid = figure.subplots(rows, columns, sharex=sharex, squeeze=False).ravel()
     for axes in grid[count:]:
         axes.remove()
     return figure, list(grid[:count])

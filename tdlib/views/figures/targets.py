@@ -3,8 +3,10 @@
 Nothing is told by colour alone: numbers are written, selected tokens outlined and bold.
 """
 
+import re
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,15 +95,8 @@ def _draw_sheet(figure: Any, sheet: Sheet, words: bool, picture: bool, limit: fl
     first, *numbers = [part for part in (sheet.name, *sheet.about) if part] or [""]
     if sheet.name and sheet.about:
         first, numbers = f"{sheet.name}: {numbers[0]}", numbers[1:]
-    line = "   ".join(_symbols(number) for number in numbers)
+    line = "   ".join(re.sub(r"^(p_T|p_S|c) ", r"$\1$ ", plain(number)) for number in numbers)
     figure.suptitle("\n".join(filter(None, [textwrap.fill(plain(first), 90), line])))
-
-
-def _symbols(number: str) -> str:
-    for name, symbol in (("p_T ", "$p_T$ "), ("p_S ", "$p_S$ "), ("c ", "$c$ ")):
-        if number.startswith(name):
-            return symbol + plain(number.removeprefix(name))
-    return plain(number)
 
 
 def _caption(sheet: Sheet, name: str, tokens: np.ndarray) -> str:
@@ -136,12 +131,12 @@ def _word_tokens(sheet: Sheet) -> np.ndarray:
     return np.concatenate([np.flatnonzero(record.is_text), np.flatnonzero(elsewhere)])
 
 
-def draw_background(axes: Axes, record: TargetRecord) -> float:
-    """Draw the picture in normalised coordinates, so that boxes need no scaling; return width over height.
+def draw_background(axes: Axes, path: Path) -> float:
+    """Draw a picture in normalised coordinates, so that boxes need no scaling; return width over height.
 
     If the file cannot be read, a grey ground says so.
     """
-    picture, missing = find_picture(record.image)
+    picture, missing = find_picture(path)
     axes.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(1, 0), anchor="N")
     axes.spines[:].set_visible(True)
     if picture is None:
@@ -155,15 +150,16 @@ def draw_background(axes: Axes, record: TargetRecord) -> float:
     return picture.width / picture.height
 
 
-def draw_boxes(axes: Axes, sheet: Sheet) -> ScalarMappable:
+def draw_boxes(axes: Axes, sheet: Sheet) -> None:
     """Draw the visual tokens of a sheet over its picture; marked ones are outlined and numbered."""
     record, scale = sheet.record, sheet.scale
-    aspect = draw_background(axes, record)
-    overlay = PatchCollection([rectangle(record.boxes[i]) for i in sheet.regions], cmap=_colours(scale))
-    overlay.set_norm(_norm(scale))
-    values = np.ma.masked_array(100 * sheet.values[sheet.regions], ~sheet.coloured[sheet.regions])
-    overlay.set_array(values)
-    overlay.set(edgecolor="none", linewidth=0)
+    aspect = draw_background(axes, record.image)
+    shade = _shade(scale)
+    overlay = PatchCollection(
+        [rectangle(record.boxes[i]) for i in sheet.regions], cmap=shade.cmap, norm=shade.norm,
+        edgecolor="none", linewidth=0,
+    )  # fmt: skip
+    overlay.set_array(np.ma.masked_array(100 * sheet.values[sheet.regions], ~sheet.coloured[sheet.regions]))
     axes.add_collection(overlay, autolim=False)
     for box in record.relevant_boxes:
         _frame(axes, box, aspect)
@@ -178,27 +174,25 @@ def draw_boxes(axes: Axes, sheet: Sheet) -> ScalarMappable:
     ground = {"facecolor": OBJECT["edgecolor"], "edgecolor": "white", "linewidth": 0.6, "pad": 1.2}
     for number, x, y in object_labels(record.object_boxes):
         axes.text(x, y, str(number), weight="bold", color="white", bbox=ground, **style)
-    return ScalarMappable(overlay.norm, overlay.cmap)
 
 
-def _colours(scale: Scale) -> Any:
-    return DIFFERENCES if scale.signed else WEIGHTS
-
-
-def _norm(scale: Scale) -> Normalize:
+def _shade(scale: Scale) -> ScalarMappable:
+    """The colours of values in % or points."""
     end = 100 * (scale.end or 1)
-    return Normalize(-end if scale.signed else 0, end)
+    return ScalarMappable(
+        Normalize(-end if scale.signed else 0, end), DIFFERENCES if scale.signed else WEIGHTS
+    )
 
 
 def _draw_picture(axes: Axes, sheet: Sheet) -> None:
     visual = np.flatnonzero(sheet.record.is_region)
-    shade = draw_boxes(axes, sheet)
+    draw_boxes(axes, sheet)
     axes.set_title(_caption(sheet, "picture", visual) if len(visual) else "no visual tokens")
     names = ", ".join(f"[{i}]\u00a0{plain(name)}" for i, name in enumerate(sheet.record.object_names))
     axes.set_xlabel("\n".join(textwrap.wrap(names, 52)))
     if sheet.coloured.any():
         bar = axes.inset_axes((1.03, 0, 0.045, 1))
-        axes.figure.colorbar(shade, cax=bar)
+        axes.figure.colorbar(_shade(sheet.scale), cax=bar)
         bar.set_ylabel("\n".join(textwrap.wrap(plain(sheet.scale.name), 40)))
 
 
@@ -227,8 +221,9 @@ def _frame(axes: Axes, box: Box, aspect: float) -> None:
 def _draw_bars(axes: Axes, sheet: Sheet, tokens: np.ndarray) -> None:
     record, rows = sheet.record, np.arange(len(tokens))
     values = 100 * np.where(sheet.coloured[tokens], sheet.values[tokens], 0)
-    colours = _colours(sheet.scale)(_norm(sheet.scale)(values))
-    axes.barh(rows, values, color=colours, edgecolor="black", linewidth=0.6, height=0.72)
+    axes.barh(
+        rows, values, color=_shade(sheet.scale).to_rgba(values), edgecolor="black", linewidth=0.6, height=0.72
+    )
     if sheet.scores is not None:
         axes.plot(100 * sheet.scores[tokens], rows, **SCORE)
     if sheet.scale.signed:
@@ -308,7 +303,7 @@ def plot_alignment(
 def _draw_grids(
     axes: Axes, record: TargetRecord, shares: np.ndarray, teacher_boxes: np.ndarray, token: int | None
 ) -> None:
-    draw_background(axes, record)
+    draw_background(axes, record.image)
     has_area = (teacher_boxes[:, 2:] > teacher_boxes[:, :2]).all(1)
     for box in teacher_boxes[has_area]:
         axes.add_patch(rectangle(box, fill=False, edgecolor=BLUE, linewidth=0.7, linestyle=":"))
