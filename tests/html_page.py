@@ -13,7 +13,9 @@ ATTRIBUTES = {
     "class",
     "dir",
     "data-v",
-}  # the last is dropped without harm
+    "data-token",
+    "data-key",
+}  # those of data are dropped without harm
 NUMBER = r"(0|\d+(\.\d+)?(px|%)?)"
 HEX = r"#[0-9a-f]{6}"
 ALPHA = r"rgba\(\d+, \d+, \d+, [01](\.\d+)?\)"

@@ -328,17 +328,17 @@ def check_hover_and_links(page, record) -> None:
     line = page.locator(".tdlib-line").first
     word = int((record.is_text & record.distilled).nonzero()[0][0])
     cell = int((record.is_region & record.distilled).nonzero()[0][0])
-    for token, shape in ((word, ".tdlib-words"), (cell, ".tdlib-picture")):
-        node = page.locator(f'{shape} [data-token="{token}"]').first
+    for token in (word, cell):
+        node = page.locator(f'.tdlib-stage [data-token="{token}"]').first
         node.hover(force=True)
         numbers = f"relevance {record.relevance[token]:.3f}, prior {record.prior[token]:.3f}, score"
         playwright.expect(line).to_contain_text(numbers, timeout=PATIENCE)
     page.mouse.move(5, 5)
-    page.locator(f'.tdlib-words [data-token="{word}"]').first.hover(force=True)
+    page.locator(f'.tdlib-stage [data-token="{word}"]').first.hover(force=True)
     playwright.expect(line).to_contain_text("agrees with it, cosines", timeout=PATIENCE)  # with the teacher
     lit = page.evaluate(
-        """() => [...document.querySelectorAll(".tdlib-picture rect[data-token]")]
-            .filter((box) => box.style.fill.startsWith("rgba(0, 114, 178")).length"""
+        """() => [...document.querySelectorAll(".tdlib-stage div[data-token]")]
+            .filter((box) => box.style.backgroundColor.startsWith("rgba(0, 114, 178")).length"""
     )
     assert 0 < lit < int(record.is_region.sum())
     keep_picture(page, "hover")
@@ -350,7 +350,7 @@ def check_sliders_sort_and_reset(page, run, shows) -> None:
     """The slider of mass selects anew, the list is sorted by c, and reset undoes both."""
     stage = page.locator(".tdlib-stage")
     marked = (
-        """() => document.querySelectorAll('.tdlib-words [style*="font-weight: bold"][data-token]').length"""
+        """() => document.querySelectorAll('.tdlib-stage [style*="font-weight: bold"][data-token]').length"""
     )
     before = page.evaluate(marked)
     handle = page.locator(".widget-hslider", has_text="mass").locator(".noUi-handle")

@@ -2,40 +2,36 @@
 
 import json
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from html_page import problems
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from records import drawn_record
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from tdlib.config import RunConfig
-from tdlib.core.records import END, read_records, records_table, write_records
+from tdlib.core.records import END, read_records, write_records
 from tdlib.data.examples import DataError
 from tdlib.method.alignment import image_conditioned_targets
 from tdlib.miniworld.worlds import read_concepts
 from tdlib.training.data import EncodedExamples
 from tdlib.training.evaluation import predict
+from tdlib.training.prepare import teacher_cache
 from tdlib.training.run import compare
 from tdlib.views import explorer, index
 from tdlib.views.alignment import tokens_of
 from tdlib.views.explorer import VIEWS, ViewRequest, show
 from tdlib.views.index import ExplorerError, Filter, Run, companion, find_runs, short_names
-from tdlib.views.picture import embedded
 
-MANY = 20_000
-EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
+MANY = 2_600
 
 
 def fake_run(folder: Path, records, **config) -> Path:
@@ -102,13 +98,6 @@ def test_a_run_that_was_trained_again_is_read_again(runs, tmp_path):
     (after,) = find_runs([folder])
     assert after != before and after == find_runs([folder])[0]
     assert after.records(row["split"], row["example_id"])[0].instance_weight == pytest.approx(0.123)
-
-
-def test_a_picture_is_shown_once_it_is_there(tmp_path):
-    path = tmp_path / "a.png"
-    assert embedded(path)[0] == b"" and "a.png" in embedded(path)[1]
-    Image.new("RGB", (8, 8)).save(path)
-    assert embedded(path)[0] and not embedded(path)[1]
 
 
 def test_runs_are_found_by_folder_parent_and_glob(runs):
@@ -185,11 +174,11 @@ def test_the_index_holds_each_example_once_as_it_was_at_the_end(runs):
         assert row["disagreement"] == abs(row["p_T"] - row["p_S"])
 
 
-def test_an_index_without_labels_and_without_steps(image, tmp_path):
+def test_an_index_without_labels(image, tmp_path):
     nothing = dict.fromkeys(("label", "teacher_probability", "student_probability", "instance_weight"))
     records = [drawn_record(image, **nothing), drawn_record(image, example_id="e-2", choice=0, label=2)]
-    records_table(records).drop(columns="step").to_parquet(tmp_path / "old.parquet")
-    rows = index.read_index(tmp_path / "old.parquet", ("entailment", "neutral", "contradiction"))
+    write_records(records, tmp_path / "some.parquet")
+    rows = index.read_index(tmp_path / "some.parquet", ("entailment", "neutral", "contradiction"))
     assert list(rows["answer"].isna()) == [True, False] and rows["answer"][1] == "contradiction"
     assert rows["correct"].isna()[0] and rows["c"].isna()[0]
     assert list(Filter(correct=False).choose(rows)["example_id"]) == ["e-2"]
@@ -247,30 +236,17 @@ def test_a_filter_keeps_what_it_says(table, filter, expected):
 
 @pytest.fixture(scope="module")
 def large(image, tmp_path_factory) -> Run:
-    """A run that recorded 20,000 examples, in one file of the same form as any other."""
-    folder = fake_run(tmp_path_factory.mktemp("large") / "run", [drawn_record(image)])
-    one = pa.Table.from_pandas(records_table([drawn_record(image)]), preserve_index=False)
-    path = folder / index.SELECTIONS
-    with pq.ParquetWriter(path, one.schema, compression="zstd") as writer:
-        for start in range(0, MANY, 500):
-            part = one.take([0] * 500)
-            ids = [f"val-{i}" for i in range(start, start + 500)]
-            texts = [
-                f"Why is Casey angry? The heat is unbearable. w{i % 100}w" for i in range(start, start + 500)
-            ]
-            for name, values in {
-                "example_id": ids, "text": texts, "instance_weight": np.arange(start, start + 500) / MANY,
-            }.items():  # fmt: skip
-                place = part.schema.get_field_index(name)
-                part = part.set_column(
-                    place, part.schema.field(place), pa.array(values, type=part.schema.field(place).type)
-                )
-            writer.write_table(part, row_group_size=500)
-    (run,) = find_runs([folder])
+    """A run that recorded more examples than are drawn together."""
+    one = drawn_record(image)
+    records = [
+        replace(one, example_id=f"val-{i:04}", text=f"{one.text} w{i % 100}w", instance_weight=i / MANY)
+        for i in range(MANY)
+    ]
+    (run,) = find_runs([fake_run(tmp_path_factory.mktemp("large") / "run", records)])
     return run
 
 
-def test_twenty_thousand_examples_are_one_index_and_read_one_by_one(large, monkeypatch):
+def test_examples_are_one_index_and_read_one_by_one(large, monkeypatch):
     assert len(large.index) == MANY and large.index["example_id"].iloc[-1] == f"val-{MANY - 1}"
     found = Filter(text="unbearable w42w", weight=(0.5, 1.0)).choose(large.index)
     assert len(found) == MANY // 200 and found["text"].str.endswith(" w42w").all()
@@ -281,20 +257,17 @@ def test_twenty_thousand_examples_are_one_index_and_read_one_by_one(large, monke
         return real(path, **options)
 
     monkeypatch.setattr(pq, "read_table", read)
-    (record,) = large.records("val", "val-12345")
-    assert record.instance_weight == 12345 / MANY
-    assert len(asked) == 1 and "val-12345" in asked[0], "other row groups are not decoded"
+    (record,) = large.records("val", "val-1234")
+    assert record.instance_weight == 1234 / MANY
+    assert len(asked) == 1 and "val-1234" in asked[0], "other row groups are not decoded"
     with pytest.raises(ExplorerError, match="nothing of 'val-20000'"):
-        large.records("val", f"val-{MANY}")
+        large.records("val", "val-20000")
 
 
-def test_instance_weights_of_many_are_read_without_their_tokens(large):
-    started = time.process_time()
-    view = show(ViewRequest(large, "val", "val-19999"), "instance weights")
-    data = view.table()
-    assert len(data) == explorer.DRAWN_EXAMPLES and "val-19999" in set(data["example_id"])
-    assert data.set_index("example_id").loc["val-19999", "c"] == 19999 / MANY
-    assert time.process_time() - started < 60  # decoding every token takes minutes
+def test_instance_weights_of_many_are_drawn_around_the_example(large):
+    data = show(ViewRequest(large, "val", f"val-{MANY - 1}"), "instance weights").table()
+    assert len(data) == explorer.DRAWN_EXAMPLES
+    assert data.set_index("example_id").loc[f"val-{MANY - 1}", "c"] == (MANY - 1) / MANY
 
 
 # Views
@@ -310,7 +283,7 @@ def test_every_view_of_a_trained_run(look, name):
 
 
 def test_a_run_that_re_pairs_nothing_has_no_lesson(look):
-    with pytest.raises(ExplorerError, match="no record has a re-paired lesson"):
+    with pytest.raises(ValueError, match="no record has a re-paired lesson"):
         show(look, "re-paired lesson")
 
 
@@ -374,7 +347,7 @@ def test_students_with_other_tokens_stand_side_by_side(image, tmp_path):
     ],
 )
 def test_what_cannot_be_shown_is_said(look, view, change, said):
-    with pytest.raises(ExplorerError, match=said):
+    with pytest.raises(ValueError, match=said):
         show(replace(look, **change), view)
     note = explorer.shown(replace(look, **change), view)
     assert problems(note.to_html()) == [] and view in repr(note)
@@ -387,7 +360,7 @@ def test_a_run_without_steps_or_weights_says_so(image, tmp_path):
         ("evolution", "probe_every"),
         ("instance weights", "no record has an instance weight"),
     ):
-        with pytest.raises(ExplorerError, match=said):
+        with pytest.raises(ValueError, match=said):
             show(ViewRequest(run, "val", "val-3"), view)
 
 
@@ -450,7 +423,7 @@ def test_agreement_is_the_cosine_of_the_aligned_targets(look):
     assert cosines.shape == (len(record.tokens),) * 2
     np.testing.assert_allclose(np.diag(cosines)[record.distilled], 1, atol=1e-5)
     assert not cosines[~record.distilled].any() and np.abs(cosines).max() <= 1 + 1e-5
-    cache = explorer.open_teacher(look.run)
+    cache = teacher_cache(look.run.config)
     cell = int(np.flatnonzero(record.is_region & record.distilled)[0])
     word = int(np.flatnonzero(record.is_text & record.distilled)[0])
     spans, boxes = cache.text(record.text).positions.numpy(), cache.picture(record.image).positions.numpy()
@@ -494,22 +467,24 @@ def test_conditioned_words_are_mixed_from_the_patches_that_are_shown(look):
 # A picture and a text of the user
 
 
-def test_a_picture_and_a_text_of_ones_own(runs, image):
+def test_a_picture_and_a_text_of_ones_own(runs, image, monkeypatch):
     """Selected and answered by the run's trained student, not by another."""
     view = explorer.own_view(runs[0], explorer.own_example(image, " A red umbrella. "))
-    (record,) = view.records
+    (sheet,) = view.sheets
+    record = sheet.record
     assert record.text == "A red umbrella." and record.selected.any() and record.label is None
     assert problems(view.to_html()) == [] and "trained student" in repr(view)
     own = explorer.own_example(image, "Why is it wet?", ["It rains.", "It snows."])
-    records = explorer.own_view(runs[0], own).records
+    records = [sheet.record for sheet in explorer.own_view(runs[0], own).sheets]
     assert [record.text for record in records] == ["Why is it wet? It rains.", "Why is it wet? It snows."]
     student, encoder = explorer._open_student(runs[0])
     encoder.prepare([own])
     data = EncodedExamples([own], encoder)
     assert records[0].prediction == predict(student, data)[0].argmax()
     prepared = replace(explorer.prepared_data_of(runs[0]), labels=("yes",))
+    monkeypatch.setattr(explorer, "prepared_data_of", lambda run: prepared)
     with pytest.raises(ExplorerError, match="chooses from 1 labels"):
-        explorer.own_view(runs[0], own, prepared)
+        explorer.own_view(runs[0], own)
 
 
 def test_bad_input_of_ones_own_is_named(image, tmp_path):

@@ -82,4 +82,4 @@ def alignment_view(
     by_word = words.assign(teacher=parts).groupby("position", sort=True)
     rows = by_word.agg({"token": "first", "teacher": ", ".join})
     rows = rows.rename(columns={"token": "student's word", "teacher": "made of the teacher's"})
-    return View(heading, plot_alignment, arguments, data, rows, note, records=(record,))
+    return View(heading, plot_alignment, arguments, data, rows, note)

@@ -52,7 +52,6 @@ def relevance_view(record: TargetRecord, values: np.ndarray, method: str) -> Vie
 
     ``method`` names model, layers and goal, such as "student: gradient relevance, layers 0 to 3, choice 2".
     """
-    values = np.asarray(values, dtype=float)
     total = values.sum()
     return values_view(record, values / total if total > 0 else values, method)
 
@@ -89,7 +88,7 @@ def heads_view(attention: Attention) -> View:
     for name in ("text_to_picture", "picture_to_text", "readout_to_picture"):
         shown[f"{name.replace('_', ' ')} (%)"] = (100 * data[name]).round(1)
     shown = shown.drop(columns=[*data.columns]).assign(entropy=data["entropy"].round(2))
-    return View(heading, plot_heads, arguments, data, shown, records=(record,))
+    return View(heading, plot_heads, arguments, data, shown)
 
 
 def _between(tile: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> float:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import pandas as pd
 
@@ -15,7 +14,7 @@ from tdlib.views.view import View
 PIXELS = 106  # on the screen, per inch of a figure: its type is then as large as the text around it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Captioned:
     """A view, figure or table (``shown``) with its label ("Figure 1") and its caption."""
 
@@ -23,10 +22,10 @@ class Captioned:
     label: str
     caption: str
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/plain": f"{self.label}. {self.caption}", "text/html": self._html()}
+    def __repr__(self) -> str:
+        return f"{self.label}. {self.caption}"
 
-    def _html(self) -> str:
+    def _repr_html_(self) -> str:
         below = style(color=GREY, font_size="13px", margin_top="4px", page_break_before="avoid")
         caption = f"<div {below}><b>{escape(self.label)}.</b> {escape(self.caption)}</div>"
         tall = isinstance(self.shown, View) and len(self.shown.sheets) > 1  # paper may part its rows

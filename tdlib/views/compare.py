@@ -18,9 +18,8 @@ def sheets_view(
 ) -> View:  # fmt: skip
     """Make a view of any sheets; sheets of one scale share a legend and the range of their colour bars."""
     arguments = {"sheets": sheets, "heading": heading, "words": words, "picture": picture}
-    records = tuple(sheet.record for sheet in sheets)
     body = sheets_html(sheets, words, picture)
-    return View(heading, plot_sheets, arguments, data, token_rows(sheets), note, body, records, tuple(sheets))
+    return View(heading, plot_sheets, arguments, data, token_rows(sheets), note, body, tuple(sheets))
 
 
 def comparison(
@@ -70,24 +69,6 @@ def same_tokens(left: TargetRecord, right: TargetRecord) -> None:
         )
 
 
-def difference_table(left: TargetRecord, right: TargetRecord) -> pd.DataFrame:
-    """Make one row per token for two records of one statement, of two runs or steps.
-
-    ``weight_first``, ``weight_second`` and ``difference`` (second minus first) are shares of 1, 0 where
-    not selected; ``change`` is "both", "gained" (only the second selects it), "lost" or "".
-    """
-    same_tokens(left, right)
-    first, second = (np.where(record.selected, record.weight, 0) for record in (left, right))
-    change = np.select(
-        [left.selected & right.selected, right.selected, left.selected], ["both", "gained", "lost"], ""
-    )
-    return pd.DataFrame({
-        "position": range(len(left.tokens)), "token": token_names(left), "kind": kinds(left),
-        "weight_first": first, "weight_second": second, "difference": second - first,
-        "selected_first": left.selected, "selected_second": right.selected, "change": change,
-    })  # fmt: skip
-
-
 def difference_view(
     left: TargetRecord,
     right: TargetRecord,
@@ -97,28 +78,34 @@ def difference_view(
     """Show two runs (arms, seeds, steps) on one statement, and the difference of their weights.
 
     Both runs share one scale, words and pictures together. Differences are second minus first in percentage
-    points with their sign; they have another scale and legend. The table is ``difference_table``.
+    points with their sign; they have another scale and legend. The table has one row per token:
+    ``weight_first``, ``weight_second`` and ``difference`` are shares of 1, 0 where not selected; ``change``
+    is "both", "gained" (only the second selects it), "lost" or "".
 
     Raises:
         ValueError: the records are of different statements, or of students with different tokens.
     """
     if len(names) != 2:
         raise ValueError(f"{len(names)} names for two records: give one name per record")
-    data = difference_table(left, right)
+    same_tokens(left, right)
+    first, second = (np.where(record.selected, record.weight, 0) for record in (left, right))
+    change = np.select(
+        [left.selected & right.selected, right.selected, left.selected], ["both", "gained", "lost"], ""
+    )
+    data = pd.DataFrame({
+        "position": range(len(left.tokens)), "token": token_names(left), "kind": kinds(left),
+        "weight_first": first, "weight_second": second, "difference": second - first,
+        "selected_first": left.selected, "selected_second": right.selected, "change": change,
+    })  # fmt: skip
+    both, gained, lost = ((change == name).sum() for name in ("both", "gained", "lost"))
+    moved = f"{both} selected in both, {gained} gained, {lost} lost; "
+    moved += f"{percent(float(data['difference'].abs().sum() / 2))} % of the weight moved."
     highest = highest_weight([left, right])
-    moved = f"{_change_text(data)}."
-    both = zip((left, right), names, strict=True)
-    sheets = [weight_sheet(record, highest, name, labels) for record, name in both]
+    sheets = [
+        weight_sheet(record, highest, name, labels) for record, name in zip((left, right), names, strict=True)
+    ]
     sheets.append(difference_sheet(left, right, f"{names[1]} − {names[0]}", moved))
     return sheets_view(title(left, labels), sheets, data, note=f"{names[1]} − {names[0]}: {moved}")
-
-
-def _change_text(data: pd.DataFrame) -> str:
-    counts = data["change"].value_counts()
-    moved = float(data["difference"].abs().sum() / 2)
-    parts = [f"{counts.get(name, 0)} {words}" for name, words in
-             (("both", "selected in both"), ("gained", "gained"), ("lost", "lost"))]  # fmt: skip
-    return f"{', '.join(parts)}; {percent(moved)} % of the weight moved"
 
 
 def values_view(

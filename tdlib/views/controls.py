@@ -1,6 +1,6 @@
-"""Parts of the explorer's controls: the list, the stage that draws sheets, and small helpers.
+"""Parts of the explorer's controls: the list, the stage that shows views, and small helpers.
 
-The list holds one page of rows, however many examples there are. Data reach the page as text nodes.
+The list holds one page of rows, however many examples there are; their texts reach the page as text nodes.
 """
 
 import logging
@@ -36,16 +36,12 @@ class ExampleList(anywidget.AnyWidget):
 
 
 class Stage(anywidget.AnyWidget):
-    """Draws sheets. ``scene`` is what ``scene.scene_of`` makes, ``pictures`` are JPEGs by name.
-
-    ``agreement`` holds cosines (tokens, tokens) as bytes of float32, by ``scene.key_of`` of the sheets.
-    """
+    """Shows the HTML of a view. ``agreement`` are the cosines of its first sheet's tokens: float32 bytes."""
 
     _esm = STATIC / "stage.js"
     _css = STATIC / "explorer.css"
-    scene: Any = traitlets.Dict().tag(sync=True)
-    pictures: Any = traitlets.Dict().tag(sync=True)
-    agreement: Any = traitlets.Dict().tag(sync=True)
+    html = traitlets.Unicode().tag(sync=True)
+    agreement = traitlets.Bytes().tag(sync=True)
 
 
 def row_text(row: dict[str, Any], labels: Sequence[str] = ()) -> str:

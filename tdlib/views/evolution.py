@@ -41,12 +41,6 @@ def of_statement(
     return in_order(chosen)
 
 
-def _orders(records: Sequence[TargetRecord]) -> dict[int, int]:
-    """The place of each step along the axis."""
-    steps = dict.fromkeys(record.step for record in in_order(records))
-    return {step: place for place, step in enumerate(steps)}
-
-
 def evolution_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
     """Make a table with one row per step and token of one statement's records.
 
@@ -60,24 +54,19 @@ def evolution_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
         raise ValueError("no records; expected those of one statement at several steps")
     for record in records:
         same_tokens(records[0], record)
-    _once_per_step(records)
-    orders, names = _orders(records), token_names(records[0])
+    steps = [record.step for record in records]
+    if len(set(steps)) < len(steps):
+        raise ValueError(f"two records of one step among those of steps {steps}: pass those of one run")
     shown = ["weight", "score", "relevance", "selected"]
     frames = [
         pd.DataFrame({
-            "step": record.step, "order": orders[record.step], "position": range(len(names)),
-            "token": names, "kind": kinds(record), **{name: getattr(record, name) for name in shown},
+            "step": record.step, "order": order, "position": range(len(record.tokens)),
+            "token": token_names(records[0]), "kind": kinds(record),
+            **{name: getattr(record, name) for name in shown},
         })
-        for record in in_order(records)
+        for order, record in enumerate(in_order(records))
     ]  # fmt: skip
     return pd.concat(frames, ignore_index=True)
-
-
-def _once_per_step(records: Sequence[TargetRecord]) -> None:
-    keys = [(record.split, record.example_id, record.choice, record.step) for record in records]
-    twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
-    if twice:
-        raise ValueError(f"two records of {twice[:3]} at step {twice[3]}: pass the records of one run")
 
 
 def turnover(before: np.ndarray, after: np.ndarray) -> float:
@@ -87,32 +76,21 @@ def turnover(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def turnover_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
-    """Measure how large each statement's selected set is at each step, and how much of it is new.
+    """Measure how large one statement's selected set is at each step, and how much of it is new.
 
-    One row per statement and step: ``selected_text``, ``selected_visual`` (tokens), ``turnover_text``,
-    ``turnover_visual`` and ``turnover`` against the statement's previous recorded step (missing at its
-    first), and p_T, p_S and c; ``order`` is the step's place among all steps.
+    One row per step: ``selected_text``, ``selected_visual`` (tokens), ``turnover_text`` and
+    ``turnover_visual`` against the step recorded before (missing at the first), and p_T, p_S and c.
     """
-    _once_per_step(records)
-    orders, rows = _orders(records), []
-    last: dict[tuple, TargetRecord] = {}
-    for record in in_order(records):
-        key = record.split, record.example_id, record.choice
-        row = {
-            "split": record.split, "example_id": record.example_id, "choice": record.choice,
-            "step": record.step, "order": orders[record.step],
-            "selected_text": int((record.selected & record.is_text).sum()),
-            "selected_visual": int((record.selected & record.is_region).sum()),
-        }  # fmt: skip
-        before = last.get(key)
-        if before is not None:
-            same_tokens(before, record)
-        every = np.ones(len(record.tokens), dtype=bool)
-        for name, part in (("_text", record.is_text), ("_visual", record.is_region), ("", every)):
+    rows = []
+    before = None
+    for order, record in enumerate(in_order(records)):
+        row: dict[str, float] = {"step": record.step, "order": order}
+        for name, part in (("text", record.is_text), ("visual", record.is_region)):
+            row[f"selected_{name}"] = int((record.selected & part).sum())
             new = math.nan if before is None else turnover(before.selected & part, record.selected & part)
-            row[f"turnover{name}"] = new
+            row[f"turnover_{name}"] = new
         rows.append(row | _instance(record))
-        last[key] = record
+        before = record
     return pd.DataFrame(rows)
 
 
@@ -132,10 +110,10 @@ def evolution_view(records: Sequence[TargetRecord], labels: Sequence[str] = ()) 
     """
     data, steps = evolution_table(records), turnover_table(records)
     records = in_order(records)
-    mean = data.assign(weight=data["weight"] * data["selected"]).groupby("position")["weight"].mean()
+    mean = np.mean([record.weight * record.selected for record in records], axis=0)
     first = records[0]
     ever = np.flatnonzero(first.is_region & np.any([record.selected for record in records], axis=0))
-    ranked = ever[np.argsort(-mean.to_numpy()[ever], kind="stable")][:MOST_VISUAL]
+    ranked = ever[np.argsort(-mean[ever], kind="stable")][:MOST_VISUAL]
     drawn = np.concatenate([np.flatnonzero(first.is_text), np.sort(ranked)])
     hidden = f"{len(ranked)} of the {len(ever)} visual tokens that were ever selected"
     hidden += f" (of {first.is_region.sum()})"
@@ -150,19 +128,8 @@ def evolution_view(records: Sequence[TargetRecord], labels: Sequence[str] = ()) 
     }  # fmt: skip
     names = {"selected_text": "words", "selected_visual": "visual", "turnover_text": "turnover, words",
              "turnover_visual": "turnover, visual", "p_T": "p_T", "p_S": "p_S", "c": "c"}  # fmt: skip
-    rows = steps.sort_values("order")
-    rows = rows.assign(step=rows["step"].map(step_name))[["step", *names]].rename(columns=names).round(3)
-    return View(heading, plot_evolution, arguments, data, rows, first.text, records=tuple(records))
-
-
-def _instances(rows: pd.DataFrame) -> pd.DataFrame:
-    """Keep one row per example and step, and add ``order``, the step's place (the end last)."""
-    rows = rows.drop_duplicates(["split", "example_id", "step"], keep="last")
-    steps = sorted(rows["step"].unique(), key=lambda step: (step == END, step))
-    order = rows["step"].map({step: place for place, step in enumerate(steps)})
-    columns = ["split", "example_id", "step", "order", "p_T", "p_S", "c"]
-    whole = rows.assign(order=order.astype(int))[columns]
-    return whole.sort_values("order", kind="stable").reset_index(drop=True)
+    rows = steps.assign(step=steps["step"].map(step_name))[["step", *names]].rename(columns=names).round(3)
+    return View(heading, plot_evolution, arguments, data, rows, first.text)
 
 
 def instance_view(records: Sequence[TargetRecord] | pd.DataFrame, example_id: str | None = None) -> View:
@@ -176,11 +143,11 @@ def instance_view(records: Sequence[TargetRecord] | pd.DataFrame, example_id: st
     Raises:
         ValueError: no record has an instance weight, or none is of that example.
     """
+    keys = ["split", "example_id", "step"]
     if not isinstance(records, pd.DataFrame):
-        keys = ["split", "example_id", "step"]
-        rows = [{name: getattr(r, name) for name in keys} | _instance(r) for r in in_order(records)]
+        rows = [{name: getattr(record, name) for name in keys} | _instance(record) for record in records]
         records = pd.DataFrame(rows, columns=[*keys, "p_T", "p_S", "c"])
-    data = _instances(records.dropna(subset=["c"]))
+    data = records.dropna(subset=["c"]).drop_duplicates(keys)  # choices share these numbers
     if data.empty:
         raise ValueError(
             "no record has an instance weight: were the examples labelled, and was there a teacher?"
@@ -188,6 +155,9 @@ def instance_view(records: Sequence[TargetRecord] | pd.DataFrame, example_id: st
     if example_id is not None and example_id not in set(data["example_id"]):
         ids = ", ".join(data["example_id"].unique()[:8])
         raise ValueError(f"no instance weight of {example_id!r}; there are {ids}")
+    steps = sorted(data["step"].unique(), key=lambda step: (step == END, step))
+    data.insert(len(keys), "order", data["step"].map(steps.index))
+    data = data.sort_values("order", kind="stable", ignore_index=True)
     if example_id is None and data["example_id"].nunique() == 1:
         example_id = str(data["example_id"].iloc[0])
     heading = f"Instance weights of {data['example_id'].nunique()} examples"

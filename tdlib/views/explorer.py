@@ -26,7 +26,6 @@ from tdlib.method.weighting import TOKEN_WEIGHTS
 from tdlib.students import attention as student_attentions
 from tdlib.students.registry import load_student
 from tdlib.teacher import attention as teacher_attentions
-from tdlib.teacher.cache import TeacherCache
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.pipeline import teacher_tokens, token_centres
 from tdlib.training.prepare import PreparedData, add_to_cache, encoder_of, prepare, read_split, teacher_cache
@@ -75,13 +74,6 @@ class ViewRequest:
         """The statement in the first run at its step."""
         return _statement(self, self.run, self.step)
 
-    def names(self) -> tuple[str, str]:
-        """Headings of the two runs that are compared, with the step where it is not the end."""
-        assert self.second is not None
-        pairs = (self.run, self.step), (self.second, self.second_step)
-        first, second = (f"{run.name}{'' if step == END else f', step {step}'}" for run, step in pairs)
-        return first, second
-
     def method(self) -> str:
         """The run's name, with the settings that differ from those it was trained with."""
         changed = {"mass": self.mass, "temperature": self.temperature}
@@ -91,10 +83,7 @@ class ViewRequest:
 
 def _statement(request: ViewRequest, run: Run, step: int) -> TargetRecord:
     records = run.records(request.split, request.example_id, [step])
-    try:
-        record = of_statement(records, request.example_id, request.choice, request.split)[-1]
-    except ValueError as error:
-        raise ExplorerError(str(error)) from None
+    record = of_statement(records, request.example_id, request.choice, request.split)[-1]
     return reselected(run, record, request.mass, request.temperature)
 
 
@@ -157,10 +146,14 @@ def two_runs(request: ViewRequest) -> View:
             f"{request.example_id} in {request.split} reads {first.text!r} in {request.run.name} but "
             f"{second.text!r} in {request.second.name}: the runs are of different data"
         )
+    names = [
+        f"{run.name}{'' if step == END else f', step {step}'}"
+        for run, step in ((request.run, request.step), (request.second, request.second_step))
+    ]
     try:
-        return difference_view(first, second, request.names(), request.run.labels)
+        return difference_view(first, second, names, request.run.labels)
     except ValueError:  # students with other tokens: side by side, without a difference per token
-        return comparison([first, second], request.names(), "two students", request.run.labels)
+        return comparison([first, second], names, "two students", request.run.labels)
 
 
 def evolution(request: ViewRequest) -> View:
@@ -184,26 +177,19 @@ def instance_weights(request: ViewRequest) -> View:
     start = max(0, min(place - DRAWN_EXAMPLES // 2, len(rows) - DRAWN_EXAMPLES))
     ids = rows["example_id"].iloc[start : start + DRAWN_EXAMPLES]
     instances = read_instances(request.run.folder / SELECTIONS, request.split, ids)
-    try:
-        return instance_view(instances, request.example_id)
-    except ValueError as error:
-        raise ExplorerError(str(error)) from None
+    return instance_view(instances, request.example_id)
 
 
 def lesson(request: ViewRequest) -> View:
     """Shows what CLIP and the student make of the texts with another picture, before and after training."""
-    try:
-        return lesson_view(request.run.records(request.split, request.example_id))
-    except ValueError as error:
-        raise ExplorerError(f"{request.run.name}: {error}") from None
+    return lesson_view(request.run.records(request.split, request.example_id))
 
 
 def alignment(request: ViewRequest) -> View:
     """Shows the tokens of student and teacher and how they overlap."""
     record = request.record()
-    return alignment_view(
-        record, *teacher_positions(open_teacher(request.run), record), labels=request.run.labels
-    )
+    positions = teacher_positions(teacher_cache(request.run.config), record)
+    return alignment_view(record, *positions, labels=request.run.labels)
 
 
 def conditioned_targets(request: ViewRequest) -> View:
@@ -269,14 +255,15 @@ def student_gradient(request: ViewRequest) -> View:
 def teacher_attention(request: ViewRequest) -> View:
     """Shows what the teacher's pooled position attends to: in the picture, or with "text" in the text."""
     tower = "text" if request.modality == "text" else "image"
-    teacher = open_teacher(request.run).teacher
+    teacher = teacher_cache(request.run.config).teacher
     maps = teacher_attentions.teacher_attention(teacher, request.record(), tower, request.layers or None)
     return attention_view(maps, head=request.head)
 
 
 def teacher_gradient(request: ViewRequest) -> View:
     """Shows which tokens bring text and picture together in the teacher."""
-    values, record = teacher_attentions.teacher_relevance(open_teacher(request.run).teacher, request.record())
+    teacher = teacher_cache(request.run.config).teacher
+    values, record = teacher_attentions.teacher_relevance(teacher, request.record())
     return relevance_view(record, values, "teacher: gradient relevance of text and picture, all layers")
 
 
@@ -301,7 +288,7 @@ VIEWS: dict[str, tuple[Callable[[ViewRequest], View], set[str]]] = {
 
 
 def show(request: ViewRequest, view: str) -> View:
-    """Makes one of ``VIEWS``; raises an ExplorerError if it is unknown, or if the run lacks what it shows."""
+    """Makes one of ``VIEWS``; raises a ValueError if it is unknown, or if the run lacks what it shows."""
     if view not in VIEWS:
         raise ExplorerError(f"view={view!r}: expected one of {', '.join(VIEWS)}")
     if request.modality not in MODALITIES:
@@ -322,7 +309,7 @@ def attempted(what: str, make: Callable[[], View]) -> View:
     """Makes a view; if data or models are gone, one that says so."""
     try:
         return make()
-    except (ValueError, OSError) as error:  # ExplorerError, DataError and TeacherError are ValueErrors
+    except (ValueError, OSError) as error:  # all errors of data and models are ValueErrors
         return note(f"{what}: {error}")
 
 
@@ -338,15 +325,10 @@ def _nothing(text: str) -> Figure:
 # Models and data of a run.
 
 
-def open_teacher(run: Run) -> TeacherCache:
-    """The teacher's cache of a run, and with it the teacher."""
-    return teacher_cache(run.config)
-
-
 @lru_cache(maxsize=2)
 def _open_student(run: Run) -> tuple[Any, Any]:
     folder = run.folder
-    cache = open_teacher(run) if "clip" in (run.config.regions, run.config.student) else None
+    cache = teacher_cache(run.config) if "clip" in (run.config.regions, run.config.student) else None
     encoder = encoder_of(run.config, cache, str(folder / "student"))
     return load_student(str(folder / "student"), labels=run.labels).eval(), encoder
 
@@ -411,7 +393,7 @@ def _targets(
     run: Run, record: TargetRecord, signal: str, centres: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> torch.Tensor:
     """The targets of a record's tokens, (tokens, teacher_dim), before words are drawn to patches."""
-    cache = open_teacher(run)
+    cache = teacher_cache(run.config)
     cache.add(texts=[record.text], pictures=[record.image])
     teacher = teacher_tokens([cache.text(record.text)], cache.picture(record.image))
     student = tokens_of(record, batched=True)
@@ -423,7 +405,7 @@ def _targets(
 def _centres(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean teacher tokens of texts and pictures that the run's targets are centred by."""
     subset = low_shot(read_split(run.config, splits_of(run.config)[0]), run.config.shots, run.config.seed)
-    cache = open_teacher(run)
+    cache = teacher_cache(run.config)
     add_to_cache(cache, subset)
     return token_centres(cache, subset)
 
@@ -446,14 +428,13 @@ def own_example(picture: Path | str, text: str, answers: Sequence[str] = ()) -> 
     )  # fmt: skip
 
 
-def own_view(run: Run, example: Example, prepared: PreparedData | None = None) -> View:
+def own_view(run: Run, example: Example) -> View:
     """Shows what a run's method selects in your example (``own_example``) with the run's trained student.
 
-    ``prepared`` is what ``training.prepare.prepare`` makes with the run's settings; None prepares it.
     Raises an ExplorerError if the example has answers but the task has a label set, and so takes a statement
     alone.
     """
-    prepared = prepared or prepared_data_of(run)
+    prepared = prepared_data_of(run)
     if prepared.labels and example.choices:
         raise ExplorerError(
             f"task {run.config.task} chooses from {len(prepared.labels)} labels: give a text without answers"

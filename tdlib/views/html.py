@@ -16,15 +16,15 @@ def style(**properties: str) -> str:
     return f'style="{rules}"'
 
 
-def direction(text: str) -> str:
-    """Returns "rtl" or "ltr", by the first letter that has a direction; "" where all run left to right."""
-    strong = [kind for kind in map(bidirectional, text) if kind in ("L", "R", "AL")]
-    return "" if not {"R", "AL"} & {*strong} else "ltr" if strong[0] == "L" else "rtl"
-
-
 def direction_attribute(text: str) -> str:
-    """The attribute of an element whose words are written in the ``direction`` of a text; "" for none."""
-    return f' dir="{direction(text)}"' if direction(text) else ""
+    """The attribute for an element of words: "rtl" or "ltr", by the first letter that has a direction.
+
+    Empty where all letters run left to right.
+    """
+    strong = [kind for kind in map(bidirectional, text) if kind in ("L", "R", "AL")]
+    if not {"R", "AL"} & {*strong}:
+        return ""
+    return ' dir="ltr"' if strong[0] == "L" else ' dir="rtl"'
 
 
 def page(body: str) -> str:

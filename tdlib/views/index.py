@@ -84,7 +84,8 @@ class Run:
     @cached_property
     def steps(self) -> tuple[int, ...]:
         """The recorded steps, END last."""
-        return recorded_steps(self.folder / SELECTIONS)
+        steps = pq.read_table(self.folder / SELECTIONS, columns=["step"])["step"].unique().to_pylist()
+        return tuple(sorted(steps, key=lambda step: (step == END, step)))
 
     def records(self, split: str, example_id: str, steps: Sequence[int] | None = None) -> list[TargetRecord]:
         """The records of one example by step, the end last.
@@ -116,11 +117,16 @@ def find_runs(patterns: Sequence[str | Path], home: Path = ROOT) -> list[Run]:
     folders: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        path = path if path.is_absolute() else home / path
-        hits = [path] if path.exists() else sorted(map(Path, glob(_pattern(path, home), recursive=True)))
+        names = [path] if (home / path).exists() else sorted(glob(str(path), root_dir=home, recursive=True))
+        hits = [home / name for name in names]
         if not hits:
             raise ExplorerError(f"{pattern}: no such folder (looked in {home}); give run folders or globs")
-        run_folders = [file.parent for hit in hits for file in _selections(hit)]
+        run_folders = [
+            file.parent
+            for hit in hits
+            for file in sorted(hit.rglob(SELECTIONS))
+            if not any(part.startswith(".") for part in file.relative_to(hit).parts)  # unfinished runs
+        ]
         if not run_folders:
             raise ExplorerError(
                 f"{pattern}: no run in it recorded selections ({SELECTIONS}); arms without a teacher have "
@@ -131,20 +137,6 @@ def find_runs(patterns: Sequence[str | Path], home: Path = ROOT) -> list[Run]:
         Run(name, folder, file_state(folder / SELECTIONS))
         for name, folder in zip(short_names([*folders]), folders, strict=True)
     ]
-
-
-def _pattern(path: Path, home: Path) -> str:
-    """The glob as text, with ``home`` escaped: its name may contain brackets or stars."""
-    return str(Path(escape(str(home))) / path.relative_to(home)) if path.is_relative_to(home) else str(path)
-
-
-def _selections(folder: Path) -> list[Path]:
-    """Lists the selections in a folder and below it; hidden folders are unfinished runs."""
-    return sorted(
-        file
-        for file in folder.rglob(SELECTIONS)
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -181,37 +173,25 @@ def companion(runs: Sequence[Run], first: Run) -> Run | None:
 # Examples.
 
 
-def recorded_steps(path: Path) -> tuple[int, ...]:
-    """The steps in a file of selections, END last."""
-    if "step" not in pq.read_schema(path).names:
-        return (END,)
-    steps = pq.read_table(path, columns=["step"])["step"].unique().to_pylist()
-    return tuple(sorted(steps, key=lambda step: (step == END, step)))
-
-
 def read_index(path: Path, labels: Sequence[str] = ()) -> pd.DataFrame:
-    """Reads one row per example of a file of selections, at its last step, in the file's order.
+    """Reads one row per example of a file of selections, as it was at the end, in the file's order.
 
     Columns ``split``, ``example_id``, ``label`` and ``prediction`` (indices), ``answer`` (the right
     choice's statement, or the label's name), ``correct``, ``p_T``, ``p_S``, ``c``, ``disagreement``
     (``|p_T - p_S|``), and ``text`` (all statements, a line each). Numbers that need a label are missing
     where an example has none.
     """
-    last = recorded_steps(path)[-1]
-    has_step = "step" in pq.read_schema(path).names
-    query = f"""
+    query = """
         SELECT split, example_id, any_value(label) AS label, any_value(prediction) AS prediction,
             any_value(teacher_probability) AS "p_T", any_value(student_probability) AS "p_S",
             any_value(instance_weight) AS c, string_agg(text, chr(10) ORDER BY choice) AS text,
             any_value(text) FILTER (choice = label) AS answer
-        FROM read_parquet(?, file_row_number = true) {"WHERE step = ?" if has_step else ""}
+        FROM read_parquet(?, file_row_number = true) WHERE step = ?
         GROUP BY split, example_id ORDER BY min(file_row_number)
     """
     with duckdb.connect() as database:
-        place = [escape(str(path)), *([last] if has_step else [])]  # duckdb reads paths as globs
-        index = database.execute(query, place).df()
-    index = index.astype({"label": "Int64", "prediction": "Int64"})
-    index = index.astype({"p_T": float, "p_S": float, "c": float})
+        index = database.execute(query, [escape(str(path)), END]).df()  # duckdb reads paths as globs
+    index = index.astype({"label": "Int64", "prediction": "Int64", "p_T": float, "p_S": float, "c": float})
     if labels:
         index["answer"] = [None if pd.isna(label) else labels[label] for label in index["label"]]
     index["correct"] = index["label"] == index["prediction"]
@@ -225,11 +205,9 @@ def read_instances(path: Path, split: str, ids: Sequence[str]) -> pd.DataFrame:
     Only these columns are read: decoding every token of thousands of examples would take minutes.
     """
     names = {"teacher_probability": "p_T", "student_probability": "p_S", "instance_weight": "c"}
-    steps = ["step"] if "step" in pq.read_schema(path).names else []
-    columns = ["split", "example_id", *steps, *names]
-    table = pq.read_table(path, columns=columns, filters=[("split", "=", split)]).to_pandas()
-    table = table[table["example_id"].isin(list(ids))].rename(columns=names)
-    table = table if steps else table.assign(step=END)
+    columns = ["split", "example_id", "step", *names]
+    chosen = [("split", "=", split), ("example_id", "in", set(ids))]
+    table = pd.read_parquet(path, columns=columns, filters=chosen).rename(columns=names)
     return table.drop_duplicates(["example_id", "step"]).astype({"p_T": float, "p_S": float, "c": float})
 
 
@@ -255,6 +233,8 @@ class Filter:
 
     def choose(self, index: pd.DataFrame) -> pd.DataFrame:
         """Returns the rows that meet all conditions, sorted, with a new index from 0."""
+        if self.order not in ORDERS:
+            raise ExplorerError(f"order={self.order!r}: expected one of {', '.join(ORDERS)}")
         keep = np.ones(len(index), dtype=bool)
         if self.text.split():
             texts = index["example_id"] + "\n" + index["text"] + "\n" + index["answer"].fillna("")
@@ -274,12 +254,7 @@ class Filter:
             keep &= index["c"].between(low, high).to_numpy(dtype=bool)
         if self.disagreement > 0:
             keep &= (index["disagreement"] >= self.disagreement).to_numpy(dtype=bool)
-        return self._sorted(index[keep]).reset_index(drop=True)
-
-    def _sorted(self, rows: pd.DataFrame) -> pd.DataFrame:
-        if self.order not in ORDERS:
-            raise ExplorerError(f"order={self.order!r}: expected one of {', '.join(ORDERS)}")
-        if self.order == "as recorded":
-            return rows
         column, ascending = ORDERS[self.order]
-        return rows.sort_values(column, ascending=ascending, kind="stable", na_position="last")
+        rows = index[keep]
+        rows = rows.sort_values(column, ascending=ascending, kind="stable") if column else rows
+        return rows.reset_index(drop=True)

@@ -78,7 +78,7 @@ def lesson_view(records: Sequence[TargetRecord]) -> View:
     steps = f", student after step {step_name(last)}" if first == last else f", student before: step {first}"
     note = f"the pair weighs {now[0].lesson_weight:.2f} in the loss{steps}"
     rows = _rows(shown, first, last)
-    return View(arguments["heading"], plot_lesson, arguments, data, rows, note, records=tuple(kept))
+    return View(arguments["heading"], plot_lesson, arguments, data, rows, note)
 
 
 def _rows(shown: pd.DataFrame, first: int, last: int) -> pd.DataFrame:

@@ -64,4 +64,4 @@ def curves_view(
     heading = f"{title(record, labels)}: masking tokens"
     arguments = {"curves": data, "areas": areas, "heading": heading}
     rows = areas.add_suffix(", mean height").round(3).rename_axis("source").reset_index()
-    return View(heading, plot_curves, arguments, data, rows, records=(record,))
+    return View(heading, plot_curves, arguments, data, rows)

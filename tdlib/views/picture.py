@@ -113,7 +113,7 @@ def _region(sheet: Sheet, i: int) -> str:
         line = "dotted" if sheet.dotted[i] else "solid"
         look |= {"border": f"1px {line} {BLACK}"}
     note = f"{token_name(sheet.record, i)}: {sheet.notes[i]}"
-    return f'<div {style(**look)} title="{escape(note)}"></div>'
+    return f'<div {style(**look)} data-token="{i}" title="{escape(note)}"></div>'
 
 
 def frame(box: Box, line: str, casing: bool = False) -> str:

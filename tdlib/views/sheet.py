@@ -1,8 +1,7 @@
 """A sheet: one statement and its picture with a value for every token, whatever the values are.
 
 Weights of a run, differences of two runs and attention are all drawn from sheets: as HTML by ``statement``
-and ``picture``, as figures by ``figures.targets``, and by the explorer's page from ``scene``. So what a
-word looks like is decided once.
+and ``picture``, and as figures by ``figures.targets``. So what a word looks like is decided once.
 """
 
 import re
@@ -77,8 +76,8 @@ def areas(boxes: np.ndarray) -> np.ndarray:
 def marks_of(sheets: Sequence[Sheet], words: bool = True, picture: bool = True) -> set[str]:
     """Names the marks that occur in these sheets, so that a legend explains these and no others.
 
-    ``words`` and ``picture`` say which half is drawn. HTML, figures and the explorer's page draw the same
-    marks differently, so each has its text for a mark; whether it occurs is decided here for all.
+    ``words`` and ``picture`` say which half is drawn. HTML and figures draw the same marks differently, so
+    each has its text for a mark; whether it occurs is decided here for both.
     """
     records = [sheet.record for sheet in sheets]
     selections = [sheet for sheet in sheets if sheet.is_selection]

@@ -2,6 +2,7 @@
 
 from html import escape
 
+from tdlib.core.facts import token_name
 from tdlib.views.html import direction_attribute, style
 from tdlib.views.scale import BLACK, GREY, WHITE
 from tdlib.views.sheet import Piece, Sheet, words_of
@@ -38,11 +39,12 @@ def _piece(sheet: Sheet, piece: Piece) -> str:
         font_weight="bold" if marked else "normal",
         padding="0 1px",
     )
-    note = "not a token of the student" if i is None else sheet.notes[i]
+    note = "not a token of the student" if i is None else f"{token_name(sheet.record, i)}: {sheet.notes[i]}"
     objects = "".join(f"<small {style(color=GREY)}>[{number}]</small>" for number in piece.objects)
     number = sheet.scale.number(float(sheet.values[i])) if marked else "&nbsp;"
+    place = "" if i is None else f' data-token="{i}"'
     return (
         f"<span {style(display='inline-block', text_align='center', vertical_align='top')}>"
-        f'<span {look} title="{escape(note)}">{escape(piece.text)}</span>{objects}'
+        f'<span {look}{place} title="{escape(note)}">{escape(piece.text)}</span>{objects}'
         f"<br><span {style(font_size='11px', color=BLACK, padding='0 2px')}>{number}</span></span>"
     )

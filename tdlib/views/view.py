@@ -16,7 +16,6 @@ import pandas as pd
 
 from tdlib.core.facts import token_name, truth_name
 from tdlib.core.pages import table_html
-from tdlib.core.records import TargetRecord
 from tdlib.views.figures.style import Figure, drawn, to_pdf, to_png, to_svg
 from tdlib.views.html import page, source, style
 from tdlib.views.picture import WIDTH, picture_html
@@ -34,7 +33,7 @@ class View:
 
     ``plot`` with ``arguments`` draws the figure. ``data`` holds every number of the view, unrounded;
     ``rows`` is the short, rounded table that stands under the figure and in the printed view. ``body``, if
-    not empty, is HTML that replaces figure and rows. ``sheets`` are drawn by the explorer's page itself.
+    not empty, is HTML of ``sheets`` that replaces figure and rows.
     """
 
     heading: str
@@ -44,7 +43,6 @@ class View:
     rows: pd.DataFrame
     note: str = ""
     body: str = ""
-    records: tuple[TargetRecord, ...] = ()
     sheets: tuple[Sheet, ...] = field(default=(), compare=False)
 
     def figure(self, paper: bool = False) -> Figure:
@@ -88,9 +86,6 @@ class View:
     def _repr_html_(self) -> str:
         return self._html
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self._html}
-
 
 # Sheets below each other.
 
@@ -98,7 +93,8 @@ class View:
 def sheets_html(sheets: Sequence[Sheet], words: bool = True, picture: bool = True) -> str:
     """Draws each sheet as a row of facts, picture and words; below them stands a legend for each scale.
 
-    What one legend explains, the next does not repeat.
+    What one legend explains, the next does not repeat. Classes and ``data-`` attributes are for the page of
+    the explorer (``static/stage.js``): each token's place, and each sheet's statement and tokenisation.
     """
     rows = "".join(_sheet_row(sheet, words, picture) for sheet in sheets)
     scales: dict[Scale, list[Sheet]] = {}
@@ -120,14 +116,16 @@ def _sheet_row(sheet: Sheet, words: bool, picture: bool) -> str:
     parts = [f"<div {style(flex='1 1 130px', max_width='190px')}><b>{escape(first)}</b>{lines}</div>"]
     if picture and record.is_visual.any():
         parts.append(f"<div {style(flex='1 1 260px', max_width=f'{WIDTH}px')}>{picture_html(sheet)}</div>")
-    below = f"<div {style(color=GREY, font_size='12px', margin='2px 0')}>{escape(sheet.below)}</div>"
+    fine = style(color=GREY, font_size="12px", margin="2px 0")
+    below = f'<div class="tdlib-line" {fine}>{escape(sheet.below)}</div>'
     said = statement_html(sheet) if words else ""
     parts.append(f"<div {style(flex='2 1 260px')}>{said}{below}</div>")
     look = style(
         display="flex", flex_wrap="wrap", gap="12px", padding="6px 0", border_top="1px solid #cccccc",
         page_break_inside="avoid",
     )  # fmt: skip
-    return f"<div {look}>{''.join(parts)}</div>"
+    key = escape(f"{record.split} {record.example_id} {record.choice} {len(record.tokens)}")
+    return f'<div class="tdlib-sheet" data-key="{key}" {look}>{"".join(parts)}</div>'
 
 
 def _legend(scale: Scale, sheets: Sequence[Sheet], words: bool, picture: bool) -> list[str]:

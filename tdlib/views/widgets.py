@@ -1,9 +1,8 @@
 """The explorer's controls in JupyterLab: a list of examples for keyboard and mouse, filters, views, export.
 
-``explorer`` makes the views, and a notebook shows the same ones without controls. The page draws views of
-sheets by itself from numbers (``static/stage.js``), which is instant; other views are figures. The list
-holds one page of rows, however many examples there are. Strings from the data reach the page as text nodes
-or escaped by the views.
+``explorer`` makes the views, and a notebook shows the same ones without controls. The list holds one page of
+rows, however many examples there are. Strings from the data reach the page as text nodes or escaped by the
+views.
 """
 
 import hashlib
@@ -36,7 +35,6 @@ from tdlib.views.controls import (
 )  # fmt: skip
 from tdlib.views.explorer import VIEWS, ViewRequest
 from tdlib.views.index import ORDERS, Filter, Run, companion
-from tdlib.views.scene import key_of, pictures_of, scene_of
 from tdlib.views.view import View
 
 log = logging.getLogger(__name__)
@@ -58,8 +56,6 @@ class Explorer(ipywidgets.VBox):
         example: id of the example that is shown first; the first that passes the filter if empty.
         view: the view that is shown first, a key of ``explorer.VIEWS``.
         filter: the list starts with it, and "reset" returns to it.
-        links: a token under the mouse lights up the tokens that agree with it; this opens the run's teacher
-            in the background.
     """
 
     def __init__(
@@ -69,18 +65,17 @@ class Explorer(ipywidgets.VBox):
         example: str = "",
         view: str = "statement and picture",
         filter: Filter = Filter(),  # noqa: B008 (frozen)
-        links: bool = True,
     ):
         first = first or runs[0]
         self.runs = {run.name: run for run in runs}
         self.matches = first.index.iloc[:0]
-        self._start, self._links, self._models = filter, links, threading.Lock()
+        self._start, self._models = filter, threading.Lock()
         self._quiet = 0
         self._made = lru_cache(maxsize=64)(lambda request, view: self._make(request, view))
         self._make_controls(runs, first, view)
         self.list, self.stage = ExampleList(), Stage()
-        self.message, self.output = ipywidgets.HTML(), ipywidgets.HTML()
-        self.output.add_class("tdlib-view")
+        self.message = ipywidgets.HTML()
+        self.shown: View | None = None
         with self._silence():
             self._load(filter)
             if example and example in set(self.matches["example_id"]):
@@ -119,6 +114,11 @@ class Explorer(ipywidgets.VBox):
         # Values from a list, the run's own among them: JupyterLab moves any other to a slider's next step.
         self.mass = named("mass", ipywidgets.SelectionSlider(options=[1.0]), "280px")
         self.temperature = named("temperature", ipywidgets.SelectionSlider(options=[1.0]), "280px")
+        self.settings = {  # of a view, by the names in VIEWS
+            "second": self.second, "second_step": self.second_step, "step": self.step, "choice": self.choice,
+            "modality": self.modality, "layers": self.layer, "head": self.head, "mass": self.mass,
+            "temperature": self.temperature, "word": self.word,
+        }  # fmt: skip
         self.paper = ipywidgets.Checkbox(description="for a paper", indent=False, layout={"width": "auto"})
         self.export = {
             kind: ipywidgets.Button(
@@ -140,7 +140,7 @@ class Explorer(ipywidgets.VBox):
                 beside(self.view, self.modality, self.choice), beside(self.step, self.mass, self.temperature),
                 beside(self.second, self.second_step), beside(self.layer, self.head, self.word),
                 beside(ipywidgets.Label("save as"), *self.export.values(), self.paper),
-                self.message, self.stage, self.output,
+                self.message, self.stage,
             ]
         )  # fmt: skip
         both = ipywidgets.Box([left, right])
@@ -172,10 +172,9 @@ class Explorer(ipywidgets.VBox):
 
     def _request_at(self, position: int) -> ViewRequest:
         row = self.matches.iloc[position]
-        settings = {"mass": self.mass, "temperature": self.temperature}
         changed = {
             name: control.value
-            for name, control in settings.items()
+            for name, control in (("mass", self.mass), ("temperature", self.temperature))
             if not control.disabled and control.value != getattr(self.run.config, name)
         }
         return ViewRequest(
@@ -208,10 +207,7 @@ class Explorer(ipywidgets.VBox):
             self.disagreement, self.order, self.concept, self.style,
         )  # fmt: skip
         on(self._change_view, self.view)
-        on(
-            self._draw, self.step, self.second_step, self.modality, self.choice, self.layer, self.head,
-            self.mass, self.temperature, self.word,
-        )  # fmt: skip
+        on(self._draw, *(control for name, control in self.settings.items() if name != "second"))
         on(self._turn, self.list, name="position")
         self.reset.on_click(lambda _: self._reset())
         for kind, button in self.export.items():
@@ -288,17 +284,12 @@ class Explorer(ipywidgets.VBox):
     def _enable(self) -> None:
         """Greys out the controls that change nothing in this view, run and second run."""
         _, used = VIEWS[self.view.value]
-        controls = {
-            "second": self.second, "second_step": self.second_step, "step": self.step, "choice": self.choice,
-            "modality": self.modality, "layers": self.layer, "head": self.head, "mass": self.mass,
-            "temperature": self.temperature, "word": self.word,
-        }  # fmt: skip
-        for name, control in controls.items():
+        for name, control in self.settings.items():
             control.disabled = name not in used
         for control in (self.step, self.second_step, self.choice, self.layer):
-            control.disabled = control.disabled or len(control.options) < 2
+            control.disabled |= len(control.options) < 2
         # only the nucleus selector has a mass; other selectors would show the same at every position
-        self.mass.disabled = self.mass.disabled or self.run.config.selector != "nucleus"
+        self.mass.disabled |= self.run.config.selector != "nucleus"
 
     def _turn(self) -> None:
         """Shows the page of the list that holds the position, then the view."""
@@ -335,78 +326,67 @@ class Explorer(ipywidgets.VBox):
             self._show(None, described(error))
 
     def _show(self, view: View | None, message: str = "") -> None:
-        drawn = view if view is not None and view.sheets else None  # the page draws sheets by itself
-        html = "" if view is None or drawn else view.to_html()
+        html = "" if view is None else view.to_html()
         with self.stage.hold_sync():
-            if drawn:
-                self.stage.pictures = pictures_of(drawn)
-            self.stage.scene = scene_of(drawn) if drawn else {}
-        self.output.value, self.message.value = html, message
+            self.stage.html, self.stage.agreement = html, b""
+        self.shown, self.message.value = view, message
         for button in self.export.values():
             button.disabled = view is None
-        if drawn and self._links:
-            self._link(drawn)
+        if view is not None and view.sheets and view.sheets[0].record.is_region.any():
+            self._link(view)
 
     def _prefetch(self) -> None:
-        """Makes the next example's view, and sends its picture, while this one is looked at."""
+        """Makes the next example's view while this one is looked at."""
         if self.view.value not in RECORDED or self.list.position + 1 >= len(self.matches):
             return
         try:
-            view = self._made(self._request_at(self.list.position + 1), self.view.value)
+            self._made(self._request_at(self.list.position + 1), self.view.value)
         except Exception as error:
             log.debug("cannot be fetched ahead", exc_info=error)
-            return
-        self.stage.pictures = self.stage.pictures | pictures_of(view)
 
     def _link(self, view: View) -> None:
-        """Computes the cosines of tokens in the background, and sends them if the view is still the same."""
-        sheet = view.sheets[0]
-        key, run, scene = key_of(sheet), self.run, self.stage.scene
-        if key in self.stage.agreement or not sheet.record.is_region.any():
-            return
+        """Computes the cosines of tokens in the background, and sends them if the view is still the same.
+
+        This opens the run's teacher.
+        """
+        run = self.run
 
         def work() -> None:
             try:
                 with self._models:
-                    if self.stage.scene is not scene:
+                    if self.shown is not view:
                         return
-                    cosines = explorer.agreement(run, sheet.record)
+                    cosines = explorer.agreement(run, view.sheets[0].record)
             except Exception as error:  # no teacher, no picture: nothing lights up
                 log.debug("no agreement of tokens", exc_info=error)
                 return
-            if self.stage.scene is scene:
-                self.stage.agreement = {key: cosines.astype("<f4").tobytes()}
+            if self.shown is view:
+                self.stage.agreement = cosines.astype("<f4").tobytes()
 
         threading.Thread(target=work, daemon=True).start()
 
     # Export.
 
-    def file(self, kind: str) -> tuple[str, bytes]:
-        """Name and content of the shown view as a file of this ``kind``, a key of ``FILES``."""
-        request = self.request
-        if request is None:
-            raise explorer.ExplorerError("no example passes these filters: there is nothing to save")
-        view = self._made(request, self.view.value)
-        paper = {"paper": self.paper.value}
-        make: dict[str, Callable[[], str | bytes]] = {
-            "png": lambda: view.to_png(**paper), "svg": lambda: view.to_svg(**paper),
-            "pdf": lambda: view.to_pdf(**paper), "csv": lambda: view.table().to_csv(index=False),
-            "html": view.to_html,
-        }  # fmt: skip
-        content = make[kind]()
-        stem = re.sub(r"[^\w.-]+", "-", f"{request.example_id} {self.view.value} {request.run.name}").strip(
-            "-."
-        )
-        return f"{stem}.{kind}", content.encode() if isinstance(content, str) else content
-
     def save(self, kind: str) -> None:
-        """Hands a file to the browser, which saves it where it saves downloads."""
+        """Hands the shown view to the browser as a file, which it saves where it saves downloads.
+
+        ``kind`` is a key of ``FILES``. The buttons are grey while no view is shown.
+        """
+        view, request = self.shown, self.request
+        assert view is not None and request is not None
         self.message.value = f"drawing {kind} …"
         try:
-            name, content = self.file(kind)
+            if kind == "csv":
+                content = view.table().to_csv(index=False)
+            else:
+                paper = {} if kind == "html" else {"paper": self.paper.value}
+                content = getattr(view, f"to_{kind}")(**paper)
         except Exception as error:
             self.message.value = described(error)
             return
+        name = re.sub(r"[^\w.-]+", "-", f"{request.example_id} {self.view.value} {request.run.name}")
+        name = f"{name.strip('-.')}.{kind}"
+        content = content.encode() if isinstance(content, str) else content
         self.stage.send({"name": name, "kind": FILES[kind]}, [content])
         self.message.value = f"saved {escape(name)}"
 

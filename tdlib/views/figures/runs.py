@@ -42,10 +42,10 @@ def plot_evolution(
     steps: pd.DataFrame,
     shown: Sequence[Sheet],
     heading: str,
-    hidden: str = "",
-    decisive: Collection[int] = (),
-    truth: str = "",
-    highest: float = 0,
+    hidden: str,
+    decisive: Collection[int],
+    truth: str,
+    highest: float,
 ) -> Figure:
     """Draw tokens x steps as a heat map, and below it set size, turnover and pictures, on one scale.
 
@@ -54,7 +54,7 @@ def plot_evolution(
     visual tokens and says how many are drawn, ``decisive`` are positions to mark, which ``truth`` names;
     ``highest`` ends the scale.
     """
-    labels = [step_name(step) for step in steps.drop_duplicates("order").sort_values("order")["step"]]
+    labels = [step_name(step) for step in steps["step"]]
     is_visual = tokens["kind"] == "visual"
     parts = [part for part in (tokens[~is_visual], tokens[is_visual]) if len(part)]
     rows = [part["position"].nunique() for part in parts]
@@ -117,10 +117,9 @@ def _draw_heat(
 
 def _draw_steps(axes: Axes, steps: pd.DataFrame, value: str, name: str, labels: list[str]) -> None:
     """Draws two lines over the steps: ``{value}_text`` and ``{value}_visual``."""
-    rows = steps.sort_values("order")
     for kind, style in (("text", TEXT_LINE), ("visual", VISUAL_LINE)):
-        axes.plot(rows["order"], rows[f"{value}_{kind}"], label=f"{kind} tokens", **style)
-    axes.set_ylim(0, 1.1 * max(1.0, float(rows[[f"{value}_text", f"{value}_visual"]].max().max())))
+        axes.plot(steps["order"], steps[f"{value}_{kind}"], label=f"{kind} tokens", **style)
+    axes.set_ylim(0, 1.1 * max(1.0, float(steps[[f"{value}_text", f"{value}_visual"]].max().max())))
     axes.set_title(name)
     step_axis(axes, labels)
     axes.grid(axis="y")
