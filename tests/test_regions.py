@@ -306,7 +306,7 @@ def test_cached_regions_are_the_sources_and_computed_once(pictures, tmp_path):
     source = Counting()
     cached = CachedRegions(source, tmp_path / "cache")
     cached.add([*pictures, pictures[0]])
-    assert source.asked == len(cached) == 5 and cached.dim == 4
+    assert source.asked == cached.store.count("regions") == 5 and cached.dim == 4
     reopened = CachedRegions(source, tmp_path / "cache")
     reopened.add(pictures)
     assert source.asked == 5
@@ -333,7 +333,7 @@ def test_other_boxes_pictures_and_sources_are_other_records(pictures, tmp_path):
     assert cached(pictures[0]).features[0, 0] == 255
     other = Counting()
     other.fingerprint = "e" * 64
-    assert len(CachedRegions(other, tmp_path / "cache")) == 0
+    assert CachedRegions(other, tmp_path / "cache").store.count("regions") == 0
     pictures[1].image.unlink()
     with pytest.raises(DataError, match="picture is missing"):
         cached(pictures[1])
@@ -347,7 +347,7 @@ def test_features_that_are_not_finite_are_not_stored(pictures, tmp_path):
     })  # fmt: skip
     with pytest.raises(NotFiniteError, match=r"0\.png"):
         cached.add(pictures[:1])
-    assert len(CachedRegions(Counting(), tmp_path / "cache")) == 0
+    assert CachedRegions(Counting(), tmp_path / "cache").store.count("regions") == 0
 
 
 def test_a_backbone_and_its_layout_are_part_of_the_fingerprint(detector_folder, tmp_path, example):

@@ -128,10 +128,6 @@ class CachedRegions:
         self.store = Store(Path(folder) / source.fingerprint[:16], source.fingerprint, _LAYOUT)
         self._digests = FileDigests()
 
-    def __len__(self) -> int:
-        """Number of stored records."""
-        return self.store.count("regions")
-
     def _key(self, example: Example) -> bytes:
         try:
             return record_key(self._digests(example.image), json.dumps(example.boxes))

@@ -24,7 +24,6 @@ from transformers.utils import ModelOutput
 from tdlib.core.files import why_unreadable
 from tdlib.core.paths import resolve
 from tdlib.data.examples import Example, TextPart
-from tdlib.method.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class StudentOutput(ModelOutput):
 
     ``logits`` (batch, choices). ``hidden_states``: per layer, the embeddings first, each (batch,
     choices, tokens, student_dim). ``attention_mask`` (batch, choices, tokens), 1 on real tokens.
-    ``spans`` (batch, choices, tokens, 2) and ``boxes`` (batch, choices, tokens, 4): see ``Tokens``.
+    ``spans`` (batch, choices, tokens, 2) and ``boxes`` (batch, choices, tokens, 4): see ``method.tokens``.
     """
 
     logits: Tensor | None = None
@@ -84,11 +83,6 @@ class StudentOutput(ModelOutput):
     attention_mask: Tensor | None = None
     spans: Tensor | None = None
     boxes: Tensor | None = None
-
-    @property
-    def tokens(self) -> Tokens:
-        assert self.spans is not None and self.boxes is not None
-        return Tokens(self.spans, self.boxes)
 
 
 def sequence_mask(attention_mask: Tensor, visual_mask: Tensor) -> Tensor:
