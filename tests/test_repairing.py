@@ -361,7 +361,7 @@ def test_runs_leave_the_baselines_student_and_record_lessons(base, prepared, tmp
     shown = view.table().set_index(["step", "picture", "choice"])
     assert len(shown) == 2 * 2 * 4 and problems(view.to_html()) == []
     assert shown.loc[(END, "the other picture", right.choice), "teacher"] == right.teacher_other
-    drawn = view.arguments["table"].set_index(["who", "picture", "statement"])["probability"]
+    drawn = view.arguments["table"].set_index(["who", "picture", "choice"])["probability"]
     before = next(r for r in whole if (r.example_id, r.choice, r.step) == (right.example_id, right.choice, 0))
     assert drawn["student before", "its own picture", right.choice] == before.student_choice
     assert drawn["student", "the other picture", right.choice] == right.student_other

@@ -10,7 +10,7 @@ import pandas as pd
 
 from tdlib.core.records import TargetRecord
 from tdlib.views.evolution import in_order
-from tdlib.views.figures.lesson import plot_lesson
+from tdlib.views.figures.lesson import BARS, plot_lesson
 from tdlib.views.figures.style import step_name
 from tdlib.views.view import View
 
@@ -66,9 +66,8 @@ def lesson_view(records: Sequence[TargetRecord]) -> View:
     shown = data[data["file"].isin([now[0].image.name, other.name])]
     parts = [("CLIP", last, "teacher"), ("student", last, "student")]
     parts += [("student before", first, "student")] if first != last else []
-    bars = shown.rename(columns={"choice": "statement"})
     drawn = pd.concat([
-        bars[bars["step"] == step].assign(who=who, probability=bars[name]) for who, step, name in parts
+        shown[shown["step"] == step].assign(who=who, probability=shown[name]) for who, step, name in parts
     ])  # fmt: skip
     texts = [f"{record.text}{' (true)' if record.choice == record.label else ''}" for record in now]
     arguments = {
@@ -77,16 +76,7 @@ def lesson_view(records: Sequence[TargetRecord]) -> View:
     }  # fmt: skip
     steps = f", student after step {step_name(last)}" if first == last else f", student before: step {first}"
     note = f"the pair weighs {now[0].lesson_weight:.2f} in the loss{steps}"
-    rows = _rows(shown, first, last)
+    rows = (100 * drawn.set_index(["choice", "text", "picture", "who"])["probability"]).unstack()
+    rows = rows[[name for name in BARS if name in rows]].round(1).add_suffix(" (%)").reset_index()
+    rows = rows.sort_values(["picture", "choice"], kind="stable").rename_axis(columns=None)
     return View(arguments["heading"], plot_lesson, arguments, data, rows, note)
-
-
-def _rows(shown: pd.DataFrame, first: int, last: int) -> pd.DataFrame:
-    """Make one row per statement and picture, rounded, in %."""
-    keys = ["choice", "text", "picture"]
-    now = shown[shown["step"] == last].set_index(keys)
-    rows = pd.DataFrame({"CLIP": now["teacher"], "student": now["student"]})
-    if first != last:
-        rows.insert(1, "student before", shown[shown["step"] == first].set_index(keys)["student"])
-    rows = (100 * rows).round(1).add_suffix(" (%)").reset_index()
-    return rows.sort_values(["picture", "choice"], kind="stable").reset_index(drop=True)

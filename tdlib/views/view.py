@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from tdlib.core.facts import token_name, truth_name
@@ -172,11 +173,10 @@ def token_rows(sheets: Sequence[Sheet]) -> pd.DataFrame:
     rows = []
     for sheet in sheets:
         of = " ".join(part for part in (sheet.name, *sheet.about) if part)
-        places = [i for i in range(len(sheet.values)) if sheet.marked[i]]
-        places.sort(key=lambda i: -abs(sheet.values[i]))
+        places = sorted(np.flatnonzero(sheet.marked).tolist(), key=lambda i: -abs(sheet.values[i]))
         unit = "points" if sheet.scale.signed else "%"
         rows += [
-            {"of": of, unit: sheet.scale.number(float(sheet.values[i])), "token": name}
-            for i, name in ((i, token_name(sheet.record, i)) for i in places[:ROWS])
+            {"of": of, unit: sheet.scale.number(float(sheet.values[i])), "token": token_name(sheet.record, i)}
+            for i in places[:ROWS]
         ]
     return pd.DataFrame(rows)

@@ -24,8 +24,8 @@ def plot_lesson(pictures: dict[str, Path], texts: Sequence[str], table: pd.DataF
     """Draw both pictures, and below each a bar for the probability that everyone gives each text.
 
     ``pictures`` are the example's picture and the other one, by name; ``texts`` has one text per statement,
-    in the order of their numbers. ``table`` has ``picture`` (a name), ``statement``, ``who`` (a key of
-    ``BARS``) and ``probability``.
+    in the order of their numbers. ``table`` has ``picture`` (a name), ``choice`` (that number), ``who``
+    (a key of ``BARS``) and ``probability``.
     """
     who = [name for name in BARS if (table["who"] == name).any()]
     labels = ["\n".join(wrap(plain(text), LINE)) for text in texts]
@@ -47,7 +47,7 @@ def _draw_bars(axes: Axes, table: pd.DataFrame, who: Sequence[str], texts: int) 
     height = 0.8 / len(who)
     for place, name in enumerate(who):
         rows = table[table["who"] == name]
-        at = rows["statement"] + (place - (len(who) - 1) / 2) * height
+        at = rows["choice"] + (place - (len(who) - 1) / 2) * height
         axes.barh(at, 100 * rows["probability"], height=0.9 * height, label=name, **BARS[name])
         for y, value in zip(at, rows["probability"], strict=True):
             axes.annotate(f"{100 * value:.0f}", (100 * value, y), (3, 0), textcoords="offset points",
