@@ -289,6 +289,12 @@ def test_choice_loss_is_finite_for_a_certain_teacher():
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_choice_loss_refuses_a_bad_temperature(temperature):
+    with pytest.raises(ValueError, match="choice temperature"):
+        choice_distribution_loss(*random_logits(0), temperature)
+
+
 def test_info_nce_is_the_cross_entropy_of_finding_ones_own_target():
     student, target = random_vectors(3, 6, 8)
     cosines = torch.nn.functional.normalize(student, dim=-1) @ torch.nn.functional.normalize(target, dim=-1).T

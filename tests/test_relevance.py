@@ -208,6 +208,12 @@ def test_entropy_is_one_for_a_token_between_its_targets_and_zero_for_one_that_fo
     assert relevance_entropy(between, targets, student, alone, 0.1).eq(0).all()  # one candidate each
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_an_entropy_temperature_that_is_none_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        relevance_entropy(*student_case(0), temperature)
+
+
 @few
 @given(seed=seeds)
 def test_disagreement_is_the_distance_to_the_target(seed):

@@ -142,6 +142,18 @@ def test_batched_scores_equal_unbatched():
             assert_close(scores[b, c], one)
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_a_bad_temperature_is_refused(temperature):
+    with pytest.raises(ValueError, match="relevance temperature"):
+        token_scores(*random_relevance(0), temperature, 1.0)
+
+
+@pytest.mark.parametrize("prior_weight", [-0.5, math.nan, math.inf])
+def test_a_bad_prior_weight_is_refused(prior_weight):
+    with pytest.raises(ValueError, match="prior_weight"):
+        token_scores(*random_relevance(0), 0.1, prior_weight)
+
+
 # Nucleus
 
 
@@ -396,3 +408,16 @@ def test_select_refuses_what_is_no_mask_of_the_tokens(monkeypatch, selector):
     monkeypatch.setitem(SELECTORS, "mine", selector)
     with pytest.raises(ValueError, match=r"selector 'mine' returned .*expected a boolean mask.*\(9,\)"):
         select(torch.rand(9), STUDENT, torch.ones(9, dtype=torch.bool), "mine")
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("mass", [0.0, -0.1, 60, math.nan]), ("count", [0, -2]), ("fraction", [0.0, 1.5, math.nan]),
+        ("deviations", [math.nan, math.inf]),
+    ],
+)  # fmt: skip
+def test_options_refuse_numbers_that_would_select_otherwise_than_they_say(option, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"selection {option}"):
+            SelectionOptions(**{option: value})

@@ -106,8 +106,10 @@ def choice_distribution_loss(
     In nats. Both are ``softmax(logits / T)``; the factor keeps the size of the gradients (Hinton et al.
     2015, section 2). ``instance_weights`` are c, 1 if None; with ``weighting.wsld_weight`` these are the
     weighted soft labels of Zhou et al. 2021. ``num_examples``: divide by this number, that of a whole
-    accumulation window, instead of the number given here.
+    accumulation window, instead of the number given here. Raises ValueError for a bad temperature.
     """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"choice temperature is {temperature}; expected a finite number above 0")
     teacher = (_at_least_float32(teacher_logits.detach()) / temperature).softmax(dim=-1)
     student = (_at_least_float32(student_logits) / temperature).log_softmax(dim=-1)
     divergence = F.kl_div(student, teacher, reduction="none").sum(dim=-1)

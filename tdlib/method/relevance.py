@@ -7,6 +7,8 @@ The functions here take whole batches, in which an axis may have length 1. A fun
 called with one example at a time: ``alignment`` (choices, student_tokens, teacher_tokens), text then picture.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -89,7 +91,12 @@ def relevance_entropy(
         student: says which tokens are text and which are visual.
         valid: which tokens have a target.
         temperature: of the softmax over cosines, above 0.
+
+    Raises:
+        ValueError: the temperature is no finite number above 0.
     """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"entropy temperature is {temperature}; expected a finite number above 0")
     cosine = F.normalize(projected.detach(), dim=-1) @ F.normalize(targets.detach(), dim=-1).transpose(-1, -2)
     same = student.is_text.unsqueeze(-1) == student.is_text.unsqueeze(-2)
     candidates = same & valid.unsqueeze(-1) & valid.unsqueeze(-2)

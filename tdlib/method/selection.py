@@ -31,13 +31,23 @@ class SelectionOptions:
 
     ``mass`` in (0, 1]: share of a modality's score to cover. ``count`` >= 1: tokens per modality.
     ``fraction`` in (0, 1]: share of a modality's valid tokens. ``deviations``: standard deviations
-    above the mean. ``RunConfig`` refuses numbers outside these ranges.
+    above the mean. Raises ValueError for a number outside its range.
     """
 
     mass: float = 0.6
     count: int = 5
     fraction: float = 0.3
     deviations: float = 1.0
+
+    def __post_init__(self):  # cells make these by hand, where a mass of 60 would silently select everything
+        if not 0 < self.mass <= 1:
+            raise ValueError(f"selection mass is {self.mass}; expected a share of the score in (0, 1]")
+        if not (self.count >= 1 and self.count % 1 == 0):
+            raise ValueError(f"selection count is {self.count}; expected a whole number, at least 1")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"selection fraction is {self.fraction}; expected a share of tokens in (0, 1]")
+        if not math.isfinite(self.deviations):
+            raise ValueError(f"selection deviations is {self.deviations}; expected a finite number")
 
 
 Selector = Callable[[Tensor, Tensor, SelectionOptions, Generator | None], Tensor]
@@ -63,8 +73,12 @@ def token_scores(
     valid tokens of each modality sum to 1 (our reading of CLIP-TD). Valid tokens are real ones whose
     row of the alignment is not zero. Prior in [0, 1]; scores in [0, 1], 0 for tokens that are not
     valid or have no position. A modality that has no valid token or only priors of 0 sums to 0.
-    Carries no gradient.
+    Carries no gradient. Raises ValueError for a bad coefficient.
     """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"relevance temperature is {temperature}; expected a finite number above 0")
+    if not 0 <= prior_weight < math.inf:
+        raise ValueError(f"prior_weight is {prior_weight}; expected a finite number of at least 0")
     # In the log domain the product cannot underflow, and 0 ** 0 = 1 as xlogy(0, 0) = 0.
     log_prior = torch.xlogy(torch.full_like(prior, prior_weight), prior)
     log_scores = (relevance / temperature + log_prior).detach()
