@@ -413,7 +413,7 @@ def test_select_refuses_what_is_no_mask_of_the_tokens(monkeypatch, selector):
 @pytest.mark.parametrize(
     ("option", "values"),
     [
-        ("mass", [0.0, -0.1, 60, math.nan]), ("count", [0, -2]), ("fraction", [0.0, 1.5, math.nan]),
+        ("mass", [0.0, -0.1, 60.0, math.nan]), ("count", [0, -2]), ("fraction", [0.0, 1.5, math.nan]),
         ("deviations", [math.nan, math.inf]),
     ],
 )  # fmt: skip
