@@ -204,6 +204,12 @@ def upward(source: str, file: str) -> set[tuple[str, str]]:
     }
 
 
+def test_style_is_checked_in_every_module():
+    command = [sys.executable, "-m", "ruff", "check", "--show-files"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {str(path) for path in SOURCES} <= {*shown.splitlines()}
+
+
 def test_imports_go_downward_and_keep_to_their_fences():
     found = set()
     for path in SOURCES:

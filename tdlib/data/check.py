@@ -10,7 +10,6 @@ from tdlib.data.examples import DataError, Example
 from tdlib.data.reading import Examined
 from tdlib.data.tasks import TASKS, reader
 
-
 # Questions (or pairs) of the published splits: Zellers et al. 2019; Xie et al. 2019; Kayser et al. 2021 as
 # counted in their files; Goyal et al. 2017.
 PUBLISHED: dict[str, dict[str, int]] = {
@@ -97,7 +96,7 @@ def _check_split(
 
 
 def _source(split: str) -> str:
-    """Names the split of which a set is a part or a rewording: val of val_shortcut, test2015 of test-dev2015."""
+    """Names the split that a set rewords or is part of: val of val_shortcut, test2015 of test-dev2015."""
     return split.partition("_")[0].replace("test-dev", "test")
 
 

@@ -76,7 +76,7 @@ class Example:
     part: str = ""
 
     def statements(self) -> tuple[TextPart, ...]:
-        """Lists the texts that are read with the picture: the prompt with each choice, or the prompt alone."""
+        """Lists the texts that are read with the picture: the prompt with each choice, or alone."""
         return tuple(join_parts(self.prompt, choice) for choice in self.choices) or (self.prompt,)
 
 

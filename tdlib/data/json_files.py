@@ -93,8 +93,8 @@ class Records(Sequence[dict[str, Any]]):
             DataError: there is no such file or array, or the file is truncated or no JSON.
         """
         _need_file(path, f"a JSON file of {what}")
-        # One character per byte, so that places are those of bytes. Nothing but ASCII gives JSON its form, and
-        # a record is decoded when it is accessed.
+        # One character per byte, so that places are those of bytes. Nothing but ASCII gives JSON its form,
+        # and a record is decoded when it is accessed.
         text = path.read_bytes().decode("latin-1")
         try:
             spans = list(_entry_spans(text, key))

@@ -78,9 +78,9 @@ def index_records(
 ) -> dict[Identifier, tuple[int, Checked]]:  # fmt: skip
     """Indexes the records of one file by id: the position of each, and the result of ``check`` for it.
 
-    The id is a ``kind`` under ``key``, which no two records may share. ``check`` gets a record, its id and its
-    place in the file, and raises DataError for a bad one. Bad records are left out and passed to ``report``;
-    without it the first error is raised.
+    The id is a ``kind`` under ``key``, which no two records may share. ``check`` gets a record, its id and
+    its place in the file, and raises DataError for a bad one. Bad records are left out and passed to
+    ``report``; without it the first error is raised.
     """
     index: dict[Identifier, tuple[int, Checked]] = {}
     for number in range(len(records)):
@@ -155,7 +155,7 @@ _SLACK = 0.01  # detectors round outwards; boxes may leave the picture by this s
 
 
 def normalise_boxes(boxes: Any, width: float, height: float, where: str) -> tuple[Box, ...]:
-    """Converts boxes [x1, y1, x2, y2, ...] in pixels to xyxy in [0, 1], checked against the picture's size."""
+    """Converts boxes [x1, y1, x2, y2, ...] in pixels to xyxy in [0, 1]; checks them by the picture's size."""
     if not isinstance(boxes, list):
         raise DataError(f"{where}: boxes is {type(boxes).__name__}, expected a list of [x1, y1, x2, y2]")
     scale = (width, height, width, height)
@@ -269,8 +269,8 @@ class Reader(ABC):
     def examine(self, decode: bool = False) -> "Examined":
         """Reads the whole split and lists all its problems, one message per example at most.
 
-        These are errors that would stop a run, and doubts about examples that it would read (``_doubt``). With
-        ``decode`` every picture is decoded too, which is slow.
+        These are errors that would stop a run, and doubts about examples that it would read (``_doubt``).
+        With ``decode`` every picture is decoded too, which is slow.
         """
         problems: list[str] = []
         try:

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,11 @@ class SnliVeReader(Reader):
         self.images = folders[0]
 
     def open(self, report: Callable[[str], None] | None = None) -> Examples:
-        records: Located = Rows(self.path, "e-SNLI-VE", ("pairID", "hypothesis")) if self.explained else Records.lines(self.path, self.what)
+        records: Located = (
+            Rows(self.path, "e-SNLI-VE", ("pairID", "hypothesis"))
+            if self.explained
+            else Records.lines(self.path, self.what)
+        )
         hypothesis_key = "hypothesis" if self.explained else "sentence2"
 
         def label_of(record: dict[str, Any], pair: str, where: str) -> str | None:

@@ -94,8 +94,8 @@ class Task:
     def verdicts(self) -> tuple[str, str] | None:
         """The labels for a text that is true of its picture, and for one that is false.
 
-        None where examples have choices, or where labels answer a question: CLIP then reads the text with each
-        of them, see ``judging.StatementJudge`` and ``probe.AnswerStatements``.
+        None where examples have choices, or where labels answer a question: CLIP then reads the text with
+        each of them, see ``judging.StatementJudge`` and ``probe.AnswerStatements``.
         """
         return None
 
@@ -144,7 +144,7 @@ class Task:
 
 @dataclass(frozen=True)
 class VcrTask(Task):
-    """VCR, whose submission is the leaderboard's CSV, or one of its halves; ``subtask`` as in ``VcrReader``."""
+    """VCR, whose submission is the leaderboard's CSV, or half of it; ``subtask`` as in ``VcrReader``."""
 
     subtask: str = "both"
     submission: ClassVar[str] = "submission.csv"
@@ -263,8 +263,8 @@ class _Tasks(dict[str, Task]):
 
     def __missing__(self, name: str) -> Task:
         raise ConfigError(
-            f"task={name!r}: not known in this session; execute the cell that registers it (TASKS[{name!r}] = "
-            "...) first, or import the module that does"
+            f"task={name!r}: not known in this session; execute the cell that registers it (TASKS[{name!r}] "
+            "= ...) first, or import the module that does"
         )
 
 
@@ -363,7 +363,7 @@ def splits_of(config: RunConfig) -> tuple[str, list[str]]:
 
 
 def submission_split(task: str) -> str:
-    """Returns the split whose predictions the task's benchmark takes; "" for half a task (VCR's Q->A alone)."""
+    """Returns the split whose predictions the benchmark takes; "" for half a task (VCR's Q->A alone)."""
     return TASKS[task].submitted
 
 

@@ -65,9 +65,9 @@ def write_submission(path: Path, examples: Examples, probabilities: Sequence[Seq
     for question, by_part in by_question.items():
         if lacking := [part for part in wanted if part not in by_part]:
             raise DataError(
-                f"{path}: no predictions for the {'rationales' if lacking[0] else 'answers'} of {question!r}; "
-                "the leaderboard wants answers, and rationales given each answer: predict the test split with "
-                "task='vcr'"
+                f"{path}: no predictions for the {'rationales' if lacking[0] else 'answers'} of "
+                f"{question!r}; the leaderboard wants answers, and rationales given each answer: predict the "
+                "test split with task='vcr'"
             )
         rows.append([question, *(repr(float(p)) for part in wanted for p in by_part[part])])
     with whole_file(path) as file:

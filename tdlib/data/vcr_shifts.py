@@ -2,10 +2,10 @@
 
 "A Case Study of the Shortcut Effects in Visual Commonsense Reasoning" rewords the choices so that shortcuts
 that a model can learn without the picture stop working: by rule (no model needed), or by masking the tokens
-on which a trained model relies. This follows github.com/yekeren/VCR-shortcut-effects-study at 4d0151d in every
-quirk: pronouns have no cases ("near he waves"), verbs do not agree. It takes lines as ``json`` reads them and
-changes only the choices. It neither reads pictures nor runs models, and leaves it to the reader of the set to
-check that lines are as VCR publishes them.
+on which a trained model relies. This follows github.com/yekeren/VCR-shortcut-effects-study at 4d0151d in
+every quirk: pronouns have no cases ("near he waves"), verbs do not agree. It takes lines as ``json`` reads
+them and changes only the choices. It neither reads pictures nor runs models, and leaves it to the reader of
+the set to check that lines are as VCR publishes them.
 """
 
 import json
@@ -198,8 +198,8 @@ def rm_top(record: Line, scores: Line, count: int = 1) -> Line:
 def keep_top(record: Line, scores: Line, count: int) -> Line:
     """KeepTop: masks all but the ``count`` tokens of largest loss in every choice, otherwise like ``rm_top``.
 
-    On ties it keeps the last ones, as numpy's stable argsort does. The original uses the default argsort, whose
-    order of ties depends on numpy's version and the processor.
+    On ties it keeps the last ones, as numpy's stable argsort does. The original uses the default argsort,
+    whose order of ties depends on numpy's version and the processor.
     """
     return _mask_by(
         record, scores, lambda losses: sorted(range(len(losses)), key=losses.__getitem__)[:-count]

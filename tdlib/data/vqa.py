@@ -55,10 +55,8 @@ def _records(path: Path, key: str, changing_priors: bool) -> Records:
     return Records.entries(path, None if changing_priors else key, "VQA-CP" if changing_priors else "VQA")
 
 
-def build_vocabulary(
-    folder: Path, split: str, minimum: int = 9, changing_priors: bool = False
-) -> Vocabulary:
-    """Collects the answers that, normalised, are the ``multiple_choice_answer`` of enough questions of a split.
+def build_vocabulary(folder: Path, split: str, minimum: int = 9, changing_priors: bool = False) -> Vocabulary:
+    """Collects what is, normalised, the ``multiple_choice_answer`` of enough questions of a split.
 
     As compute_softscore.py does, which removes commas afterwards; there are none left. Ordered by first
     occurrence (the original's order was that of a Python 2 dict), so the labels depend on the order of the
@@ -164,8 +162,9 @@ class VqaReader(Reader):
         if not 0 < count < 4:
             return ""
         return (
-            f"{self.annotations} ({example.id}): answers of {count} people, expected ten; with fewer than four "
-            "no answer is wholly right, because each person's is compared with the others' and three count as 1"
+            f"{self.annotations} ({example.id}): answers of {count} people, expected ten; with fewer than "
+            "four no answer is wholly right, because each person's is compared with the others' and three "
+            "count as 1"
         )
 
     def _example(

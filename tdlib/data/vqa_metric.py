@@ -8,7 +8,7 @@ hengyuan-hu/bottom-up-attention-vqa, in UNITER's file format.
 import operator
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
 from pathlib import Path
