@@ -1,5 +1,6 @@
 """What holds for every student that reads regions: padding, places, loading, inputs, conversion."""
 
+import pickle
 import re
 import shutil
 from copy import deepcopy
@@ -118,6 +119,12 @@ def test_gradients_reach_regions_and_every_parameter(kind, labels):
             continue
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
         assert "token_type_embeddings" not in name or len(parameter) in (types, 2)
+
+
+def test_a_student_can_be_pickled(kind):
+    """As ``torch.save`` and processes that are spawned do."""
+    again = pickle.loads(pickle.dumps(kind.student))
+    assert_close(run(again, kind.inputs()).logits, run(kind.student, kind.inputs()).logits, rtol=0, atol=0)
 
 
 def test_the_word_embedding_can_be_hooked(kind):

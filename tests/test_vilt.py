@@ -1,5 +1,6 @@
 """The ViLT student: parity with transformers' model, positions of its tokens, loading."""
 
+import pickle
 import re
 import shutil
 from dataclasses import replace
@@ -117,6 +118,12 @@ def test_without_hidden_states_the_logits_are_the_same(student):
         output = student(**inputs)
     assert output.hidden_states is None and output.spans is None
     assert_close(output.logits, run(student, inputs).logits, rtol=0, atol=0)
+
+
+def test_a_student_can_be_pickled(student):
+    """As ``torch.save`` and processes that are spawned do."""
+    again, inputs = pickle.loads(pickle.dumps(student)), inputs_of(SIZES["mixed"])
+    assert_close(run(again, inputs).logits, run(student, inputs).logits, rtol=0, atol=0)
 
 
 # Pictures

@@ -23,6 +23,7 @@ from tdlib.method.tokens import grid_boxes, grid_cells
 from tdlib.students.base import (
     LONGEST,
     EncodedText,
+    FusedAttention,
     StudentEncoder,
     StudentError,
     StudentOutput,
@@ -90,6 +91,10 @@ def mask_of_attention(_module, _inputs, output: tuple[Tensor, Tensor]) -> tuple[
     return embeddings, mask[:, None, None]
 
 
+class FusedViltSelfAttention(FusedAttention, ViltSelfAttention):  # type: ignore[misc]
+    pass
+
+
 class ViltForMultipleChoice(ViltPreTrainedModel):
     """ViLT that scores each statement about a picture; a softmax over the choices decides."""
 
@@ -100,7 +105,7 @@ class ViltForMultipleChoice(ViltPreTrainedModel):
     def __init__(self, config: ViltConfig):
         super().__init__(config)
         self.vilt = ViltModel(config)
-        fuse_attention(self.vilt, ViltSelfAttention)
+        fuse_attention(self.vilt, FusedViltSelfAttention)
         self.vilt.embeddings.register_forward_hook(mask_of_attention)
         self.classifier = self.make_classifier(config)
         self.post_init()

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from transformers import VisualBertConfig, VisualBertModel, VisualBertPreTrainedModel
 from transformers.models.visual_bert.modeling_visual_bert import VisualBertSelfAttention
 
-from tdlib.students.base import StudentError, drawn_linear, fuse_attention, sequence_mask
+from tdlib.students.base import FusedAttention, StudentError, drawn_linear, fuse_attention, sequence_mask
 from tdlib.students.region_student import BertPairEncoder, RegionStudent, referents
 
 # Of the visual token types. The authors' code gives regions of COCO, VCR, VQA and Flickr30k type 0; type 1 is
 # that of NLVR2's second picture. (The stock model takes 1 where none is given.)
 REGION_TYPE = 0
+
+
+class FusedVisualBertSelfAttention(FusedAttention, VisualBertSelfAttention):  # type: ignore[misc]
+    pass
 
 
 class VisualBertForMultipleChoice(RegionStudent, VisualBertPreTrainedModel):
@@ -40,7 +44,7 @@ class VisualBertForMultipleChoice(RegionStudent, VisualBertPreTrainedModel):
                 "choose a checkpoint without it"
             )
         self.visual_bert = VisualBertModel(config, add_pooling_layer=self.with_pooler)
-        fuse_attention(self.visual_bert, VisualBertSelfAttention)
+        fuse_attention(self.visual_bert, FusedVisualBertSelfAttention)
         self.classifier = self.make_classifier(config)
         self.post_init()
 
