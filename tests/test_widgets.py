@@ -1,5 +1,6 @@
 """The controls without a browser: what is chosen is what is listed and shown, and mistakes are said."""
 
+import threading
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +37,9 @@ def runs(image, tmp_path_factory):
         ]  # fmt: skip
         fake_run(home / name, records, arm=arm)
     return find_runs([home])
+
+
+LINK = Explorer._link
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +246,37 @@ def test_what_was_drawn_is_kept(panel, drawn):
     for position in (1, 0, 1, 0):
         panel.list.position = position
     assert len(drawn) == 3, "the two, and the one that is fetched ahead"
+
+
+def test_what_agrees_in_one_example_never_lights_up_in_the_next(panel, monkeypatch):
+    """Also if it becomes known while the next one's page is on its way."""
+    known, first = threading.Event(), panel.stage.html
+    started, send = [], panel.stage.send_state
+
+    def late(run, record):
+        assert known.wait(60)
+        return np.ones((len(record.tokens),) * 2)
+
+    def sent(key=None):
+        if panel.stage.html != first and not known.is_set():
+            known.set()
+            started[0].join()
+        send(key)
+
+    class Thread(threading.Thread):
+        def start(self):
+            started.append(self)
+            super().start()
+
+    monkeypatch.setattr(explorer, "agreement", late)
+    monkeypatch.setattr(widgets.threading, "Thread", Thread)
+    monkeypatch.setattr(panel.stage, "send_state", sent)
+    LINK(panel, panel.shown)
+    panel.list.position = 1
+    assert len(started) == 1 and known.is_set() and panel.stage.agreement == b""
+    LINK(panel, panel.shown)
+    started[1].join()
+    assert len(panel.stage.agreement) == 4 * len(panel.shown.sheets[0].record.tokens) ** 2
 
 
 def test_a_mistake_is_said_where_the_view_would_be(runs, monkeypatch):

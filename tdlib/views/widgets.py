@@ -327,9 +327,10 @@ class Explorer(ipywidgets.VBox):
 
     def _show(self, view: View | None, message: str = "") -> None:
         html = "" if view is None else view.to_html()
+        self.shown = view  # from here on ``_link`` sends nothing for the view before
         with self.stage.hold_sync():
             self.stage.html, self.stage.agreement = html, b""
-        self.shown, self.message.value = view, message
+        self.message.value = message
         for button in self.export.values():
             button.disabled = view is None
         if view is not None and view.sheets and view.sheets[0].record.is_region.any():
@@ -356,12 +357,12 @@ class Explorer(ipywidgets.VBox):
                 with self._models:
                     if self.shown is not view:
                         return
-                    cosines = explorer.agreement(run, view.sheets[0].record)
+                    cosines = explorer.agreement(run, view.sheets[0].record).astype("<f4").tobytes()
             except Exception as error:  # no teacher, no picture: nothing lights up
                 log.debug("no agreement of tokens", exc_info=error)
                 return
             if self.shown is view:
-                self.stage.agreement = cosines.astype("<f4").tobytes()
+                self.stage.agreement = cosines
 
         threading.Thread(target=work, daemon=True).start()
 
