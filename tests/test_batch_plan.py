@@ -349,6 +349,10 @@ def test_a_batch_is_found_by_its_path_without_its_ending(tmp_path, monkeypatch):
     assert find_batch("low_shot") == ROOT / "notebooks" / "batches" / "low_shot.yaml"
     with pytest.raises(ConfigError, match=r"low_shot\.yaml: no such batch"):
         Batch(tmp_path / "low_shot")  # not the project's of that name
+    with pytest.raises(ConfigError, match=r"small\.yml: no such batch; did you mean 'small'\?"):
+        Batch("small.yml")
+    (problem,) = Batch({"grid": {"a": [1]}}).problems
+    assert "no such notebook; there are: 00_start_here, " in problem and "batches" not in problem
 
 
 def test_a_part_of_a_batch_that_is_not_there_is_told_what_is(tmp_path):

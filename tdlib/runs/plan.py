@@ -44,7 +44,7 @@ from tdlib.runs.template import UNKNOWN, Template, find_notebook, no_such, read_
 def read_batch(file: Path) -> dict[str, Any]:
     """Reads a batch file; ConfigError names the file and what is wrong with it."""
     if not file.is_file():
-        raise no_such("batch", file)
+        raise no_such("batch", file, ".yaml")
     try:
         description = yaml.load(file.read_text(encoding="utf-8-sig"), _Loader)
     except ConfigError as error:

@@ -205,9 +205,9 @@ def find_notebook(name: str, folder: Path = ROOT) -> Path:
     return next((place.resolve() for place in places if place.is_file()), places[0])
 
 
-def no_such(what: str, path: Path) -> ConfigError:
-    """Makes the error of a file that is missing, with the names of those beside it."""
-    known = sorted(other.stem for other in path.parent.glob(f"*{path.suffix}"))
+def no_such(what: str, path: Path, suffix: str) -> ConfigError:
+    """Makes the error of a file that is missing, with the names of those beside it that end in ``suffix``."""
+    known = sorted(other.stem for other in path.parent.glob(f"*{suffix}"))
     there = ", ".join(known) or "none"
     return ConfigError(f"{path}: no such {what}{did_you_mean(path.stem, known)}; there are: {there}")
 
@@ -215,7 +215,7 @@ def no_such(what: str, path: Path) -> ConfigError:
 def read_template(path: Path) -> Template:
     """Reads a notebook; ConfigError where it has not exactly one cell tagged ``parameters``, in Python."""
     if not path.is_file():
-        raise no_such("notebook", path)
+        raise no_such("notebook", path, ".ipynb")
     content = path.read_bytes()
     try:
         cells = [cell for cell in json.loads(content)["cells"] if cell["cell_type"] == "code"]
