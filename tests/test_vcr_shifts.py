@@ -148,6 +148,25 @@ def test_rules_need_labels(shift, changes):
         shift(record() | changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"objects": None}, "objects is None"),
+        ({"answer_choices": [DULL] * 3}, "expected 4 token lists"),
+        ({"rationale_choices": [DULL, DULL, "no", DULL]}, r"rationale_choices\[2\] is 'no'"),
+        ({"question": [[]]}, "neither a word nor a list"),
+        ({"question": [None]}, "neither a word nor a list"),
+        ({"question": [[4]]}, "reference to object 4, but the picture has 4"),
+        ({"question": [[-1]]}, "reference to object -1"),
+        ({"answer_choices": [[[MASKED_TAG]]] * 4}, "take the file that has no masks"),
+    ],
+)
+def test_what_is_no_vcr_line_fails(changes, reason):
+    for shift in (*RULES.values(), *(lambda r, f=f: f(r, {}) for f in MASKINGS.values())):
+        with pytest.raises(ValueError, match=reason):
+            shift(record() | changes)
+
+
 # masks
 
 
@@ -400,8 +419,8 @@ def test_write_shifted_equals_the_functions(split, name):
         ('{"annot_id": ', ":2: not valid JSON"),
         ("[1]", ":2: expected a JSON object"),
         (json.dumps(record(annot_id=None)), ":2: field 'annot_id' is NoneType"),
-        (json.dumps(record(answer_choices=None, annot_id="val-1")), ":2 (val-1): TypeError"),
-        ('{"annot_id": "val-1", "answer_label": 1, "rationale_label": 2}', ":2 (val-1): KeyError"),
+        (json.dumps(record(answer_choices=None, annot_id="val-1")), ":2 (val-1): answer_choices is None"),
+        ('{"annot_id": "val-1", "answer_label": 1, "rationale_label": 2}', ":2 (val-1): objects is None"),
     ],
 )
 def test_a_bad_line_fails_by_file_and_line_and_leaves_the_old_file(split, name, scores, bad, reason):

@@ -4,8 +4,7 @@
 that a model can learn without the picture stop working: by rule (no model needed), or by masking the tokens
 on which a trained model relies. This follows github.com/yekeren/VCR-shortcut-effects-study at 4d0151d in
 every quirk: pronouns have no cases ("near he waves"), verbs do not agree. It takes lines as ``json`` reads
-them and changes only the choices. It neither reads pictures nor runs models, and leaves it to the reader of
-the set to check that lines are as VCR publishes them.
+them and changes only the choices. It neither reads pictures nor runs models.
 """
 
 import json
@@ -32,13 +31,37 @@ _HE = ("he", "his", "him", "He", "His", "Him")
 _SHE = ("she", "her", "hers", "She", "Her", "Hers")
 
 
-def _check_labels(record: Line) -> None:
+def _check(record: Line, labels: bool = True) -> None:
+    """Raises ``ValueError`` where a line is not as VCR publishes it."""
+    objects = record.get("objects")
+    if not (isinstance(objects, list) and all(isinstance(name, str) for name in objects)):
+        raise ValueError(f"objects is {objects!r}, expected a list of class names; is this a VCR file?")
+    lists = {"question": record.get("question")}
     for part in _PARTS:
-        if record.get(f"{part}_label") not in range(4):
+        choices = record.get(f"{part}_choices")
+        if not (isinstance(choices, list) and len(choices) == 4):
+            raise ValueError(f"{part}_choices is {choices!r}, expected 4 token lists; is this a VCR file?")
+        lists |= {f"{part}_choices[{index}]": choice for index, choice in enumerate(choices)}
+        label = record.get(f"{part}_label")
+        if labels and not (type(label) is int and 0 <= label < 4):
             raise ValueError(
-                f"{part}_label is {record.get(f'{part}_label')!r}, but the set needs answer_label and "
-                "rationale_label, each 0 to 3; take a split that has them (train or val)"
+                f"{part}_label is {label!r}, but the set needs answer_label and rationale_label, each "
+                "0 to 3; take a split that has them (train or val)"
             )
+    for name, tokens in lists.items():
+        if not isinstance(tokens, list):
+            raise ValueError(f"{name} is {tokens!r}, expected a list of tokens; is this a VCR file?")
+        for token in tokens:
+            if isinstance(token, str):
+                continue
+            if not (isinstance(token, list) and token and all(type(tag) is int for tag in token)):
+                raise ValueError(f"{name}: {token!r} is neither a word nor a list of object indices")
+            for tag in token:
+                if not 0 <= tag < len(objects):
+                    raise ValueError(
+                        f"{name}: reference to object {tag}, but the picture has {len(objects)} objects; "
+                        f"from {MASKED_TAG} on it is masked: take the file that has no masks"
+                    )
 
 
 def _with_choices(record: Line, change: Callable[[str, int, list[Token]], list[Token]]) -> Line:
@@ -90,7 +113,7 @@ def rule_singular(record: Line) -> Line | None:
     the question's person, in the right one the person becomes a pronoun. A reference to a
     person together with an object is kept. tools/rephrase_choice_singular.py.
     """
-    _check_labels(record)
+    _check(record)
     objects, question = record["objects"], record["question"]
     asked = _people(question, objects)
     if len(asked) != 1:
@@ -124,7 +147,7 @@ def rule_plural(record: Line) -> Line | None:
     not in order is kept, because the original compares it with the sorted one.
     tools/rephrase_choice_plural.py.
     """
-    _check_labels(record)
+    _check(record)
     asked = _group(record["question"], record["objects"])
     if asked is None:
         return None
@@ -165,6 +188,7 @@ def mask_tokens(tokens: Sequence[Token], masked: Collection[int]) -> list[Token]
 
 
 def _mask_by(record: Line, scores: Line, chosen: Callable[[Sequence[float]], list[int]]) -> Line:
+    _check(record, labels=False)
     for part in _PARTS:
         label = record.get(f"{part}_label")
         if label is not None and label != scores[f"{part}_label"]:
