@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tdlib.method.clip_td import distillation_loss
-from tdlib.method.losses import DISTANCES, choice_distribution_loss
+from tdlib.method.losses import DISTANCES, choice_distribution_loss, weighted_distance
 
 few = settings(deadline=None, max_examples=30)
 seeds = st.integers(0, 2**31 - 1)
@@ -203,6 +203,25 @@ def test_a_zero_target_adds_nothing_even_if_it_has_weight(name):
     without[:, 0] = 0
     loss = targeted_loss(student, targets, weights, instances, name)
     assert_close(loss, targeted_loss(student, targets, without, instances, name))
+
+
+def bare_cosine(student, targets):
+    """Divides by zero where there is no target, as a distance that a user adds may."""
+    return 1 - (student * targets).sum(-1) / (student.norm(dim=-1) * targets.norm(dim=-1))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_distance_without_a_value_where_there_is_no_target_does_no_harm(monkeypatch, weight):
+    """A device that reads every token, and global embeddings, have targets of zeros among the others."""
+    monkeypatch.setitem(DISTANCES, "bare", bare_cosine)
+    (student, targets), weights = random_vectors(0, 4, 8), torch.full((4,), 0.5)
+    targets[1], weights[1] = 0, weight
+    student.requires_grad_()
+    loss = weighted_distance(student, targets, weights, "bare")
+    loss.backward()
+    kept = torch.tensor([0, 2, 3])
+    assert_close(loss, 0.5 * DISTANCES["cosine"](student[kept], targets[kept]).sum())
+    assert student.grad.isfinite().all() and student.grad[1].eq(0).all() and student.grad[0].ne(0).any()
 
 
 @every_distance

@@ -87,11 +87,14 @@ def weighted_distance(
 ) -> Float[Tensor, ""]:
     """Pull tokens towards the teacher: ``sum_i w[i] * D(student[i], target[i])``, D a key of ``DISTANCES``.
 
-    Raises ValueError for a distance that does not return one number per token.
+    A target of zeros is none and adds nothing, also where the distance to it is no number. Raises ValueError
+    for a distance that does not return one number per token.
     """
-    per_token = DISTANCES[distance](student_projected, targets.detach())
+    absent = (targets == 0).all(dim=-1)
+    student = student_projected.masked_fill(absent.unsqueeze(-1), 0)  # keeps back a gradient that is none
+    per_token = DISTANCES[distance](student, targets.detach())
     check_result(f"distance {distance!r}", per_token, weights.shape)
-    return (weights.detach() * per_token).sum()
+    return (weights.detach() * per_token.masked_fill(absent, 0)).sum()
 
 
 def choice_distribution_loss(

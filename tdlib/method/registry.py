@@ -115,7 +115,7 @@ def call_problem(parameter: str, name: str) -> str:
 
 
 def check_result(what: str, found: Any, shape: Sequence[int], mask: bool = False) -> None:
-    """Refuses what a function of a table has returned if it is not of the shape that the table says.
+    """Refuses what a function of a table has returned if it is not of the shape that is needed.
 
     Broadcasting would hide it: one number in place of one for each example weighs all examples alike. Looks
     at shape and type alone, so no device is waited for. ``mask``: it must be boolean.
