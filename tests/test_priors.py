@@ -24,6 +24,11 @@ def test_fit_counts_documents_in_lower_case():
     assert [idf.word(word) for word in ("the", "SAT", "zebra")] == pytest.approx([COMMON, RARE, UNSEEN])
 
 
+def test_fit_refuses_a_single_string():
+    with pytest.raises(ValueError, match="documents is one string"):
+        Idf.fit("the cat")
+
+
 def test_without_documents_all_words_are_alike():
     assert Idf.fit([]).word("cat") == 1
 

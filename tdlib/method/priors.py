@@ -33,6 +33,8 @@ class Idf:
     @classmethod
     def fit(cls, documents: Iterable[str]) -> "Idf":
         """Count words over the documents (one text per example); read once, so a generator will do."""
+        if isinstance(documents, str):  # each letter would count as a document
+            raise ValueError(f"documents is one string ({documents[:40]!r}); expected an iterable of strings")
         num_documents, counts = 0, Counter[str]()
         for document in documents:
             num_documents += 1
