@@ -49,7 +49,7 @@ def predict(examples: list[Example], share: float, seed: int) -> np.ndarray:
 
 def write_run(
     batch: Path, task="vcr_qa", arm="finetune", seed=0, shots=12, share=0.5, splits=("val",), state="done",
-    ids=None, run="", more=None, number=24,
+    ids=None, run="", more=None, number=24, columns=None,
 ) -> str:  # fmt: skip
     """A run's folder as its worker leaves it, with predictions in the form that training writes."""
     run = run or f"{task}-{arm}-{seed}-{shots:g}" + "".join(f"-{value}" for value in (more or {}).values())
@@ -67,7 +67,7 @@ def write_run(
             tested = examples_of(task, split, number)
             said = Predictions.of(predict(tested, share, seed))
             tables.append(prediction_table(split, tested, said, labels, constant=1))
-        pd.concat(tables).to_parquet(output / "predictions.parquet", index=False)
+        pd.concat(tables).assign(**(columns or {})).to_parquet(output / "predictions.parquet", index=False)
         many = 100 if shots == 0 else int(shots)
         learned = [example(name, task, 0, "p") for name in ids or [f"{seed}-{i}" for i in range(many)]]
         save_manifest(output / "manifest.json", learned, shots, seed)

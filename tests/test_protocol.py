@@ -22,14 +22,7 @@ from tdlib.analysis.protocol import (
     together,
     unfinished,
 )
-from tdlib.analysis.scores import (
-    ProtocolError,
-    collect,
-    joint_predictions,
-    read_runs,
-    read_scores,
-    with_strata,
-)
+from tdlib.analysis.scores import ProtocolError, collect, joint_predictions, read_runs, read_scores
 from tdlib.analysis.statistics import bootstrap_interval, pooled_difference, sign_flip_test
 from tdlib.analysis.study import lead_charts, readable, reading_guide
 from tdlib.data.tasks import SHIFTS
@@ -403,17 +396,14 @@ def test_claims_say_what_is_shown_where_and_what_repairing_adds(two_worlds):
 
 
 def test_known_and_unknown_concepts_are_compared_apart(tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    lines = [
-        {"id": f"val-{i}", "style": "flat" if i < 6 else "noir", "style_known": i < 6,
-         "right": {"concepts": ["a thing"], "known": i < 12 if i < 20 else None}} for i in range(24)
-    ]  # fmt: skip
-    (data / "val.concepts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kinds = {
+        "concept": ["known"] * 12 + ["unknown"] * 8 + [""] * 4,
+        "style": ["flat"] * 6 + ["noir"] * 18, "style_known": ["known"] * 6 + ["unknown"] * 18,
+    }  # fmt: skip
     for arm in ("finetune", "clip_td"):
-        write_run(tmp_path / "b", run=arm, arm=arm, share=SHARES[arm], more={"data_dir": str(data)})
+        write_run(tmp_path / "b", run=arm, arm=arm, share=SHARES[arm], columns=kinds)
     runs = read_runs(tmp_path / "b")
-    scores = with_strata(runs, read_scores(tmp_path / "b", runs), tmp_path)
+    scores = read_scores(tmp_path / "b", runs)
     assert scores.groupby("concept")["id"].nunique().to_dict() == {"known": 12, "unknown": 8, "": 4}
     assert scores.groupby("style_known")["id"].nunique().to_dict() == {"known": 6, "unknown": 18}
     table = compare_within(runs, scores, "concept", resamples=50)
@@ -426,8 +416,10 @@ def test_known_and_unknown_concepts_are_compared_apart(tmp_path):
         "style: flat",
         "style: noir",
     }
-    bare = with_strata(runs, scores.drop(columns=STRATA), tmp_path / "elsewhere")
-    assert compare_within(runs, bare, "concept").empty
+    write_run(tmp_path / "earlier", run="bare", arm="finetune")  # its predictions lack the columns
+    bare = read_runs(tmp_path / "earlier")
+    scores = read_scores(tmp_path / "earlier", bare)
+    assert (scores[STRATA] == "").all(axis=None) and compare_within(bare, scores, "concept").empty
 
 
 def test_the_page_leads_with_differences_and_scores(two_worlds):

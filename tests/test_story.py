@@ -13,11 +13,12 @@ import psutil
 import pytest
 import torch
 
-from tdlib.analysis.scores import add_strata, read_predictions
+from tdlib.analysis.scores import read_predictions
 from tdlib.analysis.summary import answer, score_table, summarise_within
 from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT
 from tdlib.data.examples import low_shot
+from tdlib.miniworld.worlds import STRATA, strata_of
 from tdlib.runs.page import export_html
 from tdlib.training.prepare import prepare
 from tdlib.training.run import compare
@@ -154,8 +155,11 @@ def test_the_table_of_scores_has_no_hole_and_all_arms():
 
 
 def test_strata_part_the_examples_of_each_test(world, runs):
-    predictions = add_strata(read_predictions(runs), world)
+    predictions = read_predictions(runs)
     assert set(predictions["concept"]) == {"known", "unknown"}
+    for split, own in predictions.groupby("split"):
+        said = strata_of(world, split).loc[own["question"]]
+        assert (own[STRATA].to_numpy() == said.to_numpy()).all()
     table = summarise_within(predictions, "concept")
     sizes = table.drop_duplicates(["concept", "split"]).groupby("split")["examples"].sum()
     assert dict(sizes) == dict(predictions.groupby("split")["id"].nunique())

@@ -150,7 +150,7 @@ def worlds_in_words(world: str) -> str:
 def compare_within(runs: pd.DataFrame, scores: pd.DataFrame, by: str, **options: Any) -> pd.DataFrame:
     """``compare_arms`` (with its options) on each kind of examples, named by the column ``stratum``.
 
-    ``by`` is the column of ``scores`` with the kind (``scores.with_strata``); rows without one are left out.
+    ``by`` is the column of ``scores`` with the kind, such as ``concept``; rows without one are left out.
     Holm's correction is over the arms within each kind.
     """
     columns = ["stratum", *COLUMNS]

@@ -13,18 +13,17 @@ from typing import Any
 import pandas as pd
 
 from tdlib.config import RunConfig, parameters_with
-from tdlib.core.paths import ROOT
 from tdlib.core.provenance import canonical, canonical_json
-from tdlib.data.tasks import TASKS, world_folder
+from tdlib.data.tasks import TASKS
 from tdlib.data.vcr_results import joint_scores
-from tdlib.miniworld.worlds import STRATA, strata_of
+from tdlib.miniworld.worlds import STRATA
 from tdlib.runs.report import batch_record, open_results, recorded_runs
 
 RUN_COLUMNS = [
     "batch", "run", "state", "reason", "task", "shots", "arm", "seed", "world", "setting", "train_examples",
     "subset", "tuned", "of_size", "shared", "commit",
 ]  # fmt: skip
-SCORE_COLUMNS = ["batch", "run", "measure", "split", "id", "question", "image", "score", "chance"]
+SCORE_COLUMNS = ["batch", "run", "measure", "split", "id", "question", "image", "score", "chance", *STRATA]
 DESCRIBED = ("task", "shots", "arm", "seed")  # parameters with a separate column
 # Parameters that a batch may vary along with the size: how long and how fast is trained, what is tested.
 FOLLOWS_SIZE = (*parameters_with(role="training"), "eval_splits", "shift")
@@ -228,20 +227,23 @@ def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.Dat
 def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
     """Read the score of every finished run on every labelled example.
 
-    Columns: batch, run, measure, split, id, question, image, score in [0, 1], chance. ``measure`` is the
-    task's (``Task.metric``). A run of task "vcr" has three: Q->AR, where a row is a question, right if answer
-    and rationale are, and its parts Q->A and QA->R. ``chance`` is what guessing scores on the example
-    (``data.chance``). ``runs`` are those of ``read_runs`` for this batch's folder.
+    Columns: ``SCORE_COLUMNS``, with score and chance in [0, 1]. ``measure`` is the task's (``Task.metric``).
+    A run of task "vcr" has three: Q->AR, where a row is a question, right if answer and rationale are, and
+    its parts Q->A and QA->R. ``chance`` is what guessing scores on the example (``data.chance``). The
+    ``STRATA`` tell kinds of examples apart, "" where the data, or a run of an earlier version, do not say.
+    ``runs`` are those of ``read_runs`` for this batch's folder.
 
     Raises:
         ProtocolError: a finished run has left no predictions, or has some scores missing.
     """
     with open_results(folder, runs[["run", "state"]]) as connection:
-        wanted = ["run", "split", "id", "question", "part", "image", "score", "chance"]
-        if ("predictions",) in connection.execute("SELECT view_name FROM duckdb_views()").fetchall():
-            predictions = connection.execute(f"SELECT {', '.join(wanted)} FROM predictions").df()
-        else:  # no run has left any
-            predictions = pd.DataFrame(columns=wanted)
+        wanted = ["run", "split", "id", "question", "part", "image", "score", "chance", *STRATA]
+        columns = "SELECT column_name FROM duckdb_columns() WHERE table_name = 'predictions'"
+        held = {name for (name,) in connection.execute(columns).fetchall()}  # nothing if no run has left any
+        found = [name for name in wanted if name in held]
+        predictions = connection.execute(f"SELECT {', '.join(found)} FROM predictions").df() if held else None
+    predictions = pd.DataFrame(predictions, columns=wanted)
+    predictions[STRATA] = predictions[STRATA].astype(object).fillna("")
     done = runs[runs["state"] == "done"].set_index("run")
     without = sorted(set(done.index) - set(predictions["run"]))
     if without:
@@ -288,44 +290,3 @@ def joint_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
     if (predictions["part"] == "").all():
         return predictions
     return joint_scores(predictions, [n for n in ("run", "arm", "seed", "split") if n in predictions])
-
-
-# Kinds of examples.
-
-
-def with_strata(runs: pd.DataFrame, scores: pd.DataFrame, reports: Path) -> pd.DataFrame:
-    """Adds to scores what side files of the data say of each example, to compare kinds of examples.
-
-    Adds the columns of ``miniworld.worlds.strata_of``, "" for examples without such a file: the
-    MiniWorld has it for every task, real data have none. ``reports`` holds the folders of the batches.
-    """
-    folders = {(run.batch, run.run): _data_folder(reports, run.batch, run.run) for run in runs.itertuples()}
-    data = [folders[batch, run] for batch, run in zip(scores["batch"], scores["run"], strict=True)]
-    parts = [strata_by_row(rows, folder) for folder, rows in scores.groupby(data, sort=False)]
-    return scores.join(pd.concat(parts) if parts else pd.DataFrame(columns=STRATA))
-
-
-def add_strata(predictions: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """Adds the columns of ``with_strata`` to predictions of runs on the data in one folder."""
-    return predictions.join(strata_by_row(predictions, folder))
-
-
-def strata_by_row(rows: pd.DataFrame, folder: Path | str) -> pd.DataFrame:
-    """Looks up the kind of each row's ``question`` in its ``split``, by the rows' index."""
-    parts = [
-        strata_of(folder, str(split)).reindex(own["question"]).fillna("").set_index(own.index)
-        for split, own in rows.groupby("split", sort=False)
-    ]
-    return pd.concat(parts) if parts else pd.DataFrame(columns=STRATA)
-
-
-def _data_folder(reports: Path, batch: str, run: str) -> str:
-    """Finds the folder of a run's data; "" if it does not exist. A MiniWorld is not written for this."""
-    try:
-        began = json.loads((Path(reports) / batch / run / "parameters.json").read_text(encoding="utf-8"))
-        parameters = began["parameters"]
-        place = parameters.get("data_dir") or world_folder(parameters["task"], parameters["world_seed"])
-    except (OSError, ValueError, KeyError):
-        return ""
-    folder = ROOT / place
-    return str(folder) if folder.is_dir() else ""

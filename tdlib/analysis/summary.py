@@ -14,7 +14,7 @@ TOO_FEW = "too few pairs"
 def summarise_within(predictions: pd.DataFrame, by: str) -> pd.DataFrame:
     """Applies ``compare.summarise`` to each kind of examples; adds columns ``by`` and ``examples``.
 
-    ``by`` is a column with the kind, such as ``concept`` (``scores.add_strata``); rows with "" are left out.
+    ``by`` is a column with the kind, such as ``concept``; rows with "" are left out.
     """
     frames = [
         summarise(rows).assign(**{by: kind, "examples": rows.groupby("split")["id"].nunique().max()})

@@ -165,12 +165,13 @@ def evaluate(
             )  # fmt: skip
         predictions = Predictions.by(student, encoded, workers=encoded.workers(config.loader_workers))
         table = prediction_table(split, examples, predictions, prepared.labels, constant)
+        strata = strata_of(data_folder(config), split).reindex(table["question"]).fillna("")
+        table = table.assign(**strata.reset_index(drop=True))
         if examples.labelled:
             of_split = task_of(config).measures(table)
             figures["accuracy"][split] = next(iter(of_split.values()))
             figures["measures"][split] = of_split
-            strata = strata_of(data_folder(config), split).reindex(table["question"]).fillna("")
-            figures["detail"][split] = detail(table.assign(**strata.reset_index(drop=True)), STRATA)
+            figures["detail"][split] = detail(table, STRATA)
         if split == config.submission_split:
             told = predictions.chosen if predictions.every is None else predictions.every
             task = task_of(config)

@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from tdlib.analysis.scores import strata_by_row
 from tdlib.config import RunConfig
 from tdlib.core.files import file_state
 from tdlib.core.paths import ROOT
 from tdlib.core.records import END, TargetRecord, read_records
 from tdlib.data.tasks import data_folder, task_of
+from tdlib.miniworld.worlds import STRATA, strata_of
 from tdlib.views.evolution import in_order
 
 SELECTIONS = "selections.parquet"
@@ -78,8 +78,12 @@ class Run:
     def index(self) -> pd.DataFrame:
         """``read_index``, with the ``STRATA`` of each example; "" where the data lack them or are gone."""
         index = read_index(self.folder / SELECTIONS, self.labels)
-        questions = index["example_id"].str.removesuffix(":r")  # VCR's rationales
-        return index.join(strata_by_row(index.assign(question=questions), data_folder(self.config)))
+        questions, folder = index["example_id"].str.removesuffix(":r"), data_folder(self.config)
+        strata = [
+            strata_of(folder, str(split)).reindex(own).fillna("").set_index(own.index)
+            for split, own in questions.groupby(index["split"], sort=False)
+        ]
+        return index.join(pd.concat(strata) if strata else pd.DataFrame(columns=STRATA))
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
