@@ -168,7 +168,7 @@ def _batch(options: argparse.Namespace) -> int:
     resources = pairs_of(getattr(options, "resources", []), "-r")
     batch = Batch(options.file, reports=reports, resources=resources)
     if options.action == "plan":
-        return _plan(batch)
+        return _plan(batch, options)
     if options.action == "open":
         print(f"jupyter lab {shlex.quote(str(batch.open(options.run)))}")
         return 0
@@ -222,14 +222,20 @@ def _execute(batch: "Batch", options: argparse.Namespace) -> "list[PlannedRun]":
         asked = batch.to_retry(options.runs)  # before they are executed: then they have other states
         batch.retry(options.runs, options.engine, **engine)
         return asked
+    where = _where(batch, options)
+    (batch.run if options.action == "run" else batch.resume)(options.engine, where, **engine)
+    return batch.like(where)
+
+
+def _where(batch: "Batch", options: argparse.Namespace) -> dict[str, Any]:
+    """Reads the values of ``-w``; a list means any of them, also where the parameter holds text."""
     from tdlib.runs.template import read_template
 
     template, where = read_template(batch.plan.template), {}
     for name, text in pairs_of(options.where, "-w").items():
-        value = parse_value(text, name)  # a list means any of them, also where the parameter holds text
+        value = parse_value(text, name)
         where[name] = value if isinstance(value, list) else template.from_text(name, text)
-    (batch.run if options.action == "run" else batch.resume)(options.engine, where, **engine)
-    return batch.like(where)
+    return where
 
 
 def _best(batch: "Batch", options: argparse.Namespace) -> int:
@@ -251,7 +257,7 @@ def _best(batch: "Batch", options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(batch: "Batch") -> int:
+def _plan(batch: "Batch", options: argparse.Namespace) -> int:
     from tdlib.runs.engines import LocalEngine
 
     if batch.problems:
@@ -259,8 +265,9 @@ def _plan(batch: "Batch") -> int:
         for problem in batch.problems:
             print(f"  - {problem}", file=sys.stderr)
         return 1
-    table, engine, wanted = batch.planned(), LocalEngine(), batch.plan.resources
-    print(table.drop(columns="expected_seconds").to_string(index=False))
+    table, engine = batch.planned(_where(batch, options)), LocalEngine()
+    wanted = batch.plan.resources
+    print(table.drop(columns=["expected_seconds", "unlike"]).to_string(index=False))
     undone = table[table["state"] != "done"]
     repeated = f" ({batch.plan.repeated} described twice)" if batch.plan.repeated else ""
     print(f"\n{len(table)} runs{repeated}, {len(undone)} of them not done")
@@ -268,7 +275,9 @@ def _plan(batch: "Batch") -> int:
     if len(seconds):
         at_once = engine.at_once(wanted)
         hours = max(seconds.max(), seconds.mean() * len(undone) / at_once) / 3600
-        print(f"about {hours:.2g} hours here, {at_once} at once (from the durations of earlier runs)")
+        unlike = sorted({name for names in undone["unlike"] for name in names})
+        but = f", which had other {', '.join(unlike)}" if unlike else ""
+        print(f"about {hours:.2g} hours here, {at_once} at once (from the durations of earlier runs{but})")
     for problem in engine.check(wanted):
         print(f"not on this machine: {problem}")
     for note in batch.plan.notes + batch.done_otherwise():
@@ -321,7 +330,7 @@ def _add_batch(commands: Any) -> None:
         if name == "best":
             action.add_argument("--split", default="", help="evaluated on; default: the pictures held out")
             action.add_argument("--uneven", action="store_true", help="arms may have tried unequal numbers")
-        if name in ("run", "resume"):
+        if name in ("plan", "run", "resume"):
             action.add_argument(
                 "-w", "--where", **_PAIR,
                 help="only runs with this value of a parameter, or one of a list: -w shots '[12, 24]'",

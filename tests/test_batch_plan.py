@@ -423,8 +423,17 @@ def test_hours_are_estimated_from_the_runs_most_alike(tmp_path, monkeypatch, cap
         run_states.write_state(folder, {"state": "done", "seconds": seconds})
     assert list(batch.planned()["expected_seconds"]) == [100, 300]
     monkeypatch.setattr(LocalEngine, "at_once", lambda *_: 4)
-    main(["batch", "plan", str(batch.file), "--folder", str(batch.reports)])
-    assert f"about {300 / 3600:.2g} hours" in capsys.readouterr().out, "no sooner than the longest run"
+    command = ["batch", "plan", str(batch.file), "--folder", str(batch.reports)]
+    main(command)
+    told = capsys.readouterr().out
+    assert f"about {300 / 3600:.2g} hours" in told, "no sooner than the longest run"
+    assert "(from the durations of earlier runs)" in told and "2 runs" in told
+    main([*command, "-w", "a", "1"])
+    told = capsys.readouterr().out
+    assert f"about {100 / 3600:.2g} hours" in told and "1 runs" in told
+    longer = make_batch(tmp_path / "longer", grid={"a": [3]}, parameters={"mode": "coarse"}, seeds=1)
+    main(["batch", "plan", str(longer.file), "--folder", str(batch.reports)])
+    assert "earlier runs, which had other a, mode)" in capsys.readouterr().out
 
 
 def test_a_batch_without_a_file(tmp_path):

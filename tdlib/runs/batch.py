@@ -78,10 +78,11 @@ class Batch:
         """Returns the state of every run by its id, in the plan's order."""
         return {run.id: run_states.current_state(self.folder_of(run)) for run in self.plan.runs}
 
-    def estimates(self) -> dict[str, float]:
+    def estimates(self) -> dict[str, tuple[float, list[str]]]:
         """Estimates the seconds of each run from finished runs of the same template, in any batch.
 
-        It is the median of those that share most parameters with it.
+        It is the median of those that share most parameters with it; beside it stand the parameters, but
+        for the seed, in which all of them differ from it.
         """
         earlier = []
         for file in self.reports.glob("*/*/parameters.json"):
@@ -94,8 +95,12 @@ class Batch:
         for run in self.plan.runs if earlier else ():
             alike = [sum(p.get(n) == value for n, value in run.parameters.items()) for p, _ in earlier]
             most = max(alike)
-            nearest = [seconds for n, (_, seconds) in zip(alike, earlier, strict=True) if n == most]
-            expected[run.id] = median_high(nearest)
+            nearest = [one for n, one in zip(alike, earlier, strict=True) if n == most]
+            unlike = [
+                name for name, value in run.parameters.items()
+                if name != "seed" and all(p.get(name, value) != value for p, _ in nearest)
+            ]  # fmt: skip
+            expected[run.id] = median_high(seconds for _, seconds in nearest), unlike
         return expected
 
     def done_otherwise(self) -> list[str]:
@@ -123,18 +128,18 @@ class Batch:
             "are, these are new runs"
         ]
 
-    def planned(self) -> "pd.DataFrame":
-        """One row per run: id, state, the parameters in which runs differ, expected seconds."""
+    def planned(self, where: Mapping[str, Any] | None = None) -> "pd.DataFrame":
+        """One row per run like ``where``: id, state, the parameters in which runs differ, ``estimates``."""
         import pandas as pd
 
         from tdlib.runs.report import column_of
 
-        seconds, states = self.estimates(), self.states()
+        expected, states = self.estimates(), self.states()
         rows = [
             {"run": run.id, "state": states[run.id]["state"]}
             | {column_of(name): run.parameters[name] for name in self.plan.varied}
-            | {"expected_seconds": seconds.get(run.id)}
-            for run in self.plan.runs
+            | dict(zip(("expected_seconds", "unlike"), expected.get(run.id, (None, [])), strict=True))
+            for run in self.like(where or {})
         ]
         return pd.DataFrame(rows)
 
