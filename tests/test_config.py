@@ -129,6 +129,16 @@ def test_unknown_variants_are_refused_and_the_known_ones_listed(name):
         assert getattr(RunConfig.from_parameters(**{name: known}), name) == known
 
 
+def test_a_name_that_a_table_lacks_is_refused_with_what_it_holds():
+    for known in registry.TABLES.values():
+        for table in known:
+            own = table.functions()
+            first = next(iter(own))
+            with pytest.raises(ConfigError, match=rf"'{first}x'.* only .*did you mean '{first}'"):
+                _ = own[f"{first}x"]
+            assert own.get(f"{first}x") is None and f"{first}x" not in own
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_variants_that_a_user_adds_are_known(name, monkeypatch):
     monkeypatch.setitem(TABLES[name], "mine", {} if name == "arm" else lambda *arguments: None)

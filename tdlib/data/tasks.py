@@ -19,7 +19,7 @@ import pandas as pd
 
 from tdlib.config import RunConfig
 from tdlib.core.files import file_state, whole_path, write_json, write_jsonl
-from tdlib.core.paths import ROOT, ConfigError, resolve
+from tdlib.core.paths import ROOT, ConfigError, Named, resolve
 from tdlib.data import snli_ve, vcr, vcr_results, vqa, vqa_metric
 from tdlib.data.examples import DataError, Example, Examples
 from tdlib.data.reading import Reader
@@ -258,19 +258,9 @@ def _frequent_answers(
     return vqa.build_vocabulary(folder, split, minimum, changing_priors)
 
 
-class _Tasks(dict[str, Task]):
-    """Tasks by name; says what to do about one that another session has registered."""
-
-    def __missing__(self, name: str) -> Task:
-        raise ConfigError(
-            f"task={name!r}: not known in this session; execute the cell that registers it (TASKS[{name!r}] "
-            "= ...) first, or import the module that does"
-        )
-
-
 _VCR_SHIFTS = ("shortcut", "balanced", *_PICTURES, *VCR_SHIFTS)
 _VCR_SHIFT = ("shortcut", "rule_singular")
-TASKS: dict[str, Task] = _Tasks({
+TASKS: Named[Task] = Named({
     "vcr_qa": VcrTask(
         "vcr", "VCR", "train", "val", "test", "accuracy (Q->A)", _VCR_SHIFTS, _VCR_SHIFT, subtask="qa"
     ),

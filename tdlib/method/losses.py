@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdlib.core.paths import Named
 from tdlib.method.registry import check_result
 
 Vectors = Float[Tensor, "*batch tokens teacher_dim"]
@@ -70,13 +71,13 @@ def info_nce_distance(student_projected: Vectors, targets: Vectors, temperature:
     return logits.logsumexp(dim=-1) - logits.diagonal(dim1=-2, dim2=-1)
 
 
-DISTANCES: dict[str, Distance] = {
-    "cosine": cosine_distance,
-    "l1": l1_distance,
-    "smooth_l1": smooth_l1_distance,
-    "mse": mse_distance,
-    "info_nce": info_nce_distance,
-}
+DISTANCES: Named[Distance] = Named(
+    cosine=cosine_distance,
+    l1=l1_distance,
+    smooth_l1=smooth_l1_distance,
+    mse=mse_distance,
+    info_nce=info_nce_distance,
+)
 
 
 def weighted_distance(

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tdlib.core.paths import Named
 from tdlib.method.alignment import text_overlap, visual_overlap
 
 WORD = re.compile(r"\w+")
@@ -85,4 +86,4 @@ def referred_prior(
     return share.clamp(floor, 1)
 
 
-PRIORS: dict[str, Callable[..., Tensor]] = {"idf": idf_prior, "uniform": uniform_prior}
+PRIORS: Named[Callable[..., Tensor]] = Named(idf=idf_prior, uniform=uniform_prior)

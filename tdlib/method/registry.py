@@ -77,7 +77,10 @@ def _keys_in_source(module: str, name: str) -> tuple[str, ...]:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             assert isinstance(node, ast.Assign | ast.AnnAssign)
-            value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value
+            value = node.value
+            if isinstance(value, ast.Call) and value.keywords:  # Named(mine=..., ...)
+                return tuple(keyword.arg for keyword in value.keywords if keyword.arg)
+            value = value.args[0] if isinstance(value, ast.Call) else value
             assert isinstance(value, ast.Dict)
             return tuple(ast.literal_eval(key) for key in value.keys if key is not None)
     raise LookupError(f"{module} holds no table {name}")

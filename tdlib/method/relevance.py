@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdlib.core.paths import Named
 from tdlib.method.tokens import TeacherTokens, Tokens
 
 SMALLEST = 1e-8  # a vector shorter than this has no direction
@@ -139,14 +140,14 @@ def _cosine_with_other_modality(
     return torch.where(student.is_text, to_image, to_text)
 
 
-RELEVANCE = {
-    "projected": relevance_projected,
-    "value": relevance_value,
-    "vv": relevance_vv,
-    "attention": relevance_saliency,
-    "rollout": relevance_saliency,
-    "gradient": relevance_saliency,
-}
+RELEVANCE = Named(
+    projected=relevance_projected,
+    value=relevance_value,
+    vv=relevance_vv,
+    attention=relevance_saliency,
+    rollout=relevance_saliency,
+    gradient=relevance_saliency,
+)
 
 # Computed anew at each step, from the student's tokens and their targets.
-STUDENT_RELEVANCE = {"entropy": relevance_entropy, "disagreement": relevance_disagreement}
+STUDENT_RELEVANCE = Named(entropy=relevance_entropy, disagreement=relevance_disagreement)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from tdlib.core.paths import Named
 from tdlib.method.registry import check_result
 from tdlib.method.tokens import Tokens
 
@@ -204,14 +205,14 @@ def _masked_softmax(logits: Tensor, mask: Tensor) -> Float[Tensor, "*#batch toke
     return logits.masked_fill(~usable, -math.inf).softmax(dim=-1).masked_fill(~usable, 0)
 
 
-SELECTORS: dict[str, Selector] = {
-    "nucleus": nucleus,
-    "top_k": top_k,
-    "top_fraction": top_fraction,
-    "threshold": threshold,
-    "all": all_valid,
-    "first": first,
-    "random": random,
-    "inverse": inverse,
-    "sample": sample,
-}
+SELECTORS: Named[Selector] = Named(
+    nucleus=nucleus,
+    top_k=top_k,
+    top_fraction=top_fraction,
+    threshold=threshold,
+    all=all_valid,
+    first=first,
+    random=random,
+    inverse=inverse,
+    sample=sample,
+)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tdlib.core.paths import Named
 from tdlib.method.tokens import Tokens
 
 PerToken = Float[Tensor, "batch choices tokens"]
@@ -70,7 +71,7 @@ def reverse_divergence(inputs: TermInputs) -> PerExample:
     return inputs.teacher_knows * (student.exp() * (student - teacher)).sum(-1)
 
 
-EXTRA_TERMS: dict[str, Term] = {"token_cka": token_cka, "reverse_divergence": reverse_divergence}
+EXTRA_TERMS: Named[Term] = Named(token_cka=token_cka, reverse_divergence=reverse_divergence)
 
 
 def _weighted_cka(

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tdlib.core.paths import Named
+
 Probabilities = Float[Tensor, "*batch choices"]
 Labels = Int[Tensor, "*batch"]
 Weights = Float[Tensor, "*batch"]
@@ -39,7 +41,7 @@ def uniform_token_weights(
     return score_token_weights(torch.ones_like(scores), selected)
 
 
-TOKEN_WEIGHTS = {"score": score_token_weights, "uniform": uniform_token_weights}
+TOKEN_WEIGHTS = Named(score=score_token_weights, uniform=uniform_token_weights)
 
 
 def ratio_weight(teacher: Probabilities, student: Probabilities, labels: Labels) -> Weights:
@@ -137,26 +139,26 @@ def _cross_entropy(probability: Tensor) -> Weights:
     return -probability.float().clamp(torch.finfo(torch.float32).tiny, 1).log()
 
 
-INSTANCE_WEIGHTS = {
-    "ratio": ratio_weight,
-    "teacher": teacher_weight,
-    "gap": gap_weight,
-    "correct": correct_weight,
-    "focal": focal_weight,
-    "wsld": wsld_weight,
-    "certainty": certainty_weight,
-    "disagreement": disagreement_weight,
-    "uniform": uniform_weight,
-}
+INSTANCE_WEIGHTS = Named(
+    ratio=ratio_weight,
+    teacher=teacher_weight,
+    gap=gap_weight,
+    correct=correct_weight,
+    focal=focal_weight,
+    wsld=wsld_weight,
+    certainty=certainty_weight,
+    disagreement=disagreement_weight,
+    uniform=uniform_weight,
+)
 # Those that read no label, and so also weigh examples whose right answer is not known.
 LABEL_FREE = ("certainty", "disagreement", "uniform")
 
 # Functions from the share of updates done, in [0, 1), to the factor of a term's weight, in [0, 1].
 # "learned": the factor is constant, but each term is divided by its learned uncertainty, see
 # ``TargetedDistillation``.
-SCHEDULES = {
-    "constant": constant_schedule,
-    "linear": linear_schedule,
-    "hold": hold_schedule,
-    "learned": constant_schedule,
-}
+SCHEDULES = Named(
+    constant=constant_schedule,
+    linear=linear_schedule,
+    hold=hold_schedule,
+    learned=constant_schedule,
+)
