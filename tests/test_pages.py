@@ -62,7 +62,11 @@ def test_a_chart_places_values_on_its_axis():
     assert "few" in texts and texts.count("few") == 1 and "40.0 [35.0, 45.0]" in texts and "60.0" in texts
     titles = [node.text for node in svg.iter() if node.tag.endswith("title")]
     assert titles[2].startswith("a < b & cccc") and titles[2].endswith(": 60.0")
-    assert svg.get("aria-label") == "accuracy (%)" and float(svg.get("width")) < 800
+    assert svg.get("aria-label") == "accuracy (%)" and float(svg.get("width")) < 950
+    long = [f"clip_td_repaired, head_learning_rate=6e-05, learning_rate={rate}" for rate in (3e-05, 0.0001)]
+    svg = drawing(interval_chart(rows[:2].assign(label=long), "accuracy (%)"))
+    shown = [node.text for node in svg.iter() if node.tag.endswith("text")]
+    assert len({text for text in shown if text.startswith("clip_td")}) == 2, "ends of long names stay"
 
 
 def test_a_chart_of_differences_holds_zero_and_signs():

@@ -293,12 +293,21 @@ def test_six_seeds_and_two_arms_are_too_few_unless_one_was_chosen(tmp_path):
     assert row_of(chosen, arm="clip_td")["verdict"] == "better" and power_note(chosen) == ""
     other = row_of(chosen, arm="naive")
     assert other["verdict"] == "not tested" and np.isnan(other["p_value"]) and other["pairs"] == 6
+    (drawing, _) = lead_charts(chosen)
+    assert ">naive (not tested)<" in drawing and ">clip_td<" in drawing
+    (axes,) = plot_differences(chosen).axes
+    sizes = {line.get_markersize() for line in axes.lines if len(line.get_xdata()) == 1}
+    assert len(sizes) == 2, "what was not tested does not look like what was tested and not found"
 
 
 def test_without_the_baseline_nothing_is_compared(tmp_path):
     write_run(tmp_path / "b", arm="clip_td")
-    row = row_of(compare(tmp_path / "b"), arm="clip_td")
+    table = compare(tmp_path / "b")
+    row = row_of(table, arm="clip_td")
     assert (row["pairs"], row["verdict"], row["unpaired"]) == (0, "too few pairs", "0")
+    assert power_note(table) == "1 rows have no pair: the baseline was not run with their seeds."
+    (scores,) = lead_charts(table)
+    assert "over pictures alone (one seed)" in scores
     assert np.isnan(row["difference"]) and row["mean"] > 0
 
 
@@ -388,7 +397,11 @@ def test_claims_say_what_is_shown_where_and_what_repairing_adds(two_worlds):
     assert "**contrary**, in world 2 by itself" in told[0]
     assert "**shown**, in each of the worlds 1, 2 by itself" in told[0]
     gain = row_of(added, condition="low-shot", arm="clip_td_repaired")["difference"]
-    assert f"re-pairing adds {100 * gain:+.1f} points" in told[0]
+    assert f"re-pairing adds {100 * gain:+.1f} points" in told[0] and "] to clip_td on" in told[0]
+    varied = {"arm": "clip_td_repaired, epochs=48"}
+    other = claim_sentences(claims.assign(**varied), added.assign(**varied), over="naive")
+    assert "clip_td_repaired, epochs=48, which the paper does not have, on" in other[0]
+    assert f"re-pairing adds {100 * gain:+.1f} points" in other[0] and "] to naive on" in other[0]
     assert told[2].endswith(
         "clip_td on vcr_qa: not run; clip_td_repaired, which the paper does not have, on vcr_qa: not run."
     )

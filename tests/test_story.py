@@ -138,6 +138,8 @@ def test_the_answer_has_numbers_intervals_and_a_plain_verdict():
     assert said.count("**\u22123.1 points** [\u22124.1, \u22121.1]") == 2
     assert "**Not significant at this size**: the test over 3 seeds and 1 arms" in said
     assert "6 seeds are the fewest" in said
+    assert "(95 % intervals)" in said
+    assert "intervals, over pictures alone: there is one seed)" in answer(gains("too few pairs", 1), TESTS)
     assert "Not significant" in answer(gains("not distinguishable", 7), TESTS)
     found = answer(gains("worse", 7), TESTS)
     assert "`clip_td` worse on the usual test" in found and "Not significant" not in found

@@ -1,5 +1,6 @@
 """Tables, figures, claims and the page of a study, and the notebook that writes one."""
 
+import itertools
 import json
 import re
 from itertools import product
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from batch_folders import compare, row_of, write_run
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from notebooks import execute
 from tdlib.analysis.compare import summarise
@@ -140,6 +142,28 @@ def test_figures_draw_every_number_of_their_table(compared):
         (round(100 * row.difference, 6), row.verdict in ("better", "worse")) for row in wanted.itertuples()
     ]
     assert sorted(marks) == sorted(expected)
+
+
+def test_every_arm_looks_different_and_alike_in_both_figures():
+    arms = [f"arm{place}" for place in range(12)]
+    many = pd.DataFrame({
+        "split": "val", "arm": arms, "verdict": "better", "difference": 0.1, "difference_low": 0.0,
+        "difference_high": 0.2, "task": "vcr_qa", "setting": "", "world": "0", "train_examples": 12,
+        "mean": 0.5, "low": 0.4, "high": 0.6, "chance": 0.25,
+    })  # fmt: skip
+    for figure in (plot_differences(many), plot_shots(many)):
+        lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
+        assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(arms)
+
+
+def test_long_settings_are_wrapped_and_do_not_reach_into_the_next_panel(compared):
+    setting = 'student="data/models/mini-uniter", teacher="local-dir:data/models/mini-clip", version=low_shot'
+    baseline = "finetune, head_learning_rate=6e-05, learning_rate=3e-05"
+    figure = plot_differences(shift_table(compared).assign(setting=setting), "test", baseline=baseline)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for texts in ([a._left_title for a in figure.axes], [a.xaxis.label for a in figure.axes]):
+        boxes = [text.get_window_extent(renderer) for text in texts]
+        assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
 
 
 def test_figures_of_nothing_say_so(compared):

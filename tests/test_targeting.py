@@ -310,6 +310,8 @@ def test_figures_have_a_star_where_chance_is_beaten(metric, gain, star):
     table = targeting.figures(pd.concat([rows, other]), ["setting", "modality"])
     assert table.loc[("a", "text"), metric] == f"0.60 [0.50, 0.70]{star}"
     assert table.loc[("b", "text"), metric] == "0.60 [0.50, 0.70]" and len(table) == 2
+    few = targeting.figures(rows.assign(pictures=5), ["setting", "modality"])
+    assert few.loc[("a", "text"), metric] == "0.60 [0.50, 0.70]"
     whole = targeting.figures(rows, ["modality", "source"])
     assert list(whole[metric]) == [f"0.60 [0.50, 0.70]{star}", "0.50 [0.50, 0.50]", "0.55 [0.55, 0.55]"]
 
@@ -329,6 +331,8 @@ def test_figures_have_a_star_where_chance_is_beaten(metric, gain, star):
         ("deletion", {"random": (0.5, 0.05, 0.2), "longest": (0.9, -1, -0.1)}, 8, "random 0.500", "worse"),
         ("deletion", {"random": (0.8, -0.3, -0.1), "longest": (0.9, -1, 1)}, 8, "random 0.800", "better"),
         ("auc", {"random": (0.4, 0.1, 0.3)}, 5, "random 0.400", "too few pictures"),
+        ("pointing", {"random": (0.7, -0.1, -0.1)}, 32, "random 0.700", "undecided"),
+        ("pointing", {"random": (0.7, -0.1, -0.1)}, 100, "random 0.700", "worse"),
     ],
 )
 def test_verdicts_are_about_the_strongest_baseline(metric, baselines, pictures, strongest, verdict):

@@ -19,6 +19,7 @@ import pandas as pd
 from tdlib.analysis.scores import ProtocolError, joint_predictions
 from tdlib.analysis.statistics import (
     ALPHA,
+    UNTESTED,
     PairedDifference,
     adjusted_together,
     chance_corrected,
@@ -218,13 +219,14 @@ def arm_rows(worlds: Sequence[Tested], chance: float, baseline: str = BASELINE, 
                 for world in worlds
                 for seed in world.seeds(arm).symmetric_difference(world.seeds(baseline))
             }
-            row |= {"verdict": "too few pairs", "unpaired": ", ".join(map(str, sorted(alone)))}
+            verdict = "too few pairs" if arm in family else UNTESTED
+            row |= {"verdict": verdict, "unpaired": ", ".join(map(str, sorted(alone)))}
         if gain := differences.get(arm):
             row |= {
                 "pairs": gain.pairs, "baseline_mean": gain.baseline, "difference": gain.difference,
                 "difference_low": gain.low, "difference_high": gain.high, "relative": gain.relative,
                 "relative_low": gain.relative_low, "relative_high": gain.relative_high,
-                "gain_over_chance": gain.gain_over_chance, "verdict": "not tested",
+                "gain_over_chance": gain.gain_over_chance, "verdict": UNTESTED,
             }  # fmt: skip
             if arm in compared:
                 row |= {

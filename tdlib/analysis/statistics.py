@@ -18,6 +18,7 @@ ALPHA = 0.05
 LEVEL = 0.95  # of every interval
 FLIPS = 20_000  # sign patterns drawn beyond ``EXACT_PAIRS``: a p-value about 0.05 is then right to 0.003
 FOUND = ("better", "worse")  # verdicts of a difference that the paired test found
+UNTESTED = "not tested"  # that of an arm which the test was not asked about
 DRAWN_AT_ONCE = 400_000  # members of resamples in memory at once: bounds it for splits of any size
 
 _NORMAL = NormalDist()

@@ -10,7 +10,7 @@ import pandas as pd
 
 from tdlib.analysis.compare import USUAL, number_of_worlds, worlds_in_words
 from tdlib.analysis.protocol import main_measure, together
-from tdlib.analysis.statistics import FOUND
+from tdlib.analysis.statistics import FOUND, UNTESTED
 from tdlib.core.files import whole_file, whole_path, write_json
 from tdlib.core.pages import Html, Section, interval_chart, is_missing, link, page_html, table_html
 from tdlib.data.tasks import SHIFTS
@@ -88,12 +88,15 @@ def lead_charts(compared: pd.DataFrame, baseline: str = "finetune") -> list[Html
     scores = interval_chart(rows.assign(value=rows["mean"]), "Score on the usual test, in per cent")
     guessed = rows.groupby("task", sort=False)["chance"].mean().dropna()
     chance = ", ".join(f"{100 * share:.1f} ({task})" for task, share in guessed.items())
-    said = "Score on the usual test (%) with 95 % intervals over seeds and pictures"
+    over = "seeds and pictures" if rows["seeds"].max() > 1 else "pictures alone (one seed)"
+    said = f"Score on the usual test (%) with 95 % intervals over {over}"
     parts = [_figure(scores, f"{said}; chance: {chance}." if chance else f"{said}.")]
     apart = rows.dropna(subset=["difference"])
     if len(apart):
         named = {"value": "difference", "low": "difference_low", "high": "difference_high"}
+        untested = apart["verdict"].eq(UNTESTED).map({True: f" ({UNTESTED})", False: ""})
         drawn = apart.assign(filled=apart["verdict"].isin(FOUND), **{k: apart[v] for k, v in named.items()})
+        drawn["label"] += untested
         chart = interval_chart(drawn, f"Difference to {baseline}, in points", zero=True)
         said = f"Difference to {baseline} (points) on the usual test; filled: found by the paired test."
         parts.insert(0, _figure(chart, said))

@@ -41,10 +41,11 @@ def answer(table: pd.DataFrame, tests: Mapping[str, str]) -> str:
         for arm, rows in gains.groupby("arm", sort=False)
     ]
     usual = table[table["arm"] == BASELINE].itertuples()
+    few = ", over pictures alone: there is one seed" if gains["pairs"].max() == 1 else ""
     alone = " and ".join(f"{100 * row.mean:.1f} % on {row.test}" for row in usual)
     return (
         f"Against `{BASELINE}` (right in {alone}) accuracy changes with {'; with '.join(changes)} (95 % "
-        f"intervals). {_proves(gains)}"
+        f"intervals{few}). {_proves(gains)}"
     )
 
 

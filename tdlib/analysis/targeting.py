@@ -290,6 +290,9 @@ def targeting_quality(scores: pd.DataFrame, resamples: int = 2000) -> pd.DataFra
 
 LESS_IS_BETTER = ("sufficiency", "deletion")
 FEWEST = 6  # pictures; with fewer, no interval is taken as evidence
+# Measures whose chance is near 0: a few pictures without a hit all look alike, and their bootstrap, which has
+# no spread, calls even a random order worse than chance. Below ``MANY`` pictures nothing is "worse" by them.
+SKEWED, MANY = ("ap", "pointing", "precision", "recall", "iou"), 100
 
 
 def _advantage(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -302,7 +305,8 @@ def figures(quality: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Writes values with intervals as text for a table: a row per ``by``, a column per metric.
 
     "0.62 [0.55, 0.70] *": the star says that the targeting is better than a random choice of as many
-    tokens, by the interval of their paired difference. Baselines have rows if ``by`` names "source";
+    tokens, by the interval of their paired difference over at least ``FEWEST`` pictures; each star stands by
+    itself, so that of many some come by chance. Baselines have rows if ``by`` names "source";
     ``quality`` may be of several settings if columns of ``by`` tell them apart.
     """
     keys = [*(name for name in by if name != "source"), "metric"]
@@ -314,7 +318,8 @@ def figures(quality: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     texts = []
     for row in rows.to_dict("records"):
         random = chance.get(tuple(row[name] for name in keys))
-        star = row["source"] == "targeting" and random and _advantage(random)[0] > 0
+        enough = row["source"] == "targeting" and row["pictures"] >= FEWEST
+        star = enough and random and _advantage(random)[0] > 0
         texts.append(f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" + (" *" if star else ""))
     table = rows.assign(figure=texts).set_index([*by, "metric"])["figure"].unstack("metric", sort=False)
     return table[list(rows["metric"].unique())].fillna("")
@@ -323,9 +328,10 @@ def figures(quality: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 def verdicts(quality: pd.DataFrame, by: Sequence[str] = ("truth", "modality")) -> pd.DataFrame:
     """Compares the targeting with the strongest of its baselines: a row per ``by`` and metric.
 
-    ``verdict`` is "better" or "worse" where the interval of the paired gain lies on one side of 0,
-    "undecided" where it does not, and "too few pictures" below ``FEWEST`` of them. The strongest
-    baseline is chosen by the same figures, which favours it: a "better" is earned. The method's own score,
+    ``verdict`` is "better" or "worse" where the interval of the paired gain lies on one side of 0 ("worse" by
+    ``SKEWED`` measures only from ``MANY`` pictures on), "undecided" where it does not, and "too few pictures"
+    below ``FEWEST`` of them. The strongest baseline is chosen by the same figures, which favours it: a
+    "better" is earned, a "worse" is not. The method's own score,
     which ranks tokens before selection, is no baseline.
     """
     rows = []
@@ -335,7 +341,8 @@ def verdicts(quality: pd.DataFrame, by: Sequence[str] = ("truth", "modality")) -
         others = part[~part["source"].isin(["targeting", "score"])]
         best = others.sort_values("value", ascending=less, kind="stable").iloc[0]
         low, high = _advantage(best)
-        verdict = "better" if low > 0 else "worse" if high < 0 else "undecided"
+        surely = targeting["metric"] not in SKEWED or targeting["pictures"] >= MANY
+        verdict = "better" if low > 0 else "worse" if high < 0 and surely else "undecided"
         rows.append(
             dict(zip([*by, "metric"], key, strict=True))
             | {

@@ -118,6 +118,7 @@ def _cell(value: Any, percent: bool, look: str) -> str:
 
 _ROW, _LETTER = 20, 6.6  # pixels: height of a row, width of a letter
 _TICKS = 6
+_LABEL = 64  # letters of a label; one that is longer is cut
 
 
 def interval_chart(rows: pd.DataFrame, title: str, percent: bool = True, zero: bool = False) -> Html:
@@ -141,7 +142,7 @@ def interval_chart(rows: pd.DataFrame, title: str, percent: bool = True, zero: b
     step = _tick_step(highest - lowest or abs(highest) or 1.0)
     lowest, highest = math.floor(lowest / step) * step, math.ceil(highest / step) * step
     highest = highest if highest > lowest else lowest + step
-    left = _LETTER * min(34, max(len(str(label)) for label in rows["label"])) + 12
+    left = _LETTER * min(_LABEL, max(len(str(label)) for label in rows["label"])) + 12
     width = 360.0
     end = left + width
 
@@ -188,7 +189,8 @@ def _chart_row(
     record: dict[str, Any], x: Callable[[float], float], y: float, left: float, end: float, signed: bool
 ) -> str:
     label, numbers, line = str(record["label"]), _numbers(record, signed), ""
-    label = label if len(label) <= 34 else label[:33] + "…"
+    if len(label) > _LABEL:  # in the middle: arms of a batch often differ at their ends
+        label = f"{label[: _LABEL // 2]}…{label[-(_LABEL // 2 - 1) :]}"
     if not is_missing(record["low"]):
         line = (
             f'<line x1="{x(record["low"]):.1f}" x2="{x(record["high"]):.1f}" y1="{y:.0f}" y2="{y:.0f}" '

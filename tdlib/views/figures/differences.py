@@ -1,6 +1,7 @@
 """Draws differences to a baseline, which is what a comparison asks; scores themselves are in other figures.
 
-Marks are filled where the paired test found a difference, so that nothing is told by colour alone.
+Marks are filled where the paired test found a difference, so that nothing is told by colour alone, and small
+where it was not asked.
 """
 
 from collections.abc import Sequence
@@ -10,17 +11,18 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from tdlib.analysis.compare import worlds_in_words
-from tdlib.analysis.statistics import FOUND
+from tdlib.analysis.statistics import FOUND, UNTESTED
 from tdlib.views.figures.style import (
     GREY,
     LINE_COLOURS,
-    MARKS,
     Figure,
+    mark,
     need,
     panels,
     plain,
     shared_legend,
     styled,
+    wrapped,
 )
 
 
@@ -46,7 +48,7 @@ def plot_differences(
     arms = list(dict.fromkeys(drawn["arm"]))
     # The first colour and mark are the baseline's in other figures.
     looks: dict[str, dict[str, Any]] = {
-        arm: {"color": LINE_COLOURS[place % len(LINE_COLOURS)], "marker": MARKS[place % len(MARKS)]}
+        arm: {"color": LINE_COLOURS[place % len(LINE_COLOURS)], "marker": mark(place)}
         for place, arm in enumerate(arms, start=1)
     }
     keys = [name for name in panel if name in drawn]
@@ -61,19 +63,26 @@ def plot_differences(
             low, high = 100 * one["difference_low"], 100 * one["difference_high"]
             axes.hlines(y, low, high, color=look["color"], linewidth=1.5)
             filled = look["color"] if one["verdict"] in FOUND else "white"
-            axes.plot(100 * one["difference"], y, markerfacecolor=filled, markersize=5.5, **look)
+            size = 3 if one["verdict"] == UNTESTED else 5.5
+            axes.plot(100 * one["difference"], y, markerfacecolor=filled, markersize=size, **look)
         axes.axvline(0, color="black", linewidth=1)
         axes.set_yticks(range(len(places)), [plain(str(place)) for place in places])
         axes.set_ylim(len(places) - 0.5, -0.5)
-        axes.set_xlabel(f"difference to {plain(baseline)} (points)")
+        axes.set_xlabel(wrapped(f"difference to {baseline} (points)"))
         named = zip(keys, key, strict=True)
         parts = [worlds_in_words(part) if name == "world" else str(part) for name, part in named]
-        axes.set_title(plain(", ".join(part for part in parts if part)))
+        axes.set_title(wrapped(", ".join(part for part in parts if part)))
         axes.grid(axis="both")
     for name, look in looks.items():
         grid[0].add_line(Line2D([], [], label=plain(name), markerfacecolor="white", **look))
+    notes = []
     if any(drawn["verdict"].isin(FOUND)):
-        line = Line2D([], [], label="filled: found by the test", color=GREY, marker="o", linestyle="")
-        grid[0].add_line(line)
+        notes.append(("filled: found by the test", GREY, 4))
+    if any(drawn["verdict"] == UNTESTED):
+        notes.append(("small: not tested", "white", 3))
+    for label, face, size in notes:
+        note = Line2D([], [], label=label, color=GREY, markerfacecolor=face, markersize=size)
+        note.set(marker="o", linestyle="")
+        grid[0].add_line(note)
     shared_legend(figure, grid)
     return figure

@@ -13,15 +13,16 @@ from tdlib.analysis.compare import number_of_worlds, worlds_in_words
 from tdlib.views.figures.style import (
     BLUE,
     GREY,
-    MARKS,
     Figure,
     line_style,
+    mark,
     need,
     panels,
     plain,
     shared_legend,
     small,
     styled,
+    wrapped,
 )  # fmt: skip
 
 TICKS = 8  # sizes beyond which not every one is written below the axis
@@ -49,7 +50,7 @@ def plot_shots(shots: pd.DataFrame) -> Figure:
             apart = 1 + 0.02 * (column - (len(of_panel) - 1) / 2)
             x = of_arm["train_examples"] * apart
             place = arms.index(arm)  # an arm looks alike in every panel
-            style = line_style(place) | {"marker": MARKS[place % len(MARKS)]}
+            style = line_style(place) | {"marker": mark(place)}
             axes.vlines(x, 100 * of_arm["low"], 100 * of_arm["high"], color=style["color"], linewidth=1)
             axes.plot(x, 100 * of_arm["mean"], label=plain(arm), linewidth=1.5, markersize=5, **style)
         axes.axhline(100 * rows["chance"].mean(), color=GREY, linewidth=1, linestyle="--", label="chance")
@@ -62,7 +63,7 @@ def plot_shots(shots: pd.DataFrame) -> Figure:
         axes.set_xlim(sizes[0] / reach, sizes[-1] * reach)
         axes.set_xlabel("training examples")
         axes.set_ylabel("accuracy (%)")
-        axes.set_title(plain(_heading(key, rows)))
+        axes.set_title(wrapped(_heading(key, rows)))
         axes.grid(axis="both")
     shared_legend(figure, grid)
     return figure

@@ -7,6 +7,7 @@ figures hold no global state and need no closing. Strings from the data are neve
 
 import functools
 import io
+import textwrap
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -155,6 +156,16 @@ def plain(text: object) -> str:
     return printable.replace("$", r"\$")
 
 
+def mark(place: int) -> str:
+    """The mark of the arm in this place; when colours begin anew, each comes with another mark."""
+    return MARKS[(place + place // len(LINE_COLOURS)) % len(MARKS)]
+
+
+def wrapped(text: object, letters: int = 40) -> str:
+    """The text as ``plain`` has it, in lines: panels stand side by side, and settings are long."""
+    return "\n".join(textwrap.wrap(plain(text), letters, break_on_hyphens=False))
+
+
 def short(text: str, length: int = 22) -> str:
     """The text as ``plain`` has it, cut where it is longer than ``length``."""
     return plain(text if len(text) <= length else f"{text[: length - 1]}…")
@@ -195,7 +206,9 @@ def shared_legend(figure: Any, axes: list[Axes]) -> None:
         for handle, label in zip(*part.get_legend_handles_labels(), strict=True)
     }
     if entries:
-        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=4)
+        widest = 0.5 + 0.075 * max(map(len, entries))  # inches
+        columns = max(1, min(4, int(figure.get_figwidth() / widest)))
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)
 
 
 def need(table: Any, columns: list[str], function: str) -> None:
