@@ -1,8 +1,11 @@
 """The parameters of a run, validated before any work is done."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from numbers import Number
+from pathlib import PurePath
+from types import NoneType
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -236,7 +239,9 @@ class RunConfig(BaseModel):
         """The configuration that a notebook's variables describe: ``from_notebook(globals())``.
 
         Takes every variable that has a parameter's name and a plain value, as in the notebook's cell of
-        parameters. A variable that a loop has left under such a name counts too; name it in ``others``.
+        parameters. A variable that a loop has left under such a name counts too; name it in ``others``. A
+        module, function or object under such a name is no parameter; a path, None, or a number of numpy is
+        meant as one, and refused.
 
         Args:
             namespace: of the notebook.
@@ -249,6 +254,19 @@ class RunConfig(BaseModel):
         """
         plain = (str, bool, int, float, list)
         taken = {name: namespace[name] for name in cls.model_fields if type(namespace.get(name)) in plain}
+        like_plain = (PurePath, Number, tuple, set, dict, NoneType, str)
+        wrong = {
+            name: namespace[name]
+            for name in cls.model_fields
+            if name in namespace and name not in (*taken, *others)
+            and (isinstance(namespace[name], like_plain) or type(namespace[name]).__module__ == "numpy")
+        }  # fmt: skip
+        if wrong:
+            lines = [f"\n- {name}={value!r}: is a {type(value).__name__}" for name, value in wrong.items()]
+            raise ConfigError(
+                f"bad parameters:{''.join(lines)}\nexpected text, a number, True or False, or a list: write "
+                "str(...), int(...), float(...) or list(...)"
+            )
         taken |= others
         for name in namespace.get("__annotations__", {}):
             close = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.8)
@@ -384,10 +402,10 @@ def apply_arm(config: RunConfig, arm: Mapping[str, Any] | None = None) -> RunCon
     return applied
 
 
-def check_arm(config: RunConfig) -> None:
-    """Raises ConfigError if the settings are not those of their ``arm``."""
+def check_arm(config: RunConfig, but: Sequence[str] = ()) -> None:
+    """Raises ConfigError if the settings are not those of their ``arm``, except those in ``but``."""
     own = arm_settings(ARMS.get(config.arm, {}), config.model_dump())
-    other = {name: value for name, value in own.items() if getattr(config, name) != value}
+    other = {name: value for name, value in own.items() if name not in but and getattr(config, name) != value}
     if other:
         wanted = ", ".join(f"{name}={value!r}" for name, value in other.items())
         raise ConfigError(f"arm={config.arm!r} sets {wanted}, which is not so here: use apply_arm(config)")

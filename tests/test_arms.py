@@ -322,7 +322,7 @@ def test_shuffled_teacher_sees_other_pictures_and_random_teacher_is_another(sett
     config = settings()
     prepared = prepare(config)
     shown = experiments.shuffled_pictures(prepared.train[:12], 0)
-    assert all(shown[e.id] != e.image for e in prepared.train[:12])
+    assert all(shown[e.id, e.image] != e.image for e in prepared.train[:12])
     assert {e.image for e in prepared.train[:12]} == set(shown.values())
     drawn = prepare(settings(teacher_control="random_weights"))
     assert drawn.cache.teacher.fingerprint != prepared.cache.teacher.fingerprint

@@ -5,7 +5,10 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -203,6 +206,34 @@ def test_names_are_known_before_torch_is_loaded():
     subprocess.run([sys.executable, "-c", source], check=True, cwd=ROOT)
 
 
+THRESHOLD = 0.5
+
+
+def beside(scores):
+    return scores * 2
+
+
+def read_from_outside(scores, valid, options, generator=None, margin=0.25):
+    return beside(scores) > THRESHOLD + margin
+
+
+def test_the_source_of_a_function_holds_what_decides_what_it_does(monkeypatch):
+    source = registry.source_of(read_from_outside)
+    assert "# THRESHOLD = 0.5" in source and "# defaults = (None, 0.25)" in source
+    assert "return scores * 2" in source
+    assert registry.source_of(partial(beside, 1)) != registry.source_of(partial(beside, 2))
+    monkeypatch.setitem(globals(), "THRESHOLD", 0.75)
+    assert registry.source_of(read_from_outside) != source
+
+    def one(n):
+        return two(n) if n else 0
+
+    def two(n):
+        return one(n - 1)
+
+    assert registry.source_of(one).count("def ") == 2, "functions that call each other end"
+
+
 # Notebooks
 
 
@@ -211,6 +242,21 @@ def test_a_notebook_s_variables_are_a_configuration():
     annotations = dict.fromkeys([*cell, "interactive"], str)
     config = RunConfig.from_notebook(cell | {"__annotations__": annotations}, seed=3, epochs=5)
     assert config == RunConfig(arm="naive", shots=24, seed=3, epochs=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data_dir", Path("/data/vcr")), ("data_dir", None), ("seed", np.int64(3)), ("eval_splits", ("val",)),
+        ("learning_rate", np.float64(1e-5)), ("eval_splits", np.array(["val"])),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_notebook_that_is_nearly_a_parameter_s_is_not_ignored(name, value):
+    with pytest.raises(ConfigError, match=rf"- {name}=.*: is a {type(value).__name__}\nexpected text"):
+        RunConfig.from_notebook({name: value})
+    known = RunConfig.model_fields[name].default
+    assert getattr(RunConfig.from_notebook({name: value}, **{name: known}), name) == known
+    assert RunConfig.from_notebook({name: lambda: None, "student": object()}) == RunConfig()
 
 
 def test_a_slip_of_the_pen_in_a_notebook_is_refused():

@@ -3,8 +3,10 @@
 import json
 import linecache
 import re
+from dataclasses import replace
 
 import pytest
+from torch.testing import assert_close
 
 from tdlib.config import ConfigError, RunConfig, apply_arm
 from tdlib.core.paths import ROOT
@@ -12,7 +14,7 @@ from tdlib.core.records import read_records
 from tdlib.data.examples import DataError, low_shot
 from tdlib.data.json_files import Records
 from tdlib.data.tasks import TASKS, user_task
-from tdlib.training.prepare import class_logits, prepare
+from tdlib.training.prepare import class_logits, prepare, read_split, shuffled_pictures
 from tdlib.training.processes import launch
 from tdlib.training.run import compare, train_run
 
@@ -112,6 +114,53 @@ def test_a_changed_reader_is_another_run(cell, settings):
         found.append(user_task(settings()))
     assert len({json.dumps(one) for one in found}) == 3 + (found[0] != found[1])
     assert found[0] != found[2] != found[3]
+
+
+def test_a_corrected_reader_reads_again(cell, settings):
+    cell()
+    before = [example.label for example in read_split(settings(), "train")]
+    cell('"label", int)', '"label", int) ^ 1')
+    assert [1 - example.label for example in read_split(settings(), "train")] == before
+
+
+def test_ids_of_another_split_do_not_mix_its_examples_up(cell, settings):
+    cell('f"{self.path.stem}-', 'f"')
+    config = settings()
+    prepared = prepare(config)
+    subset = low_shot(prepared.train, config.shots, config.seed)
+    logits = class_logits(config, prepared, subset)
+    known = {example.id for example in subset}
+    shared = [example for example in prepared.evaluated["dev"] if example.id in known]
+    assert shared
+    for example in shared:
+        assert_close(logits(example), logits(replace(example, id="of no example of the fit")))
+    shown = shuffled_pictures(subset, 0)
+    assert not any((example.id, example.image) in shown for example in shared)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"label", int)', '"label", int) + 1', "label 2, expected one from 0 to 1"),
+        ('"label", int)', '"label", int) - 1', "label -1, expected one"),
+        ("boxes=()", "boxes=[]", "boxes a tuple"),
+        (
+            'image=self.folder / "images" /',
+            'image=str(self.folder / "images") + "/" +',
+            "image must be a Path",
+        ),
+        (
+            "choices=()",
+            "choices=(TextPart('a'),) * (2 + number % 2)",
+            "3 choices, but 2 in the first example",
+        ),
+        ('f"{self.path.stem}-{n}"', 'f"{n // 2}"', "the id '0' stands twice"),
+    ],
+)
+def test_bad_examples_of_a_reader_of_ones_own_are_named(cell, settings, old, new, told):
+    cell(old, new)
+    with pytest.raises(DataError, match=rf"train.*{told}"):
+        list(read_split(settings(), "train"))
 
 
 def test_a_task_of_another_session_says_what_to_do():

@@ -10,6 +10,7 @@ from records import drawn_record
 from transformers import TrainerCallback
 
 from tdlib.config import RunConfig
+from tdlib.core.paths import ConfigError
 from tdlib.core.records import END, TargetRecord, read_records, records_table, write_records
 from tdlib.data.examples import low_shot
 from tdlib.students.registry import load_student
@@ -162,11 +163,16 @@ def test_a_preview_records_what_the_recorder_does_before_training(base, prepared
                 assert a == b, field.name
 
 
+def test_a_preview_of_settings_that_are_not_their_arms_is_refused(base, prepared):
+    with pytest.raises(ConfigError, match=r"arm='naive' sets .*selector='all'.*use apply_arm"):
+        preview_targets(base.model_copy(update={"arm": "naive"}), prepared, prepared.train[:1])
+
+
 def test_a_preview_of_a_control_shows_what_its_teacher_sees(base, prepared):
     control = base.model_copy(update={"teacher_control": "shuffled_images"})
     subset = low_shot(prepared.train, base.shots, base.seed)
     example = subset[0]
-    other = replace(example, image=shuffled_pictures(subset, base.seed)[example.id])
+    other = replace(example, image=shuffled_pictures(subset, base.seed)[example.id, example.image])
     seen, own, expected = (
         preview_targets(config, prepared, [one])[0]
         for config, one in ((control, example), (base, example), (base, other))

@@ -478,7 +478,7 @@ def test_shuffled_and_random_teachers_judge_pairs_wrongly(base, prepared):
     shown = shuffled_pictures(subset, 0)
     cache, config = prepared.cache, settings_of(base, arm="repair_shuffled")
     feature_reader = TeacherFeatureReader(
-        cache, prepared.idf, config, seen_as=lambda e: replace(e, image=shown[e.id]),
+        cache, prepared.idf, config, seen_as=lambda e: replace(e, image=shown[e.id, e.image]),
         judge=StatementJudge(cache, subset),
     )  # fmt: skip
     feature_reader.prepare(subset)
@@ -486,7 +486,10 @@ def test_shuffled_and_random_teachers_judge_pairs_wrongly(base, prepared):
     batch = make_targets(collate([data[i] for i in range(6)], prepared.encoder), config)
     for row, example in enumerate(subset):
         assert batch["picture"][row] == picture_number(example.image)  # what the student sees
-        assert_close(batch["image_global"][row, 0], prepared.cache.picture(shown[example.id]).pooled.float())
+        assert_close(
+            batch["image_global"][row, 0],
+            prepared.cache.picture(shown[example.id, example.image]).pooled.float(),
+        )
 
 
 def test_centres_are_the_mean_tokens_of_each_modality(prepared):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -175,6 +176,19 @@ def test_half_precision_needs_hardware(base, prepared, tmp_path):
     with pytest.raises(ConfigError, match="precision='fp16' needs a GPU"):
         config = apply_arm(settings_of(base, arm="finetune", precision="fp16"))
         train_run(config, prepared, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"references": "category"}, {"world_seed": 7}, {"eval_splits": ["val_style"]},
+     {"teacher_control": "random_weights"}],
+)  # fmt: skip
+def test_data_that_were_prepared_for_other_settings_are_refused(base, prepared, tmp_path, changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(
+        ConfigError, match=rf"{name}={re.escape(repr(value))}, prepared with .*prepare\(config\)"
+    ):
+        train_run(apply_arm(settings_of(base, arm="clip_td", **changes)), prepared, tmp_path / "run")
 
 
 def test_settings_must_be_those_of_their_arm(base, prepared, tmp_path):

@@ -29,6 +29,14 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def need_several(texts: object, what: str) -> None:
+    """Raises ValueError for one string in place of several: each letter would count as one."""
+    if isinstance(texts, str):
+        raise ValueError(
+            f"{what} is one string ({texts[:40]!r}); expected several, such as a list of strings"
+        )
+
+
 class Named(dict[str, Value]):
     """A table by name, to which users add. A name that it lacks raises ConfigError with what it holds."""
 

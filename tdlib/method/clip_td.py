@@ -41,6 +41,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from tdlib.core.paths import need_several
 from tdlib.method.alignment import align, aligned_targets
 from tdlib.method.losses import weighted_distance
 from tdlib.method.priors import PRIORS, Idf, referred_prior
@@ -84,6 +85,7 @@ def token_prior(
     ``prior`` names one of ``PRIORS`` for words. ``referred`` are the boxes that each statement points at;
     with None all visual tokens have the prior 1.
     """
+    need_several(texts, "texts")
     length = spans.shape[1]
     priors = torch.ones(len(texts), length + len(boxes))
     for row, text in enumerate(texts):

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tdlib.core.paths import Named
+from tdlib.core.paths import Named, need_several
 from tdlib.method.alignment import text_overlap, visual_overlap
 
 WORD = re.compile(r"\w+")
@@ -34,8 +34,7 @@ class Idf:
     @classmethod
     def fit(cls, documents: Iterable[str]) -> "Idf":
         """Count words over the documents (one text per example); read once, so a generator will do."""
-        if isinstance(documents, str):  # each letter would count as a document
-            raise ValueError(f"documents is one string ({documents[:40]!r}); expected an iterable of strings")
+        need_several(documents, "documents")
         num_documents, counts = 0, Counter[str]()
         for document in documents:
             num_documents += 1

@@ -9,6 +9,7 @@ names alone, which are read from the source until something imports the module i
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -164,13 +165,33 @@ def user_functions(config: Any) -> dict[str, dict[str, str]]:
     return added
 
 
-def source_of(part: Any) -> str:
+def source_of(part: Any, known: tuple[Any, ...] = ()) -> str:
     """The source of a function or class; "" where Python cannot find it, as of one typed at a bare prompt.
 
-    Of a class that a notebook defines, Python finds the methods alone.
+    With what decides what a function does: the arguments of a ``partial``, plain values from outside that it
+    reads, and the source of functions beside it that it calls. Of a class that a notebook defines, Python
+    finds the methods alone. ``known`` are functions whose source is there already.
     """
+    if isinstance(part, functools.partial):
+        return f"# partial: {part.args!r}, {part.keywords!r}\n{source_of(part.func, known)}"
+    part = inspect.unwrap(part)
     try:
-        return textwrap.dedent(inspect.getsource(inspect.unwrap(part)))
+        source = textwrap.dedent(inspect.getsource(part))
     except (OSError, TypeError):
         methods = vars(part).values() if isinstance(part, type) else ()
         return "\n".join(source_of(method) for method in methods if inspect.isfunction(method))
+    return source + _read_outside(part, (*known, part)) if inspect.isfunction(part) else source
+
+
+def _read_outside(function: Any, known: tuple[Any, ...]) -> str:
+    """Plain values that a function reads from outside, as comments, and sources of functions beside it."""
+    names = inspect.getclosurevars(function)
+    read = {**names.globals, **names.nonlocals, "defaults": function.__defaults__ or ()}
+    lines = []
+    for name, value in sorted(read.items()):
+        if type(value) in (bool, int, float, str, tuple, list) and value != ():
+            lines.append(f"# {name} = {value!r}\n")
+        elif inspect.isfunction(value) and value.__module__ == function.__module__ and value not in known:
+            lines.append(f"\n{source_of(value, known)}")
+            known = (*known, value)
+    return "".join(lines)

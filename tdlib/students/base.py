@@ -195,6 +195,12 @@ class StudentEncoder(ABC):
                 f"folder or hub id of a {self.kind}"
             ) from error
         check_tokenizer(self.name)
+        # transformers does not fail if a folder has no tokenizer: it makes one that knows no words.
+        if len(self.tokenizer) != self.config.vocab_size:
+            raise StudentError(
+                f"student {name!r} has {self.config.vocab_size} words, its tokenizer {len(self.tokenizer)}"
+                "; save the tokenizer of its pretraining beside it (bert-base-uncased for most authors')"
+            )
         if max_text_tokens > self.config.max_position_embeddings:
             raise StudentError(
                 f"student {name!r} reads at most {self.config.max_position_embeddings} text tokens, but "
@@ -286,6 +292,11 @@ def load_checkpoint(
         raise StudentError(
             f"student {name!r}: not a {what} checkpoint of its own config's shape "
             f"(missing {sorted(missing)[:3]}, mismatched {sorted(wrong)[:3]})"
+        )
+    if not labels and any(str(key).startswith("classifier.") for key in report["unexpected_keys"]):
+        log.warning(
+            "student %s: it holds a trained classifier; without labels=... a new head for choices is drawn",
+            name,
         )
     if labels:
         last = f"classifier.{len(model.classifier) - 1}.weight"

@@ -267,16 +267,6 @@ class BertPairEncoder(RegionEncoder):
     reads [MASK], which has no characters. So do the authors of VL-BERT and of VisualBERT.
     """
 
-    def __init__(self, name: str, max_text_tokens: int, regions: RegionSource):
-        super().__init__(name, max_text_tokens, regions)
-        config = self.config
-        # transformers does not fail if a folder has no tokenizer: it makes one that knows no words.
-        if len(self.tokenizer) != config.vocab_size:
-            raise StudentError(
-                f"student {name!r} has {config.vocab_size} words, but its tokenizer {len(self.tokenizer)}; "
-                "save the tokenizer of its pretraining beside it (bert-base-uncased for the authors')"
-            )
-
     def _parts(self, example: Example) -> list[list[tuple[str, int, int]]]:
         parts = super()._parts(replace(example, given=0))
         if example.choices:

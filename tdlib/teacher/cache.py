@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tdlib.core.devices import in_threads
+from tdlib.core.paths import need_several
 from tdlib.core.store import EXACT, CacheError, Column, FileDigests, NotFiniteError, Store, record_key
 from tdlib.data.pictures import open_picture
 from tdlib.teacher.model import Teacher, TeacherRecord
@@ -147,7 +148,7 @@ class TeacherCache:
     def picture_key(self, path: Path) -> bytes:
         """Returns the SHA-256 of a picture file; remembered while size and time of change stay the same."""
         try:
-            return bytes.fromhex(self._digests(path))
+            return bytes.fromhex(self._digests(Path(path)))
         except FileNotFoundError:
             open_picture(path)  # raises DataError, whose message has the remedy
             raise
@@ -166,6 +167,8 @@ class TeacherCache:
             TeacherError: the teacher cannot give one of ``extras``, or makes numbers that are not finite
                 of a text or picture.
         """
+        need_several(texts, "texts")
+        need_several(pictures, "pictures")
         for extra in extras:
             self.teacher.check(extra)
         sources_of: dict[str, dict[bytes, str]] = {
@@ -190,6 +193,7 @@ class TeacherCache:
         ``pooled`` reads them. There may be more texts than fit into memory. Raises TeacherError where an
         embedding is not finite.
         """
+        need_several(texts, "texts")
         rest, waiting = iter(texts), dict[bytes, str]()
         while part := [*islice(rest, AT_ONCE)]:
             waiting |= {text_key(text): text for text in part}

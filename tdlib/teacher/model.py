@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdlib.core.devices import in_threads, usual_device
-from tdlib.core.paths import resolve
+from tdlib.core.paths import need_several, resolve
 from tdlib.core.store import fingerprint
 from tdlib.method.tokens import grid_cells
 from tdlib.teacher.families import check_tower, image_tower, text_tower
@@ -215,6 +215,7 @@ class Teacher:
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], extras: Sequence[str] = ()) -> list[TeacherRecord]:
         """Computes per-token features of texts; ``extras`` names further signals (``EXTRAS``)."""
+        need_several(texts, "texts")
         encoded = [self.tokenize.read(text) for text in texts]
         # Texts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids))
@@ -265,6 +266,7 @@ class Teacher:
         Returns for each text (text_tokens,) and (patches,), in [0, 1], in the order of the records.
         """
         self.check("gradient")
+        need_several(texts, "texts")
         encoded = [self.tokenize(text) for text in texts]
         pairs = []
         with torch.no_grad():

@@ -114,7 +114,7 @@ class ClassProbe:
         # Training examples get the logits of a probe that did not see them: on its own examples a probe is
         # always right, and instance weights would take the teacher to be surer than it is on any other.
         logits = held_out[self.penalty]
-        self._held_out = {example.id: logits[i] for i, example in enumerate(labelled)}
+        self._held_out = {_key(example): logits[i] for i, example in enumerate(labelled)}
         self.held_out_accuracy = float((logits.argmax(1) == targets.argmax(1)).float().mean())
 
     def _raw(self, examples: Sequence[Example]) -> Tensor:
@@ -127,9 +127,14 @@ class ClassProbe:
 
     def __call__(self, example: Example) -> Float[Tensor, " classes"]:
         """Computes logits over the label set, for an example of the fit by the probe that did not see it."""
-        if example.id in self._held_out:
-            return self._held_out[example.id]
+        if (known := self._held_out.get(_key(example))) is not None:
+            return known
         return (self._standard(self._raw([example])) @ self.weight + self.bias)[0]
+
+
+def _key(example: Example) -> tuple[str, str, str]:
+    """Tells an example of the fit from one of another split that has the same id."""
+    return example.id, str(example.image), example.prompt.text
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The arms of a comparison share ``PreparedData``; the student and the teacher's c
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -17,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tdlib.config import RunConfig, parameters_with
-from tdlib.core.files import file_state
+from tdlib.core.files import ANNOTATIONS, file_state
 from tdlib.core.paths import ROOT, ConfigError, resolve
 from tdlib.core.provenance import digest
-from tdlib.data.examples import Example, Examples, divide_by_picture, low_shot
-from tdlib.data.tasks import HELD_OUT, class_labels, reader, splits_of, task_of
+from tdlib.data.examples import DataError, Example, Examples, divide_by_picture, low_shot
+from tdlib.data.tasks import HELD_OUT, class_labels, reader, splits_of, task_of, user_task
 from tdlib.data.vcr import PERSON_TOKENS
 from tdlib.method.priors import Idf
 from tdlib.miniworld.writers import ensure_data
@@ -33,7 +34,7 @@ from tdlib.students.clip import ClipFusionEncoder, open_teacher_as_student
 from tdlib.students.region_student import RegionEncoder
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import Teacher
-from tdlib.teacher.probe import AnswerStatements, ClassProbe, check_statements, statement_logits
+from tdlib.teacher.probe import AnswerStatements, ClassProbe, check_statements, soft_target, statement_logits
 from tdlib.training.data import EncodedExamples
 from tdlib.training.judging import StatementJudge
 from tdlib.training.pipeline import TeacherFeatureReader, token_centres
@@ -80,20 +81,44 @@ def read_split(config: RunConfig, split: str) -> Examples:
     }  # fmt: skip
     folder, source = ensure_data(config), split.removesuffix(HELD_OUT)
     # The first may lie elsewhere if it is generated, the second wherever the user likes.
-    named = [reader(config, source).path, Path(resolve(config.vocabulary)).expanduser()]
-    files = [*named, *(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl", ".csv"))]
+    opened = reader(config, source)
+    named = [opened.path, Path(resolve(config.vocabulary)).expanduser()]
+    files = [*named, *(file for file in folder.iterdir() if file.suffix in ANNOTATIONS)]
     states = tuple((str(file), file_state(file)) for file in sorted({*files}) if file.is_file())
-    whole = _open(folder, config.model_dump_json(include=names), source, states)
+    whole = _open(folder, config.model_dump_json(include=names), source, states, type(opened))
     if not config.held_out or split.removesuffix(HELD_OUT) != splits_of(config)[0]:
         return whole
     return _divide(whole, config.held_out)[split.endswith(HELD_OUT)]
 
 
 @lru_cache(maxsize=16)
-def _open(folder: Path, key: str, split: str, _states: tuple) -> Examples:
-    """Opens a split once; ``_states`` make the cache miss when a file of the data set has changed."""
+def _open(folder: Path, key: str, split: str, _states: tuple, _reader: type) -> Examples:
+    """Opens a split once more only if a file of the data set, or a reader of one's own, has changed."""
     config = RunConfig.model_validate_json(key)
-    return reader(config, split, task_of(config).vocabulary(config)).open()
+    task = task_of(config)
+    examples = reader(config, split, task.vocabulary(config)).open()
+    if len(set(examples.ids)) < len(examples):
+        twice = next(name for name, number in Counter(examples.ids).items() if number > 1)
+        raise DataError(f"{split}: the id {twice!r} stands twice; each example needs one of its own")
+    if not user_task(config) or not len(examples):
+        return examples
+    labels, choices = task.labels(config), len(examples[0].choices)
+
+    def check(example: Example) -> Example:
+        """What the project's readers ensure, and training relies on."""
+        count, most = len(example.choices), choices or len(labels)
+        wrong = ""
+        if not isinstance(example.image, Path) or not isinstance(example.boxes, tuple):
+            wrong = "image must be a Path, and boxes a tuple"
+        elif count != choices:
+            wrong = f"{count} choices, but {choices} in the first example"
+        elif example.label is not None and not 0 <= example.label < most:
+            wrong = f"label {example.label}, expected one from 0 to {most - 1}"
+        if wrong:
+            raise DataError(f"{split}, example {example.id!r}: {wrong}")
+        return example
+
+    return examples.mapped(check)
 
 
 @lru_cache(maxsize=4)
@@ -147,6 +172,11 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
     worded = worded_answers(config, labels)
     for seed in seeds or [config.seed]:
         subset = low_shot(train, config.shots, seed)
+        if labels and train.labelled and not any(soft_target(one, len(labels)).any() for one in subset):
+            raise ConfigError(
+                f"no answer to the {len(subset)} training examples is one of the {len(labels)} labels; "
+                "expected labels of this data set (for VQA see vocabulary and vocabulary_minimum)"
+            )
         encoder.prepare(subset)
         if cache is not None:
             add_to_cache(cache, subset, worded)
@@ -275,13 +305,14 @@ def feature_reader_of(config: RunConfig, prepared: PreparedData, subset: Example
             f"truth_weight={config.truth_weight:g}: the student of task={config.task!r} reads a question "
             "without an answer, which is neither true nor false; set truth_weight=0"
         )
-    shown = {}
+    shown: dict[tuple[str, Path], Path] = {}
     if config.teacher_control == "shuffled_images":
         every = config.repair_pool == "train" or config.distils_unlabelled
         shown = shuffled_pictures(prepared.train if every else subset, config.seed)
 
     def seen_as(example: Example) -> Example:
-        return replace(example, image=shown[example.id]) if example.id in shown else example
+        other = shown.get((example.id, example.image))  # another split may have the same ids
+        return replace(example, image=other) if other else example
 
     seen = subset.mapped(seen_as) if shown else subset
     cache = prepared.cache
@@ -293,12 +324,12 @@ def feature_reader_of(config: RunConfig, prepared: PreparedData, subset: Example
     )  # fmt: skip
 
 
-def shuffled_pictures(examples: Sequence[Example], seed: int) -> dict[str, Path]:
-    """Gives each example another picture, by shifting all pictures along one random cycle.
+def shuffled_pictures(examples: Sequence[Example], seed: int) -> dict[tuple[str, Path], Path]:
+    """Gives each example another picture, by id and picture, by shifting all along one random cycle.
 
     Examples that share a picture share the new one too, so that the teacher stays consistent but wrong.
     """
     pictures = list(dict.fromkeys(example.image for example in examples))
     order = np.random.default_rng(seed).permutation(len(pictures))
     following = {pictures[a]: pictures[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
-    return {example.id: following[example.image] for example in examples}
+    return {(example.id, example.image): following[example.image] for example in examples}

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tdlib.core.files import ANNOTATIONS
 from tdlib.core.paths import ROOT
 from tdlib.data.tasks import TASKS, masked_set, world_folder
 from tdlib.miniworld.worlds import VERSION
@@ -38,7 +39,7 @@ def data_manifest(parameters: dict[str, Any]) -> list[Any]:
                 label = [name, file.relative_to(found).as_posix(), state.st_size]
                 if name != "data_dir" and kind not in FILES:
                     states.append([*label, _hash(file)])
-                elif name != "data_dir" or file.suffix in (".json", ".jsonl", ".csv"):
+                elif name != "data_dir" or file.suffix in ANNOTATIONS:
                     states.append([*label, state.st_mtime_ns])
     return states
 

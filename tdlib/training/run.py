@@ -116,6 +116,10 @@ def compare(
     return [Path(folder) / name for name in folders]
 
 
+# Parameters of preparation that only say what is cached: a run that asks for more reports what is missing.
+CHOSEN_LATER = ("shots", "probe_examples", "submission_split")
+
+
 def _prepared(config: RunConfig) -> tuple:
     return tuple(getattr(config, name) for name in PREPARED)
 
@@ -145,6 +149,13 @@ def train_run(
         FloatingPointError: a loss or gradient was not finite; names term and examples.
     """
     check_arm(config)
+    others = [
+        f"{name}={getattr(config, name)!r}, prepared with {getattr(prepared.config, name)!r}"
+        for name in (*SHARED, *PREPARED)
+        if name not in CHOSEN_LATER and getattr(config, name) != getattr(prepared.config, name)
+    ]
+    if others:
+        raise ConfigError(f"{'; '.join(others)}: call prepare(config) again, with these settings")
     subset = low_shot(prepared.train, config.shots, config.seed)
     if (pending := pending_evaluation(folder, config, subset)) is not None:
         if place_among_processes() > 0:  # the first process evaluates alone
