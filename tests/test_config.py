@@ -225,6 +225,12 @@ def test_the_source_of_a_function_holds_what_decides_what_it_does(monkeypatch):
     monkeypatch.setitem(globals(), "THRESHOLD", 0.75)
     assert registry.source_of(read_from_outside) != source
 
+    class Reader:
+        def labels(self):
+            return [THRESHOLD] * 2
+
+    assert "# THRESHOLD = 0.75" in registry.source_of(Reader)
+
     def one(n):
         return two(n) if n else 0
 

@@ -175,12 +175,13 @@ def source_of(part: Any, known: tuple[Any, ...] = ()) -> str:
     if isinstance(part, functools.partial):
         return f"# partial: {part.args!r}, {part.keywords!r}\n{source_of(part.func, known)}"
     part = inspect.unwrap(part)
+    inside = vars(part).values() if isinstance(part, type) else (part,)
+    functions = [one for one in inside if inspect.isfunction(one)]
     try:
         source = textwrap.dedent(inspect.getsource(part))
     except (OSError, TypeError):
-        methods = vars(part).values() if isinstance(part, type) else ()
-        return "\n".join(source_of(method) for method in methods if inspect.isfunction(method))
-    return source + _read_outside(part, (*known, part)) if inspect.isfunction(part) else source
+        return "\n".join(source_of(method) for method in functions if method is not part)
+    return source + "".join(_read_outside(function, (*known, part)) for function in functions)
 
 
 def _read_outside(function: Any, known: tuple[Any, ...]) -> str:
