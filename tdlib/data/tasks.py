@@ -19,14 +19,14 @@ import pandas as pd
 
 from tdlib.config import RunConfig
 from tdlib.core.files import file_state, whole_path, write_json, write_jsonl
-from tdlib.core.paths import ROOT, ConfigError, Named, resolve
+from tdlib.core.paths import ROOT, ConfigError, resolve
 from tdlib.data import snli_ve, vcr, vcr_results, vqa, vqa_metric
 from tdlib.data.examples import DataError, Example, Examples
 from tdlib.data.reading import Reader
 from tdlib.data.vcr_shifts import MASKINGS, RULES, write_shifted
 from tdlib.data.vcr_shifts import SHIFTS as VCR_SHIFTS
 from tdlib.data.vqa_metric import Vocabulary
-from tdlib.method.registry import is_users, source_of
+from tdlib.method.registry import Named, is_users, source_of
 
 MINIWORLDS = ROOT / "data" / "miniworld"  # a folder per seed, in it one per data set
 SHIFTED_FILES = ROOT / "data" / "shifts"  # sets that are generated from a user's own files
@@ -258,9 +258,13 @@ def _frequent_answers(
     return vqa.build_vocabulary(folder, split, minimum, changing_priors)
 
 
+class _Tasks(Named[Task]):
+    error = ConfigError
+
+
 _VCR_SHIFTS = ("shortcut", "balanced", *_PICTURES, *VCR_SHIFTS)
 _VCR_SHIFT = ("shortcut", "rule_singular")
-TASKS: Named[Task] = Named({
+TASKS: Named[Task] = _Tasks({
     "vcr_qa": VcrTask(
         "vcr", "VCR", "train", "val", "test", "accuracy (Q->A)", _VCR_SHIFTS, _VCR_SHIFT, subtask="qa"
     ),

@@ -41,11 +41,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from tdlib.core.paths import need_several
 from tdlib.method.alignment import align, aligned_targets
 from tdlib.method.losses import weighted_distance
 from tdlib.method.priors import PRIORS, Idf, referred_prior
-from tdlib.method.registry import check_result, is_users
+from tdlib.method.registry import check_result, is_users, need_several
 from tdlib.method.relevance import RELEVANCE, STUDENT_RELEVANCE
 from tdlib.method.selection import DEFAULTS, SelectionOptions, select, token_scores
 from tdlib.method.tokens import TeacherTokens, Tokens

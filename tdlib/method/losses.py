@@ -15,8 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdlib.core.paths import Named
-from tdlib.method.registry import check_result
+from tdlib.method.registry import Named, check_result
 
 Vectors = Float[Tensor, "*batch tokens teacher_dim"]
 PerToken = Float[Tensor, "*batch tokens"]

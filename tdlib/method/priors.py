@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tdlib.core.paths import Named, need_several
 from tdlib.method.alignment import text_overlap, visual_overlap
+from tdlib.method.registry import Named, need_several
 
 WORD = re.compile(r"\w+")
 

@@ -9,6 +9,7 @@ names alone, which are read from the source until something imports the module i
 """
 
 import ast
+import difflib
 import functools
 import importlib
 import inspect
@@ -19,9 +20,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 Function = Callable[..., Any]
+Value = TypeVar("Value")
+
+
+class Named(dict[str, Value]):
+    """A table by name, to which users add. Of a name that it lacks, an ``error`` says what it holds."""
+
+    error: ClassVar[type[Exception]] = ValueError
+
+    def __missing__(self, name: str) -> NoReturn:
+        close = difflib.get_close_matches(str(name), list(self), n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise self.error(
+            f"{name!r}: not known in this session, only {', '.join(self)}{meant} (one of your own: first "
+            "execute the cell, or import the module, that registers it)"
+        )
+
+
+def need_several(texts: object, what: str) -> None:
+    """Raises ValueError for one string in place of several: each letter would count as one."""
+    if isinstance(texts, str):
+        raise ValueError(
+            f"{what} is one string ({texts[:40]!r}); expected several, such as a list of strings"
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdlib.core.paths import Named
+from tdlib.method.registry import Named
 from tdlib.method.tokens import TeacherTokens, Tokens
 
 SMALLEST = 1e-8  # a vector shorter than this has no direction

@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from tdlib.core.paths import Named
-from tdlib.method.registry import check_result
+from tdlib.method.registry import Named, check_result
 from tdlib.method.tokens import Tokens
 
 Scores = Float[Tensor, "*batch tokens"]

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tdlib.core.paths import Named
+from tdlib.method.registry import Named
 from tdlib.method.tokens import Tokens
 
 PerToken = Float[Tensor, "batch choices tokens"]

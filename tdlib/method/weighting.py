@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tdlib.core.paths import Named
+from tdlib.method.registry import Named
 
 Probabilities = Float[Tensor, "*batch choices"]
 Labels = Int[Tensor, "*batch"]

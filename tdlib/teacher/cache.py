@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from tdlib.core.devices import in_threads
-from tdlib.core.paths import need_several
 from tdlib.core.store import EXACT, CacheError, Column, FileDigests, NotFiniteError, Store, record_key
 from tdlib.data.pictures import open_picture
+from tdlib.method.registry import need_several
 from tdlib.teacher.model import Teacher, TeacherRecord
 from tdlib.teacher.towers import EXTRAS, TeacherError
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdlib.core.devices import in_threads, usual_device
-from tdlib.core.paths import need_several, resolve
+from tdlib.core.paths import resolve
 from tdlib.core.store import fingerprint
+from tdlib.method.registry import need_several
 from tdlib.method.tokens import grid_cells
 from tdlib.teacher.families import check_tower, image_tower, text_tower
 from tdlib.teacher.text import TextTokenizer, open_tokenizer
