@@ -46,6 +46,13 @@ def settings(worlds, teacher_folder, student_folder, own_cache):
     return of
 
 
+def test_answers_of_another_data_set_are_refused_before_training(settings, tmp_path):
+    file = tmp_path / "ans2label.json"
+    file.write_text(json.dumps({"a zeppelin": 0, "a harpsichord": 1}))
+    with pytest.raises(ConfigError, match=r"no answer to the \d+ training examples is one of the 2 labels"):
+        prepare(settings("vqa_v2", vocabulary=str(file), arm="finetune", submission_split=""), [0])
+
+
 @pytest.mark.parametrize("task", ["vcr", "vcr_qar", "snli_ve", "e_snli_ve", "vqa_v2", "vqa_cp_v2"])
 def test_a_task_trains_evaluates_and_submits(settings, task, tmp_path):
     config = settings(task)
