@@ -265,7 +265,7 @@ class RunConfig(BaseModel):
             lines = [f"\n- {name}={value!r}: is a {type(value).__name__}" for name, value in wrong.items()]
             raise ConfigError(
                 f"bad parameters:{''.join(lines)}\nexpected text, a number, True or False, or a list: write "
-                "str(...), int(...), float(...) or list(...)"
+                "str(...), int(...), float(...) or list(...), or rename what is no parameter"
             )
         taken |= others
         for name in namespace.get("__annotations__", {}):

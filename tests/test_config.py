@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from tdlib.arms import ARMS
@@ -213,14 +214,23 @@ def beside(scores):
     return scores * 2
 
 
-def read_from_outside(scores, valid, options, generator=None, margin=0.25):
-    return beside(scores) > THRESHOLD + margin
+def read_from_outside(scores, valid, options, generator=None, margin=0.25, other=beside):
+    return beside(scores.size) > next(THRESHOLD for _ in range(2)) + margin
+
+
+size = 3  # an attribute's name is no variable's
+
+
+@torch.no_grad()
+def peeled(n):
+    return peeled(n - 1) if n else 0
 
 
 def test_the_source_of_a_function_holds_what_decides_what_it_does(monkeypatch):
     source = registry.source_of(read_from_outside)
-    assert "# THRESHOLD = 0.5" in source and "# defaults = (None, 0.25)" in source
-    assert "return scores * 2" in source
+    assert "# THRESHOLD = 0.5" in source and "# defaults = [None, 0.25, beside]" in source
+    assert "return scores * 2" in source and "size =" not in source and " at 0x" not in source
+    assert registry.source_of(peeled).count("def ") == 1
     assert registry.source_of(partial(beside, 1)) != registry.source_of(partial(beside, 2))
     monkeypatch.setitem(globals(), "THRESHOLD", 0.75)
     assert registry.source_of(read_from_outside) != source

@@ -3,7 +3,7 @@
 import json
 import linecache
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from torch.testing import assert_close
@@ -121,6 +121,25 @@ def test_a_corrected_reader_reads_again(cell, settings):
     before = [example.label for example in read_split(settings(), "train")]
     cell('"label", int)', '"label", int) ^ 1')
     assert [1 - example.label for example in read_split(settings(), "train")] == before
+
+
+def test_a_corrected_task_has_its_labels_at_once(cell, settings):
+    cell('"label", int)', '"label", int) + 1')
+    with pytest.raises(DataError, match="label 2, expected one from 0 to 1"):
+        list(read_split(settings(), "train"))
+    task = TASKS["vsr"]
+    three = type("VsrTask", (type(task),), {"labels": lambda self, config: ("false", "unsure", "true")})
+    TASKS["vsr"] = three(*(getattr(task, field.name) for field in fields(task)))
+    assert {example.label for example in read_split(settings(), "train")} == {1, 2}
+
+
+@pytest.mark.parametrize("task", ["vcr_qa", "vqa_v2"])
+def test_a_split_is_trained_on_and_tested_only_if_it_is_said(settings, task):
+    usual = TASKS[task].evaluated
+    config = settings(task=task, data_dir="", train_split=usual, shots=2)
+    with pytest.raises(ConfigError, match=f"train_split='{usual}' is also evaluated"):
+        prepare(config)
+    read_split(config.model_copy(update={"eval_splits": [f"{usual}_balanced"]}), usual)
 
 
 def test_ids_of_another_split_do_not_mix_its_examples_up(cell, settings):

@@ -305,7 +305,7 @@ def test_without_the_baseline_nothing_is_compared(tmp_path):
     table = compare(tmp_path / "b")
     row = row_of(table, arm="clip_td")
     assert (row["pairs"], row["verdict"], row["unpaired"]) == (0, "too few pairs", "0")
-    assert power_note(table) == "1 rows have no pair: the baseline was not run with their seeds."
+    assert power_note(table) == "1 row has no pair: the baseline was not run with their seeds."
     (scores,) = lead_charts(table)
     assert "over pictures alone (one seed)" in scores
     assert np.isnan(row["difference"]) and row["mean"] > 0

@@ -170,7 +170,7 @@ def test_encoders_that_do_not_fit_are_refused(kind, student_folder, tmp_path):
         kind.encoder(tmp_path / "copy")
     change(tmp_path / "copy", **{width: 6}, vocab_size=301)
     if kind.name != "uniter":
-        with pytest.raises(StudentError, match=r"301 words, its tokenizer 300"):
+        with pytest.raises(StudentError, match=r"301 words, but its tokenizer 300"):
             kind.encoder(tmp_path / "copy")
 
 

@@ -79,6 +79,7 @@ def test_all_arms_of_a_seed_start_alike_and_see_the_same(base, prepared, tmp_pat
     seen = {}
     for arm in ("finetune", "clip_td", "naive", "clip_td_random"):
         config = apply_arm(settings_of(base, arm=arm, student=str(tmp_path / "student")))
+        own = replace(prepared, config=config)  # of the same encoder
         with monkeypatch.context() as patch:
             batches, histories = recorded(patch), []
             patch.setattr(
@@ -88,7 +89,7 @@ def test_all_arms_of_a_seed_start_alike_and_see_the_same(base, prepared, tmp_pat
                 training, "make_trainer", lambda *args, **options: make_trainer(*args, **options, log_every=1)
             )
             patch.setattr(evaluation, "predict", lambda _student, data: np.full((len(data), 4), 0.25))
-            train_run(config.model_copy(update={"probe_examples": 0}), prepared, tmp_path / arm)
+            train_run(config.model_copy(update={"probe_examples": 0}), own, tmp_path / arm)
         steps = math.ceil(len(low_shot(prepared.train, base.shots, 0)) / 4)
         seen[arm] = (
             [batch["input_ids"].tolist() for batch in batches[-steps:]],

@@ -393,7 +393,7 @@ def test_a_folder_without_any_tokenizer_is_refused(student_folder, tmp_path):
     shutil.copytree(student_folder, folder)
     for path in [*folder.glob("tokenizer*"), *folder.glob("provenance.json")]:
         path.unlink()
-    with pytest.raises(StudentError, match=r"words, its tokenizer 5; save the tokenizer"):
+    with pytest.raises(StudentError, match=r"words, but its tokenizer 5; save the tokenizer"):
         ViltEncoder(str(folder))
 
 

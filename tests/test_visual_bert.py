@@ -147,7 +147,7 @@ def test_regions_take_the_positions_of_their_words(encoder, student, examples):
 def test_a_stock_checkpoint_without_tokenizer_is_refused(stock, tmp_path):
     """As the authors' repositories are: transformers then makes up a tokenizer that knows no words."""
     stock.save_pretrained(tmp_path)
-    with pytest.raises(StudentError, match=rf"{re.escape(str(tmp_path))}.*300 words, its tokenizer"):
+    with pytest.raises(StudentError, match=rf"{re.escape(str(tmp_path))}.*300 words, but its tokenizer"):
         VisualBertEncoder(str(tmp_path), 40, BoxRegions())
 
 

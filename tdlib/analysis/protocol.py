@@ -285,7 +285,8 @@ def power_note(compared: pd.DataFrame, alpha: float = ALPHA) -> str:
     """Says which comparisons have too few pairs for ``alpha``, and how many they need; "" if none has."""
     few = compared["verdict"] == "too few pairs"
     alone, short = int((few & (compared["pairs"] == 0)).sum()), compared[few & (compared["pairs"] > 0)]
-    told = f"{alone} rows have no pair: the baseline was not run with their seeds." if alone else ""
+    have = "row has" if alone == 1 else "rows have"
+    told = f"{alone} {have} no pair: the baseline was not run with their seeds." if alone else ""
     if short.empty:
         return told
     arms = int(np.nanmax([1, *compared["arms_tested"].dropna()]))

@@ -6,6 +6,7 @@ loads no model.
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tdlib.data.tasks import TASKS
 from tdlib.data.vcr_results import joint_scores
 from tdlib.miniworld.worlds import STRATA
 from tdlib.runs.report import batch_record, open_results, recorded_runs
+
+log = logging.getLogger(__name__)
 
 RUN_COLUMNS = [
     "batch", "run", "state", "reason", "task", "shots", "arm", "seed", "world", "setting", "train_examples",
@@ -243,6 +246,12 @@ def read_scores(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
         found = [name for name in wanted if name in held]
         predictions = connection.execute(f"SELECT {', '.join(found)} FROM predictions").df() if held else None
     predictions = pd.DataFrame(predictions, columns=wanted)
+    bare = predictions["concept"].isna().groupby(predictions["run"]).all()
+    if bare.any():
+        log.warning(
+            "%s: %d of %d runs are of an earlier version, which did not record what examples are about; "
+            "tables of kinds of examples leave them out", folder, bare.sum(), len(bare),
+        )  # fmt: skip
     predictions[STRATA] = predictions[STRATA].astype(object).fillna("")
     done = runs[runs["state"] == "done"].set_index("run")
     without = sorted(set(done.index) - set(predictions["run"]))

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from tdlib.core.paths import ConfigError
 
 # Ends of files in a data folder that may hold annotations: a change of one is a change of the data.
-ANNOTATIONS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+ANNOTATIONS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:

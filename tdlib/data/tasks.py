@@ -353,10 +353,6 @@ def splits_of(config: RunConfig) -> tuple[str, list[str]]:
             f"expected {', '.join(('auto', *task.shifts))} or '' for none"
         )
     evaluated = [task.evaluated, f"{task.evaluated}_{shift}"] if shift else [task.evaluated]
-    if config.train_split == task.evaluated and not config.eval_splits:
-        raise ConfigError(
-            f"train_split={config.train_split!r} is also what is evaluated; name other splits in eval_splits"
-        )
     return config.train_split or task.train, list(config.eval_splits) or evaluated
 
 

@@ -10,16 +10,20 @@ names alone, which are read from the source until something imports the module i
 
 import ast
 import difflib
+import dis
 import functools
+import hashlib
 import importlib
 import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import CodeType
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 Function = Callable[..., Any]
@@ -197,7 +201,7 @@ def source_of(part: Any, known: tuple[Any, ...] = ()) -> str:
     finds the methods alone. ``known`` are functions whose source is there already.
     """
     if isinstance(part, functools.partial):
-        return f"# partial: {part.args!r}, {part.keywords!r}\n{source_of(part.func, known)}"
+        return f"# partial: {_text(part.args)}, {_text(part.keywords)}\n{source_of(part.func, known)}"
     part = inspect.unwrap(part)
     inside = vars(part).values() if isinstance(part, type) else (part,)
     functions = [one for one in inside if inspect.isfunction(one)]
@@ -210,13 +214,42 @@ def source_of(part: Any, known: tuple[Any, ...] = ()) -> str:
 
 def _read_outside(function: Any, known: tuple[Any, ...]) -> str:
     """Plain values that a function reads from outside, as comments, and sources of functions beside it."""
-    names = inspect.getclosurevars(function)
-    read = {**names.globals, **names.nonlocals, "defaults": function.__defaults__ or ()}
+    names, around = set(_global_names(function.__code__)), function.__globals__
+    read: dict[str, Any] = {name: around[name] for name in names if name in around}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # nothing is in it yet
+            read[name] = cell.cell_contents
+    if function.__defaults__:
+        read["defaults"] = function.__defaults__
     lines = []
     for name, value in sorted(read.items()):
-        if type(value) in (bool, int, float, str, tuple, list) and value != ():
-            lines.append(f"# {name} = {value!r}\n")
-        elif inspect.isfunction(value) and value.__module__ == function.__module__ and value not in known:
-            lines.append(f"\n{source_of(value, known)}")
-            known = (*known, value)
+        beside = inspect.isfunction(value) and value.__module__ == function.__module__
+        if value is None or type(value) in (bool, int, float, str, bytes, tuple, list, dict, set):
+            text = _text(value)
+            said = text if len(text) < 1000 else hashlib.sha256(text.encode()).hexdigest()
+            lines.append(f"# {name} = {said}\n")
+        elif beside and (called := inspect.unwrap(value)) not in known:
+            lines.append(f"\n{source_of(called, known)}")
+            known = (*known, called)
     return "".join(lines)
+
+
+def _global_names(code: CodeType) -> Iterator[str]:
+    """Names that code reads from outside, also within its comprehensions and inner functions."""
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _global_names(inner)
+
+
+def _text(value: Any) -> str:
+    """Writes a value without addresses and in one order, so that it is the same in every process."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name!r}: {_text(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    if isinstance(value, set | frozenset):
+        return "{" + ", ".join(sorted(map(_text, value))) + "}"
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -196,10 +196,11 @@ class StudentEncoder(ABC):
             ) from error
         check_tokenizer(self.name)
         # transformers does not fail if a folder has no tokenizer: it makes one that knows no words.
-        if len(self.tokenizer) != self.config.vocab_size:
+        known = len(self.tokenizer)
+        if known > self.config.vocab_size or known <= len(self.tokenizer.all_special_ids):
             raise StudentError(
-                f"student {name!r} has {self.config.vocab_size} words, its tokenizer {len(self.tokenizer)}"
-                "; save the tokenizer of its pretraining beside it (bert-base-uncased for most authors')"
+                f"student {name!r} has {self.config.vocab_size} words, but its tokenizer {known}; "
+                "save the tokenizer of its pretraining beside it (bert-base-uncased for most authors')"
             )
         if max_text_tokens > self.config.max_position_embeddings:
             raise StudentError(

@@ -85,15 +85,21 @@ def read_split(config: RunConfig, split: str) -> Examples:
     named = [opened.path, Path(resolve(config.vocabulary)).expanduser()]
     files = [*named, *(file for file in folder.iterdir() if file.suffix in ANNOTATIONS)]
     states = tuple((str(file), file_state(file)) for file in sorted({*files}) if file.is_file())
-    whole = _open(folder, config.model_dump_json(include=names), source, states, type(opened))
+    whole = _open(
+        folder,
+        config.model_dump_json(include=names),
+        source,
+        states,
+        (type(opened), type(task_of(config)), repr(task_of(config))),
+    )
     if not config.held_out or split.removesuffix(HELD_OUT) != splits_of(config)[0]:
         return whole
     return _divide(whole, config.held_out)[split.endswith(HELD_OUT)]
 
 
 @lru_cache(maxsize=16)
-def _open(folder: Path, key: str, split: str, _states: tuple, _reader: type) -> Examples:
-    """Opens a split once more only if a file of the data set, or a reader of one's own, has changed."""
+def _open(folder: Path, key: str, split: str, _states: tuple, _kinds: tuple) -> Examples:
+    """Opens a split once more only if a file of the data set, or a task of one's own, has changed."""
     config = RunConfig.model_validate_json(key)
     task = task_of(config)
     examples = reader(config, split, task.vocabulary(config)).open()
@@ -113,7 +119,10 @@ def _open(folder: Path, key: str, split: str, _states: tuple, _reader: type) -> 
         elif count != choices:
             wrong = f"{count} choices, but {choices} in the first example"
         elif example.label is not None and not 0 <= example.label < most:
-            wrong = f"label {example.label}, expected one from 0 to {most - 1}"
+            known = (
+                f"one from 0 to {most - 1}" if most else "none, as the task has neither choices nor labels"
+            )
+            wrong = f"label {example.label}, expected {known}"
         if wrong:
             raise DataError(f"{split}, example {example.id!r}: {wrong}")
         return example
@@ -158,6 +167,8 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         whole_splits: also cache every evaluated example (for zero-shot figures), not only the probes.
     """
     train_split, eval_splits = splits_of(config)
+    if train_split in eval_splits and not config.eval_splits:
+        raise ConfigError(f"train_split={train_split!r} is also evaluated; name other splits in eval_splits")
     train = read_split(config, train_split)
     if config.submission_split and config.submission_split not in eval_splits:
         eval_splits = [*eval_splits, config.submission_split]

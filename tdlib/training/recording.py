@@ -184,9 +184,9 @@ def preview_targets(
     If the settings re-pair, records also tell what is learned from each example with another's picture.
     ``student`` defaults to ``load_student``'s for these settings. Features that the cache lacks are added to
     it. An example need not belong to a data set: any ``Example`` with a picture and a text will do.
-    Raises ConfigError for settings that are not those of their arm (weights apart): it would show another.
+    Raises ConfigError for settings that are not those of their arm (weights and student apart).
     """
-    check_arm(config, WEIGHTS)
+    check_arm(config, (*WEIGHTS, "student"))
     subset = low_shot(prepared.train, config.shots, config.seed)
     if not config.asks_teacher:  # then nothing has filled the cache
         for asked in (subset, examples):

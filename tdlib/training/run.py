@@ -154,6 +154,8 @@ def train_run(
         for name in (*SHARED, *PREPARED)
         if name not in CHOSEN_LATER and getattr(config, name) != getattr(prepared.config, name)
     ]
+    if config.submission_split and config.submission_split not in prepared.evaluated:
+        others.append(f"submission_split={config.submission_split!r}, not prepared")
     if others:
         raise ConfigError(f"{'; '.join(others)}: call prepare(config) again, with these settings")
     subset = low_shot(prepared.train, config.shots, config.seed)
