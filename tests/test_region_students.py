@@ -128,6 +128,17 @@ def test_a_student_can_be_pickled(kind):
     assert_close(run(again, kind.inputs()).logits, run(kind.student, kind.inputs()).logits, **CLOSE)
 
 
+def test_words_can_be_added(kind):
+    """As ``references="person_tokens"`` does; words that were there are read as before."""
+    student, inputs = kind.load(kind.folder).eval(), kind.inputs()
+    before = run(student, inputs).logits
+    student.resize_token_embeddings(305, mean_resizing=False)
+    assert student.get_input_embeddings().num_embeddings == student.config.vocab_size == 305
+    assert_close(run(student, inputs).logits, before, **CLOSE)
+    inputs["input_ids"][..., 1] = 304
+    assert not torch.allclose(run(student, inputs).logits, before)
+
+
 def test_the_word_embedding_can_be_hooked(kind):
     inputs, seen = kind.inputs(), []
     words = kind.student.get_input_embeddings()

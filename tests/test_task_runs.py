@@ -229,10 +229,15 @@ def test_person_tokens_are_words_of_the_student(settings, tmp_path):
     assert stored.config.vocab_size == len(ViltEncoder(str(tmp_path / "run" / "student")).tokenizer)
 
 
-def test_heads_have_the_labels_and_replace_others(student_folder, tmp_path):
+def test_heads_have_the_labels_and_replace_others(student_folder, tmp_path, caplog):
     three = load_student(str(student_folder), labels=("a", "b", "c"))
     assert isinstance(three, ViltForClassification) and three.config.id2label == {0: "a", 1: "b", 2: "c"}
     three.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING"):
+        load_student(str(student_folder))
+        assert not caplog.records
+        load_student(str(tmp_path))
+    assert "head for 3 labels (a, ...) is not read" in caplog.text
     assert load_student(str(tmp_path), labels=("x", "y")).config.num_labels == 2
 
 

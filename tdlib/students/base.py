@@ -294,11 +294,12 @@ def load_checkpoint(
             f"student {name!r}: not a {what} checkpoint of its own config's shape "
             f"(missing {sorted(missing)[:3]}, mismatched {sorted(wrong)[:3]})"
         )
-    if not labels and any(str(key).startswith("classifier.") for key in report["unexpected_keys"]):
+    named = [name for name in model.config.id2label.values() if not str(name).startswith("LABEL_")]
+    if named and not labels:
         log.warning(
-            "student %s: it holds a trained classifier; without labels=... a new head for choices is drawn",
-            name,
-        )
+            "student %s: its trained head for %d labels (%s, ...) is not read, a new one for choices is drawn; "
+            "give labels=... to keep it", name, len(named), named[0],
+        )  # fmt: skip
     if labels:
         last = f"classifier.{len(model.classifier) - 1}.weight"
         drawn = last in report["missing_keys"]

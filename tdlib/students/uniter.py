@@ -86,6 +86,9 @@ class UniterModel(UniterPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
 
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
+        self.embeddings.word_embeddings = value
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, region_features: Tensor,
         region_boxes: Tensor, region_mask: Tensor,
