@@ -294,11 +294,11 @@ def load_checkpoint(
             f"student {name!r}: not a {what} checkpoint of its own config's shape "
             f"(missing {sorted(missing)[:3]}, mismatched {sorted(wrong)[:3]})"
         )
-    named = [name for name in model.config.id2label.values() if not str(name).startswith("LABEL_")]
-    if named and not labels:
+    kept = [name for name in model.config.id2label.values() if not str(name).startswith("LABEL_")]
+    if kept and not labels:
         log.warning(
-            "student %s: its trained head for %d labels (%s, ...) is not read, a new one for choices is drawn; "
-            "give labels=... to keep it", name, len(named), named[0],
+            "student %s: its trained head for %d labels (%s, ...) is not read, one for choices is drawn; "
+            "give labels=... to keep it", name, len(kept), kept[0],
         )  # fmt: skip
     if labels:
         last = f"classifier.{len(model.classifier) - 1}.weight"
