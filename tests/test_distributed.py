@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -203,7 +204,7 @@ def test_an_error_in_a_process_comes_back_and_leaves_nothing(base, prepared, tmp
     with pytest.raises(
         FloatingPointError, match=r"update \d+: .* not finite, examples .*lower learning_rate"
     ):
-        train_run(config, prepared, tmp_path / "run")
+        train_run(config, replace(prepared, config=config), tmp_path / "run")  # of the same encoder
     assert sorted(os.listdir(tmp_path)) == ["student"]
     assert not [p for p in psutil.process_iter() if str(tmp_path) in " ".join(_command(p))]
 
