@@ -291,11 +291,12 @@ def power_note(compared: pd.DataFrame, alpha: float = ALPHA) -> str:
         return told
     arms = int(np.nanmax([1, *compared["arms_tested"].dropna()]))
     beside = f"{arms} arms tested together" if arms > 1 else "one arm tested"
-    return f"{told} ".lstrip() + (
+    few_pairs = (
         f"{len(short)} comparisons have too few pairs (at most {int(short['pairs'].max())}): with "
         f"{beside}, {pairs_needed(arms, alpha)} pairs are the fewest whose sign-flip test can reach "
         f"{alpha:g} after Holm's correction. Their intervals stand; no word on significance."
     )
+    return f"{told} {few_pairs}".strip()
 
 
 def sentences(compared: pd.DataFrame) -> list[str]:

@@ -169,6 +169,11 @@ def strata_of(folder: Path | str, split: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=STRATA, index=pd.Index(list(lines), dtype=object), dtype=object)
 
 
+def strata_by_row(folder: Path | str, split: str, questions: pd.Series) -> pd.DataFrame:
+    """Looks up the strata of questions of a split, by the rows' index; "" where the data do not say."""
+    return strata_of(folder, split).reindex(questions).fillna("").set_index(questions.index)
+
+
 class Deck(Generic[Item]):
     """Deals (scene, item) pairs in random order, each once before any comes again.
 

@@ -182,6 +182,7 @@ class StudentEncoder(ABC):
     """
 
     kind: ClassVar[str]  # what messages call the student
+    needs_every_word: ClassVar[bool] = False  # no padded vocabulary: its tokenizer has as many as the model
 
     def __init__(self, name: str, max_text_tokens: int = LONGEST):
         self.name = resolve(name)
@@ -196,10 +197,11 @@ class StudentEncoder(ABC):
             ) from error
         check_tokenizer(self.name)
         # transformers does not fail if a folder has no tokenizer: it makes one that knows no words.
-        known = len(self.tokenizer)
-        if known > self.config.vocab_size or known <= len(self.tokenizer.all_special_ids):
+        known, words = len(self.tokenizer), self.config.vocab_size
+        fits = known == words if self.needs_every_word else known <= words
+        if not fits or known <= len(self.tokenizer.all_special_ids):
             raise StudentError(
-                f"student {name!r} has {self.config.vocab_size} words, but its tokenizer {known}; "
+                f"student {name!r} has {words} words, but its tokenizer {known}; "
                 "save the tokenizer of its pretraining beside it (bert-base-uncased for most authors')"
             )
         if max_text_tokens > self.config.max_position_embeddings:
@@ -294,7 +296,7 @@ def load_checkpoint(
             f"student {name!r}: not a {what} checkpoint of its own config's shape "
             f"(missing {sorted(missing)[:3]}, mismatched {sorted(wrong)[:3]})"
         )
-    kept = [name for name in model.config.id2label.values() if not str(name).startswith("LABEL_")]
+    kept = _named(model.config.id2label)
     if kept and not labels:
         log.warning(
             "student %s: its trained head for %d labels (%s, ...) is not read, one for choices is drawn; "
@@ -305,15 +307,19 @@ def load_checkpoint(
         drawn = last in report["missing_keys"]
         if any(last in key for key in mismatched):
             drawn = True
-            named = not all(str(label).startswith("LABEL_") for label in stored.values())
             log.log(  # a head that scored choices has no named outputs, so nobody expects it to be kept
-                logging.WARNING if named else logging.INFO,
+                logging.WARNING if _named(stored) else logging.INFO,
                 "student %s: its head has another number of outputs than the %d labels, so its last layer is "
                 "drawn anew", name, len(labels),
             )  # fmt: skip
         if (drawn or not fit_classifier(model, stored, labels, seed, name)) and bias is not None:
             nn.init.constant_(model.classifier[-1].bias, bias)
     return model
+
+
+def _named(outputs: Mapping[int, str]) -> list[str]:
+    """The names of a head's outputs that somebody gave it, not transformers."""
+    return [str(name) for name in outputs.values() if not str(name).startswith("LABEL_")]
 
 
 def named_outputs(labels: Sequence[str]) -> dict[str, Any]:

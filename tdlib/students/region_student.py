@@ -267,14 +267,7 @@ class BertPairEncoder(RegionEncoder):
     reads [MASK], which has no characters. So do the authors of VL-BERT and of VisualBERT.
     """
 
-    def __init__(self, name: str, max_text_tokens: int, regions: RegionSource):
-        super().__init__(name, max_text_tokens, regions)
-        if len(self.tokenizer) != self.config.vocab_size:
-            raise StudentError(
-                f"student {name!r} has {self.config.vocab_size} words, but its tokenizer "
-                f"{len(self.tokenizer)}; save the tokenizer of its pretraining beside it (bert-base-uncased "
-                "for the authors')"
-            )
+    needs_every_word = True
 
     def _parts(self, example: Example) -> list[list[tuple[str, int, int]]]:
         parts = super()._parts(replace(example, given=0))

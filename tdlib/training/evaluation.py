@@ -25,7 +25,7 @@ from tdlib.core.files import write_json
 from tdlib.data.chance import chance_scores, constant_answer
 from tdlib.data.examples import Example, Examples, path_names
 from tdlib.data.tasks import data_folder, detail, score, task_of
-from tdlib.miniworld.worlds import STRATA, strata_of
+from tdlib.miniworld.worlds import STRATA, strata_by_row
 from tdlib.students import registry as students
 from tdlib.students.base import StudentEncoder, student_inputs
 from tdlib.training.card import model_card
@@ -165,8 +165,7 @@ def evaluate(
             )  # fmt: skip
         predictions = Predictions.by(student, encoded, workers=encoded.workers(config.loader_workers))
         table = prediction_table(split, examples, predictions, prepared.labels, constant)
-        strata = strata_of(data_folder(config), split).reindex(table["question"]).fillna("")
-        table = table.assign(**strata.reset_index(drop=True))
+        table = table.join(strata_by_row(data_folder(config), split, table["question"]))
         if examples.labelled:
             of_split = task_of(config).measures(table)
             figures["accuracy"][split] = next(iter(of_split.values()))

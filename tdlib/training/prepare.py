@@ -85,13 +85,9 @@ def read_split(config: RunConfig, split: str) -> Examples:
     named = [opened.path, Path(resolve(config.vocabulary)).expanduser()]
     files = [*named, *(file for file in folder.iterdir() if file.suffix in ANNOTATIONS)]
     states = tuple((str(file), file_state(file)) for file in sorted({*files}) if file.is_file())
-    whole = _open(
-        folder,
-        config.model_dump_json(include=names),
-        source,
-        states,
-        (type(opened), type(task_of(config)), repr(task_of(config))),
-    )
+    task = task_of(config)
+    kinds = type(opened), type(task), repr(task)
+    whole = _open(folder, config.model_dump_json(include=names), source, states, kinds)
     if not config.held_out or split.removesuffix(HELD_OUT) != splits_of(config)[0]:
         return whole
     return _divide(whole, config.held_out)[split.endswith(HELD_OUT)]
@@ -103,17 +99,21 @@ def _open(folder: Path, key: str, split: str, _states: tuple, _kinds: tuple) -> 
     config = RunConfig.model_validate_json(key)
     task = task_of(config)
     examples = reader(config, split, task.vocabulary(config)).open()
-    if len(set(examples.ids)) < len(examples):
-        twice = next(name for name, number in Counter(examples.ids).items() if number > 1)
-        raise DataError(f"{split}: the id {twice!r} stands twice; each example needs one of its own")
     if not user_task(config) or not len(examples):
         return examples
-    labels, choices = task.labels(config), len(examples[0].choices)
+    return _checked(examples, split, len(task.labels(config)))
+
+
+def _checked(examples: Examples, split: str, labels: int) -> Examples:
+    """Checks what the project's readers ensure and training relies on: ids at once, an example when made."""
+    twice = [name for name, number in Counter(examples.ids).items() if number > 1]
+    if twice:
+        raise DataError(f"{split}: the id {twice[0]!r} stands twice; each example needs one of its own")
+    choices = len(examples[0].choices)
+    most = choices or labels
 
     def check(example: Example) -> Example:
-        """What the project's readers ensure, and training relies on."""
-        count, most = len(example.choices), choices or len(labels)
-        wrong = ""
+        count, wrong = len(example.choices), ""
         if not isinstance(example.image, Path) or not isinstance(example.boxes, tuple):
             wrong = "image must be a Path, and boxes a tuple"
         elif count != choices:

@@ -116,7 +116,7 @@ def compare(
     return [Path(folder) / name for name in folders]
 
 
-# Parameters of preparation that only say what is cached: a run that asks for more reports what is missing.
+# Parameters of preparation that may differ: a run that asks for more than is there reports what is missing.
 CHOSEN_LATER = ("shots", "probe_examples", "submission_split")
 
 

@@ -21,7 +21,7 @@ from tdlib.core.files import file_state
 from tdlib.core.paths import ROOT
 from tdlib.core.records import END, TargetRecord, read_records
 from tdlib.data.tasks import data_folder, task_of
-from tdlib.miniworld.worlds import STRATA, strata_of
+from tdlib.miniworld.worlds import STRATA, strata_by_row
 from tdlib.views.evolution import in_order
 
 SELECTIONS = "selections.parquet"
@@ -80,7 +80,7 @@ class Run:
         index = read_index(self.folder / SELECTIONS, self.labels)
         questions, folder = index["example_id"].str.removesuffix(":r"), data_folder(self.config)
         strata = [
-            strata_of(folder, str(split)).reindex(own).fillna("").set_index(own.index)
+            strata_by_row(folder, str(split), own)
             for split, own in questions.groupby(index["split"], sort=False)
         ]
         return index.join(pd.concat(strata) if strata else pd.DataFrame(columns=STRATA))

@@ -81,8 +81,7 @@ def plot_differences(
     if any(drawn["verdict"] == UNTESTED):
         notes.append(("small: not tested", "white", 3))
     for label, face, size in notes:
-        note = Line2D([], [], label=label, color=GREY, markerfacecolor=face, markersize=size)
-        note.set(marker="o", linestyle="")
-        grid[0].add_line(note)
+        look = {"color": GREY, "marker": "o", "linestyle": "", "markerfacecolor": face, "markersize": size}
+        grid[0].add_line(Line2D([], [], label=label, **look))
     shared_legend(figure, grid)
     return figure
