@@ -11,8 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from html_page import problems
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from records import drawn_record
 from torch.nn.functional import normalize
 from torch.testing import assert_close
@@ -29,7 +27,7 @@ from tdlib.training.run import compare
 from tdlib.views import explorer, index
 from tdlib.views.alignment import tokens_of
 from tdlib.views.explorer import VIEWS, ViewRequest, show
-from tdlib.views.index import ExplorerError, Filter, Run, companion, find_runs, short_names
+from tdlib.views.index import ExplorerError, Filter, Run, companion, find_runs
 
 MANY = 2_600
 
@@ -125,15 +123,6 @@ def test_an_unfinished_run_is_no_run(image, tmp_path):
     fake_run(tmp_path / "a", [drawn_record(image)])
     fake_run(tmp_path / ".b-unfinished", [drawn_record(image)])
     assert [run.name for run in find_runs([tmp_path])] == ["a"]
-
-
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=6, unique=True))
-def test_names_are_unique_and_end_the_path(parts):
-    folders = [Path("/", *own) for own in parts]
-    names = short_names(folders)
-    assert len(set(names)) == len(folders)
-    assert all(str(folder).endswith(name) for folder, name in zip(folders, names, strict=True))
 
 
 def test_a_run_is_compared_with_another_arm_of_its_task(image, tmp_path):
@@ -449,7 +438,7 @@ def test_conditioned_words_are_mixed_from_the_patches_that_are_shown(look):
     tokens = tokens_of(record)
     for centred in (False, True):
         vars(run)["config"] = run.config.model_copy(update={"centred_targets": centred})
-        shares = torch.as_tensor(explorer.patch_shares(run, record))
+        shares = torch.as_tensor(explorer.conditioned_shares(run, record))
         vectors = explorer._targets(run, record, "projected", explorer._centres(run) if centred else None)
         words = torch.as_tensor(record.is_text & record.distilled)
         mixed = normalize(shares.float() @ vectors, dim=-1)[words]

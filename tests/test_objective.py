@@ -102,12 +102,16 @@ def test_a_distribution_over_texts_cut_short_is_not_distilled(base, prepared, mi
 
 
 @pytest.mark.parametrize(
-    "arm", ["clip_td", "naive_global", "clip_td_selection", "repair_only", "truth_only", "extra_only"]
-)
-def test_what_a_cut_text_would_falsify_is_left_out_of_every_term(base, prepared, mixed, arm):
+    ("arm", "weight"),
+    [
+        *((arm, "ratio") for arm in ("clip_td", "naive_global", "clip_td_selection", "repair_only")),
+        ("truth_only", "ratio"), ("extra_only", "ratio"), ("extra_only", "uniform"),
+    ],
+)  # fmt: skip
+def test_what_a_cut_text_would_falsify_is_left_out_of_every_term(base, prepared, mixed, arm, weight):
     """Marking one example as cut is the same as giving it no part in any term of the teacher."""
     config = settings_of(base, arm=arm, repair_choice="disagreement", repair_weight=1.0, truth_weight=1.0)
-    config = apply_arm(config)
+    config = apply_arm(config).model_copy(update={"instance_weight": weight})
     experiments.add_to_cache(prepared.cache, prepared.train[:4])
     judge = StatementJudge(prepared.cache, prepared.train)
     feature_reader = TeacherFeatureReader(prepared.cache, prepared.idf, config, judge=judge)

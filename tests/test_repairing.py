@@ -230,7 +230,7 @@ def test_a_share_of_the_rows_is_shown_and_the_own_picture_is_a_control(base, pre
     real = module.student.forward
     module.student.forward = lambda **inputs: shown.append(len(inputs["input_ids"])) or real(**inputs)
     module.eval()(batch)
-    assert shown == [6, 3] and passes_per_update(module.settings) == 1.4
+    assert shown == [6, 3] and passes_per_update(module.settings) == 1 + 3 / 6
     module, batch = parts(prepared, settings_of(base, arm="repair_own"))
     logits = torch.zeros(6, 4)
     pairs = module.repairing.pair(batch, logits)

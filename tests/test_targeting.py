@@ -307,12 +307,12 @@ def quality_rows(metric="auc", pictures=8, **gains) -> pd.DataFrame:
 def test_figures_have_a_star_where_chance_is_beaten(metric, gain, star):
     rows = quality_rows(metric, random=(0.5, *gain), longest=(0.55, 0.01, 0.02)).assign(setting="a")
     other = quality_rows(metric, random=(0.5, -1, 1)).assign(setting="b")
-    table = targeting.figures(pd.concat([rows, other]), ["setting", "modality"])
+    table = targeting.quality_table(pd.concat([rows, other]), ["setting", "modality"])
     assert table.loc[("a", "text"), metric] == f"0.60 [0.50, 0.70]{star}"
     assert table.loc[("b", "text"), metric] == "0.60 [0.50, 0.70]" and len(table) == 2
-    few = targeting.figures(rows.assign(pictures=5), ["setting", "modality"])
+    few = targeting.quality_table(rows.assign(pictures=5), ["setting", "modality"])
     assert few.loc[("a", "text"), metric] == "0.60 [0.50, 0.70]"
-    whole = targeting.figures(rows, ["modality", "source"])
+    whole = targeting.quality_table(rows, ["modality", "source"])
     assert list(whole[metric]) == [f"0.60 [0.50, 0.70]{star}", "0.50 [0.50, 0.50]", "0.55 [0.55, 0.55]"]
 
 

@@ -301,7 +301,7 @@ def _advantage(row: Mapping[str, Any]) -> tuple[float, float]:
     return (-high, -low) if row["metric"] in LESS_IS_BETTER else (low, high)
 
 
-def figures(quality: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+def quality_table(quality: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Writes values with intervals as text for a table: a row per ``by``, a column per metric.
 
     "0.62 [0.55, 0.70] *": the star says that the targeting is better than a random choice of as many

@@ -27,8 +27,9 @@ class TargetRecord:
 
     Arrays run over the student's tokens. ``spans`` are characters of ``text`` ((0, 0) for tokens
     that are not text), ``boxes`` normalised xyxy (all zero for tokens that are not visual).
-    ``relevance`` is a cosine, ``prior`` and ``score`` lie in [0, 1] (scores sum to 1 over each
-    modality's valid tokens), ``weight`` sums to 1 over the selected tokens of both modalities.
+    ``relevance`` is what the run's variant gives, a cosine by default; ``prior`` and ``score`` lie in [0, 1]
+    (scores sum to 1 over each modality's valid tokens), ``weight`` sums to 1 over the selected tokens of
+    both modalities.
     """
 
     example_id: str

@@ -95,12 +95,24 @@ def image_conditioned_targets(
     a target (beyond the paper): what the word's own vector lacks, the picture, is in it. Visual tokens keep
     theirs, and so does a word of a picture without any target; zero vectors stay zero.
     """
+    shares = patch_shares(vectors, tokens, temperature)
+    mixed = F.normalize(shares @ vectors, dim=-1)
+    return torch.where(shares.sum(-1, keepdim=True) > 0, mixed, vectors)
+
+
+def patch_shares(
+    vectors: Float[Tensor, "*batch tokens teacher_dim"], tokens: Tokens, temperature: float = 0.03
+) -> Float[Tensor, "*batch tokens tokens"]:
+    """Compute the share of each patch in the target of each word that ``image_conditioned_targets`` mixes.
+
+    ``softmax_j(u[i] . u[j] / temperature)`` over the visual tokens j that have a target. Rows of words that
+    have a target sum to 1; all other rows are zero, and all are in a picture without any target.
+    """
     has_target = vectors.abs().sum(-1) > 0
     seen = (has_target & ~tokens.is_text).unsqueeze(-2)
     agreement = (vectors @ vectors.transpose(-1, -2)).masked_fill(~seen, -1e4)
-    mixed = F.normalize((agreement / temperature).softmax(dim=-1) @ vectors, dim=-1)
     is_word = has_target & tokens.is_text & seen.any(-1)
-    return torch.where(is_word.unsqueeze(-1), mixed, vectors)
+    return (agreement / temperature).softmax(dim=-1) * is_word.unsqueeze(-1)
 
 
 def _extent(tokens: Tokens) -> Float[Tensor, "*batch tokens"]:

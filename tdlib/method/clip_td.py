@@ -29,7 +29,8 @@ with its targets are recomputed as it learns (``score_by_student``). Steps 6 to 
 Beyond the paper, ``pairing`` teaches from pairs of text and picture that the data do not hold, and ``terms``
 has further terms of the loss.
 
-Every function takes one example (choices, tokens, ...) or a batch of them (batch, choices, tokens, ...).
+Steps 1 to 7 take one example (choices, tokens, ...) or a batch of them (batch, choices, tokens, ...), a prior
+is of one example, steps 8 and 9 take batches.
 Training calls steps 1 to 5 in ``training.targets``, for text and pictures separately, which is faster and
 gives the same because they do not mix before step 7; it calls steps 6 to 9 in ``training.objective``.
 """

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 
 Judgements = Float[Tensor, "batch pictures judged"]
 Logits = Float[Tensor, "batch judged"]
-Pairs = Bool[Tensor, "batch pictures"]
+Allowed = Bool[Tensor, "batch pictures"]
 Places = Int[Tensor, " batch"]
 
 NEVER = -1e4  # a logit that a softmax in single precision makes exactly 0, and whose product with 0 is 0
@@ -72,7 +72,7 @@ def other_pictures(
 
 
 def any_other(
-    judged: Judgements, own: Logits, student: Logits, allowed: Pairs, generator: Generator | None = None
+    judged: Judgements, own: Logits, student: Logits, allowed: Allowed, generator: Generator | None = None
 ) -> Places:
     """Draw one of the allowed pictures for each example, all alike likely; -1 where there is none.
 
@@ -87,7 +87,7 @@ def any_other(
 
 
 def changed_answer(
-    judged: Judgements, own: Logits, student: Logits, allowed: Pairs, generator: Generator | None = None
+    judged: Judgements, own: Logits, student: Logits, allowed: Allowed, generator: Generator | None = None
 ) -> Places:
     """Draw among the pictures with which CLIP's best statement is another; of all, where none is so.
 
@@ -99,7 +99,7 @@ def changed_answer(
 
 
 def most_disagreement(
-    judged: Judgements, own: Logits, student: Logits, allowed: Pairs, generator: Generator | None = None
+    judged: Judgements, own: Logits, student: Logits, allowed: Allowed, generator: Generator | None = None
 ) -> Places:
     """Take the picture with which CLIP departs most from what the student says of the text so far.
 

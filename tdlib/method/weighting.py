@@ -1,7 +1,8 @@
 """Weighs selected tokens, whole examples and the whole term in the targeted loss.
 
-Token weights are fixed per example, instance weights change as the student learns, schedules weigh the
-term over the training. No weight carries a gradient.
+Token weights follow the scores, which stay what they are unless relevance reads the student or the selector
+draws; instance weights change as the student learns; schedules weigh the term over the training. No weight
+carries a gradient.
 
 An instance weight is a function ``(teacher, student, labels)`` of probabilities over the choices to
 [0, 1]; ``p_T`` and ``p_S`` stand for the probability of the true label. Add one with

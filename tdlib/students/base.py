@@ -73,8 +73,9 @@ def check_tokenizer(folder: Path | str, required: bool = False) -> str:
 class StudentOutput(ModelOutput):
     """Output of any student for (batch, choices) statements; tokens run over text, then picture.
 
-    ``logits`` (batch, choices). ``hidden_states``: per layer, the embeddings first, each (batch,
-    choices, tokens, student_dim). ``attention_mask`` (batch, choices, tokens), 1 on real tokens.
+    ``logits`` (batch, choices), or (batch, labels) of one statement. ``hidden_states``: per layer, the
+    embeddings first, each (batch, choices, tokens, student_dim). ``attention_mask`` (batch, choices,
+    tokens), 1 on real tokens.
     ``spans`` (batch, choices, tokens, 2) and ``boxes`` (batch, choices, tokens, 4): see ``method.tokens``.
     """
 

@@ -158,7 +158,9 @@ class AnswerStatements:
         return [worded.get(label, f"Perhaps {said}") for label in self.labels]
 
 
-def statement_logits(cache: TeacherCache, answers: AnswerStatements, example: Example) -> Tensor:
+def statement_logits(
+    cache: TeacherCache, answers: Callable[[Example], Sequence[str]], example: Example
+) -> Tensor:
     """Computes zero-shot logits over the label set: scaled cosines of the picture with answer statements.
 
     The statements must be in the cache.

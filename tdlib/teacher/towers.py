@@ -131,26 +131,12 @@ def relevancy(row: Tensor, maps: Sequence[Tensor], gradients: Sequence[Tensor | 
     return row
 
 
-def value_path(block: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
-    """A residual attention block whose attention is replaced by its value path.
-
-    Every token attends to itself alone, which keeps patch tokens local (MaskCLIP, Zhou et al. 2022).
-    """
-    attention = block.attn
-    width = attention.embed_dim
-    weight, bias = attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :]
-    value = attention.out_proj(F.linear(block.ln_1(hidden), weight, bias))
-    hidden = hidden + block.ls_1(value)
-    return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
-
-
 def each_alone(block: nn.Module, hidden: Tensor) -> Tensor:
     """Runs the value path of any block: every token is a separate sequence, (batch, positions, width).
 
-    A softmax over one key is 1, so attention passes on that token's value.
+    A softmax over one key is 1, so attention passes on that token's value, and patch tokens stay local
+    (MaskCLIP, Zhou et al. 2022).
     """
-    if isinstance(block, ResidualAttentionBlock):
-        return value_path(block, hidden)
     if isinstance(block, RelPosBlock | ResPostRelPosBlock):  # position biases need all of a picture's tokens
         with _passing_values(block.attn):
             return block(hidden)

@@ -222,9 +222,8 @@ class TargetedDistillation(nn.Module):
     def _choice_loss(self, logits: Tensor, batch: dict[str, Tensor], examples: int) -> Tensor:
         """The term "choice": the divergence from the teacher's distribution over choices (or labels)."""
         config = self.settings
-        weights = batch["teacher_knows"]  # 0 where CLIP had to cut a text: it compared other texts
-        if config.choice_instance_weight != "uniform":  # "uniform" needs no right answer
-            weights = weights * self.instance_weights(batch, logits, config.choice_instance_weight)
+        weights = self.instance_weights(batch, logits, config.choice_instance_weight)
+        weights = weights * batch["teacher_knows"]  # where CLIP had to cut a text it compared other texts
         return choice_distribution_loss(
             logits, batch["teacher_logits"], config.choice_temperature, examples, weights
         )
@@ -271,7 +270,7 @@ class TargetedDistillation(nn.Module):
                 teacher_logits=batch["teacher_logits"], teacher_knows=batch["teacher_knows"],
                 targets=batch["vectors"], valid=batch["valid"], scores=chosen.scores,
                 selected=chosen.selected, weights=chosen.weights,
-                instance_weights=self.instance_weights(batch, logits),
+                instance_weights=self.instance_weights(batch, logits) * batch["teacher_knows"],
             )
         )  # fmt: skip
         check_result(f"extra_term {name!r}", per_example, batch["labels"].shape)
@@ -383,7 +382,8 @@ class TargetedDistillation(nn.Module):
         """Step 8: the weight c of each example, (batch,); carries no gradient.
 
         0 for an example whose right answer is not in the label set (if the weight reads it), or one of whose
-        texts CLIP had to cut: there is no p_T. ``name`` is a key of ``INSTANCE_WEIGHTS``; "" takes the run's.
+        texts CLIP had to cut: there is no p_T, which "uniform" alone does not read. ``name`` is a key of
+        ``INSTANCE_WEIGHTS``; "" takes the run's.
         """
         name = name or self.settings.instance_weight
         weights = weigh_examples(batch["teacher_logits"], logits, batch["labels"], name)

@@ -10,19 +10,18 @@ from tdlib.data.chance import chance_scores, constant_answer
 from tdlib.data.examples import Example, low_shot
 from tdlib.data.tasks import score, task_of
 from tdlib.teacher.cache import TeacherCache
-from tdlib.teacher.model import choice_logits
+from tdlib.teacher.probe import statement_logits
 from tdlib.training.prepare import PreparedData, class_logits
 
 
 def zero_shot(cache: TeacherCache, examples: Sequence[Example]) -> np.ndarray:
     """The teacher's own probabilities over the choices, (examples, choices), from the cache."""
-    rows = []
-    for example in examples:
-        picture = cache.picture(example.image).pooled
-        texts = np.stack([cache.text(statement.text).pooled.numpy() for statement in example.statements()])
-        logits = choice_logits(picture, picture.new_tensor(texts), cache.teacher.logit_scale)
-        rows.append(logits.softmax(-1).numpy())
-    return np.stack(rows)
+
+    def statements(example: Example) -> list[str]:
+        return [statement.text for statement in example.statements()]
+
+    logits = [statement_logits(cache, statements, example) for example in examples]
+    return np.stack([row.softmax(-1).numpy() for row in logits])
 
 
 def reference_scores(config: RunConfig, prepared: PreparedData) -> pd.DataFrame:

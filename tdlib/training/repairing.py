@@ -59,8 +59,8 @@ class Repairing(nn.Module):
     the cost of the term and not its size. Of several processes that train together, each pairs within its
     share of the batch: n of them have n times fewer pictures to choose from (unless there is a pool).
 
-    ``L_truth = mean_b c[b] * sum_i w[b, i] * BCE(psi(h[b, i]), p_CLIP(statement))``: the selected text
-    tokens, one layer below the top, predict whether their statement is true of the picture.
+    ``L_truth = mean_b certainty[b] * sum_i w[b, i] * BCE(psi(h[b, i]), p_CLIP(statement))``: the selected
+    text tokens, one layer below the top, predict whether their statement is true of the picture.
     """
 
     def __init__(self, config: RunConfig, width: int):

@@ -5,6 +5,7 @@ checkpoints, or shared by several processes; neither changes what it computes.
 """
 
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tdlib.config import RunConfig, apply_arm, check_arm
@@ -28,7 +30,7 @@ from tdlib.teacher.probe import ClassProbe, count_cut
 from tdlib.teacher.towers import EXTRAS
 from tdlib.training import checkpoints
 from tdlib.training import prepare as preparation
-from tdlib.training.data import EncodedExamples
+from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.evaluation import evaluate, evaluate_again, finish
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TeacherFeatureReader
@@ -139,7 +141,7 @@ def train_run(
     With ``checkpoint_every``, a run that was interrupted in training and is called again with the same
     settings and folder continues from its last whole checkpoint, and ends as if it had not been
     interrupted (on the CPU bit for bit). With ``processes`` above 1 they are started here
-    (``distributed``), unless this is one of them.
+    (``training.processes``), unless this is one of them.
 
     If the evaluation fails, the folder is written nevertheless, with the trained student and the mark
     ``UNEVALUATED`` instead of metrics and predictions. The same call then only evaluates that student.
@@ -239,6 +241,9 @@ class _Run:
             feature_reader.prepare(prepared.train if config.distils_unlabelled else self.subset)
         return feature_reader
 
+    def _collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        return collate(items, self.prepared.encoder)
+
     def _count_cut_texts(self) -> None:
         """Counts the texts that teacher and student have to cut, and warns of them.
 
@@ -280,10 +285,14 @@ class _Run:
             self.resumed, self.seconds_before = keeper.resumed, keeper.seconds
         self._count_cut_texts()
         if self.module.phi is not None and whole is None:
-            with torch.random.fork_rng():  # a loader draws a seed, which would shift the training's numbers
-                self.module.fit_phi(
-                    DataLoader(self.dataset, config.batch_size, collate_fn=self.trainer.data_collator)
+            # In any order but the file's, which can be of one kind first; the generator is the loader's own,
+            # so that the training's random numbers stay what they are.
+            order = torch.Generator().manual_seed(config.seed)
+            self.module.fit_phi(
+                DataLoader(
+                    self.dataset, config.batch_size, shuffle=True, generator=order, collate_fn=self._collate
                 )
+            )
         began = time.time()
         self.trainer.train(**({"resume_from_checkpoint": str(whole)} if whole else {}))
         self.metrics["train_seconds"] = round(self.seconds_before + time.time() - began, 2)
@@ -333,9 +342,11 @@ class _Run:
 
 
 def passes_per_update(config: RunConfig) -> float:
-    """How often an example passes through the student at each update: once in plain finetuning."""
-    more = config.feature_share if config.distils_unlabelled else 0
-    return 1 + config.adversarial_steps + (config.repair_share if config.repair_weight > 0 else 0) + more
+    """How often an example of a full batch passes through the student at each update: once in finetuning."""
+    size = config.batch_size
+    repaired = math.ceil(config.repair_share * size) / size if config.repair_weight > 0 else 0
+    more = max(1, round(config.feature_share * size)) / size if config.distils_unlabelled else 0
+    return 1 + config.adversarial_steps + repaired + more
 
 
 def _agreed(checkpoint: Path | None) -> Path | None:

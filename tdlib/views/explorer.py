@@ -20,8 +20,9 @@ from tdlib.core.records import END, TargetRecord
 from tdlib.data.examples import Example, TextPart, low_shot
 from tdlib.data.pictures import open_picture
 from tdlib.data.tasks import splits_of
-from tdlib.method.alignment import align, aligned_targets
-from tdlib.method.selection import SELECTORS, SelectionOptions, select, token_scores
+from tdlib.method.alignment import align, aligned_targets, patch_shares
+from tdlib.method.clip_td import choose_tokens
+from tdlib.method.selection import SELECTORS, SelectionOptions, token_scores
 from tdlib.method.weighting import TOKEN_WEIGHTS
 from tdlib.students import attention as student_attentions
 from tdlib.students.registry import load_student
@@ -113,8 +114,9 @@ def reselected(
     heat = config.temperature if temperature is None else temperature
     scores = token_scores(relevance, prior, tokens, valid, heat, config.prior_weight)
     generator = torch.Generator().manual_seed(config.seed)
-    selected = select(scores, tokens, valid, config.selector, options, generator)
-    weight = TOKEN_WEIGHTS[config.token_weight](scores, selected)
+    selected, weight = choose_tokens(
+        scores, tokens, valid, config.selector, options, config.token_weight, generator
+    )
     return replace(record, score=scores.numpy(), selected=selected.numpy(), weight=weight.numpy())
 
 
@@ -203,7 +205,7 @@ def conditioned_targets(request: ViewRequest) -> View:
         raise ExplorerError(
             f"{run.name} mixes no word's target from patches; train it with conditioned_targets=True"
         )
-    shares, names = patch_shares(run, record), token_names(record)
+    shares, names = conditioned_shares(run, record), token_names(record)
     words = np.flatnonzero(record.is_text & (shares.sum(1) > 0))
     patches = np.flatnonzero(shares[words].sum(0) > 0)
     data = pd.DataFrame(
@@ -372,21 +374,11 @@ def agreement(run: Run, record: TargetRecord) -> np.ndarray:
     return (vectors @ vectors.T).numpy()
 
 
-def patch_shares(run: Run, record: TargetRecord) -> np.ndarray:
-    """Computes the share of each patch in the target of each word, (tokens, tokens); rows of words sum to 1.
-
-    ``softmax_j(u_i . u_j / temperature)`` over the visual tokens that have a target, as
-    ``image_conditioned_targets`` mixes them. All other rows are 0.
-    """
+def conditioned_shares(run: Run, record: TargetRecord) -> np.ndarray:
+    """Computes the share of each patch in the run's target of each word, see ``alignment.patch_shares``."""
     centres = _centres(run) if run.config.centred_targets else None
     vectors = _targets(run, record, "projected", centres)
-    has_target = vectors.abs().sum(-1) > 0
-    is_text, seen = torch.as_tensor(record.is_text), torch.as_tensor(record.is_region) & has_target
-    if not seen.any():
-        return np.zeros((len(vectors), len(vectors)))
-    agreement = (vectors @ vectors.T).masked_fill(~seen, -torch.inf)
-    shares = (agreement / run.config.temperature).softmax(-1)
-    return (shares * (is_text & has_target)[:, None]).numpy()
+    return patch_shares(vectors, tokens_of(record), run.config.temperature).numpy()
 
 
 def _targets(

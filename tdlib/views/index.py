@@ -20,6 +20,7 @@ from tdlib.config import RunConfig
 from tdlib.core.files import file_state
 from tdlib.core.paths import ROOT
 from tdlib.core.records import END, TargetRecord, read_records
+from tdlib.data.examples import path_names
 from tdlib.data.tasks import data_folder, task_of
 from tdlib.miniworld.worlds import STRATA, strata_by_row
 from tdlib.views.evolution import in_order
@@ -139,20 +140,8 @@ def find_runs(patterns: Sequence[str | Path], home: Path = ROOT) -> list[Run]:
         folders |= dict.fromkeys(folder.resolve() for folder in run_folders)
     return [
         Run(name, folder, file_state(folder / SELECTIONS))
-        for name, folder in zip(short_names([*folders]), folders, strict=True)
+        for name, folder in zip(path_names([*folders]), folders, strict=True)
     ]
-
-
-def short_names(folders: Sequence[Path]) -> list[str]:
-    """Shortens each path to the fewest last parts that tell it from the others."""
-    names = []
-    for folder in folders:
-        for count in range(1, len(folder.parts) + 1):
-            end = folder.parts[-count:]
-            if sum(other.parts[-count:] == end for other in folders) == 1:
-                break
-        names.append("/".join(end).removeprefix("//"))
-    return names
 
 
 def run_named(runs: Sequence[Run], name: str) -> Run:
