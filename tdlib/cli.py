@@ -241,6 +241,7 @@ def _where(batch: "Batch", options: argparse.Namespace) -> dict[str, Any]:
 def _best(batch: "Batch", options: argparse.Namespace) -> int:
     from tdlib.analysis.scores import ProtocolError
     from tdlib.analysis.tuning import CONTEXT, rank_settings, write_tuned
+    from tdlib.runs.report import batch_record
 
     try:
         table = rank_settings(batch.folder, options.split, options.uneven)
@@ -249,6 +250,12 @@ def _best(batch: "Batch", options: argparse.Namespace) -> int:
         print(f"tdlib batch: {error}", file=sys.stderr)
         return 1
     print(table.to_string(index=False, na_rep="", float_format="{:.4g}".format))
+    ranked = batch_record(batch.folder)["runs"]
+    if new := [run.id for run in batch.plan.runs if run.id not in ranked]:
+        print(
+            f"note: {len(new)} of the {len(batch.plan.runs)} runs that {batch.file.name} has are not in "
+            "this ranking, which is of the batch as it was started last: file, code or data have changed"
+        )
     beyond = table[table["edge"] != ""]
     for row in beyond.to_dict("records"):
         where = " ".join(str(row[name]) for name in table if name in CONTEXT)

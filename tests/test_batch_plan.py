@@ -154,6 +154,10 @@ def test_a_choice_that_does_not_fit_is_found_before_anything_starts(tmp_path):
     assert "`tdlib batch best NAME` writes it" in problems()
     assert "nothing was chosen for {'arm': 'clip_td'}" in problems(every[:1])
     assert "seeds: [1] were tuned with" in problems(every, seeds=(1, 100))
+    reports = write_choice(tmp_path, every, (0, 1))
+    alone = {name: value for name, value in TUNING.items() if name != "seeds"}
+    unseeded = "\n".join(plan_batch(alone, "b", tmp_path, reports).problems)
+    assert "seeds: [0] were tuned with" in unseeded, "the template's"
     for place in ("parameters", "grid"):
         entry = [5e-4] if place == "grid" else 5e-4
         given = {place: TUNING.get(place, {}) | {"learning_rate": entry}}
@@ -339,6 +343,8 @@ def test_a_run_of_one_seed_can_be_excluded_and_what_excludes_nothing_is_told(tmp
     assert [(run.overrides["seed"], run.overrides["a"]) for run in plan.runs] == [(0, 1), (0, 2), (1, 2)]
     plan = make_batch(tmp_path, **both, include=[{"a": 5}], exclude=[{"a": 5}]).plan
     assert plan.problems and plan.problems[0].startswith("exclude[0]={'a': 5}: no run of grid"), "not include"
+    plan = make_batch(tmp_path, **both, exclude=[{"a": [1, 7], "seed": [0]}]).plan
+    assert plan.problems == ["exclude[0]={'a': 7, 'seed': [0]}: no run of grid, zip and seeds is like that"]
 
 
 def test_a_batch_is_found_by_its_path_without_its_ending(tmp_path, monkeypatch):

@@ -115,6 +115,8 @@ def test_a_part_of_a_batch_can_be_run_by_itself(tmp_path):
     assert done == [{"seed": 5, "a": 1, "mode": "150"}, {"seed": 5, "a": 4, "mode": "150"}]
     with pytest.raises(ConfigError, match=r"\{'a': 3\}: no run of small is like that"):
         batch.run(where={"a": 3})
+    with pytest.raises(ConfigError, match=r"\{'a': 3, 'seed': 5\}: no run of small .*a is 1, 2, 4"):
+        batch.run(where={"a": [1, 3], "seed": 5})
 
 
 def test_a_template_that_changes_between_plan_and_start_is_noticed(tmp_path):

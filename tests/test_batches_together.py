@@ -7,7 +7,7 @@ from batch_folders import change_batch, compare, row_of, write_run
 
 from tdlib.analysis.compare import compare_arms
 from tdlib.analysis.protocol import claims_table, shots_table
-from tdlib.analysis.scores import collect, read_runs, read_scores
+from tdlib.analysis.scores import ProtocolError, collect, read_runs, read_scores
 from tdlib.runs import states as run_states
 
 
@@ -76,6 +76,54 @@ def test_a_tuned_batch_is_not_the_same_as_one_that_was_not(tmp_path):
     runs, scores, _ = collect(tmp_path, ["plain", "tuned"])
     assert set(runs["setting"]) == {"rate=0.1", "tuned=rate"}
     assert list(compare_arms(runs, scores, resamples=50)["pairs"]) == [0, 1, 0, 1]
+
+
+def test_a_batch_that_only_plans_runs_does_not_hide_of_which_code_they_are(tmp_path):
+    for batch, arm, code in (("old", "finetune", "a"), ("new", "clip_td", "b")):
+        for seed in range(2):
+            run = write_run(tmp_path / batch, arm=arm, seed=seed)
+            file = tmp_path / batch / run / "parameters.json"
+            identity = {"code": code, "template": "t", "data": "d"}
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"identity": identity}))
+            state = json.loads((file.parent / "state.json").read_text())
+            run_states.write_state(file.parent, state | {"files": run_states.file_sizes(file.parent)})
+    for arm in ("clip_td", "naive"):
+        for seed in range(2):
+            write_run(tmp_path / "more", arm=arm, seed=seed, state="failed")
+    for batches in (["old", "new"], ["old", "new", "more"], ["more", "new", "old"]):
+        runs, scores, missing = collect(tmp_path, batches)
+        assert compare_arms(runs, scores, resamples=50)["pairs"].sum() == 0, batches
+        assert any("version" in said for said in missing)
+
+
+def test_a_run_that_one_batch_tuned_and_another_did_not_is_refused(tmp_path):
+    for batch, rate in (("plain", 0.1), ("tuned", 0.5)):
+        write_run(tmp_path / batch, more={"rate": 0.1})
+        write_run(tmp_path / batch, arm="clip_td", more={"rate": rate})
+    change_batch(tmp_path / "tuned", tuned=["rate"])
+    with pytest.raises(ProtocolError, match=r"plain, tuned share runs \(such as vcr_qa-finetune.*a study"):
+        read_runs(tmp_path / "plain", tmp_path / "tuned")
+
+
+def test_what_all_runs_of_a_batch_share_is_no_variant_of_their_arms(tmp_path):
+    """Another batch that calls it a variant must not rename this one's baseline."""
+    for seed in range(2):
+        for arm in ("finetune", "repair_only"):
+            write_run(tmp_path / "a", arm=arm, seed=seed, more={"repair_share": 0.3})
+    for share in (0.6, 1.0):
+        write_run(tmp_path / "b", arm="repair_only", seed=0, more={"repair_share": share})
+    write_run(tmp_path / "b", arm="finetune", seed=0, more={"repair_share": 1.0})
+    change_batch(tmp_path / "b", variants=["repair_share"])
+    runs, scores, _ = collect(tmp_path, ["a", "b"])
+    table = compare_arms(runs, scores, resamples=50)
+    pairs = table.set_index(["setting", "arm"])["pairs"].to_dict()
+    apart = {("", "finetune"): 0, ("", "repair_only"): 1, ("", "repair_only, repair_share=0.6"): 1}
+    assert pairs == apart | {
+        ("repair_share=0.3", "finetune"): 0, ("repair_share=0.3", "repair_only"): 2,
+    }  # fmt: skip
+    write_run(tmp_path / "b", arm="repair_only", seed=0, more={"repair_share": 0.3})
+    with pytest.raises(ProtocolError, match=r"a, b share runs .*made variants"):
+        read_runs(tmp_path / "a", tmp_path / "b")
 
 
 def test_what_goes_with_the_size_parts_no_curve_and_what_all_share_is_said(tmp_path):

@@ -142,9 +142,11 @@ def test_an_unfinished_batch_shows_what_it_has_and_lists_the_rest(tmp_path):
     write_run(batch, arm="clip_td", seed=2, state="queued")
     damaged = write_run(batch, arm="naive", seed=0)
     next((batch / damaged).rglob("metrics.json"), next((batch / damaged).rglob("manifest.json"))).unlink()
-    runs, scores, missing = collect(tmp_path, ["b", "never"])
+    runs, scores, missing = collect(tmp_path, ["b", "low_shot"])
     assert "b: 3 of 8 runs are not done" in missing[0] and "tdlib batch resume b" in missing[0]
-    assert missing[1].startswith("never: was not run here") and "`tdlib batch run never`" in missing[1]
+    assert missing[1].startswith("low_shot: was not run here") and "`tdlib batch run low_shot`" in missing[1]
+    with pytest.raises(ProtocolError, match="lowshot: there is no such batch; did you mean 'low_shot'"):
+        collect(tmp_path, ["b", "lowshot"])
     left = unfinished(runs)
     assert list(left["state"]) == ["failed", "queued", "lost"]
     assert left.loc[0, "reason"] == "it failed" and "missing" in left.loc[2, "reason"]
@@ -217,8 +219,16 @@ def test_variants_of_an_arm_are_compared_like_arms(tmp_path):
 
 def test_an_arm_to_be_tested_that_does_not_exist_is_refused(tmp_path):
     write_run(tmp_path / "b")
-    with pytest.raises(ProtocolError, match="unknown cliptd; the runs have the arms finetune"):
+    with pytest.raises(
+        ProtocolError,
+        match=r"tested: unknown cliptd; did you mean 'clip_td'\?; the runs have the arms finetune",
+    ):
         compare(tmp_path / "b", tested=["cliptd"])
+    with pytest.raises(ProtocolError, match=r"baseline: unknown finetun; did you mean 'finetune'"):
+        compare(tmp_path / "b", baseline="finetun")
+    for alpha in (0, 5, float("nan")):
+        with pytest.raises(ProtocolError, match=r"alpha=.* between 0 and 1"):
+            compare(tmp_path / "b", alpha=alpha)
     assert len(compare(tmp_path / "b", tested=["clip_td"])) == 1, "not run yet"
 
 
@@ -305,7 +315,8 @@ def test_without_the_baseline_nothing_is_compared(tmp_path):
     table = compare(tmp_path / "b")
     row = row_of(table, arm="clip_td")
     assert (row["pairs"], row["verdict"], row["unpaired"]) == (0, "too few pairs", "0")
-    assert power_note(table) == "1 row has no pair: the baseline was not run with their seeds."
+    assert power_note(table) == "1 row has no pair: the baseline was not run with their seeds and settings."
+    assert power_note(table, tested=["clip_td", "naive"]).endswith("without a finished run: naive.")
     (scores,) = lead_charts(table)
     assert "over pictures alone (one seed)" in scores
     assert np.isnan(row["difference"]) and row["mean"] > 0

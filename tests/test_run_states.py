@@ -219,6 +219,8 @@ def test_states_that_cannot_be_true_are_lost(tmp_path):
     run_states.write_state(tmp_path, elsewhere | {"heartbeat": time.time() - 2 * run_states.STALE})
     assert run_states.current_state(tmp_path)["state"] == "lost"
     run_states.write_state(tmp_path, {"state": "done", "files": run_states.file_sizes(tmp_path)})
+    assert "parameters.json cannot be read" in run_states.current_state(tmp_path)["reason"]
+    (tmp_path / "parameters.json").write_text('{"parameters": {}}')
     assert run_states.current_state(tmp_path)["state"] == "done"
     whole = (tmp_path / "state.json").read_bytes()
     (tmp_path / "output" / "metrics.json").write_text("{")
@@ -230,6 +232,7 @@ def test_states_that_cannot_be_true_are_lost(tmp_path):
 
 def test_a_notebook_that_was_saved_again_damages_no_run(tmp_path):
     notebook = write_template(tmp_path).rename(tmp_path / run_states.NOTEBOOK)
+    (tmp_path / "parameters.json").write_text('{"parameters": {}}')
     run_states.write_state(tmp_path, {"state": "done", "files": run_states.file_sizes(tmp_path)})
     notebook.write_text(notebook.read_text() + "\n")
     assert run_states.current_state(tmp_path)["state"] == "done"
@@ -268,19 +271,27 @@ def test_gpus_are_leased_in_parts_and_against_other_runners(tmp_path, monkeypatc
 
 def test_where_no_gpu_is_free_no_run_is_touched(tmp_path, monkeypatch):
     monkeypatch.setattr(GpuLeases, "folder", tmp_path / "gpus")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     wanted, first, second = Resources(gpus=0.5), LocalEngine(8, ["0"]), LocalEngine(8, ["0"])
     assert first.has_room(wanted) and second.has_room(wanted)
     assert first.leases.take(0.5) and first.has_room(wanted) and not second.has_room(wanted)
     assert first.leases.take(0.5) and not first.has_room(wanted)
 
 
-def test_resources_that_are_not_there_are_a_mistake(tmp_path):
+def test_resources_that_are_not_there_are_a_mistake(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     batch = make_batch(tmp_path, resources={"cpus": 2, "gpus": 1, "memory": "900TB", "time": "1.5h"})
     assert batch.plan.resources == Resources(cpus=2, gpus=1, memory=900 * 2**40, time=5400)
     with pytest.raises(ConfigError) as error:
         batch.run(LocalEngine(cpus=1, gpus=[]))
     assert all(f"resources.{name}" in str(error.value) for name in ("cpus", "gpus", "memory"))
     engine = LocalEngine(cpus=8, gpus=["0", "1"])
+    assert LocalEngine(cpus=8, gpus=["1", "1"]).gpus == ["1"]
+    for wrong in ({"gpus": ["0", "7"]}, {"gpus": ["x"]}, {"cpus": float("nan")}, {"cpus": -1}):
+        with pytest.raises(
+            ConfigError, match=r"gpus=.*there is no [7x]; this machine has 0, 1|cpus=.*above 0"
+        ):
+            LocalEngine(**wrong)
     assert engine.at_once(Resources(cpus=2)) == 4 and engine.at_once(Resources(gpus=0.25)) == 8
     assert engine.at_once(Resources(gpus=2)) == 1
     assert engine.at_once(Resources(gpus=0.4)) == 4 and engine.at_once(Resources(gpus=0.6)) == 2

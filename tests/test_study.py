@@ -230,16 +230,16 @@ def test_what_kinds_of_examples_gain_is_said_of_each_claim(compared):
 def test_the_notebook_writes_a_study(reports, tmp_path):
     found = execute(
         "07_protocol",
-        batches=["low", "wide", "never"],
+        batches=["low", "wide", "shift"],
         reports_dir=str(reports),
         output_dir=str(tmp_path),
         resamples=50,
     )
-    assert found["page"] == tmp_path / "low-wide-never" / "index.html"
-    assert any("tdlib batch run never" in sentence for sentence in found["missing"])
+    assert found["page"] == tmp_path / "low-wide-shift" / "index.html"
+    assert any("tdlib batch run shift" in sentence for sentence in found["missing"])
     files = {path.name for path in found["page"].parent.iterdir()}
     assert {"claims.csv", "shifts.parquet", "shots_figure.svg", "shifts_figure.png", "study.json"} <= files
-    assert "tdlib batch run never" in found["page"].read_text()
+    assert "tdlib batch run shift" in found["page"].read_text()
 
 
 def test_the_notebook_without_any_batch_says_what_to_run(tmp_path, capsys):

@@ -89,6 +89,7 @@ def test_the_command_keeps_the_choice_and_says_what_lies_at_the_edge(tmp_path, c
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "beyond: clip_td rate\n" in out and "beyond: finetune" not in out
+    assert "note: 2 of the 2 runs that tune.yaml has are not in this ranking" in out
     assert "tuned: tune" in out and len(json.loads((tmp_path / "tune" / "tuned.json").read_text())) == 3
     (tmp_path / "tune" / "tuned.json").unlink()
     write_run(tmp_path / "tune", seed=102, state="failed")

@@ -27,6 +27,7 @@ from tdlib.analysis.statistics import (
     pooled_mean,
 )
 from tdlib.arms import ARMS
+from tdlib.core.paths import did_you_mean
 from tdlib.data.tasks import TASKS
 
 CELL = ["task", "setting", "shots"]
@@ -50,6 +51,22 @@ class Tested:
 
     def seeds(self, arm: str) -> pd.Index:
         return self.arms[arm].index if arm in self.arms else pd.Index([], dtype=int)
+
+
+def check_arms(runs: pd.DataFrame, **asked: Sequence[str]) -> None:
+    """Refuses names that are neither arms of the library nor of these runs (with their variants).
+
+    Raises:
+        ProtocolError: names the list, the unknown arm and those that there are.
+    """
+    there = sorted(set(runs["arm"].dropna()))
+    for listed, names in asked.items():
+        for name in names:
+            if name not in there and name not in ARMS:
+                raise ProtocolError(
+                    f"{listed}: unknown {name}{did_you_mean(name, [*there, *ARMS])}; the runs have the arms "
+                    f"{', '.join(there) or 'of no batch'}"
+                )
 
 
 def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = BASELINE,
@@ -76,14 +93,12 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = BASEL
     arm without any pair: has its runs). The combinations are the largest one of each arm.
 
     Raises:
-        ProtocolError: an arm to be tested is unknown; two runs of a cell and world have the same arm and
-            seed; or a pair learned from or was tested on other examples.
+        ProtocolError: an arm to be tested, or the baseline, is unknown; ``alpha`` is no level; two runs of a
+            cell and world have the same arm and seed; or a pair learned from or was tested on other examples.
     """
-    if unknown := sorted({*tested} - {*runs["arm"].dropna(), *ARMS}):
-        raise ProtocolError(
-            f"tested={list(tested)}: unknown {', '.join(unknown)}; the runs have the arms "
-            f"{', '.join(sorted(set(runs['arm'].dropna())))}"
-        )
+    check_arms(runs, baseline=[baseline], tested=tested)
+    if not 0 < alpha < 1:
+        raise ProtocolError(f"alpha={alpha}: expected a level between 0 and 1, such as 0.05")
     done = runs[runs["state"] == "done"]
     rows: list[dict[str, Any]] = []
     every_world = {key: set(own["world"]) for key, own in done.groupby(["task", "setting"])}

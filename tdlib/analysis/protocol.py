@@ -154,7 +154,8 @@ def _conditions(arm: pd.DataFrame, task: str) -> dict[str, tuple[pd.DataFrame, p
     The task's own shift is the MiniWorld's, or where that was not tested, that of a user's own data.
     """
     usual = arm["test"] == USUAL
-    shifted = arm[~usual & ~arm["test"].isin(CONTROLS)]
+    twins = arm["split"].str.startswith(f"{TASKS[task].evaluated}_")  # and not, say, the test or train split
+    shifted = arm[twins & ~arm["test"].isin(CONTROLS)]
     tests = shifted.groupby(CELL)["test"].transform("nunique")
     own = next((name for name in TASKS[task].shift if name in set(shifted["test"])), "")
     main = shifted.assign(_tests=tests)[shifted["test"] == own]
@@ -281,12 +282,17 @@ def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
-def power_note(compared: pd.DataFrame, alpha: float = ALPHA) -> str:
-    """Says which comparisons have too few pairs for ``alpha``, and how many they need; "" if none has."""
+def power_note(compared: pd.DataFrame, alpha: float = ALPHA, tested: Sequence[str] = ()) -> str:
+    """Says which comparisons have too few pairs for ``alpha``, and how many they need; "" if none has.
+
+    Names the ``tested`` arms that have no row at all, but count in the correction.
+    """
     few = compared["verdict"] == "too few pairs"
     alone, short = int((few & (compared["pairs"] == 0)).sum()), compared[few & (compared["pairs"] > 0)]
     have = "row has" if alone == 1 else "rows have"
-    told = f"{alone} {have} no pair: the baseline was not run with their seeds." if alone else ""
+    told = f"{alone} {have} no pair: the baseline was not run with their seeds and settings." if alone else ""
+    if absent := [name for name in tested if name not in set(compared["arm"])]:
+        told = f"{told} To be tested, but without a finished run: {', '.join(absent)}.".strip()
     if short.empty:
         return told
     arms = int(np.nanmax([1, *compared["arms_tested"].dropna()]))

@@ -14,10 +14,12 @@ from typing import Any
 import pandas as pd
 
 from tdlib.config import RunConfig, parameters_with
+from tdlib.core.paths import did_you_mean
 from tdlib.core.provenance import canonical, canonical_json
 from tdlib.data.tasks import TASKS
 from tdlib.data.vcr_results import joint_scores
 from tdlib.miniworld.worlds import STRATA
+from tdlib.runs.batch import find_batch
 from tdlib.runs.report import batch_record, open_results, recorded_runs
 
 log = logging.getLogger(__name__)
@@ -59,32 +61,69 @@ def read_runs(*folders: Path) -> pd.DataFrame:
         ProtocolError: a batch's template does not train arms, or a finished run has no manifest.
     """
     rows: list[dict[str, Any]] = []
-    described: dict[str, dict[str, str]] = {}
-    versions: dict[str, dict[str, Any]] = {}
-    variants = sorted({name for folder in folders for name in batch_record(folder).get("variants", [])})
+    facts: list[tuple[dict[str, str], dict[str, Any]]] = []  # of each row: its settings, its version
+    variants = {name for folder in folders for name in batch_record(folder).get("variants", [])}
     for folder in map(Path, folders):
-        tuned = batch_record(folder).get("tuned", [])
-        for entry in recorded_runs(folder).to_dict("records"):
+        record, entries = batch_record(folder), recorded_runs(folder).to_dict("records")
+        tuned, names = record.get("tuned", []), _variants_of(record, entries, variants)
+        for entry in entries:
             row: dict[str, Any] = {"batch": folder.name, "world": "", "subset": "", "tuned": "", "commit": ""}
             row |= {name: entry[name] for name in ("run", "state", "reason")}
+            known, version = dict[str, str](), dict[str, Any]()
             if (parameters := entry["parameters"]) is not None:
-                row |= _described(folder, parameters, tuned, variants)
+                row |= _described(folder, parameters, tuned, names)
                 apart = ("world_seed", "interactive", entry["output"], *parameters_with(role="machine"))
-                hidden = (*DESCRIBED, *apart, *tuned, *variants)
+                hidden = (*DESCRIBED, *apart, *tuned, *names)
                 known = {n: canonical_json(v) for n, v in parameters.items() if n not in hidden}
-                described[entry["run"]] = known | {"tuned": ", ".join(tuned)}
-                versions[entry["run"]] = _version(entry["identity"], parameters, entry["output"])
+                known["tuned"] = ", ".join(tuned)
+                version = _version(entry["identity"], parameters, entry["output"])
             if entry["state"] == "done":
                 row |= _learned(folder / entry["run"])
             rows.append(row)
+            facts.append((known, version))
     table = pd.DataFrame(rows, columns=RUN_COLUMNS)
+    _refuse_two_ways(table, [known.get("tuned", "") for known, _ in facts])
     finished = table.sort_values("state", key=lambda state: state != "done", kind="stable")
-    table = finished.drop_duplicates("run").sort_index().reset_index(drop=True)
+    table = finished.drop_duplicates("run").sort_index()  # what is known of a run is of the row that is kept
+    described = {run: facts[row][0] for row, run in table["run"].items() if facts[row][0]}
+    versions = {run: facts[row][1] for row, run in table["run"].items() if facts[row][0]}
+    table = table.reset_index(drop=True)
     for run, version in _versions(table, versions).items():
         described[run]["version"] = version
     for name, of_runs in zip(("setting", "of_size", "shared"), _settings(table, described), strict=True):
         table[name] = [of_runs.get(run, "") for run in table["run"]]
     return table
+
+
+def _variants_of(
+    record: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], variants: set[str]
+) -> list[str]:
+    """The variants that name arms of one batch: its own, and those of others that it does not set for all.
+
+    A value that all runs of a batch share, and that is not the default, is a setting of that batch.
+    """
+    known = [entry["parameters"] for entry in entries if entry["parameters"] is not None]
+    held = {
+        name: {canonical_json(parameters[name]) for parameters in known if name in parameters}
+        for name in variants
+    }
+    own = record.get("variants", [])
+    return sorted(
+        name for name, values in held.items()
+        if name in own or len(values) != 1 or _is_default(name, *values)
+    )  # fmt: skip
+
+
+def _refuse_two_ways(runs: pd.DataFrame, tuned: Sequence[str]) -> None:
+    """Refuses a run that batches take for something else: it would be the baseline of one of them only."""
+    ways = runs.assign(tuned=tuned)[runs["arm"].notna()].drop_duplicates(["run", "arm", "tuned"])
+    shared = ways[ways.duplicated("run", keep=False)]
+    if len(shared):
+        raise ProtocolError(
+            f"{', '.join(sorted(set(shared['batch'])))} share runs (such as {shared['run'].iloc[0]}), of "
+            "which one tuned parameters or made variants of arms, and another did not; read them one after "
+            "the other, as a study each"
+        )
 
 
 def _described(
@@ -200,9 +239,17 @@ def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.Dat
 
     The batches are read as one: an arm of one is paired with the baseline of another, if the setting is the
     same (``read_runs``).
+
+    Raises:
+        ProtocolError: a batch has neither been run nor a file among those of the project; see ``read_runs``.
     """
     homes, missing = [Path(reports) / name for name in dict.fromkeys(batches)], []
     folders = [folder for folder in homes if (folder / "batch.json").is_file()]
+    for home in homes:
+        if home not in folders and not find_batch(home.name).is_file():
+            known = [*Path(reports).glob("*/batch.json"), *find_batch("smoke").parent.glob("*.yaml")]
+            names = [path.parent.name if path.name == "batch.json" else path.stem for path in known]
+            raise ProtocolError(f"{home.name}: there is no such batch{did_you_mean(home.name, names)}")
     runs, scores = read_runs(*folders), [pd.DataFrame(columns=SCORE_COLUMNS)]
     for folder in folders:
         name, of_batch = folder.name, runs[runs["batch"] == folder.name]

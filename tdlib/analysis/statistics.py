@@ -220,8 +220,8 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def chance_corrected(accuracy: float, chance: float) -> float:
-    """(accuracy - chance) / (1 - chance): 0 at chance, 1 when all is right."""
-    return (accuracy - chance) / (1 - chance)
+    """(accuracy - chance) / (1 - chance): 0 at chance, 1 when all is right; nan where guessing is right."""
+    return (accuracy - chance) / (1 - chance) if chance < 1 else float("nan")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ import pandas as pd
 from tdlib.config import RunConfig
 from tdlib.core.files import file_state, whole_path, write_json, write_jsonl
 from tdlib.core.paths import ROOT, ConfigError, resolve
-from tdlib.data import snli_ve, vcr, vcr_results, vqa, vqa_metric
+from tdlib.core.provenance import code_of
+from tdlib.data import snli_ve, vcr, vcr_results, vcr_shifts, vqa, vqa_metric
 from tdlib.data.examples import DataError, Example, Examples
 from tdlib.data.reading import Reader
 from tdlib.data.vcr_shifts import MASKINGS, RULES, write_shifted
@@ -403,9 +404,15 @@ def masked_set(folder: Path, split: str) -> Path | None:
 
 
 def generated_file(source: Path, shift: str) -> Path:
-    """Returns the path of the set made from a VCR file: under data/shifts/, by its path, size and time."""
+    """Returns the path of the set made from a VCR file: under data/shifts/, by its path, size and time.
+
+    A set of a rule is also of the code that makes it; a masked one is a student's, made once.
+    """
     state = source.stat()
-    key = hashlib.sha256(f"{source.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()[:16]
+    made_from = f"{source.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+    if shift in RULES:
+        made_from += f":{code_of(Path(vcr_shifts.__file__))}"
+    key = hashlib.sha256(made_from.encode()).hexdigest()[:16]
     return SHIFTED_FILES / key / f"{source.stem}_{shift}.jsonl"
 
 

@@ -17,7 +17,7 @@ from tdlib.core.paths import ROOT, ConfigError, did_you_mean
 from tdlib.core.provenance import canonical_json
 from tdlib.runs import states as run_states
 from tdlib.runs.engines import ENGINES, Engine
-from tdlib.runs.plan import Plan, PlannedRun, matches, plan_batch, read_batch
+from tdlib.runs.plan import Plan, PlannedRun, matches, plan_batch, read_batch, unmatched
 from tdlib.runs.runner import POLL, Runner
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Batch:
         for the seed, in which all of them differ from it.
         """
         earlier = []
-        for file in self.reports.glob("*/*/parameters.json"):
+        for file in self.reports.glob(f"*/*/{run_states.PARAMETERS}"):
             state = run_states.recorded_state(file.parent)
             with suppress(OSError, ValueError, KeyError):
                 began = json.loads(file.read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ class Batch:
         }
         names = {"parameters": "defaults"}
         changes: dict[str, set[str]] = {}  # by what they were planned with: the parts of the identity
-        for file in self.folder.glob("*/parameters.json") if waiting else ():
+        for file in self.folder.glob(f"*/{run_states.PARAMETERS}") if waiting else ():
             with suppress(OSError, ValueError, KeyError):
                 began = json.loads(file.read_text(encoding="utf-8"))
                 now = waiting.get(key := canonical_json(began["overrides"]))
@@ -184,7 +184,7 @@ class Batch:
         """Returns the runs with these values of parameters (all for none); ConfigError if there is none."""
         self.check()
         chosen = [run for run in self.plan.runs if matches(run.parameters, where)]
-        if where and not chosen:
+        if none := unmatched([run.parameters for run in self.plan.runs], where):
             known = dict.fromkeys(name for run in self.plan.runs for name in run.parameters)
             there = [
                 f"{name} is {', '.join(dict.fromkeys(repr(run.parameters[name]) for run in self.plan.runs))}"
@@ -192,7 +192,7 @@ class Batch:
                 else f"there is no {name}{did_you_mean(name, known)}"
                 for name in where
             ]
-            raise ConfigError(f"{dict(where)}: no run of {self.plan.name} is like that: {'; '.join(there)}")
+            raise ConfigError(f"{none}: no run of {self.plan.name} is like that: {'; '.join(there)}")
         return chosen
 
     def retry(

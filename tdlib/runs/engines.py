@@ -5,6 +5,7 @@ state, not from the engine. A run learns its GPUs from CUDA_VISIBLE_DEVICES, whi
 without one.
 """
 
+import math
 import os
 import re
 import signal
@@ -189,14 +190,26 @@ class LocalEngine:
     Args:
         cpus: processors to use; all that this process may use if None.
         gpus: GPUs to use, as CUDA_VISIBLE_DEVICES names them; all that are visible if None.
+
+    Raises:
+        ConfigError: cpus or gpus that this machine does not have: runs would train on the processor.
     """
 
     claims = True
 
     def __init__(self, cpus: float | None = None, gpus: Sequence[str] | None = None):
         self.cpus = usable_cores() if cpus is None else cpus
+        if not 0 < self.cpus < math.inf:
+            raise ConfigError(f"cpus={cpus}: expected a number above 0")
         self.memory = psutil.virtual_memory().total
-        self.gpus = list(visible_gpus() if gpus is None else gpus)
+        there = visible_gpus()
+        self.gpus = list(dict.fromkeys(there if gpus is None else gpus))
+        # A GPU or a part of one can also be named by its identifier ("GPU-...", "MIG-...").
+        if unknown := [gpu for gpu in self.gpus if gpu not in there and not (there and "-" in gpu)]:
+            raise ConfigError(
+                f"gpus={','.join(self.gpus)}: there is no {', '.join(unknown)}; this machine has "
+                f"{', '.join(there) or 'none'}"
+            )
         self.leases = GpuLeases(self.gpus)
         self.free_cpus, self.free_memory = self.cpus, self.memory
         self.command = [sys.executable, "-m", "tdlib.runs.worker"]

@@ -22,7 +22,7 @@ number with a leading zero, a key that stands twice) is refused with its line.
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -235,8 +235,8 @@ def plan_batch(
     else:
         crossed = _crossed(whole)
         for number, entry in enumerate(whole.exclude):
-            if not any(matches(row, entry) for row in crossed):
-                problems.append(f"exclude[{number}]={entry!r}: no run of grid, zip and seeds is like that")
+            if none := unmatched(crossed, entry):
+                problems.append(f"exclude[{number}]={none!r}: no run of grid, zip and seeds is like that")
     if not rows:
         problems.append("no runs are left: exclude takes away all")
     if whole.tuned is not None:
@@ -344,7 +344,7 @@ def _with_tuned(
         return rows, []
     names = list(dict.fromkeys(name for _, settings in chosen for name in settings))
     problems += [f"{name}: is set here and by tuned" for name in names if any(name in row for row in rows)]
-    again = sorted({row["seed"] for row in rows if row.get("seed") in seeds})
+    again = sorted({seed for row in rows if (seed := (template.defaults | row).get("seed")) in seeds})
     if again:
         problems.append(f"seeds: {again} were tuned with, so their results are too good; take others")
     tuned_rows = []
@@ -360,6 +360,15 @@ def _with_tuned(
                 problems.append(f"tuned.{text}")
     problems[:] = dict.fromkeys(problems)
     return tuned_rows, names
+
+
+def unmatched(rows: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an entry, or it with one value of a list, that no row matches: a misspelt value; else {}."""
+    each = [dict(entry)]
+    for name, value in entry.items():
+        if isinstance(value, list) and not any(row.get(name) == value for row in rows):
+            each += [{**entry, name: one} for one in value]
+    return next((one for one in each if not any(matches(row, one) for row in rows)), {})
 
 
 def matches(row: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:

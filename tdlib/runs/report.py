@@ -19,9 +19,10 @@ import pandas as pd
 from tdlib.core import pages
 from tdlib.core.files import visible_files, whole_file, whole_path
 from tdlib.core.pages import Html, interval_chart, table_html
+from tdlib.core.paths import ConfigError
 from tdlib.core.provenance import canonical_json
 from tdlib.runs.plan import Plan, plan_batch, read_batch
-from tdlib.runs.states import FINAL, LOG, NOTEBOOK, OUTPUT, current_state
+from tdlib.runs.states import FINAL, LOG, NOTEBOOK, OUTPUT, PARAMETERS, current_state
 
 if TYPE_CHECKING:
     import duckdb
@@ -324,6 +325,8 @@ def batch_record(folder: Path) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file; no batch was run there") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: damaged ({error}); `tdlib batch run` writes it anew") from None
 
 
 def recorded_runs(folder: Path) -> pd.DataFrame:
@@ -339,7 +342,7 @@ def recorded_runs(folder: Path) -> pd.DataFrame:
     for run in record["runs"]:
         state, identity = current_state(folder / run), {}
         try:
-            began = json.loads((folder / run / "parameters.json").read_text(encoding="utf-8"))
+            began = json.loads((folder / run / PARAMETERS).read_text(encoding="utf-8"))
             parameters, output = began["parameters"], began["output"]
             identity = began.get("identity", {})
         except (OSError, ValueError, KeyError):  # queued, or what was written is damaged

@@ -123,7 +123,7 @@ class Runner:
             else:
                 attempt = run_states.next_attempt(folder)
                 (folder / "stop").unlink(missing_ok=True)
-            write_json(folder / "parameters.json", specification(self.plan, run, attempt))
+            write_json(folder / run_states.PARAMETERS, specification(self.plan, run, attempt))
             if not self.engine.claims:
                 os.close(lock)  # a worker on another machine cannot inherit it and claims the run itself
                 lock = None

@@ -35,7 +35,7 @@ HEARTBEAT = 5.0  # seconds between heartbeats of a running run
 STALE = 60.0  # seconds without one after which a worker elsewhere counts as dead: twelve were missed
 MARK = "TDLIB_RUN"  # environment variable of every process of a run: the run's folder
 RUNNER = "TDLIB_RUNNER"  # environment variable with the process id of the runner that started a worker
-NOTEBOOK, LOG, OUTPUT = "notebook.ipynb", "log.txt", "output"
+NOTEBOOK, LOG, OUTPUT, PARAMETERS = "notebook.ipynb", "log.txt", "output", "parameters.json"
 
 # Identity: what a result depends on.
 
@@ -187,8 +187,13 @@ def file_sizes(folder: Path) -> dict[str, int]:
 def damaged(folder: Path, state: dict[str, Any]) -> str:
     """Compares a finished run's files with their sizes at its end; returns what is wrong, or "".
 
-    The notebook only has to be there: whoever opens it in JupyterLab saves it, with another size.
+    The notebook only has to be there: whoever opens it in JupyterLab saves it, with another size. What the
+    run was, in ``parameters.json``, must be readable.
     """
+    try:
+        json.loads((folder / PARAMETERS).read_text(encoding="utf-8"))["parameters"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{PARAMETERS} cannot be read: {error}"
     for name, size in state.get("files", {}).items():
         try:
             actual = (folder / name).stat().st_size

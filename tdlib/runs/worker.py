@@ -45,7 +45,7 @@ class _Attempt:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.spec = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))
+        self.spec = json.loads((folder / run_states.PARAMETERS).read_text(encoding="utf-8"))
         self.limits = self.spec["resources"]
         self.process: subprocess.Popen | None = None  # the kernel
         self.parent = int(os.environ.get(run_states.RUNNER) or os.getppid())
@@ -194,7 +194,7 @@ class _Attempt:
     def taken_over(self) -> bool:
         """True if another attempt has begun, as where this one was cut off from the files for a while."""
         with suppress(OSError, ValueError, KeyError):
-            spec = json.loads((self.folder / "parameters.json").read_text(encoding="utf-8"))
+            spec = json.loads((self.folder / run_states.PARAMETERS).read_text(encoding="utf-8"))
             return spec["attempt"] > self.spec["attempt"]
         return False
 
@@ -308,7 +308,7 @@ def main(arguments: list[str]) -> int:
             if time.monotonic() > until:
                 return BUSY
             time.sleep(TICK)
-        spec = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))
+        spec = json.loads((folder / run_states.PARAMETERS).read_text(encoding="utf-8"))
         if spec["attempt"] != run_states.next_attempt(folder):
             return BUSY  # another worker has executed and ended this attempt since it was ordered
         run_states.clear_for_attempt(folder)
