@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +254,7 @@ def _best(batch: "Batch", options: argparse.Namespace) -> int:
     ranked = batch_record(batch.folder)["runs"]
     if new := [run.id for run in batch.plan.runs if run.id not in ranked]:
         print(
-            f"note: {len(new)} of the {len(batch.plan.runs)} runs that {batch.file.name} has are not in "
+            f"note: {len(new)} of the {len(batch.plan.runs)} runs that {options.file} has are not in "
             "this ranking, which is of the batch as it was started last: file, code or data have changed"
         )
     beyond = table[table["edge"] != ""]
@@ -307,6 +308,12 @@ class _Version(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         print(f"tdlib {version()}")
         parser.exit()
+
+
+def _at_least(least: int, text: str) -> int:
+    if (number := int(text)) < least:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from {least} on")
+    return number
 
 
 _PAIR: Any = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
@@ -379,8 +386,8 @@ def main(arguments: list[str] | None = None) -> int:
     world = commands.add_parser("world", help="write MiniWorld data in the official formats")
     world.add_argument("kind", choices=["vcr", "snli_ve", "vqa_v2", "vqa_cp_v2", "web", "curated"])
     world.add_argument("folder")
-    world.add_argument("--seed", type=int, default=0)
-    world.add_argument("--pictures", type=int, default=900)
+    world.add_argument("--seed", type=partial(_at_least, 0), default=0)
+    world.add_argument("--pictures", type=partial(_at_least, 1), default=900)
     world.set_defaults(call=_world)
     data = commands.add_parser("data", help="check a data set, make shifted sets").add_subparsers(
         required=True

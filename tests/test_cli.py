@@ -290,4 +290,8 @@ def test_world_command_writes_readable_data(tdlib, tmp_path):
     lines = (tmp_path / "captions" / "captions.jsonl").read_text().splitlines()
     assert len(lines) == 3
     assert all((tmp_path / "captions" / json.loads(line)["image"]).is_file() for line in lines)
+    for wrong in (("--pictures", "0"), ("--pictures", "-3"), ("--seed", "-1")):
+        done = tdlib("world", "vcr", str(tmp_path / "none"), *wrong)
+        assert done.returncode == 2 and "expected a number from" in done.stderr
+        assert not (tmp_path / "none").exists()
     shutil.rmtree(tmp_path / "captions")

@@ -183,7 +183,27 @@ def test_hdf5_takes_its_rows_from_a_mapping_or_its_own_ids(tmp_path):
         assert source(example_of(name)).size is None  # such files do not tell
 
 
-@pytest.mark.parametrize("rows", ["[0, 1]", "{", '{"9": 3}', '{"9": "0"}', "{}"])
+def test_another_extraction_or_picture_does_not_hide_behind_a_name(tmp_path):
+    first, second, _ = NAMES
+    path = WRITERS["tsv"](tmp_path, {first: seen(first)})
+    assert convert("tsv", path, tmp_path / "npz") == 1 and convert("tsv", path, tmp_path / "npz") == 0
+    features, boxes = seen(first)
+    whole = path.read_bytes()
+    WRITERS["tsv"](tmp_path, {first: (features + 1, boxes)})
+    with pytest.raises(DataError, match=rf"{NAMES[first]}\.npz holds other regions already"):
+        convert("tsv", path, tmp_path / "npz")
+    path.write_bytes(whole + path.read_bytes())
+    with pytest.raises(DataError, match=r"line 2: .*npz holds other regions already"):
+        convert("tsv", path, tmp_path / "other")
+    h5py = pytest.importorskip("h5py")
+    file = write_hdf5(tmp_path, {name: seen(name) for name in (first, second)}, mapping=False)
+    with h5py.File(file, "a") as stored:
+        stored["image_ids"] = [NAMES[first]] * 2
+    with pytest.raises(DataError, match="more than once"):
+        convert("hdf5", file, tmp_path / "third")
+
+
+@pytest.mark.parametrize("rows", ["[0, 1]", "{", '{"9": 0, "9": 1}', '{"9": 3}', '{"9": "0"}', "{}"])
 def test_a_bad_mapping_is_refused(rows, tmp_path):
     path = write_hdf5(tmp_path, {name: seen(name) for name in NAMES})
     (tmp_path / "train36_imgid2idx.json").write_text(rows)
@@ -225,6 +245,20 @@ def test_npz_of_every_naming_and_orientation(file, tmp_path):
     with path.open("wb") as stream:
         np.savez(stream, x=features.T, bbox=boxes, num_bbox=len(boxes), image_h=HEIGHT, image_w=WIDTH)
     assert_close(open_regions(f"npz:{tmp_path}")(example_of(name)).features, torch.tensor(features))
+
+
+def test_padded_features_of_either_orientation_are_the_same_regions(tmp_path):
+    name = next(iter(NAMES))
+    features, boxes = seen(name)
+    most = len(boxes) + 5
+    padded = np.pad(features, ((0, 5), (0, 0))), np.pad(boxes, ((0, 5), (0, 0)))
+    assert most != features.shape[1]
+    for number, x in enumerate((padded[0], padded[0].T)):
+        (tmp_path / str(number)).mkdir()
+        with (tmp_path / str(number) / f"{Path(name).stem}.npz").open("wb") as stream:
+            np.savez(stream, x=x, bbox=padded[1], num_bbox=len(boxes), image_h=HEIGHT, image_w=WIDTH)
+        found = open_regions(f"npz:{tmp_path / str(number)}")(example_of(name)).features
+        assert_close(found, torch.tensor(features))
 
 
 def test_a_damaged_npz_is_refused_and_nothing_is_unpickled(tmp_path):

@@ -114,10 +114,11 @@ def test_an_id_changes_with_the_modules_that_cells_import(tmp_path, monkeypatch)
     monkeypatch.setattr("tdlib.runs.template.NOTEBOOKS", tmp_path)
     (tmp_path / "kit").mkdir()
     files = {"mine.py": "import kit.deep\n", "kit/deep.py": "from . import more\n", "kit/more.py": "A = 1\n"}
+    files["ran.py"] = "A = 1\n"
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "other.py").write_text("A = 1\n")
-    template = write_template(tmp_path, "%matplotlib inline\nfrom mine import x\n" + RESULT)
+    template = write_template(tmp_path, "%matplotlib inline\n%run -i ran.py\nfrom mine import x\n" + RESULT)
 
     def identity() -> dict[str, str]:
         return run_states.identity(read_template(template), {})

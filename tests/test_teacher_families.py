@@ -11,6 +11,7 @@ import pytest
 import torch
 from open_clip import factory
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from teacher_families import (
     FAMILIES,
     POOLER,
@@ -440,6 +441,22 @@ def test_a_model_of_transformers_becomes_a_teacher_that_sees_the_same(
     assert cfg["interpolation"] == "bilinear" and cfg["resize_mode"] == "shortest"
 
 
+def test_weights_are_those_of_the_index_and_not_of_a_file_that_lies_beside(saved_clip, tmp_path):
+    original, folder = saved_clip()
+    whole = load_file(folder / "model.safetensors")
+    save_file({name: value * 0 for name, value in whole.items()}, folder / "model_old.safetensors")
+    first = dict.fromkeys(list(whole)[:3], "model-00001-of-00002.safetensors")
+    place = dict.fromkeys(whole, "model-00002-of-00002.safetensors") | first
+    found = [Teacher(f"local-dir:{convert(folder, tmp_path / 'whole')}")]
+    for file in set(place.values()):
+        save_file({name: whole[name] for name in whole if place[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    (folder / "model.safetensors").unlink()
+    found.append(Teacher(f"local-dir:{convert(folder, tmp_path / 'parts')}"))
+    for teacher in found:
+        assert_close(teacher.model.text_projection, original.text_projection.weight.T.detach())
+
+
 def test_what_open_clip_cannot_be_told_is_refused(saved_clip, tmp_path):
     def problem(change=None, **settings):
         _, folder = saved_clip(**settings)
@@ -453,6 +470,7 @@ def test_what_open_clip_cannot_be_told_is_refused(saved_clip, tmp_path):
     assert "hidden_act ['relu']" in problem(act="relu")
     assert "layer_norm_eps" in problem(layer_norm_eps=1e-6)
     assert "size {'shortest_edge': 40}" in problem(preprocess={"size": {"shortest_edge": 40}})
+    assert "do_normalize false" in problem(preprocess={"do_normalize": False})
     assert "no tokenizer.json" in problem(lambda folder: (folder / "tokenizer.json").unlink())
     assert "0 tensors" in problem(lambda folder: (folder / "model.safetensors").unlink())
     assert "cannot be read" in problem(shutil.rmtree)

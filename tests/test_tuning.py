@@ -80,6 +80,9 @@ def test_settings_are_chosen_apart_for_each_task_and_size(tmp_path):
     assert list(ranked.columns[:3]) == ["task", "rate", "settings"]
     assert row_of(ranked, task="vcr_qa", chosen=True)["rate"] == 0.2
     assert row_of(ranked, task="snli_ve", chosen=True)["rate"] == 0.1
+    write_run(tmp_path / "b", "vqa_v2", splits=("val2014",), more={"rate": 0.1})
+    with pytest.raises(ProtocolError, match="runs of vqa_v2 were not evaluated on train_held_out"):
+        rank_settings(tmp_path / "b", "train_held_out", resamples=50)
 
 
 def test_the_command_keeps_the_choice_and_says_what_lies_at_the_edge(tmp_path, capsys):
@@ -89,7 +92,7 @@ def test_the_command_keeps_the_choice_and_says_what_lies_at_the_edge(tmp_path, c
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "beyond: clip_td rate\n" in out and "beyond: finetune" not in out
-    assert "note: 2 of the 2 runs that tune.yaml has are not in this ranking" in out
+    assert f"note: 2 of the 2 runs that {command[2]} has are not in this ranking" in out
     assert "tuned: tune" in out and len(json.loads((tmp_path / "tune" / "tuned.json").read_text())) == 3
     (tmp_path / "tune" / "tuned.json").unlink()
     write_run(tmp_path / "tune", seed=102, state="failed")

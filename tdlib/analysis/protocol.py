@@ -221,7 +221,7 @@ def _claim_words(row: Any) -> str:
     arm = row.arm + (", which the paper does not have," if _repaired(row) else "")
     if not row.pairs:
         return f"{arm} on {_placed(row)}: not run"
-    relative = f"{100 * row.relative:+.1f} % relative" if row.relative == row.relative else "no relative gain"
+    relative = f"{100 * row.relative:+.1f} % relative" if row.relative == row.relative else "relative to 0 %"
     each = "each of the worlds" if ", " in row.worlds else "world"
     worlds = f", in {each} {row.worlds} by itself" if row.worlds else ""
     gain = f"{relative}, {_points(row)}, {row.pairs} pairs"

@@ -88,8 +88,8 @@ def read_runs(*folders: Path) -> pd.DataFrame:
     described = {run: facts[row][0] for row, run in table["run"].items() if facts[row][0]}
     versions = {run: facts[row][1] for row, run in table["run"].items() if facts[row][0]}
     table = table.reset_index(drop=True)
-    for run, version in _versions(table, versions).items():
-        described[run]["version"] = version
+    for run, name in _versions(table, versions).items():
+        described[run]["version"] = name
     for name, of_runs in zip(("setting", "of_size", "shared"), _settings(table, described), strict=True):
         table[name] = [of_runs.get(run, "") for run in table["run"]]
     return table

@@ -141,7 +141,12 @@ def _held_out_scores(folder: Path, runs: pd.DataFrame, split: str) -> pd.DataFra
             f"{folder}: its runs were evaluated on {', '.join(splits) or 'nothing'}; settings are chosen on "
             + (f"{split!r}" if split else "pictures set aside from the training: set held_out, to 0.2 say")
         )
-    return scores[scores["split"].isin(wanted)]
+    held = scores[scores["split"].isin(wanted)]
+    if without := sorted(set(runs["task"][~runs["run"].isin(held["run"])])):
+        raise ProtocolError(
+            f"{folder}: runs of {', '.join(without)} were not evaluated on {', '.join(wanted)}"
+        )
+    return held
 
 
 def _check_effort(

@@ -103,18 +103,24 @@ def _source(split: str) -> str:
 def check_submission(path: Path, folder: Path, split: str = "") -> list[str]:
     """Lists all faults of a file for a benchmark, given the data set whose test split it answers.
 
+    Where the folder holds the tests of several benchmarks (SNLI-VE's and e-SNLI-VE's), it is the one that the
+    file answers best.
+
     Raises:
         ConfigError: the file is of no known kind, or the folder holds no such test split.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
+    found_in: list[list[str]] = []
     tasks = {name: task for name, task in TASKS.items() if task.submitted and task.files}
     for name, task in tasks.items():
         asked = split or task.submitted
         there = [found[1] for file in _files(folder) if (found := task.files.fullmatch(file))]  # type: ignore
         if path.suffix == Path(task.submission).suffix and asked in there:
             config = RunConfig.from_parameters(task=name, data_dir=str(folder.resolve()))
-            return task.check_submission(path, reader(config, asked).open())
+            found_in.append(task.check_submission(path, reader(config, asked).open()))
+    if found_in:
+        return min(found_in, key=len)
     kinds = ", ".join(sorted({f"{task.submission} ({task.benchmark})" for task in tasks.values()}))
     raise ConfigError(
         f"{path}: expected a file as {kinds}, and in {folder} the split {split or 'that it answers'!r}"

@@ -2,14 +2,14 @@
 
 ``python -m tdlib.regions.convert tsv trainval_36.tsv FOLDER`` (bottom-up attention, Anderson et al. 2018),
 ``lxmert train2014_obj36.tsv`` (Tan and Bansal 2019), ``hdf5 train36.hdf5`` (bottom-up-attention-vqa). One
-picture is in memory at a time. Regions are checked as when they are read; NPZ files that exist already are
-left alone, so that an interrupted conversion can be continued. Nothing is unpickled.
+picture is in memory at a time. Regions are checked as when they are read; NPZ files that exist already, with
+the same regions, are left alone, so that an interrupted conversion can be continued. Nothing is unpickled.
 """
 
 import argparse
 import base64
 import codecs
-import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import numpy as np
 from tdlib.core.files import whole_path
 from tdlib.core.paths import resolve
 from tdlib.data.examples import DataError
-from tdlib.regions.files import RawRegions, checked, library
+from tdlib.data.json_files import parse_json
+from tdlib.regions.files import UNREADABLE, RawRegions, checked, library
 
 # The files have no header; boxes are xyxy in pixels; boxes and features are base64 of float32.
 COLUMNS = {
@@ -81,10 +82,12 @@ def hdf5_records(path: Path) -> Iterator[tuple[str, RawRegions]]:
             raise ValueError(f"image_features {features.shape} and spatial_features {spatial.shape}")
         rows: Any
         if not beside.exists() and "image_ids" in file:
-            ids = file["image_ids"][()].tolist()
-            rows = {i.decode() if isinstance(i, bytes) else str(i): row for row, i in enumerate(ids)}
+            ids = [i.decode() if isinstance(i, bytes) else str(i) for i in file["image_ids"][()].tolist()]
+            if twice := [name for name, count in Counter(ids).items() if count > 1]:
+                raise ValueError(f"image_ids holds {twice[0]} more than once")
+            rows = {name: row for row, name in enumerate(ids)}
         else:
-            rows = json.loads(beside.read_text(encoding="utf-8"))
+            rows = parse_json(beside.read_bytes())
         if not isinstance(rows, dict) or not all(
             type(row) is int and 0 <= row < len(features) for row in rows.values()
         ):
@@ -105,7 +108,12 @@ def hdf5_records(path: Path) -> Iterator[tuple[str, RawRegions]]:
 
 
 def convert(kind: str, path: Path | str, folder: Path | str) -> int:
-    """Writes ``folder/<picture>.npz`` for each picture of a file that has none yet; returns their number."""
+    """Writes ``folder/<picture>.npz`` for each picture of a file that has none yet; returns their number.
+
+    Raises:
+        DataError: the file is not of this kind, or two pictures, or two extractions of one, would get the
+            same name, in this file or with what lies in the folder.
+    """
     path, folder, dim, written = Path(resolve(str(path))), Path(folder), 0, 0
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected one of the kind {kind!r}")
@@ -119,7 +127,9 @@ def convert(kind: str, path: Path | str, folder: Path | str) -> int:
                 f"{record.where}: pictures {other!r} and {key!r} would both be {target.name}, because files "
                 "of regions tell pictures apart by their names alone; give them names of their own"
             )
-        if not target.exists():
+        if target.exists():
+            _refuse_others(target, record)
+        else:
             dim = dim or np.shape(record.features)[-1]
             checked(record, dim)
             width, height = record.size or (1, 1)
@@ -132,6 +142,23 @@ def convert(kind: str, path: Path | str, folder: Path | str) -> int:
     if not keys:
         raise DataError(f"{path}: holds no records of pictures; copy it again")
     return written
+
+
+def _refuse_others(target: Path, record: RawRegions) -> None:
+    """Refuses a file that holds other regions than the record's: another picture's, or another extraction."""
+    try:
+        with np.load(target, allow_pickle=False) as arrays:
+            same = all(
+                np.array_equal(arrays[name], value, equal_nan=True)
+                for name, value in (("x", record.features), ("bbox", record.boxes))
+            )
+    except (*UNREADABLE, TypeError) as error:
+        raise DataError(f"{target}: cannot be read ({error!r}); delete it and convert again") from None
+    if not same:
+        raise DataError(
+            f"{record.where}: {target} holds other regions already, of another picture of that name or of "
+            "another extraction; delete it, or give an empty folder"
+        )
 
 
 def main() -> None:

@@ -250,8 +250,9 @@ class NpzRegions(FileRegions):
                 f"{path}: not an NPZ of regions ({error!r}); expected x, bbox, num_bbox, image_h and "
                 "image_w; extract this picture again"
             ) from None
-        if features.ndim == 2 and len(features) != count == features.shape[1]:
-            features = features.T  # MCAN's files hold (dim, regions)
+        # MCAN's files hold (dim, regions), and with padding more of both than num_bbox counts.
+        if features.ndim == 2 and len(features) != features.shape[1] in (count, len(boxes)):
+            features = features.T
         if min(features.ndim, boxes.ndim) < 1 or not 0 < count <= min(len(features), len(boxes)):
             raise DataError(
                 f"{path}: num_bbox is {count}, but x has the shape {features.shape} and bbox {boxes.shape}; "

@@ -344,8 +344,7 @@ def _with_tuned(
         return rows, []
     names = list(dict.fromkeys(name for _, settings in chosen for name in settings))
     problems += [f"{name}: is set here and by tuned" for name in names if any(name in row for row in rows)]
-    again = sorted({seed for row in rows if (seed := (template.defaults | row).get("seed")) in seeds})
-    if again:
+    if again := sorted(seeds & {(template.defaults | row).get("seed") for row in rows}):
         problems.append(f"seeds: {again} were tuned with, so their results are too good; take others")
     tuned_rows = []
     for row in rows:

@@ -275,7 +275,8 @@ def parse_cell(source: str) -> ast.Module:
 
 
 def _imports(source: str) -> set[str]:
-    names: list[str] = []
+    """The first parts of the names of modules that a source imports, or runs by ``%run FILE.py``."""
+    names: list[str] = re.findall(r"^\s*%run\s+(?:-\S+\s+)*(\w+)\.py\b", source, flags=re.MULTILINE)
     for node in ast.walk(parse_cell(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]

@@ -181,6 +181,13 @@ def official_weights(
         if name.startswith(tuple(drop)) or new.startswith(source.left_out):
             left_out.append(name)
         else:
+            if new in weights:
+                raise StudentError(f"checkpoint {where}: two parameters would be {new}, one of them {name}")
+            if not value.is_floating_point() or not value.isfinite().all():
+                raise StudentError(
+                    f"checkpoint {where}: {name} holds {value.dtype}, or no finite numbers; expected weights "
+                    "as they were trained, neither quantised nor of a training that diverged"
+                )
             weights[new] = value
     config = _config_of(source, weights, where)
     with torch.device("meta"):

@@ -57,10 +57,12 @@ def convert(source: Path | str, folder: Path | str) -> Path:
     refuse_foreign(Path(folder), "open_clip_config.json")
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        stored = {
-            k: v for file in sorted(source.glob("model*.safetensors")) for k, v in load_file(file).items()
-        }
-    except (OSError, ValueError) as error:
+        index, files = source / "model.safetensors.index.json", ["model.safetensors"]
+        if not (source / files[0]).is_file():  # in parts, or in a file of another kind
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+            files = sorted({*shards.values()})
+        stored = {name: value for file in files for name, value in load_file(source / file).items()}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise TeacherError(f"{source}: cannot be read ({error}); expected a CLIPModel's folder") from error
     if config.get("model_type") != "clip" or "visual_projection.weight" not in stored:
         raise TeacherError(
@@ -152,6 +154,8 @@ def _preprocess(source: Path, stored: dict[str, Tensor]) -> dict[str, Any]:
     """How pictures are prepared, from preprocessor_config.json; OpenAI's way without it."""
     path, side = source / "preprocessor_config.json", _image_size(stored)
     given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if off := [name for name in ("do_resize", "do_rescale", "do_normalize") if given.get(name) is False]:
+        raise TeacherError(f"{path}: {', '.join(off)} false; open_clip always does what these leave out")
     size = given.get("size", side)
     size = {"shortest_edge": size} if isinstance(size, int) else size
     mode = "shortest" if "shortest_edge" in size else "squash"

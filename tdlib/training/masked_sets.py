@@ -35,6 +35,8 @@ def write_masked(folder: Path, shift: str) -> Path:
     Raises:
         ConfigError: the run is of another task, or the shift is unknown.
     """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: no config.json; expected the folder of a finished run")
     config = RunConfig.from_parameters(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     if shift not in MASKINGS:
         raise ConfigError(f"shift={shift!r}: expected one of {', '.join(MASKINGS)}")
