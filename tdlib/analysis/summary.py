@@ -7,6 +7,7 @@ import pandas as pd
 
 from tdlib.analysis.compare import BASELINE, summarise
 from tdlib.analysis.statistics import ALPHA, FOUND, pairs_needed
+from tdlib.core.facts import signed
 
 TOO_FEW = "too few pairs"
 
@@ -36,7 +37,7 @@ def answer(table: pd.DataFrame, tests: Mapping[str, str]) -> str:
     changes = [
         f"`{arm}` by "
         + " and ".join(
-            f"**{_signed(r.difference)} points** {_limits(r)} on {r.test}" for r in rows.itertuples()
+            f"**{signed(r.difference)} points** {_limits(r)} on {r.test}" for r in rows.itertuples()
         )
         for arm, rows in gains.groupby("arm", sort=False)
     ]
@@ -49,12 +50,8 @@ def answer(table: pd.DataFrame, tests: Mapping[str, str]) -> str:
     )
 
 
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "\u2212")
-
-
 def _limits(row: Any) -> str:
-    return f"[{_signed(row.difference_low)}, {_signed(row.difference_high)}]"
+    return f"[{signed(row.difference_low)}, {signed(row.difference_high)}]"
 
 
 def _proves(gains: pd.DataFrame) -> str:
@@ -83,7 +80,7 @@ def score_table(table: pd.DataFrame, reference: pd.DataFrame, tests: Mapping[str
     for row in [*reference.reindex(columns=table.columns).itertuples(), *table.itertuples()]:
         name = tests.get(str(row.split), str(row.split))
         limits = "" if pd.isna(row.low) else f" [{100 * row.low:.1f}, {100 * row.high:.1f}]"
-        change = "" if pd.isna(row.difference) else f"{_signed(row.difference)} {_limits(row)}"
+        change = "" if pd.isna(row.difference) else f"{signed(row.difference)} {_limits(row)}"
         cells = rows.setdefault(str(row.arm), {"arm": str(row.arm)})
         cells |= {f"{name}: score (%)": f"{100 * row.mean:.1f}{limits}"}
         cells |= {f"{name}: difference (points)": change}
