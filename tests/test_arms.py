@@ -324,6 +324,8 @@ def test_shuffled_teacher_sees_other_pictures_and_random_teacher_is_another(sett
     shown = experiments.shuffled_pictures(prepared.train[:12], 0)
     assert all(shown[e.id, e.image] != e.image for e in prepared.train[:12])
     assert {e.image for e in prepared.train[:12]} == set(shown.values())
+    with pytest.raises(ConfigError, match="one picture alone"):
+        experiments.shuffled_pictures(prepared.train[:1], 0)
     drawn = prepare(settings(teacher_control="random_weights"))
     assert drawn.cache.teacher.fingerprint != prepared.cache.teacher.fingerprint
 

@@ -26,6 +26,8 @@ from tdlib.training.prepare import teacher_cache
 from tdlib.training.run import compare
 from tdlib.views import explorer, index
 from tdlib.views.alignment import tokens_of
+from tdlib.views.attention import relevance_view
+from tdlib.views.compare import values_view
 from tdlib.views.explorer import VIEWS, ViewRequest, show
 from tdlib.views.index import ExplorerError, Filter, Run, companion, find_runs
 
@@ -358,6 +360,43 @@ def test_an_example_that_left_the_data_is_named(runs):
         explorer.example_of(runs[0], "val", "val-999")
 
 
+def test_an_example_whose_text_has_changed_since_is_not_mixed_with_its_record(look, monkeypatch):
+    whole = explorer.example_of(look.run, look.split, look.example_id)
+    other = replace(whole, prompt=replace(whole.prompt, text=whole.prompt.text + " Really?"))
+    monkeypatch.setattr(explorer, "example_of", lambda *_: other)
+    with pytest.raises(ExplorerError, match="the data have changed since"):
+        show(look, "student: attention")
+
+
+def test_an_error_of_the_example_itself_is_not_hidden(runs, monkeypatch):
+    class Broken:
+        ids = ("val-0",)
+
+        def __getitem__(self, place):
+            raise DataError("val-0: its picture is missing")
+
+    monkeypatch.setattr(explorer, "read_split", lambda *_: Broken())
+    with pytest.raises(DataError, match="its picture is missing"):
+        explorer.example_of(runs[0], "val", "val-0")
+
+
+def test_titles_of_a_task_with_a_label_set_name_the_label(image, tmp_path):
+    record = replace(drawn_record(image), choice=0, label=0)
+    values = np.ones(len(record.tokens)) / len(record.tokens)
+    labels = ("contradiction", "neutral", "entailment")
+    for view in (
+        values_view(record, values, "m", labels=labels), relevance_view(record, values, "m", labels),
+    ):  # fmt: skip
+        assert "(contradiction)" in repr(view) and "(true)" not in repr(view)
+
+
+def test_runs_with_other_answers_are_not_compared(look, monkeypatch):
+    monkeypatch.setitem(vars(look.run), "labels", ("yes", "no"))
+    monkeypatch.setitem(vars(look.second), "labels", ("yes",))
+    with pytest.raises(ExplorerError, match="other answers to choose from"):
+        show(look, "two runs")
+
+
 @pytest.mark.parametrize("name", ["statement and picture", "all choices", "two runs"])
 def test_views_of_records_stand_without_pictures_and_data(look, name, monkeypatch):
     """The data have moved: texts and numbers are those of the record."""
@@ -470,6 +509,11 @@ def test_a_picture_and_a_text_of_ones_own(runs, image, monkeypatch):
     encoder.prepare([own])
     data = EncodedExamples([own], encoder)
     assert records[0].prediction == predict(student, data)[0].argmax()
+    changed = Run(runs[0].name, runs[0].folder)
+    vars(changed)["config"] = runs[0].config.model_copy(update={"relevance": "disagreement"})
+    with pytest.raises(ExplorerError, match="maps of its student, which were dropped"):
+        explorer.own_view(changed, own)
+    assert explorer.prepared_data_of(runs[0]).config.student == str(runs[0].folder / "student")
     prepared = replace(explorer.prepared_data_of(runs[0]), labels=("yes",))
     monkeypatch.setattr(explorer, "prepared_data_of", lambda run: prepared)
     with pytest.raises(ExplorerError, match="chooses from 1 labels"):

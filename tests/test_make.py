@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from tdlib.analysis import knowledge
 from tdlib.core.paths import ConfigError
+from tdlib.core.provenance import tokenizer_digest
 from tdlib.data.examples import DataError, Example, Reference, TextPart
 from tdlib.make import corpus, kinds, loop, measure, pretraining
 from tdlib.make.clip import MINI_CLIP, ClipJob, fast_clip, make_clip
@@ -26,7 +27,7 @@ from tdlib.make.students import make_student
 from tdlib.make.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer
 from tdlib.miniworld.worlds import Size, scene_at
 from tdlib.regions.sources import open_regions
-from tdlib.students.base import StudentError, check_tokenizer, tokenizer_digest
+from tdlib.students.base import StudentError, check_tokenizer
 from tdlib.students.registry import load_student
 
 SCENES = 24

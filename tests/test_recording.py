@@ -19,6 +19,7 @@ from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.prepare import shuffled_pictures
 from tdlib.training.recording import ProbeRecorder, preview_targets
+from tdlib.training.run import train_run
 from tdlib.training.trainer import make_trainer
 
 # Records
@@ -145,11 +146,10 @@ def test_recording_changes_nothing(base, prepared, tmp_path, changes):
 
 @pytest.mark.parametrize("relevance", ["value", "disagreement"])
 def test_a_preview_records_what_the_recorder_does_before_training(base, prepared, tmp_path, relevance):
-    config = RunConfig.from_parameters(**{**base.model_dump(), "relevance": relevance})
-    _, recorder = setting(prepared, config, tmp_path)
-    found = recorder.record(5)
-    assert found == recorder.records and all(record.step == 5 for record in found)
-    expected = preview_targets(config, prepared, recorder.probes.examples)
+    config = RunConfig.from_parameters(**{**base.model_dump(), "relevance": relevance, "probe_every": 1})
+    train_run(config, prepared, tmp_path / "run")
+    found = read_records(tmp_path / "run" / "selections.parquet", steps=[0])
+    expected = preview_targets(config, prepared, prepared.evaluated["val"][: config.probe_examples])
     assert len(found) == len(expected) == 12
     for own, other in zip(found, expected, strict=True):
         for field in fields(own):

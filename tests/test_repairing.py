@@ -380,6 +380,21 @@ def test_a_lesson_can_be_seen_before_any_training(base, prepared):
         lesson_view(records)
     (alone,) = {record.other_image for record in preview_targets(settings_of(base), prepared, examples[:1])}
     assert alone is None, "no other picture"
+    control = preview_targets(settings_of(base, repair_pool="own"), prepared, examples)
+    assert {record.other_image for record in control} == {None}, "its own is no other picture"
+
+
+def test_a_pool_of_one_picture_teaches_the_examples_of_others(base, prepared):
+    """The picture's own examples have no other one, and no weight; nothing is looked up outside the pool."""
+    module, batch = parts(prepared, settings_of(base, repair_pool="subset"))
+    first = low_shot(prepared.train, 0, 0)[:1]
+    drawn = PicturePool([*first], prepared.encoder, prepared.cache, seed=0).draw([0], 6)
+    module.eval()
+    logits = module.student(**module.inputs(batch)).logits
+    repaired = module.repairing.repair(module.student, batch | drawn, logits)
+    own = batch["picture"] == batch["picture"][0]
+    assert torch.equal(repaired.pairs.exists, ~own[repaired.pairs.rows])
+    assert not repaired.weights[own[repaired.pairs.rows]].any()
 
 
 def test_weights_of_zero_are_plain_finetuning_bit_for_bit(base, prepared, tmp_path):

@@ -245,6 +245,7 @@ def test_galleries_escape_data_and_show_answers(settings):
     config = settings("vcr_qa", submission_split="")
     example = prepare(config, [0], whole_splits=False).evaluated["val"][0]
     shown = gallery([example], width=120)
+    assert gallery([example, example], width=120).html.count("<img") == 2, "a shift asks the same questions"
     assert shown.html.count("<img") == 1 and example.choices[example.label].text in repr(shown)
     part = vcr.render(["<script>", [0], "&"], ["person"], decisive=[0])
     html = text_html(part)

@@ -249,6 +249,20 @@ def test_damaged_folders_are_refused(teacher_folder, tmp_path):
         Teacher(f"local-dir:{folder}")
 
 
+def test_another_tokenizer_makes_another_teacher(teacher_folder, tmp_path):
+    """Its features must not be taken from the cache of the first: the same weights read other words."""
+    shutil.copytree(teacher_folder, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    state = json.loads(file.read_text())
+    known = state["model"]["vocab"]
+    one, two = [piece for piece in known if piece.isalpha()][-2:]
+    known[one], known[two] = known[two], known[one]
+    file.write_text(json.dumps(state))
+    first, second = (Teacher(f"local-dir:{folder}") for folder in (teacher_folder, tmp_path / "other"))
+    assert first.fingerprint != second.fingerprint
+    assert first.fingerprint == Teacher(f"local-dir:{teacher_folder}").fingerprint
+
+
 def test_unpickled_checkpoints_are_refused(tmp_path, monkeypatch):
     """A checkpoint that would run code on loading ends in an error, and its code does not run."""
     monkeypatch.setattr("open_clip.factory._MODEL_CONFIGS", {"tiny": TINY})

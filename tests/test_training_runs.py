@@ -212,6 +212,7 @@ def test_an_error_leaves_no_folder_and_the_old_one_as_it_was(base, prepared, tmp
     old = tmp_path / "old"
     old.mkdir()
     (old / "metrics.json").write_text("old")
+    (old / "config.json").write_text("{}")
 
     def fail(*_args, **_options):
         raise RuntimeError("in the middle")
@@ -231,6 +232,7 @@ def test_a_failed_evaluation_keeps_the_student_and_is_repeated_without_training(
     config, folder = apply_arm(settings_of(base, arm="clip_td")), tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.json").write_text("of an older run")
+    (folder / "config.json").write_text("{}")
 
     def fail(*_args, **_options):
         raise OSError("disk is gone")
@@ -438,3 +440,21 @@ def test_only_a_run_of_other_settings_is_kept_beside_its_successor(tmp_path):
         kept |= set() if (tmp_path / name).exists() else {name}
     assert kept == {"other", "earlier other"}
     assert len(list(tmp_path.glob("*-*"))) == 2
+    for _ in range(2):
+        (tmp_path / "unread").mkdir()
+        (tmp_path / "unread" / "config.json").write_text("")
+        archive_previous_run(tmp_path / "unread", config)
+    assert len(list(tmp_path.glob("unread-*"))) == 2, "whose settings cannot be read"
+
+
+def test_a_folder_that_is_no_run_is_not_replaced(base, prepared, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"mine: holds files that were not made here \(.*config\.json"):
+        train_run(base, prepared, tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_a_split_without_labels_is_not_trained_on(base):
+    with pytest.raises(ConfigError, match=r"train_split='test'.*no labels to learn from"):
+        prepare(base.model_copy(update={"train_split": "test", "eval_splits": ["val"]}))

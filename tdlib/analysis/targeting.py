@@ -262,7 +262,7 @@ def targeting_quality(scores: pd.DataFrame, resamples: int = 2000) -> pd.DataFra
 
     Raises:
         ValueError: there are no rows, as no record knows its decisive tokens; or they are measured
-            against several kinds of truth.
+            against several kinds of truth, or hold a statement twice (records of several steps or splits).
     """
     if scores.empty:
         raise ValueError("no scores: none of the records knows its decisive tokens (ground truth)")
@@ -274,7 +274,10 @@ def targeting_quality(scores: pd.DataFrame, resamples: int = 2000) -> pd.DataFra
         )
     rows = []
     for (modality, metric), part in scores.groupby(["modality", "metric"], sort=False):
-        wide = part.pivot(index=["image", "example_id", "choice"], columns="source", values="value")
+        one = ["image", "example_id", "choice"]
+        if part.duplicated([*one, "source"]).any():
+            raise ValueError("scores hold a statement twice: measure records of one step and split at a time")
+        wide = part.pivot(index=one, columns="source", values="value")
         pictures = wide.index.get_level_values("image").to_numpy()
         targeting = wide["targeting"]
         for source in part["source"].unique():

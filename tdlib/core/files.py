@@ -47,12 +47,12 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     return given
 
 
-def refuse_foreign(folder: Path, marker: str) -> None:
-    """Raises ConfigError if writing would replace a folder without ``marker``, which its maker writes."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+def refuse_foreign(folder: Path, *markers: str) -> None:
+    """Raises ConfigError if writing would replace a folder without any of the files that its maker writes."""
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in markers):
         raise ConfigError(
-            f"{folder}: holds files that were not made here (there is no {marker}) and would be replaced; "
-            "choose another folder, or empty this one"
+            f"{folder}: holds files that were not made here (there is no {markers[0]}) and would be "
+            "replaced; choose another folder, or empty this one"
         )
 
 

@@ -85,3 +85,11 @@ def git_version() -> str | None:
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Identifies a tokenizer: SHA-256 over its pieces, their ids and the rules that cut texts into them."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for key in ("truncation", "padding"):  # every call sets these, so they are no property of the tokenizer
+        state.pop(key, None)
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tdlib.core.files import file_digest, write_folder, write_json
+from tdlib.core.provenance import tokenizer_digest
 from tdlib.data.examples import Box
 from tdlib.data.vcr import NEUTRAL_NAMES
 from tdlib.make.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer, vocabulary_texts
@@ -42,7 +43,7 @@ from tdlib.miniworld.scenes import (
 )
 from tdlib.miniworld.writers import CURATED_READINGS, VERSION, captioned_scene, curated_texts, scene_at
 from tdlib.regions.backbones import load_detector
-from tdlib.students.base import LONGEST, tokenizer_digest
+from tdlib.students.base import LONGEST
 
 SIZE = 96  # pixels of a side, as all mini models see pictures
 CLIP_LONGEST = 48

@@ -4,7 +4,6 @@ A student is a ``PreTrainedModel``; which tokens it sees where (characters, boxe
 output, so that the method never needs to know the architecture.
 """
 
-import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
@@ -23,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from tdlib.core.files import why_unreadable
 from tdlib.core.paths import resolve
+from tdlib.core.provenance import tokenizer_digest
 from tdlib.data.examples import Example, TextPart
 
 log = logging.getLogger(__name__)
@@ -33,14 +33,6 @@ MOST_MEASURED = 20_000  # examples whose statements are tokenized to count cut o
 
 class StudentError(ValueError):
     """A student cannot be loaded or used; the message names the student, the reason and the remedy."""
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Identifies a tokenizer: SHA-256 over its pieces, their ids and the rules that cut texts into them."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for key in ("truncation", "padding"):  # every call sets these, so they are no property of the tokenizer
-        state.pop(key, None)
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def check_tokenizer(folder: Path | str, required: bool = False) -> str:

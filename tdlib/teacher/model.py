@@ -181,7 +181,7 @@ class Teacher:
             heads=heads,
             towers=self._tower_settings(),
             preprocess=str(self.preprocess),
-            tokenizer=type(self.tokenize.tokenizer).__name__,
+            tokenizer=self.tokenize.digest(),
             sample=self.tokenize("The quick brown fox, 1.5 dogs."),
             open_clip=open_clip.__version__,
             features=FEATURES,

@@ -15,6 +15,7 @@ import open_clip
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 from tdlib.core.paths import resolve
+from tdlib.core.provenance import digest, tokenizer_digest
 from tdlib.teacher.towers import TeacherError
 
 Span = tuple[int, int]  # characters, first and one behind the last
@@ -103,6 +104,13 @@ class TextTokenizer:
         """Returns ids with start and end token, and their spans in ``text`` ((0, 0) for special tokens)."""
         ids, spans, _ = self.read(text)
         return ids, spans
+
+    def digest(self) -> str:
+        """Identifies the tokenizer: SHA-256 over its pieces, their ids and the rules that cut texts."""
+        tokenizer = self.tokenizer
+        simple = isinstance(tokenizer, SimpleTokenizer)
+        pieces = tokenizer.encoder if simple else tokenizer_digest(tokenizer.tokenizer)
+        return digest([type(tokenizer).__name__, tokenizer.context_length, pieces])
 
     def read(self, text: str) -> TeacherText:
         """Tokenizes a text; see ``TeacherText``."""

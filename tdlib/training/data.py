@@ -5,12 +5,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, Dataset, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 
+from tdlib.config import RunConfig
 from tdlib.core.devices import usual_workers
 from tdlib.data.examples import Example, TextPart
 from tdlib.students.base import EncodedText, StudentEncoder, pad_last
@@ -175,6 +177,17 @@ def collate(
     if unlabelled is not None:
         batch |= unlabelled.draw([item["row"] for item in items])
     return batch
+
+
+def fitting_batches(dataset: EncodedExamples, config: RunConfig) -> DataLoader:
+    """Batches for ``TargetedDistillation.fit_phi``, without the pictures or examples of a pool.
+
+    They come in any order but the file's, which can be of one kind first. The loader has its own generator,
+    so that the training's random numbers stay what they are.
+    """
+    order = torch.Generator().manual_seed(config.seed)
+    batch = partial(collate, encoder=dataset.encoder)
+    return DataLoader(dataset, config.batch_size, shuffle=True, generator=order, collate_fn=batch)
 
 
 class EpochBatches(BatchSampler):

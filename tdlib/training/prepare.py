@@ -170,6 +170,10 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
     if train_split in eval_splits and not config.eval_splits:
         raise ConfigError(f"train_split={train_split!r} is also evaluated; name other splits in eval_splits")
     train = read_split(config, train_split)
+    if not train.labelled:
+        raise ConfigError(
+            f"train_split={train_split!r}: has no labels to learn from; expected a split with them"
+        )
     if config.submission_split and config.submission_split not in eval_splits:
         eval_splits = [*eval_splits, config.submission_split]
     evaluated = {split: read_split(config, split) for split in eval_splits}
@@ -183,7 +187,7 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
     worded = worded_answers(config, labels)
     for seed in seeds or [config.seed]:
         subset = low_shot(train, config.shots, seed)
-        if labels and train.labelled and not any(soft_target(one, len(labels)).any() for one in subset):
+        if labels and not any(soft_target(one, len(labels)).any() for one in subset):
             raise ConfigError(
                 f"no answer to the {len(subset)} training examples is one of the {len(labels)} labels; "
                 "expected labels of this data set (for VQA see vocabulary and vocabulary_minimum)"
@@ -341,6 +345,8 @@ def shuffled_pictures(examples: Sequence[Example], seed: int) -> dict[tuple[str,
     Examples that share a picture share the new one too, so that the teacher stays consistent but wrong.
     """
     pictures = list(dict.fromkeys(example.image for example in examples))
+    if len(pictures) < 2:
+        raise ConfigError("teacher_control='shuffled_images': the training examples have one picture alone")
     order = np.random.default_rng(seed).permutation(len(pictures))
     following = {pictures[a]: pictures[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
     return {(example.id, example.image): following[example.image] for example in examples}

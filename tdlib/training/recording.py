@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from tdlib.core.records import END, TargetRecord
 from tdlib.data.examples import Example, low_shot
 from tdlib.method.relevance import STUDENT_RELEVANCE
 from tdlib.students.base import student_inputs
-from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.data import EncodedExamples, collate, fitting_batches
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.prepare import (
     PreparedData,
@@ -130,6 +131,8 @@ class ProbeRecorder:
         repairing = self.module.repairing
         if repairing is None or repairing.settings.repair_weight == 0:
             return {}
+        if repairing.settings.repair_pool == "own":
+            return {}  # a control: there is no other picture
         truth = asks_truth(batch)
         if not truth and batch["judged"].shape[1] != batch["input_ids"].shape[1]:
             return {}
@@ -184,6 +187,8 @@ def preview_targets(
     If the settings re-pair, records also tell what is learned from each example with another's picture.
     ``student`` defaults to ``load_student``'s for these settings. Features that the cache lacks are added to
     it. An example need not belong to a data set: any ``Example`` with a picture and a text will do.
+    A relevance that reads the student does so through the maps with which a run begins (``fit_phi``); those
+    of a trained student were dropped, so what its training targeted last is in its run's records alone.
     Raises ConfigError for settings that are not those of their arm (weights and student apart).
     """
     check_arm(config, (*WEIGHTS, "student"))
@@ -194,7 +199,13 @@ def preview_targets(
     feature_reader = feature_reader_of(config, prepared, subset)
     feature_reader.prepare(examples)
     prepared.encoder.prepare(examples)
-    probes = EncodedExamples(examples, prepared.encoder, feature_reader, num_labels=len(prepared.labels))
+    encode = partial(
+        EncodedExamples, encoder=prepared.encoder, feature_reader=feature_reader,
+        num_labels=len(prepared.labels), modality=config.modality,
+    )  # fmt: skip
+    probes = encode(examples)
     student = student if student is not None else load_student(config, prepared)
     module = TargetedDistillation(student, config, prepared.cache.teacher.dim)
+    if module.maps_tokens and config.relevance in STUDENT_RELEVANCE:
+        module.fit_phi(fitting_batches(encode(subset), config))
     return ProbeRecorder(probes, module).record()

@@ -211,7 +211,8 @@ def repaired_inputs(
         if name in TEXT_INPUTS:
             inputs[name] = value[rows]
         elif pooled:
-            inputs[name] = batch[f"pool_{name}"][columns - examples]
+            # A row without another picture has a column of the batch, and no weight: any picture will do.
+            inputs[name] = batch[f"pool_{name}"][(columns - examples).clamp_min(0)]
         else:
             inputs[name] = value[columns]
     return inputs

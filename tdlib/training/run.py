@@ -17,11 +17,9 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from tdlib.config import RunConfig, apply_arm, check_arm
-from tdlib.core.files import write_folder, write_json, write_jsonl
+from tdlib.core.files import refuse_foreign, write_folder, write_json, write_jsonl
 from tdlib.core.paths import ConfigError
 from tdlib.core.records import END, write_records
 from tdlib.data.examples import Examples, low_shot, save_manifest
@@ -30,7 +28,7 @@ from tdlib.teacher.probe import ClassProbe, count_cut
 from tdlib.teacher.towers import EXTRAS
 from tdlib.training import checkpoints
 from tdlib.training import prepare as preparation
-from tdlib.training.data import EncodedExamples, collate
+from tdlib.training.data import EncodedExamples, fitting_batches
 from tdlib.training.evaluation import evaluate, evaluate_again, finish
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TeacherFeatureReader
@@ -160,6 +158,7 @@ def train_run(
         others.append(f"submission_split={config.submission_split!r}, not prepared")
     if others:
         raise ConfigError(f"{'; '.join(others)}: call prepare(config) again, with these settings")
+    refuse_foreign(Path(folder), "config.json", IDENTITY, checkpoints.UNEVALUATED)
     subset = low_shot(prepared.train, config.shots, config.seed)
     if (pending := pending_evaluation(folder, config, subset)) is not None:
         if place_among_processes() > 0:  # the first process evaluates alone
@@ -241,9 +240,6 @@ class _Run:
             feature_reader.prepare(prepared.train if config.distils_unlabelled else self.subset)
         return feature_reader
 
-    def _collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        return collate(items, self.prepared.encoder)
-
     def _count_cut_texts(self) -> None:
         """Counts the texts that teacher and student have to cut, and warns of them.
 
@@ -285,14 +281,7 @@ class _Run:
             self.resumed, self.seconds_before = keeper.resumed, keeper.seconds
         self._count_cut_texts()
         if self.module.phi is not None and whole is None:
-            # In any order but the file's, which can be of one kind first; the generator is the loader's own,
-            # so that the training's random numbers stay what they are.
-            order = torch.Generator().manual_seed(config.seed)
-            self.module.fit_phi(
-                DataLoader(
-                    self.dataset, config.batch_size, shuffle=True, generator=order, collate_fn=self._collate
-                )
-            )
+            self.module.fit_phi(fitting_batches(self.dataset, config))
         began = time.time()
         self.trainer.train(**({"resume_from_checkpoint": str(whole)} if whole else {}))
         self.metrics["train_seconds"] = round(self.seconds_before + time.time() - began, 2)

@@ -6,6 +6,7 @@
 import json
 import logging
 import platform
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def archive_previous_run(folder: Path, config: RunConfig | None) -> None:
     """Renames a run folder that is about to be replaced to NAME-DIGEST beside it.
 
     A run of the same settings is not kept: the new one replaces it. With None, any earlier run is kept,
-    because the new one is not finished.
+    because the new one is not finished; so is one whose settings cannot be read.
     """
     folder = folder.resolve()
     if not folder.exists():
@@ -102,9 +103,9 @@ def archive_previous_run(folder: Path, config: RunConfig | None) -> None:
         now = json.loads(config.model_dump_json(exclude=unimportant))
         # A parameter that there was none of when the earlier run was made has its default there.
         known = json.loads(RunConfig.from_parameters().model_dump_json()) | before
-        if not before or {name: value for name, value in known.items() if name not in unimportant} == now:
+        if before and {name: value for name, value in known.items() if name not in unimportant} == now:
             return
-    other = folder.with_name(f"{folder.name}-{digest(before)[:8]}")
+    other = folder.with_name(f"{folder.name}-{digest(before)[:8] if before else secrets.token_hex(4)}")
     remove_tree(other)
     folder.rename(other)
     log.warning("%s held another run, which is now %s", folder, other.name)

@@ -22,7 +22,7 @@ def name_layers(layers: Sequence[int]) -> str:
     return f"layers {', '.join(map(str, layers))}"
 
 
-def attention_view(attention: Attention, head: int | None = None) -> View:
+def attention_view(attention: Attention, head: int | None = None, labels: Sequence[str] = ()) -> View:
     """Show what the token that the answer is read from attends to, in % of all tokens.
 
     It is drawn on the picture and in the statement; ``head`` None averages the heads. The figure names
@@ -32,10 +32,10 @@ def attention_view(attention: Attention, head: int | None = None) -> View:
     heads = f"head {head}" if head is not None else f"mean of {attention.maps.shape[1]} heads"
     method = f"{attention.model}: attention of {name_layers(attention.layers)}, {heads}"
     record = attention.record
-    return values_view(record, attention.row(head), method, token_name(record, query))
+    return values_view(record, attention.row(head), method, token_name(record, query), labels=labels)
 
 
-def rollout_view(attention: Attention) -> View:
+def rollout_view(attention: Attention, labels: Sequence[str] = ()) -> View:
     """Show attention rolled out through all layers (see ``rollout``), drawn as ``attention_view`` does."""
     if attention.layers != tuple(range(len(attention.layers))):
         raise AttentionError(
@@ -44,19 +44,20 @@ def rollout_view(attention: Attention) -> View:
     query = attention.readout
     method = f"{attention.model}: attention rollout of {name_layers(attention.layers)}, heads averaged"
     record = attention.record
-    return values_view(record, rollout(attention.maps, query), method, token_name(record, query))
+    values = rollout(attention.maps, query)
+    return values_view(record, values, method, token_name(record, query), labels=labels)
 
 
-def relevance_view(record: TargetRecord, values: np.ndarray, method: str) -> View:
+def relevance_view(record: TargetRecord, values: np.ndarray, method: str, labels: Sequence[str] = ()) -> View:
     """Show gradient relevance (of ``gradient_relevance`` or ``teacher_relevance``) as shares of its sum.
 
     ``method`` names model, layers and goal, such as "student: gradient relevance, layers 0 to 3, choice 2".
     """
     total = values.sum()
-    return values_view(record, values / total if total > 0 else values, method)
+    return values_view(record, values / total if total > 0 else values, method, labels=labels)
 
 
-def heads_view(attention: Attention) -> View:
+def heads_view(attention: Attention, labels: Sequence[str] = ()) -> View:
     """Show every head's map as a tile, a row of tiles per layer; lines part text and picture.
 
     Over a tile stands "layer.head · share": the part of their attention that text tokens give to the
@@ -77,7 +78,9 @@ def heads_view(attention: Attention) -> View:
                 "entropy": float(entropy),
             })  # fmt: skip
     data = pd.DataFrame(rows)
-    heading = f"{title(record)}; {attention.model}, {name_layers(attention.layers)}; rows attend to columns"
+    heading = (
+        f"{title(record, labels)}; {attention.model}, {name_layers(attention.layers)}; rows attend to columns"
+    )
     if border:
         heading += "; over each: layer.head · what text gives to the picture (%)"
     shares = data["text_to_picture"].to_numpy().reshape(maps.shape[:2])

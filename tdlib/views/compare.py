@@ -109,8 +109,9 @@ def difference_view(
 
 
 def values_view(
-    record: TargetRecord, values: np.ndarray, method: str, query: str = "", what: str = ""
-) -> View:
+    record: TargetRecord, values: np.ndarray, method: str, query: str = "", what: str = "",
+    labels: Sequence[str] = (),
+) -> View:  # fmt: skip
     """Show a number of at least 0 per token, such as attention, on the picture and in the statement.
 
     ``method`` names model, layers and heads, ``query`` the token whose attention it is, ``what`` the whole of
@@ -122,4 +123,4 @@ def values_view(
         {"position": range(len(record.tokens)), "token": token_names(record), "value": sheet.values}
     )
     note = f"{method}; query {query}" if query else method
-    return sheets_view(title(record), [sheet], data, note=note)
+    return sheets_view(title(record, labels), [sheet], data, note=note)

@@ -22,6 +22,7 @@ from tdlib.data.pictures import open_picture
 from tdlib.data.tasks import splits_of
 from tdlib.method.alignment import align, aligned_targets, patch_shares
 from tdlib.method.clip_td import choose_tokens
+from tdlib.method.relevance import STUDENT_RELEVANCE
 from tdlib.method.selection import SELECTORS, SelectionOptions, token_scores
 from tdlib.method.weighting import TOKEN_WEIGHTS
 from tdlib.students import attention as student_attentions
@@ -148,6 +149,11 @@ def two_runs(request: ViewRequest) -> View:
             f"{request.example_id} in {request.split} reads {first.text!r} in {request.run.name} but "
             f"{second.text!r} in {request.second.name}: the runs are of different data"
         )
+    if request.run.labels != request.second.labels:
+        raise ExplorerError(
+            f"{request.run.name} and {request.second.name} have other answers to choose from "
+            f"({len(request.run.labels)} and {len(request.second.labels)}): look at each by itself"
+        )
     names = [
         f"{run.name}{'' if step == END else f', step {step}'}"
         for run, step in ((request.run, request.step), (request.second, request.second_step))
@@ -184,7 +190,7 @@ def instance_weights(request: ViewRequest) -> View:
 
 def lesson(request: ViewRequest) -> View:
     """Shows what CLIP and the student make of the texts with another picture, before and after training."""
-    return lesson_view(request.run.records(request.split, request.example_id))
+    return lesson_view(request.run.records(request.split, request.example_id), request.run.labels)
 
 
 def alignment(request: ViewRequest) -> View:
@@ -228,17 +234,18 @@ def conditioned_targets(request: ViewRequest) -> View:
 
 def student_attention(request: ViewRequest) -> View:
     """Shows what the trained student's answer attends to."""
-    return attention_view(_student_maps(request, request.layers), head=request.head)
+    maps = _student_maps(request, request.layers)
+    return attention_view(maps, request.head, request.run.labels)
 
 
 def student_heads(request: ViewRequest) -> View:
     """Shows every head of the trained student as a tile."""
-    return heads_view(_student_maps(request, request.layers))
+    return heads_view(_student_maps(request, request.layers), request.run.labels)
 
 
 def student_rollout(request: ViewRequest) -> View:
     """Shows the trained student's attention, rolled out through all layers."""
-    return rollout_view(_student_maps(request, ()))
+    return rollout_view(_student_maps(request, ()), request.run.labels)
 
 
 def student_gradient(request: ViewRequest) -> View:
@@ -249,9 +256,8 @@ def student_gradient(request: ViewRequest) -> View:
     answer = (record.prediction or 0) if record.label is None else record.label
     goal = f"label {request.run.labels[answer]}" if request.run.labels else f"choice {record.choice}"
     named = student_attentions.named_record(record, batch, tokenizer, len(values))
-    return relevance_view(
-        named, values, f"{request.run.name}: gradient relevance, layers 0 to {last}, {goal}"
-    )
+    method = f"{request.run.name}: gradient relevance, layers 0 to {last}, {goal}"
+    return relevance_view(named, values, method, request.run.labels)
 
 
 def teacher_attention(request: ViewRequest) -> View:
@@ -259,14 +265,15 @@ def teacher_attention(request: ViewRequest) -> View:
     tower = "text" if request.modality == "text" else "image"
     teacher = teacher_cache(request.run.config).teacher
     maps = teacher_attentions.teacher_attention(teacher, request.record(), tower, request.layers or None)
-    return attention_view(maps, head=request.head)
+    return attention_view(maps, request.head, request.run.labels)
 
 
 def teacher_gradient(request: ViewRequest) -> View:
     """Shows which tokens bring text and picture together in the teacher."""
     teacher = teacher_cache(request.run.config).teacher
     values, record = teacher_attentions.teacher_relevance(teacher, request.record())
-    return relevance_view(record, values, "teacher: gradient relevance of text and picture, all layers")
+    method = "teacher: gradient relevance of text and picture, all layers"
+    return relevance_view(record, values, method, request.run.labels)
 
 
 # Each view, with the fields of a request that it depends on beside run and example. The explorer's controls
@@ -339,18 +346,25 @@ def example_of(run: Run, split: str, example_id: str) -> Example:
     """Reads the example from the run's data; raises an ExplorerError if it is not there (any more)."""
     examples = read_split(run.config, split)
     try:
-        return examples[list(examples.ids).index(example_id)]
+        place = list(examples.ids).index(example_id)
     except ValueError:
         where = resolve(run.config.data_dir) or f"the MiniWorld of seed {run.config.world_seed}"
         raise ExplorerError(
             f"{example_id!r} is not in {split!r} of {where}: are the data those of {run.name}?"
         ) from None
+    return examples[place]  # a DataError of the example itself names its own remedy
 
 
 def _student_input(request: ViewRequest) -> tuple[Any, Any, TargetRecord, Any]:
     """Returns the trained student, the example as its batch, the record and the tokenizer."""
     run, record = request.run, request.record()
     example = example_of(run, request.split, request.example_id)
+    texts = [statement.text for statement in example.statements()]
+    if texts[record.choice : record.choice + 1] != [record.text]:
+        raise ExplorerError(
+            f"{request.example_id} in {request.split} reads {texts} by now, and {record.text!r} when "
+            f"{run.name} was trained: the data have changed since"
+        )
     student, encoder = _open_student(run)
     encoder.prepare([example])
     data = EncodedExamples([example], encoder, num_labels=len(run.labels), modality=run.config.modality)
@@ -431,12 +445,17 @@ def own_view(run: Run, example: Example) -> View:
         raise ExplorerError(
             f"task {run.config.task} chooses from {len(prepared.labels)} labels: give a text without answers"
         )
-    config = run.config.model_copy(update={"student": str(run.folder / "student")})
-    records = preview_targets(config, prepared, [example])
+    if run.config.relevance in STUDENT_RELEVANCE:
+        raise ExplorerError(
+            f"{run.name} took relevance={run.config.relevance!r} through maps of its student, which were "
+            "dropped after training: what it targeted is in its records alone"
+        )
+    records = preview_targets(prepared.config, prepared, [example])
     return comparison(records, method=f"{run.name}, trained student", labels=prepared.labels)
 
 
 @lru_cache(maxsize=2)
 def prepared_data_of(run: Run) -> PreparedData:
-    """Prepares again what a run needed before it trained: data, encoder, cache, word statistics."""
-    return prepare(run.config, whole_splits=False)
+    """Prepares again what a run needed, with its trained student: data, encoder, cache, word statistics."""
+    student = str(run.folder / "student")
+    return prepare(run.config.model_copy(update={"student": student}), whole_splits=False)

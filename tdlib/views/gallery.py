@@ -73,11 +73,12 @@ def gallery(
 
     ``labels`` are the label set, where examples have no choices.
     """
-    named = examples if isinstance(examples, Mapping) else {example.id: example for example in examples}
-    rows = [_row(name, example, labels, width) for name, example in named.items()]
-    lines = [
-        f"{name}: {example.prompt.text} -> {_answer(example, labels)}" for name, example in named.items()
-    ]
+    if isinstance(examples, Mapping):
+        named = [*examples.items()]
+    else:
+        named = [(example.id, example) for example in examples]
+    rows = [_row(name, example, labels, width) for name, example in named]
+    lines = [f"{name}: {example.prompt.text} -> {_answer(example, labels)}" for name, example in named]
     legend = "Numbers are objects; dotted words and dashed boxes decide the answer (where that is known)."
     return Gallery(page(f"{''.join(rows)}<small>{legend}</small>"), "\n".join(lines))
 

@@ -182,6 +182,10 @@ def read_index(path: Path, labels: Sequence[str] = ()) -> pd.DataFrame:
         FROM read_parquet(?, file_row_number = true) WHERE step = ?
         GROUP BY split, example_id ORDER BY min(file_row_number)
     """
+    if lacking := {"split", "step", "label", "prediction"} - {*pq.read_schema(path).names}:
+        raise ExplorerError(
+            f"{path}: of an earlier version, without {', '.join(sorted(lacking))}; train the run again"
+        )
     with duckdb.connect() as database:
         index = database.execute(query, [escape(str(path)), END]).df()  # duckdb reads paths as globs
     index = index.astype({"label": "Int64", "prediction": "Int64", "p_T": float, "p_S": float, "c": float})

@@ -40,12 +40,13 @@ def lesson_table(records: Sequence[TargetRecord]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def lesson_view(records: Sequence[TargetRecord]) -> View:
+def lesson_view(records: Sequence[TargetRecord], labels: Sequence[str] = ()) -> View:
     """Show both pictures of a lesson and all distributions over the choices, before and after training.
 
     "Before" is the first recorded step, where there are several; a student that chooses its own lessons
     (``repair_choice="disagreement"``) may then have been shown another picture, of which nothing is drawn.
-    ``records`` are those of one example of one run, with all its choices, at any steps.
+    ``records`` are those of one example of one run, with all its choices, at any steps; ``labels`` the
+    label set of a task without choices.
 
     Raises:
         ValueError: the records are of several examples, or none has a lesson.
@@ -69,7 +70,7 @@ def lesson_view(records: Sequence[TargetRecord]) -> View:
     drawn = pd.concat([
         shown[shown["step"] == step].assign(who=who, probability=shown[name]) for who, step, name in parts
     ])  # fmt: skip
-    texts = [f"{record.text}{' (true)' if record.choice == record.label else ''}" for record in now]
+    texts = [f"{record.text}{_answer(record, labels)}" for record in now]
     arguments = {
         "pictures": {OWN: now[0].image, OTHER: other}, "texts": texts, "table": drawn,
         "heading": f"{now[0].example_id}: its texts with another picture",
@@ -80,3 +81,9 @@ def lesson_view(records: Sequence[TargetRecord]) -> View:
     rows = rows[[name for name in BARS if name in rows]].round(1).add_suffix(" (%)").reset_index()
     rows = rows.sort_values(["picture", "choice"], kind="stable").rename_axis(columns=None)
     return View(arguments["heading"], plot_lesson, arguments, data, rows, note)
+
+
+def _answer(record: TargetRecord, labels: Sequence[str]) -> str:
+    if labels:
+        return "" if record.label is None else f" ({labels[record.label]})"
+    return " (true)" if record.choice == record.label else ""
