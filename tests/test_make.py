@@ -186,6 +186,30 @@ def test_views_hide_objects_or_cells(work, detector):
     assert_close(bare["region_features"][:, 1:], whole["region_features"][:, 1 + objects :])
 
 
+def test_distortion_changes_tones_and_edges_of_each_picture_and_no_place(work):
+    pictures = corpus.pictures("curated", work / "corpus", 0, SCENES)["pictures"]
+    shown = torch.from_numpy(np.array(pictures[:1])).expand(12, -1, -1, -1) / 255
+    found = corpus.distorted(shown, np.random.default_rng(0))
+    assert found.min() >= 0 and found.max() <= 1
+    assert len({tuple(picture.flatten().tolist()) for picture in found}) == 12
+    assert_close(found, corpus.distorted(shown, np.random.default_rng(0)), rtol=0, atol=0)
+
+    def outlines(images):  # of the tones, smoothed
+        grey = torch.nn.functional.avg_pool2d(images.mean(1), 4)
+        return torch.stack(torch.gradient(grey, dim=(1, 2))).flatten(2).transpose(0, 1).flatten(1)
+
+    assert torch.nn.functional.cosine_similarity(outlines(shown), outlines(found)).min() > 0.7
+
+
+@each_kind
+def test_training_shows_a_quarter_of_the_pictures_as_they_are(kind, work, detector):
+    sight = job_of(kind, work, detector).sight
+    seen = sight(np.zeros(200, int), np.random.default_rng(0), 0.5)
+    whole = seen["pixel_values"] if kind == "vilt" else seen["region_features"][:, 0]
+    _, numbers = torch.unique(whole.flatten(1), dim=0, return_counts=True)
+    assert any(30 <= number <= 70 for number in numbers.tolist())
+
+
 def test_texts_of_a_batch_are_of_like_length(work, detector):
     job = job_of("vilt", work, detector)
     parts = [job.rows("fusion", place) for place in range(6)]

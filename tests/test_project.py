@@ -122,6 +122,19 @@ def test_the_lock_holds_all_that_is_needed_and_nothing_else():
     assert set(lock) == needed, "locked without need: run `make lock` in a fresh .venv"
 
 
+def test_every_locked_package_takes_the_oldest_python_that_the_project_takes():
+    """A patch version counts: Debian 12 has Python 3.11.2."""
+    (oldest,) = SpecifierSet(PROJECT["requires-python"])
+    for name, pinned in locked().items():
+        try:
+            found = importlib.metadata.metadata(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of another platform
+        if found["Version"] == locked_version(pinned):
+            wanted = SpecifierSet(found["Requires-Python"] or "")
+            assert wanted.contains(f"{oldest.version}.0"), f"{pinned} needs Python {wanted}"
+
+
 # Floors: a package imports from those before it in this list, and never from those after it.
 
 FLOORS = [

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from tdlib.core.files import file_digest, write_folder, write_json
@@ -180,6 +181,24 @@ def pictures(kind: str, home: Path, seed: int, number: int) -> dict[str, np.ndar
     return write_arrays(home / f"{kind}-pictures-{seed}-{number}", made, number, work)
 
 
+def distorted(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+    """Changes how pictures look and not what they show: a photometric distortion of each (Liu et al. 2016).
+
+    Colours get paler or stronger, tones darker or lighter, all of them pressed into a part of the range,
+    edges softer or sharper. ``pictures`` and the result are (pictures, 3, height, width), 0 to 1.
+    """
+
+    def drawn(low: float, high: float) -> Tensor:
+        return torch.from_numpy(rng.uniform(low, high, (len(pictures), 1, 1, 1)).astype(np.float32))
+
+    grey = pictures.mean(1, keepdim=True)
+    changed = (grey + drawn(0.5, 1.4) * (pictures - grey)).clamp(0, 1) ** drawn(-0.7, 0.7).exp()
+    darkest = drawn(0.0, 0.6)
+    changed = darkest + (1 - darkest) * drawn(0.7, 1.0) * changed
+    soft = F.avg_pool2d(changed, 3, stride=1, padding=1, count_include_pad=False)
+    return (changed + drawn(-1.0, 3.0) * (changed - soft)).clamp(0, 1)
+
+
 # Texts
 
 
@@ -336,7 +355,7 @@ def object_boxes(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def _see(folder: Path, detector: Path, start: int, stop: int) -> dict[str, np.ndarray]:
+def _see(seed: int, folder: Path, detector: Path, start: int, stop: int) -> dict[str, np.ndarray]:
     arrays = read_arrays(folder)
     shown, found, labels = (
         torch.from_numpy(np.array(arrays[name][start:stop])) for name in ("pictures", "boxes", "labels")
@@ -346,12 +365,15 @@ def _see(folder: Path, detector: Path, start: int, stop: int) -> dict[str, np.nd
     boxes = torch.cat([whole.expand(len(shown), 1, 4), found, cells.expand(len(shown), -1, 4)], dim=1)
     mask = torch.cat([real.new_ones(len(shown), 1), real, real.new_ones(len(shown), len(cells))], dim=1)
     network = load_detector(detector)
-    features = torch.zeros(*mask.shape, network.dim, dtype=torch.half)
     places = [box[there] for box, there in zip(boxes, mask, strict=True)]
-    features[mask] = network(shown, places).half()
-    return {
-        "features": features.numpy(), "boxes": boxes.numpy(), "real": real.numpy(),
-        "people": people.numpy().astype(np.int8),
+    otherwise = (255 * distorted(shown / 255, np.random.default_rng([seed, start]))).round().byte()
+    seen = {}
+    for name, look in {"features": shown, "distorted": otherwise}.items():
+        features = torch.zeros(*mask.shape, network.dim, dtype=torch.half)
+        features[mask] = network(look, places).half()
+        seen[name] = features.numpy()
+    return seen | {
+        "boxes": boxes.numpy(), "real": real.numpy(), "people": people.numpy().astype(np.int8),
     }  # fmt: skip
 
 
@@ -360,15 +382,19 @@ def regions(home: Path, seed: int, number: int, detector: Path) -> dict[str, np.
 
     Returns:
         ``features`` (scenes, 43, dim) in half precision and ``boxes`` (scenes, 43, 4) of the whole
-        picture, six places for objects and the cells of the grid; ``real`` (scenes, 6): a mask of the
-        objects; ``people`` (scenes,): how many of the objects, the first ones, are people.
+        picture, six places for objects and the cells of the grid; ``distorted``, as ``features``: of the
+        picture after one distortion; ``real`` (scenes, 6): a mask of the objects; ``people`` (scenes,): how
+        many of the objects, the first ones, are people.
     """
     pictures("curated", home, seed, number)
     source = home / f"curated-pictures-{seed}-{number}"
     digest = file_digest(detector / "model.safetensors")
-    made = {"what": "curated regions", "world": VERSION, "seed": seed, "detector": digest, "grid": GRID}
+    made = {
+        "what": "curated regions, and distorted", "world": VERSION, "seed": seed, "detector": digest,
+        "grid": GRID,
+    }  # fmt: skip
     folder = home / f"curated-regions-{seed}-{number}-{digest[:8]}"
-    return write_arrays(folder, made, number, partial(_see, source, detector))
+    return write_arrays(folder, made, number, partial(_see, seed, source, detector))
 
 
 # Order

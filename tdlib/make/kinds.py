@@ -23,24 +23,25 @@ SIZES: dict[str, Any] = {
     "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
     "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
+DISTORTED = 0.75  # share of pictures that are: students are to know things in styles they have not seen
 CELLS = 12  # of the grid's 36 cells that a picture in the view "few" has, see ``RegionSight``
 
 
 class PatchSight:
-    """Gives pictures as ViLT reads them, moved by up to three pixels, with varied contrast and light."""
+    """Gives pictures as ViLT reads them, moved by up to three pixels, most of them distorted."""
 
     summary = 1  # number of visual tokens without a place: the image's [CLS]
 
     def __init__(self, home: Path, seed: int, scenes: int, detector: Path):
         self.pictures = corpus.pictures("curated", home, seed, scenes)["pictures"]
-        self.settings: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {"distorted": DISTORTED}
 
     def __call__(self, rows: np.ndarray, rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
-        pixels = torch.from_numpy(self.pictures[rows]).float() / 127.5 - 1
+        pixels = torch.from_numpy(self.pictures[rows]).float() / 255
         dy, dx = rng.integers(-3, 4, 2).tolist()
-        contrast = torch.from_numpy(rng.uniform(0.75, 1.25, (len(rows), 1, 1, 1)).astype(np.float32))
-        light = torch.from_numpy(rng.uniform(-0.2, 0.2, (len(rows), 3, 1, 1)).astype(np.float32))
-        pixels = (torch.roll(pixels, (dy, dx), (-2, -1)) * contrast + light).clamp(-1, 1)
+        pixels, chosen = torch.roll(pixels, (dy, dx), (-2, -1)), rng.random(len(rows)) < DISTORTED
+        pixels[chosen] = corpus.distorted(pixels[chosen], rng)
+        pixels = 2 * pixels - 1
         return {
             "pixel_values": pixels,
             "pixel_mask": torch.ones(len(rows), *pixels.shape[-2:], dtype=torch.long),
@@ -62,17 +63,21 @@ class RegionSight:
 
     def __init__(self, home: Path, seed: int, scenes: int, detector: Path):
         seen = corpus.regions(home, seed, scenes, detector)
-        self.features, self.boxes, self.real = seen["features"], seen["boxes"], seen["real"]
-        self.counted = seen["people"]
+        self.features, self.distorted = seen["features"], seen["distorted"]
+        self.boxes, self.real, self.counted = seen["boxes"], seen["real"], seen["people"]
         self.dim = self.features.shape[-1]
-        self.settings = {"detector": file_digest(detector / "model.safetensors")}
+        digest = file_digest(detector / "model.safetensors")
+        self.settings = {"detector": digest, "distorted": DISTORTED}
 
     def __call__(self, rows: np.ndarray, rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
         shares = (0.6, 0.25, 0.15) if progress < 0.93 else (0.1, 0.3, 0.6)
-        return self.view(rows, ("few", "bare", "all")[rng.choice(3, p=shares)], rng)
+        view = ("few", "bare", "all")[rng.choice(3, p=shares)]
+        return self.view(rows, view, rng, rng.random(len(rows)) < DISTORTED)
 
-    def view(self, rows: np.ndarray, view: str, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Gives the regions of the pictures ``rows`` in one view, as region students read them."""
+    def view(
+        self, rows: np.ndarray, view: str, rng: np.random.Generator, distorted: np.ndarray | slice = slice(0)
+    ) -> dict[str, Tensor]:
+        """Gives the regions of the pictures ``rows`` in one view, some of them ``distorted``."""
         real = self.real[rows]
         most = 0 if view == "bare" else int(real.sum(1).max())
         cells = self.features.shape[1] - 1 - corpus.MOST_OBJECTS
@@ -85,8 +90,10 @@ class RegionSight:
         mask[:, 1 : 1 + most] = real[:, :most]
         objects = np.full(places.shape, -1)
         objects[:, 1 : 1 + most] = np.where(real[:, :most], np.arange(most), -1)
+        features = self.features[rows[:, None], places]
+        features[distorted] = self.distorted[rows[distorted, None], places[distorted]]
         return {
-            "region_features": torch.from_numpy(self.features[rows[:, None], places]).float(),
+            "region_features": torch.from_numpy(features).float(),
             "region_boxes": torch.from_numpy(self.boxes[rows[:, None], places]),
             "region_mask": torch.from_numpy(mask).long(),
             "region_objects": torch.from_numpy(objects),

@@ -36,7 +36,7 @@ def open_student(folder: Path, detector: Path, cache: Path) -> tuple[Any, Studen
 def measure_student(
     folder: Path, detector: Path, scenes: int = 512, seed: int = 1000, size: Size = ONLY_VAL
 ) -> dict[str, float]:
-    """Computes all held-out figures of a mini student, on worlds that no report uses.
+    """Computes all held-out figures of a mini student, on worlds on which no verdict rests.
 
     These are matching (``knowledge.matching``), and zero-shot accuracy in four-choice VCR (chance 0.25) and
     in telling entailed hypotheses of SNLI-VE from contradicted ones (chance 0.5), split by whether the
@@ -64,8 +64,8 @@ def measure_clip(folder: Path, scenes: int = 256, seed: int = 500, size: Size = 
     """Computes held-out figures of a CLIP: retrieval among new web scenes, and zero-shot four-choice VCR.
 
     Retrieval is the share of noise-free captions whose picture is the nearest of ``scenes``, and the reverse.
-    VCR is the accuracy on the val split of the MiniWorld ``seed``, which no report uses, and on
-    its shortcut-reversed twin.
+    VCR is the accuracy on the val split of the MiniWorld ``seed``, on which no verdict rests,
+    and on its shortcut-reversed twin.
     """
     check_tokenizer(folder, required=True)
     teacher = Teacher(f"local-dir:{folder}")

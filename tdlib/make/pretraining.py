@@ -12,8 +12,8 @@ Training has four phases.
   every word (ELECTRA, Clark et al. 2020, but given the picture), read one layer below the top, whose states
   [CLS] reads in the last layer.
 
-The pictures show only concepts of the curated corpus, in its one style; only texts of the first phase have
-all concepts.
+The pictures show only concepts of the curated corpus, in its one style, most of them distorted in tones and
+edges; only texts of the first phase have all concepts.
 """
 
 import math
