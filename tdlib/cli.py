@@ -273,7 +273,8 @@ def _plan(batch: "Batch", options: argparse.Namespace) -> int:
         for problem in batch.problems:
             print(f"  - {problem}", file=sys.stderr)
         return 1
-    table, engine = batch.planned(_where(batch, options)), LocalEngine()
+    where, engine = _where(batch, options), LocalEngine()
+    table = batch.planned(where)
     wanted = batch.plan.resources
     print(table.drop(columns=["expected_seconds", "unlike"]).to_string(index=False))
     undone = table[table["state"] != "done"]
@@ -286,9 +287,12 @@ def _plan(batch: "Batch", options: argparse.Namespace) -> int:
         unlike = sorted({name for names in undone["unlike"] for name in names})
         but = f", which had other {', '.join(unlike)}" if unlike else ""
         print(f"about {hours:.2g} hours here, {at_once} at once (from the durations of earlier runs{but})")
+    elif len(undone):
+        print("no hours yet: no run of this notebook is finished here")
     for problem in engine.check(wanted):
         print(f"not on this machine: {problem}")
-    for note in batch.plan.notes + batch.done_otherwise():
+    told = dict.fromkeys(note for run in batch.like(where) for note in run.notes)
+    for note in [*told, *batch.done_otherwise()]:
         print(f"note: {note}")
     return 0
 

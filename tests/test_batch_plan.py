@@ -191,7 +191,7 @@ def test_a_batch_tunes_the_weight_that_an_arm_starts_at(tmp_path):
         "grid": {"arm": ["clip_td_repaired"], "repair_weight": [1.0, 3.0, 10.0]},
     }  # fmt: skip
     plan = plan_batch(description, "b", tmp_path)
-    assert not plan.problems and not plan.notes
+    assert not plan.problems and not any(run.notes for run in plan.runs)
     assert len({run.id for run in plan.runs}) == 3 and plan.varied == ["repair_weight"]
     file = tmp_path / "config.json"
     for run in plan.runs:
@@ -214,7 +214,7 @@ def test_values_that_arms_replace_are_told_and_make_no_second_run(tmp_path):
     description["exclude"] = [{"arm": "finetune", "repair_weight": 10.0}]
     plan = plan_batch(description, "b", tmp_path)
     assert not plan.problems and len(plan.runs) == 3
-    (note,) = plan.notes
+    (note,) = {note for run in plan.runs for note in run.notes}
     assert note.startswith("repair_weight=1.0: has no effect, because arm='finetune' sets")
     usual = {"template": "04_distill", "grid": {"arm": ["clip_td_repaired"], "repair_weight": [0.0, 3.0]}}
     (problem,) = plan_batch(usual, "b", tmp_path).problems

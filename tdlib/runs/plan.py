@@ -175,6 +175,7 @@ class PlannedRun:
     overrides: dict[str, Any]
     parameters: dict[str, Any]
     identity: dict[str, str]
+    notes: tuple[str, ...] = ()  # on settings that only the run can check
 
     @property
     def id(self) -> str:
@@ -192,7 +193,6 @@ class Plan:
     retries: int = 0
     output: str = ""
     problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # settings that only the runs can check
     repeated: int = 0  # how many runs the file describes more than once
     tuned: list[str] = field(default_factory=list)  # parameters whose values were chosen for each arm
     variants: list[str] = field(default_factory=list)  # parameters that make variants of an arm
@@ -249,11 +249,11 @@ def plan_batch(
         runs: dict[str, PlannedRun] = {}
         for row in rows:
             whole_row = defaults | row
-            run = PlannedRun(row, whole_row, identity(template, whole_row, plan.output, code))
+            told = tuple(notes(template, whole_row))
+            run = PlannedRun(row, whole_row, identity(template, whole_row, plan.output, code), told)
             # Rows that differ only in a default written out, or in what changes no result, are one run.
             runs.setdefault(run.id, run)
         plan.runs, plan.repeated = [*runs.values()], plan.repeated + len(rows) - len(runs)
-        plan.notes = list(dict.fromkeys(n for run in plan.runs for n in notes(template, run.parameters)))
     return plan
 
 
