@@ -136,6 +136,7 @@ def test_reference_scores_of_a_probe_and_of_choices(settings):
             1 / 3 if task == "snli_ve" else 1 / 4
         )
         assert 0 <= table.loc[name, TASKS[task].evaluated] <= 1
+        assert ("student, zero-shot" in table.index.get_level_values("arm")) == (task == "vcr_qar")
 
 
 def _pixels(item):

@@ -73,7 +73,7 @@ def _proves(gains: pd.DataFrame) -> str:
 def score_table(table: pd.DataFrame, reference: pd.DataFrame, tests: Mapping[str, str]) -> pd.DataFrame:
     """Makes a table of scores with intervals and of differences: a row per arm, two columns per test.
 
-    ``table`` and ``tests`` as in ``answer``; ``reference`` holds scores that need no student: arm, split
+    ``table`` and ``tests`` as in ``answer``; ``reference`` holds scores that need no training: arm, split
     and mean (``training.reference``).
     """
     rows: dict[str, dict[str, str]] = {}

@@ -1,4 +1,4 @@
-"""Computes the scores that need no student: those of the teacher itself, and of guessing."""
+"""Computes the scores that need no training: of the teacher, of the student as it comes, of guessing."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,9 @@ from tdlib.data.examples import Example, low_shot
 from tdlib.data.tasks import score, task_of
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.probe import statement_logits
-from tdlib.training.prepare import PreparedData, class_logits
+from tdlib.training.data import EncodedExamples
+from tdlib.training.evaluation import predict
+from tdlib.training.prepare import PreparedData, class_logits, load_student
 
 
 def zero_shot(cache: TeacherCache, examples: Sequence[Example]) -> np.ndarray:
@@ -25,11 +27,13 @@ def zero_shot(cache: TeacherCache, examples: Sequence[Example]) -> np.ndarray:
 
 
 def reference_scores(config: RunConfig, prepared: PreparedData) -> pd.DataFrame:
-    """Scores the teacher without a student, and guessing, on the evaluated splits.
+    """Scores the teacher, the student before any finetuning, and guessing, on the evaluated splits.
 
     Columns arm, split, mean. The teacher chooses zero-shot where examples have choices; else a
-    linear probe on its global embeddings, fitted on the subset of the config's seed. Guessing is as in
-    ``data.chance``. Task "vcr" is left out, because its score joins two predictions.
+    linear probe on its global embeddings, fitted on the subset of the config's seed. The student
+    chooses where examples have choices, by the score that its pretraining gave it (one whose checkpoint
+    lacks such a score guesses); other tasks' labels it has not seen. Guessing is as in ``data.chance``.
+    Task "vcr" is left out, because its score joins two predictions.
     """
     rows: list[dict] = []
     subset = low_shot(prepared.train, config.shots, config.seed)
@@ -39,15 +43,22 @@ def reference_scores(config: RunConfig, prepared: PreparedData) -> pd.DataFrame:
         if not examples.labelled or task_of(config).has_parts:
             continue
         if logits is None:
-            name, chosen = "teacher, zero-shot", zero_shot(prepared.cache, examples).argmax(1)
+            prepared.encoder.prepare(examples)
+            student = load_student(config, prepared).eval()
+            dataset = EncodedExamples(examples, prepared.encoder, modality=config.modality)
+            answers = {
+                "teacher, zero-shot": zero_shot(prepared.cache, examples).argmax(1),
+                "student, zero-shot": predict(student, dataset).argmax(1),
+            }
         else:
             name = "teacher, probe" if config.class_probabilities == "probe" else "teacher, zero-shot"
-            chosen = np.array([int(logits(example).argmax()) for example in examples])
-        scores = [
-            score(example, int(prediction), prepared.labels)
-            for example, prediction in zip(examples, chosen, strict=True)
-        ]
+            answers = {name: np.array([int(logits(example).argmax()) for example in examples])}
+        for name, chosen in answers.items():
+            scores = [
+                score(example, int(prediction), prepared.labels)
+                for example, prediction in zip(examples, chosen, strict=True)
+            ]
+            rows.append({"arm": name, "split": split, "mean": float(np.mean(scores))})
         guesses = chance_scores(examples, constant, prepared.labels)
-        rows.append({"arm": name, "split": split, "mean": float(np.mean(scores))})
         rows.append({"arm": "chance", "split": split, "mean": float(np.mean(guesses))})
     return pd.DataFrame(rows, columns=["arm", "split", "mean"])
