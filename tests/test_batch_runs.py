@@ -94,6 +94,7 @@ def test_a_command_is_judged_by_the_runs_that_it_was_asked_for(tmp_path, capsys)
     done, failed, _ = batch.plan.runs
     for run, state in ((done, "done"), (failed, "failed")):
         batch.folder_of(run).mkdir(parents=True)
+        (batch.folder_of(run) / "parameters.json").write_text(json.dumps({"parameters": run.parameters}))
         run_states.write_state(batch.folder_of(run), {"state": state, "files": {}})
 
     def status(*words: str) -> int:

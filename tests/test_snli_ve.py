@@ -262,7 +262,9 @@ def assert_examples_or_data_error(folder: Path, **options: Any) -> None:
         example.prompt.text.encode("utf-8")
         assert example.label in (None, 0, 1, 2) and example.image.is_file()
         assert all(0 <= start < end <= len(example.prompt.text) for start, end in example.prompt.relevant)
-    assert list(SnliVeReader(folder, "dev", **options).examine().problems) == []
+    # A check also doubts what a reader takes: an id that names another picture than its line.
+    problems = SnliVeReader(folder, "dev", **options).examine().problems
+    assert all("the pair is about picture" in problem for problem in problems)
 
 
 @settings(deadline=None, max_examples=80)

@@ -251,7 +251,7 @@ class NpzRegions(FileRegions):
                 "image_w; extract this picture again"
             ) from None
         # MCAN's files hold (dim, regions), and with padding more of both than num_bbox counts.
-        if features.ndim == 2 and len(features) != features.shape[1] in (count, len(boxes)):
+        if features.ndim == 2 and len(features) != features.shape[1] in (count, *boxes.shape[:1]):
             features = features.T
         if min(features.ndim, boxes.ndim) < 1 or not 0 < count <= min(len(features), len(boxes)):
             raise DataError(

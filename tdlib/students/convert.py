@@ -183,7 +183,7 @@ def official_weights(
         else:
             if new in weights:
                 raise StudentError(f"checkpoint {where}: two parameters would be {new}, one of them {name}")
-            if not value.is_floating_point() or not value.isfinite().all():
+            if not value.is_floating_point() or not (value.is_meta or value.isfinite().all()):
                 raise StudentError(
                     f"checkpoint {where}: {name} holds {value.dtype}, or no finite numbers; expected weights "
                     "as they were trained, neither quantised nor of a training that diverged"
