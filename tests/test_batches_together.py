@@ -6,7 +6,7 @@ import pytest
 from batch_folders import change_batch, compare, row_of, write_run
 
 from tdlib.analysis.compare import compare_arms
-from tdlib.analysis.protocol import claims_table, shots_table
+from tdlib.analysis.protocol import claims_table, power_note, shots_table
 from tdlib.analysis.scores import ProtocolError, collect, read_runs, read_scores
 from tdlib.runs import states as run_states
 
@@ -105,25 +105,20 @@ def test_a_run_that_one_batch_tuned_and_another_did_not_is_refused(tmp_path):
         read_runs(tmp_path / "plain", tmp_path / "tuned")
 
 
-def test_what_all_runs_of_a_batch_share_is_no_variant_of_their_arms(tmp_path):
-    """Another batch that calls it a variant must not rename this one's baseline."""
+def test_a_variant_of_one_batch_names_the_arms_of_another(tmp_path):
+    """So that a baseline with other settings stands beside the arms of a batch that all have the same."""
     for seed in range(2):
-        for arm in ("finetune", "repair_only"):
-            write_run(tmp_path / "a", arm=arm, seed=seed, more={"repair_share": 0.3})
-    for share in (0.6, 1.0):
-        write_run(tmp_path / "b", arm="repair_only", seed=0, more={"repair_share": share})
-    write_run(tmp_path / "b", arm="finetune", seed=0, more={"repair_share": 1.0})
-    change_batch(tmp_path / "b", variants=["repair_share"])
-    runs, scores, _ = collect(tmp_path, ["a", "b"])
-    table = compare_arms(runs, scores, resamples=50)
-    pairs = table.set_index(["setting", "arm"])["pairs"].to_dict()
-    apart = {("", "finetune"): 0, ("", "repair_only"): 1, ("", "repair_only, repair_share=0.6"): 1}
-    assert pairs == apart | {
-        ("repair_share=0.3", "finetune"): 0, ("repair_share=0.3", "repair_only"): 2,
+        for arm in ("finetune", "clip_td"):
+            write_run(tmp_path / "decide", arm=arm, seed=seed, more={"epochs": 48})
+        write_run(tmp_path / "gentle", seed=seed, more={"epochs": 8})
+    change_batch(tmp_path / "gentle", variants=["epochs"])
+    runs, scores, _ = collect(tmp_path, ["decide", "gentle"])
+    table = compare_arms(runs, scores, "finetune, epochs=8", resamples=50)
+    assert dict(zip(table["arm"], table["pairs"], strict=True)) == {
+        "finetune, epochs=8": 0, "clip_td, epochs=48": 2, "finetune, epochs=48": 2,
     }  # fmt: skip
-    write_run(tmp_path / "b", arm="repair_only", seed=0, more={"repair_share": 0.3})
-    with pytest.raises(ProtocolError, match=r"a, b share runs .*made variants"):
-        read_runs(tmp_path / "a", tmp_path / "b")
+    missing = power_note(compare_arms(runs, scores, resamples=50))
+    assert "the baseline was not run with their seeds and settings" in missing
 
 
 def test_what_goes_with_the_size_parts_no_curve_and_what_all_share_is_said(tmp_path):

@@ -62,18 +62,17 @@ def read_runs(*folders: Path) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     facts: list[tuple[dict[str, str], dict[str, Any]]] = []  # of each row: its settings, its version
-    variants = {name for folder in folders for name in batch_record(folder).get("variants", [])}
+    variants = sorted({name for folder in folders for name in batch_record(folder).get("variants", [])})
     for folder in map(Path, folders):
-        record, entries = batch_record(folder), recorded_runs(folder).to_dict("records")
-        tuned, names = record.get("tuned", []), _variants_of(record, entries, variants)
-        for entry in entries:
+        tuned = batch_record(folder).get("tuned", [])
+        for entry in recorded_runs(folder).to_dict("records"):
             row: dict[str, Any] = {"batch": folder.name, "world": "", "subset": "", "tuned": "", "commit": ""}
             row |= {name: entry[name] for name in ("run", "state", "reason")}
             known, version = dict[str, str](), dict[str, Any]()
             if (parameters := entry["parameters"]) is not None:
-                row |= _described(folder, parameters, tuned, names)
+                row |= _described(folder, parameters, tuned, variants)
                 apart = ("world_seed", "interactive", entry["output"], *parameters_with(role="machine"))
-                hidden = (*DESCRIBED, *apart, *tuned, *names)
+                hidden = (*DESCRIBED, *apart, *tuned, *variants)
                 known = {n: canonical_json(v) for n, v in parameters.items() if n not in hidden}
                 known["tuned"] = ", ".join(tuned)
                 version = _version(entry["identity"], parameters, entry["output"])
@@ -95,34 +94,14 @@ def read_runs(*folders: Path) -> pd.DataFrame:
     return table
 
 
-def _variants_of(
-    record: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], variants: set[str]
-) -> list[str]:
-    """The variants that name arms of one batch: its own, and those of others that it does not set for all.
-
-    A value that all runs of a batch share, and that is not the default, is a setting of that batch.
-    """
-    known = [entry["parameters"] for entry in entries if entry["parameters"] is not None]
-    held = {
-        name: {canonical_json(parameters[name]) for parameters in known if name in parameters}
-        for name in variants
-    }
-    own = record.get("variants", [])
-    return sorted(
-        name for name, values in held.items()
-        if name in own or len(values) != 1 or _is_default(name, *values)
-    )  # fmt: skip
-
-
 def _refuse_two_ways(runs: pd.DataFrame, tuned: Sequence[str]) -> None:
-    """Refuses a run that batches take for something else: it would be the baseline of one of them only."""
-    ways = runs.assign(tuned=tuned)[runs["arm"].notna()].drop_duplicates(["run", "arm", "tuned"])
+    """Refuses a run that one batch tuned and another did not: it would be a baseline for one of them only."""
+    ways = runs.assign(tuned=tuned)[runs["arm"].notna()].drop_duplicates(["run", "tuned"])
     shared = ways[ways.duplicated("run", keep=False)]
     if len(shared):
         raise ProtocolError(
-            f"{', '.join(sorted(set(shared['batch'])))} share runs (such as {shared['run'].iloc[0]}), of "
-            "which one tuned parameters or made variants of arms, and another did not; read them one after "
-            "the other, as a study each"
+            f"{', '.join(sorted(set(shared['batch'])))} share runs (such as {shared['run'].iloc[0]}), which "
+            "one of them tuned and another did not; read them one after the other, as a study each"
         )
 
 
