@@ -362,7 +362,7 @@ def test_an_example_that_left_the_data_is_named(runs):
 
 def test_an_example_whose_text_has_changed_since_is_not_mixed_with_its_record(look, monkeypatch):
     whole = explorer.example_of(look.run, look.split, look.example_id)
-    other = replace(whole, prompt=replace(whole.prompt, text=whole.prompt.text + " Really?"))
+    other = replace(whole, prompt=replace(whole.prompt, text="Really? " + whole.prompt.text))
     monkeypatch.setattr(explorer, "example_of", lambda *_: other)
     with pytest.raises(ExplorerError, match="the data have changed since"):
         show(look, "student: attention")

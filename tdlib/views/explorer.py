@@ -360,9 +360,10 @@ def _student_input(request: ViewRequest) -> tuple[Any, Any, TargetRecord, Any]:
     run, record = request.run, request.record()
     example = example_of(run, request.split, request.example_id)
     texts = [statement.text for statement in example.statements()]
-    if texts[record.choice : record.choice + 1] != [record.text]:
+    text = texts[record.choice] if record.choice < len(texts) else ""
+    if [text[start:end] for start, end in record.spans] != list(record.tokens):  # as they were written
         raise ExplorerError(
-            f"{request.example_id} in {request.split} reads {texts} by now, and {record.text!r} when "
+            f"{request.example_id} in {request.split} reads {text!r} by now, and {record.text!r} when "
             f"{run.name} was trained: the data have changed since"
         )
     student, encoder = _open_student(run)
