@@ -225,9 +225,9 @@ def collect(reports: Path, batches: Sequence[str]) -> tuple[pd.DataFrame, pd.Dat
     homes, missing = [Path(reports) / name for name in dict.fromkeys(batches)], []
     folders = [folder for folder in homes if (folder / "batch.json").is_file()]
     for home in homes:
-        if home not in folders and not find_batch(home.name).is_file():
-            known = [*Path(reports).glob("*/batch.json"), *find_batch("smoke").parent.glob("*.yaml")]
-            names = [path.parent.name if path.name == "batch.json" else path.stem for path in known]
+        if home not in folders and not (file := find_batch(home.name)).is_file():
+            names = [path.parent.name for path in Path(reports).glob("*/batch.json")]
+            names += [path.stem for path in file.parent.glob("*.yaml")]
             raise ProtocolError(f"{home.name}: there is no such batch{did_you_mean(home.name, names)}")
     runs, scores = read_runs(*folders), [pd.DataFrame(columns=SCORE_COLUMNS)]
     for folder in folders:

@@ -1,6 +1,7 @@
 """Computes the scores that need no training: of the teacher, of the student as it comes, of guessing."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,12 +40,12 @@ def reference_scores(config: RunConfig, prepared: PreparedData) -> pd.DataFrame:
     subset = low_shot(prepared.train, config.shots, config.seed)
     logits = class_logits(config, prepared, subset)
     constant = constant_answer(prepared.train)
+    student: Any = load_student(config, prepared).eval() if logits is None else None
     for split, examples in prepared.evaluated.items():
         if not examples.labelled or task_of(config).has_parts:
             continue
         if logits is None:
             prepared.encoder.prepare(examples)
-            student = load_student(config, prepared).eval()
             dataset = EncodedExamples(examples, prepared.encoder, modality=config.modality)
             answers = {
                 "teacher, zero-shot": zero_shot(prepared.cache, examples).argmax(1),
