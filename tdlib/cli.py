@@ -38,6 +38,12 @@ def pairs_of(pairs: list[tuple[str, str]], option: str) -> dict[str, str]:
     return dict(pairs)
 
 
+def refuse_unused(options: argparse.Namespace, names: "Sequence[str]", where: str) -> None:
+    """Refuses options that mean nothing here: one that is ignored looks as if it had been followed."""
+    if given := [f"--{name}" for name in names if getattr(options, name) not in (None, False)]:
+        raise ConfigError(f"{', '.join(given)}: without effect {where}")
+
+
 # One notebook.
 
 
@@ -113,11 +119,13 @@ def _check(options: argparse.Namespace) -> int:
 
     path = Path(options.path)
     if path.is_file():
-        problems = check_submission(path, Path(options.data or path.parent), options.split)
+        refuse_unused(options, ["decode", "teacher"], f"for {path}, which is a file; it is for folders")
+        problems = check_submission(path, Path(options.data or path.parent), options.split or "")
         print(f"{path}: {f'{len(problems)} problems' if problems else 'ok'}")
         for problem in problems:
             print(f"  - {problem}")
         return int(bool(problems))
+    refuse_unused(options, ["data", "split"], f"for {path}, whose every split is checked; it is for a file")
     bad = 0
     look = _count_cut_texts(options.teacher) if options.teacher else None
     for report in check_folder(path, options.decode, look):
@@ -212,14 +220,18 @@ def _recorded_status(batch: "Batch") -> int:
 
 def _execute(batch: "Batch", options: argparse.Namespace) -> "list[PlannedRun]":
     """Executes runs of a batch; returns those that were asked for, by which the command is judged."""
-    engine: dict[str, Any] = {"cpus": options.cpus}
-    if options.gpus is not None:
-        engine["gpus"] = [gpu for gpu in options.gpus.split(",") if gpu]
+    engine: dict[str, Any]
     if options.engine == "ray":
-        engine = {"address": options.address}
+        refuse_unused(options, ["cpus", "gpus"], "with --engine ray, which asks its cluster")
+        engine = {"address": options.address or ""}
+    else:
+        refuse_unused(options, ["address"], f"with --engine {options.engine}; it is for ray")
+        engine = {"cpus": options.cpus}
+        if options.gpus is not None:
+            engine["gpus"] = [gpu for gpu in options.gpus.split(",") if gpu]
     if options.action == "retry":
-        if not options.failed and not options.runs:
-            raise ConfigError("say what to try again: --failed, or the ids of runs")
+        if bool(options.failed) == bool(options.runs):
+            raise ConfigError("say what to try again: either --failed, or the ids of runs")
         asked = batch.to_retry(options.runs)  # before they are executed: then they have other states
         batch.retry(options.runs, options.engine, **engine)
         return asked
@@ -362,7 +374,7 @@ def _add_batch(commands: Any) -> None:
             action.add_argument(
                 "--engine", choices=table_keys("tdlib.runs.engines", "ENGINES"), default="local"
             )
-            action.add_argument("--address", default="", help="of the Ray cluster; one is started without")
+            action.add_argument("--address", help="of the Ray cluster; one is started without")
             action.add_argument("--cpus", type=float, help="processors for all runs together (default: all)")
             action.add_argument("--gpus", help="GPUs to use, such as 0,1 (default: all)")
         action.add_argument("--folder", help="where batches' folders lie (default: reports/batches)")
@@ -401,9 +413,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     check.add_argument("path", help="a folder, or a submission file")
     check.add_argument("--data", help="data set that a submission answers (default: the file's folder)")
-    check.add_argument("--split", default="", help="split that a submission answers (default: the test)")
+    check.add_argument("--split", help="split that a submission answers (default: the test)")
     check.add_argument("--decode", action="store_true", help="also decode every picture (slow)")
-    check.add_argument("--teacher", default="", help="also count what this teacher cuts of the texts")
+    check.add_argument("--teacher", help="also count what this teacher cuts of the texts")
     check.set_defaults(call=_check)
     mask = data.add_parser("mask", help="make a masked VCR set from what a trained student leans on")
     mask.add_argument("folder", help="run folder")

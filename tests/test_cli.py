@@ -178,6 +178,27 @@ def own_notebook(folder: Path, *sources: str) -> Path:
     return folder / "own.ipynb"
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("data", "check", "FOLDER", "--split", "dev"), "--split: without effect for"),
+        (
+            ("data", "check", "FILE", "--decode", "--teacher", "RN50"),
+            "--decode, --teacher: without effect for",
+        ),
+        (("batch", "run", "smoke", "--address", "auto"), "--address: without effect with"),
+        (("batch", "run", "smoke", "--engine", "ray", "--gpus", ""), "--gpus: without effect with"),
+        (("batch", "retry", "smoke", "abc", "--failed"), "either --failed, or the ids of runs"),
+        (("batch", "retry", "smoke"), "either --failed, or the ids of runs"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(command, said, tdlib, tmp_path):
+    (tmp_path / "mine.jsonl").touch()
+    paths = {"FOLDER": str(tmp_path), "FILE": str(tmp_path / "mine.jsonl")}
+    done = tdlib(*(paths.get(word, word) for word in command))
+    assert done.returncode == 1 and said in done.stderr
+
+
 def test_failing_cell_fails_the_command_and_leaves_no_folder(tdlib, tmp_path):
     notebook = own_notebook(tmp_path, 'raise ValueError("no good")')
     done = tdlib("run", str(notebook), "--folder", str(tmp_path / "page"))
