@@ -81,20 +81,20 @@ RECORD: dict[str, Any] = {
     "answer_orig": "They're afraid of 2.",
     "question_orig": "Why don't 1 and 4 look at 2's 3?",
     "rationale_orig": "2 sits at 5: he's angry!",
-    "question": ["Why", "do", "n't", [0, 3], "look", "at", [1], "'s", [2], "?"],
+    "question": ["Why", "don", "'", "t", [0, 3], "look", "at", [1], "'", "s", [2], "?"],
     "answer_match_iter": [3, 0, 2, 1],
     "answer_sources": [31204, 0, 10811, 2231],
     "answer_choices": [
         ["No", ",", [0], "is", "not", "hungry", "."],
         ["They", "'re", "afraid", "of", [1], "."],
-        [[0, 1, 3], "ca", "n't", "see", "it", "."],
+        [[0, 1, 3], "can", "'", "t", "see", "it", "."],
         ["Yes", "."],
     ],
     "answer_label": 1,
     "rationale_choices": [
         [[3], "has", "a", [2], "in", "one", "hand", "."],
         ["I", "'m", "not", "sure", "."],
-        [[1], "sits", "at", [4], ":", "he", "'s", "angry", "!"],
+        [[1], "sits", "at", [4], ":", "he", "'", "s", "angry", "!"],
         ["It", "is", "dark", ";", "nobody", "'d", "come", "."],
     ],
     "rationale_sources": [4, 0, 2, 18],
@@ -128,9 +128,9 @@ METADATA: dict[str, Any] = {
 }
 RELEVANCE: dict[str, Any] = {
     "annot_id": "train-0",
-    "question": [4, 5, 8],
-    "answer_choices": [[5], [2, 3, 4], [1, 2, 3], [0]],
-    "rationale_choices": [[3], [3], [7], [2]],
+    "question": [5, 6, 10],
+    "answer_choices": [[5], [2, 3, 4], [1, 2, 3, 4], [0]],
+    "rationale_choices": [[3], [3], [8], [2]],
     "boxes": [[96, 200.0, 192, 400]],
 }
 TYPES: dict[str, Any] = {"annot_id": "train-0", "type": "mental"}

@@ -5,18 +5,21 @@ import linecache
 import re
 from dataclasses import fields, replace
 
+import pandas as pd
 import pytest
 from torch.testing import assert_close
 
 from tdlib.config import ConfigError, RunConfig, apply_arm
 from tdlib.core.paths import ROOT
+from tdlib.core.places import Reference
 from tdlib.core.records import read_records
 from tdlib.data.examples import DataError, low_shot
 from tdlib.data.json_files import Records
 from tdlib.data.tasks import TASKS, user_task
+from tdlib.training.data import collate
 from tdlib.training.prepare import class_logits, prepare, read_split, shuffled_pictures
 from tdlib.training.processes import launch
-from tdlib.training.run import compare, train_run
+from tdlib.training.run import _Run, compare, train_run
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +177,47 @@ def test_ids_of_another_split_do_not_mix_its_examples_up(cell, settings):
             "3 choices, but 2 in the first example",
         ),
         ('f"{self.path.stem}-{n}"', 'f"{n // 2}"', "the id '0' stands twice"),
+        ("boxes=()", "boxes=((20.0, 30.0, 120.0, 200.0),)", "from 0 to 1: pixels divided by"),
+        ("boxes=()", "boxes=((0.5, 0.1, 0.2, 0.3),)", "expected .x1, y1, x2, y2. from 0 to 1"),
+        ("boxes=()", "relevant_boxes=((0, 0, float('nan'), 1),), boxes=()", "box .0, 0, nan, 1., expected"),
+        ("boxes=()", "boxes=((0, 0, 1, 1),)", "0 names of 1 boxes"),
+        ("prompt=TextPart(", "prompt=TextPart(references=(Reference(0, 1, (2,)),), text=", "object 2 of 0"),
+        ("prompt=TextPart(", "prompt=TextPart(relevant=((3, 900),), text=", "span .3, 900. is not within"),
+        ("boxes=()", "soft_label=((0, 1.0),), boxes=()", "only a task with has_soft_labels = True"),
     ],
 )
 def test_bad_examples_of_a_reader_of_ones_own_are_named(cell, settings, old, new, told):
-    cell(old, new)
+    cell(old, new)  # the README's cell needs no references, so that it does not import them
+    code = type(TASKS["vsr"]).reader.__globals__
+    code["Reference"] = Reference
     with pytest.raises(DataError, match=rf"train.*{told}"):
         list(read_split(settings(), "train"))
+
+
+@pytest.mark.parametrize(("label", "worth"), [(2, 1.0), (-1, 0.5), (1, 1.5)])
+def test_bad_soft_labels_are_named(cell, settings, label, worth):
+    cell("boxes=()", f"soft_label=(({label}, {worth}),), boxes=()")
+    type(TASKS["vsr"]).has_soft_labels = True
+    with pytest.raises(DataError, match=r"soft_label .*, expected one from 0 to 1, worth 0 to 1"):
+        list(read_split(settings(), "train"))
+
+
+def test_what_labels_are_worth_is_learned_and_scored(cell, settings, tmp_path):
+    """Every third caption is half true, every other has its label alone; none has annotators."""
+    half = "label=field(number, 'label', int), soft_label=((0, 0.5), (1, 0.5)) if number % 3 == 0 else ()"
+    cell('label=field(number, "label", int)', half)
+    type(TASKS["vsr"]).has_soft_labels = True
+    config = apply_arm(settings(arm="finetune", epochs=2))
+    prepared = prepare(config)
+    subset = low_shot(prepared.train, config.shots, config.seed)
+    run = _Run(config, prepared, subset, tmp_path)
+    soft = collate([run.dataset[i] for i in range(len(subset))], prepared.encoder)["soft"]
+    assert soft.tolist() == [[0.5, 0.5] if e.soft_label else [1.0 - e.label, e.label] for e in subset]
+    assert {0.5, 1.0} <= set(soft.flatten().tolist())
+    train_run(config, prepared, tmp_path / "run")
+    scores = pd.read_parquet(tmp_path / "run" / "predictions.parquet").set_index("id")["score"]
+    for example in prepared.evaluated["dev"]:
+        assert scores[example.id] in ((0.5,) if example.soft_label else (0.0, 1.0))
 
 
 def test_a_task_of_another_session_says_what_to_do():

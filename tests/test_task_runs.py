@@ -1,6 +1,7 @@
 """Every task trained for real from its files to its submission, on a tiny world and tiny models."""
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -10,19 +11,22 @@ import torch
 
 from tdlib.analysis.compare import summarise
 from tdlib.config import RunConfig, apply_arm
-from tdlib.core.paths import ConfigError
+from tdlib.core.paths import ROOT, ConfigError
 from tdlib.core.records import read_records
 from tdlib.data import tasks as catalogue
 from tdlib.data import vcr
 from tdlib.data.examples import DataError, low_shot
+from tdlib.data.json_files import Records
 from tdlib.data.tasks import TASKS, submission_split
-from tdlib.students.registry import load_student
+from tdlib.data.vcr import VcrReader
+from tdlib.regions.sources import open_regions
+from tdlib.students.registry import load_student, open_encoder
 from tdlib.students.vilt import ViltEncoder, ViltForClassification
 from tdlib.teacher.cache import CacheError
 from tdlib.training import prepare as experiments
 from tdlib.training.data import EncodedExamples
 from tdlib.training.evaluation import predict
-from tdlib.training.masked_sets import write_masked
+from tdlib.training.masked_sets import asked_of, write_masked
 from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.prepare import prepare, worded_answers
 from tdlib.training.reference import reference_scores
@@ -213,11 +217,32 @@ def test_masked_sets_follow_a_trained_student(settings, tmp_path, monkeypatch):
         for choice in example.choices:
             rest = choice.text.replace("[MASK]", "").split()
             assert "[MASK]" in choice.text and len(rest) <= 1
-    with pytest.raises(ConfigError, match="masked sets are VCR's"):
-        other = tmp_path / "other"
-        other.mkdir()
-        (other / "config.json").write_text(settings("snli_ve").model_dump_json())
+    other = tmp_path / "other"
+    other.mkdir()
+    for unfit in (settings("snli_ve"), settings("vcr_qa"), settings("vcr", modality="image")):
+        (other / "config.json").write_text(unfit.model_dump_json())
+        with pytest.raises(ConfigError, match="expected one of task='vcr' that reads words"):
+            write_masked(other, "keeptop1")
+    shutil.copytree(examples[0].image.parents[2], tmp_path / "vcr")
+    (tmp_path / "vcr" / "val_keeptop1.jsonl").touch()
+    (other / "config.json").write_text(settings("vcr", data_dir=str(tmp_path / "vcr")).model_dump_json())
+    with pytest.raises(ConfigError, match="the data hold this set already"):
         write_masked(other, "keeptop1")
+
+
+@pytest.mark.parametrize("student", ["mini-uniter", "mini-vilt", "mini-vlbert", "mini-visualbert"])
+def test_what_is_scored_without_a_mask_is_what_the_student_learned_from(world, student):
+    regions = partial(open_regions, f"boxes+grid:{ROOT / 'data' / 'models' / 'mini-detector'}")
+    encoder = open_encoder(str(ROOT / "data" / "models" / student), 40, regions)
+    answers, both = (VcrReader(world, "val", subtask).open() for subtask in ("qa", "both"))
+    for place in range(4):
+        record = Records.lines(world / "val.jsonl", "VCR")[place]
+        question, right = record["question"], record["answer_choices"][record["answer_label"]]
+        for part, prompt in enumerate((question, [*question, *right])):
+            choices = record[("answer_choices", "rationale_choices")[part]]
+            scored = vars(encoder.text(asked_of(answers[place], record, prompt, choices, "names")))
+            for name, learned in vars(encoder.text(both[2 * place + part])).items():
+                assert learned is scored[name] is None or torch.equal(learned, scored[name]), (part, name)
 
 
 def test_person_tokens_are_words_of_the_student(settings, tmp_path):

@@ -207,6 +207,14 @@ def test_question_types_are_strata_and_shared_with_a_reworded_split(tmp_path):
             "they've said I'd we'll you're.",
         ),
         ([[0], "'s", "dog", "and", [1]], "Casey's dog and dog"),
+        # as the published files have it: val-0's right rationale
+        (
+            [[0], "'", "s", "expression", "is", "twisted", "in", "disgust", "."],
+            "Casey's expression is twisted in disgust.",
+        ),
+        (["It", "doesn", "'", "t", "say", ":", "I", "’", "LL", "go", "."], "It doesn't say: I’LL go."),
+        ([[10_001], "'", "s", "'", "s", "'"], "[MASK]'s's '"),
+        (["'", "s", "the", "'", "dog", "'", "t", "?", "'", "t"], "' s the ' dog't? ' t"),
         ([[0, 1, 2]], "Casey and dog and Jessie"),
         ([[2], ":", "why", "?"], "Jessie: why?"),
         (["."], "."),

@@ -192,7 +192,7 @@ BAD_RELEVANCE: dict[str, tuple[dict[str, Any], str]] = {  # changes of a good li
     "indices true": ({"question": [True]}, "relevance.jsonl:1: question is [True]"),
     "an object": ({"rationale_choices": {}}, "relevance.jsonl:1: field 'rationale_choices' is dict"),
     "not lists": ({"answer_choices": [0] * 4}, "answer_choices[0] is 0"),
-    "no such token": ({"question": [10]}, "train.jsonl:1 (train-0): question: token 10 is marked"),
+    "no such token": ({"question": [12]}, "train.jsonl:1 (train-0): question: token 12 is marked"),
     "token below zero": ({"answer_choices": [[-1]] * 4}, "answer_choices[0]: token -1"),
     "boxes a number": ({"boxes": 1}, "relevance.jsonl:1: boxes is int"),
     "a box short": ({"boxes": [[0, 0, 1]]}, "box 0 is [0, 0, 1]"),

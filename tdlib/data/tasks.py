@@ -420,10 +420,12 @@ def score(example: Example, prediction: int, labels: Sequence[str]) -> float:
     """Scores a prediction, in [0, 1]; nan without a label.
 
     Choices and classes: right or wrong. VQA: the official accuracy of the predicted string against
-    the annotators' answers.
+    the annotators' answers; without annotators what the label is worth by ``Example.soft_label``.
     """
     if example.annotators:
         return vqa_metric.question_accuracy(labels[prediction], example.annotators)
+    if example.soft_label:
+        return dict(example.soft_label).get(prediction, 0.0)
     return float("nan") if example.label is None else float(prediction == example.label)
 
 

@@ -53,6 +53,22 @@ REFERENCE_SCHEMES: dict[str, tuple[Callable[[int, str], str], str]] = {
 }
 
 _NO_SPACE_BEFORE = {".", ",", "?", "!", ":", ";", "'s", "n't", "'re", "'m", "'ll", "'ve", "'d"}
+_AFTER_APOSTROPHE = {"s", "t", "re", "m", "ll", "ve", "d"}
+
+
+def _contracted(tokens: Sequence[Any]) -> set[int]:
+    """Finds the tokens that no space precedes as they end a contraction.
+
+    The published files divide "1's" and "doesn't" into [0], "'", "s" and "doesn", "'", "t". CLIP and its kind
+    have pieces of their own for "'s" and "'t", which two words "'" and "s" would not become.
+    """
+    joined: set[int] = set()
+    for place in range(1, len(tokens) - 1):
+        before, mark, ending = tokens[place - 1 : place + 2]
+        word = isinstance(before, list) or (isinstance(before, str) and before[-1:].isalnum())
+        if word and mark in ("'", "’") and isinstance(ending, str) and ending.lower() in _AFTER_APOSTROPHE:
+            joined |= {place, place + 1}
+    return joined
 
 
 def render(
@@ -75,7 +91,8 @@ def render(
     text = ""
     spans: list[Span] = []
     references: list[Reference] = []
-    for token in tokens:
+    contracted = _contracted(tokens)
+    for place, token in enumerate(tokens):
         if isinstance(token, list):
             if not token or not all(type(i) is int for i in token):
                 raise TypeError(f"a reference is a non-empty list of integers, found {token!r}")
@@ -88,7 +105,7 @@ def render(
         else:
             raise TypeError(f"a token is a string or a list of object indices, found {token!r}")
         word = between.join(words)
-        if text and word not in _NO_SPACE_BEFORE:
+        if text and word not in _NO_SPACE_BEFORE and place not in contracted:
             text += " "
         spans.append((len(text), len(text) + len(word)))
         if isinstance(token, list):

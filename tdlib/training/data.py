@@ -31,7 +31,8 @@ class EncodedExamples(Dataset):
     others are encoded again in every epoch. Their texts alone are not kept: tokenizing four
     choices takes 0.4 of the 3 to 5 ms that encoding such an example takes for the mini students, about 2 %
     of its share of a training step (`make bench` prints it). ``num_labels`` is the size of the label set
-    where examples have no choices. ``modality`` "text" blanks the picture and "image" every word: controls
+    where examples have no choices, ``soft_labels`` says that it is learned what each of its labels is worth
+    (``Task.has_soft_labels``). ``modality`` "text" blanks the picture and "image" every word: controls
     that show what can be answered without the other.
     """
 
@@ -43,9 +44,10 @@ class EncodedExamples(Dataset):
         memory: int = 2**29,
         num_labels: int = 0,
         modality: str = "both",
+        soft_labels: bool = False,
     ):
         self.examples, self.encoder, self.feature_reader = examples, encoder, feature_reader
-        self.num_labels, self.modality = num_labels, modality
+        self.num_labels, self.modality, self.soft_labels = num_labels, modality, soft_labels
         self._kept: dict[int, dict[str, Any]] = {}
         self._memory = self._room = memory
 
@@ -114,7 +116,7 @@ class EncodedExamples(Dataset):
         item = {**vars(text), "visual": visual, "label": label, "teacher": teacher}
         if teacher is not None and teacher.statements is not None:
             item["picture"] = picture_number(example.image)
-        if example.annotators:
+        if self.soft_labels:
             item["soft"] = soft_target(example, self.num_labels)
         return item
 
@@ -142,7 +144,7 @@ class UnlabelledExamples:
         count = max(1, round(self.share * len(rows)))
         chosen = drawn(f"{self.seed} unlabelled", rows, len(self.examples), count)
         batch = collate([self.examples[place] | {"label": -1} for place in chosen], self.examples.encoder)
-        return {UNLABELLED + name: value for name, value in batch.items() if name != "soft"}
+        return {UNLABELLED + name: value for name, value in batch.items()}
 
 
 def collate(

@@ -101,33 +101,55 @@ def _open(folder: Path, key: str, split: str, _states: tuple, _kinds: tuple) -> 
     examples = reader(config, split, task.vocabulary(config)).open()
     if not user_task(config) or not len(examples):
         return examples
-    return _checked(examples, split, len(task.labels(config)))
+    return _checked(examples, split, len(task.labels(config)), task.has_soft_labels)
 
 
-def _checked(examples: Examples, split: str, labels: int) -> Examples:
+def _checked(examples: Examples, split: str, labels: int, soft: bool) -> Examples:
     """Checks what the project's readers ensure and training relies on: ids at once, an example when made."""
     twice = [name for name, number in Counter(examples.ids).items() if number > 1]
     if twice:
         raise DataError(f"{split}: the id {twice[0]!r} stands twice; each example needs one of its own")
     choices = len(examples[0].choices)
-    most = choices or labels
 
     def check(example: Example) -> Example:
-        count, wrong = len(example.choices), ""
-        if not isinstance(example.image, Path) or not isinstance(example.boxes, tuple):
-            wrong = "image must be a Path, and boxes a tuple"
-        elif count != choices:
-            wrong = f"{count} choices, but {choices} in the first example"
-        elif example.label is not None and not 0 <= example.label < most:
-            known = (
-                f"one from 0 to {most - 1}" if most else "none, as the task has neither choices nor labels"
-            )
-            wrong = f"label {example.label}, expected {known}"
-        if wrong:
+        if wrong := _fault(example, choices, labels, soft):
             raise DataError(f"{split}, example {example.id!r}: {wrong}")
         return example
 
     return examples.mapped(check)
+
+
+def _fault(example: Example, choices: int, labels: int, soft: bool) -> str:
+    """Says what is wrong with an example of a task with so many choices or labels; "" if nothing."""
+    if not isinstance(example.image, Path) or not isinstance(example.boxes, tuple):
+        return "image must be a Path, and boxes a tuple"
+    for box in (*example.boxes, *example.relevant_boxes):
+        if len(box) != 4 or not (0 <= box[0] <= box[2] <= 1 and 0 <= box[1] <= box[3] <= 1):
+            return (
+                f"box {box}, expected (x1, y1, x2, y2) from 0 to 1: pixels divided by the picture's width "
+                "and height"
+            )
+    if len(example.names) != len(example.boxes):
+        return f"{len(example.names)} names of {len(example.boxes)} boxes; each box needs one"
+    for part in (example.prompt, *example.choices):
+        spans = [*part.relevant, *((reference.start, reference.end) for reference in part.references)]
+        if bad := [span for span in spans if not 0 <= span[0] < span[1] <= len(part.text)]:
+            return f"span {bad[0]} is not within {part.text!r}"
+        objects = [place for reference in part.references for place in reference.objects]
+        if bad := [place for place in objects if not 0 <= place < len(example.boxes)]:
+            return f"{part.text!r} refers to object {bad[0]} of {len(example.boxes)}"
+    if len(example.choices) != choices:
+        return f"{len(example.choices)} choices, but {choices} in the first example"
+    most = choices or labels
+    known = f"one from 0 to {most - 1}" if most else "none, as the task has neither choices nor labels"
+    if example.label is not None and not 0 <= example.label < most:
+        return f"label {example.label}, expected {known}"
+    if example.soft_label and not soft:
+        return "a soft_label, which only a task with has_soft_labels = True learns from"
+    for label, worth in example.soft_label:
+        if not (0 <= label < most and 0 <= worth <= 1):
+            return f"soft_label {(label, worth)}, expected {known}, worth 0 to 1"
+    return ""
 
 
 @lru_cache(maxsize=4)

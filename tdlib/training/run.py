@@ -23,6 +23,7 @@ from tdlib.core.files import refuse_foreign, write_folder, write_json, write_jso
 from tdlib.core.paths import ConfigError
 from tdlib.core.records import END, write_records
 from tdlib.data.examples import Examples, low_shot, save_manifest
+from tdlib.data.tasks import task_of
 from tdlib.students.base import report_cut
 from tdlib.teacher.probe import ClassProbe, count_cut
 from tdlib.teacher.towers import EXTRAS
@@ -216,6 +217,7 @@ class _Run:
             encoder=prepared.encoder,
             num_labels=len(prepared.labels),
             modality=config.modality,
+            soft_labels=task_of(config).has_soft_labels,
         )
         self.dataset = self.encode(subset, feature_reader=self.feature_reader)
         teacher_dim = prepared.cache.teacher.dim if config.distill_weight > 0 else None
