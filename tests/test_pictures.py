@@ -1,6 +1,8 @@
 """Pictures of every kind are seen as people see them, and boxes stay on their objects."""
 
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -14,14 +16,35 @@ from tdlib.data.pictures import PictureHeader, open_picture, read_header, uprigh
 GREY = np.array([[0, 64, 128], [192, 230, 255]], dtype=np.uint8)
 
 
-def stored(path, orientation: int, kind: str = "PNG"):
+def stored(path, orientation: int, kind: str = "PNG", mode: str = "RGB"):
     """A 40 x 20 bitmap, black with a white corner where stored x and y are smallest."""
     picture = Image.new("RGB", (40, 20))
     picture.paste("white", (0, 0, 10, 5))
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture)[..., 0].astype(np.uint16) * 257)
+    picture = picture.convert(mode)
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture.save(path, kind, exif=exif)
     return path
+
+
+def deep_png(path, pixels: list[tuple[int, int, int]], clear: tuple[int, int, int]) -> None:
+    """Writes one row of RGB of 16 bits, which Pillow does not write, with a colour that is transparent."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    row = b"\0" + b"".join(struct.pack(">3H", *pixel) for pixel in pixels)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">2I5B", len(pixels), 1, 16, 2, 0, 0, 0))
+        + chunk(b"tRNS", struct.pack(">3H", *clear))
+        + chunk(b"IDAT", zlib.compress(row))
+        + chunk(b"IEND", b"")
+    )
 
 
 def bright_box(path) -> tuple[float, ...]:
@@ -65,6 +88,12 @@ def test_what_is_transparent_is_white(tmp_path):
         image.save(tmp_path / "picture.png")
         left, right = np.asarray(open_picture(tmp_path / "picture.png"))[0].tolist()
         assert left == [255, 255, 255] and right == [*((0, 0, 255) if mode == "RGBA" else (29,) * 3)]
+    for values in ([[0, 1]], [[40_000, 257]]):  # Pillow reports 16-bit transparency as it is stored
+        Image.fromarray(np.array(values, np.uint16)).save(tmp_path / "picture.png", transparency=values[0][0])
+        found = np.asarray(open_picture(tmp_path / "picture.png"))[0].tolist()
+        assert found == [[255] * 3, [values[0][1] // 257] * 3]
+    deep_png(tmp_path / "picture.png", [(30_000, 40_000, 50_000), (0, 257, 65_535)], (30_000, 40_000, 50_000))
+    assert np.asarray(open_picture(tmp_path / "picture.png"))[0].tolist() == [[255] * 3, [0, 1, 255]]
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putpixel((1, 0), 1)
@@ -78,10 +107,14 @@ def test_the_inks_of_a_printed_picture_are_colours(tmp_path):
     assert np.abs(np.asarray(open_picture(path)).astype(int) - (200, 30, 30)).max() <= 4
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
-def test_pictures_stand_upright_and_stored_boxes_turn_with_them(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("PNG", "RGB"), ("JPEG", "RGB"), ("WEBP", "RGB"),
+     *(("TIFF", mode) for mode in ("RGB", "L", "I;16", "CMYK", "RGBA"))],
+)  # fmt: skip
+def test_pictures_stand_upright_and_stored_boxes_turn_with_them(tmp_path, kind, mode):
     for orientation in range(1, 9):
-        path = stored(tmp_path / f"picture.{kind.lower()}", orientation, kind)
+        path = stored(tmp_path / f"picture.{kind.lower()}", orientation, kind, mode)
         size = open_picture(path).size
         assert size == ((20, 40) if orientation in (5, 6, 7, 8) else (40, 20)) == read_header(path).upright
         header = PictureHeader(40, 20, orientation)

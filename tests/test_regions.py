@@ -462,6 +462,23 @@ def test_two_pictures_of_one_name_do_not_share_regions(example, tmp_path):
         convert("tsv", tmp_path / "both.tsv", tmp_path / "converted")
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "file"),
+    [("1.jpg", "001.jpg", "1"), ("COCO_train2014_000000000007.jpg", "COCO_val2014_000000000007.jpg", "7")],
+)
+def test_two_pictures_of_one_number_do_not_share_regions(example, tmp_path, first, second, file):
+    source = open_regions(
+        f"npz:{put_regions(tmp_path / 'npz' / f'{file}.npz', [[0, 0, 9, 9]], (40, 20)).parent}"
+    )
+    first, second = (shown(example, tmp_path, name) for name in (first, second))
+    source(first)
+    for use in (source, lambda second: source.require([second])):
+        with pytest.raises(DataError, match=rf"{file}\.npz are the regions of {first.image}"):
+            use(second)
+    put_regions(tmp_path / "npz" / f"{second.image.stem}.npz", [[0, 0, 9, 9]], (40, 20))
+    source(second)
+
+
 def test_marks_and_empty_lines_name_no_pictures(tmp_path, monkeypatch):
     path, numbers = tmp_path / "all.tsv", base64.b64encode(bytes(16)).decode()
     lines = ["\t".join([name, "40", "20", "1", numbers, numbers]) for name in ("7", "8", "")]

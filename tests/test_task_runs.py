@@ -178,7 +178,9 @@ def test_an_answer_outside_the_vocabulary_weighs_nothing(settings):
     feature_reader = TeacherFeatureReader(
         prepared.cache, prepared.idf, config, class_logits(config, prepared, subset)
     )
-    data = EncodedExamples(subset, prepared.encoder, feature_reader, num_labels=len(prepared.labels))
+    data = EncodedExamples(
+        subset, prepared.encoder, feature_reader, num_labels=len(prepared.labels), soft_labels=True
+    )
     module = TargetedDistillation(load_student(config, prepared), config, 24)
     batch = next(iter(DataLoader(data, len(data), collate_fn=partial(collate, encoder=data.encoder))))
     weights = module.instance_weights(batch, torch.zeros(len(data), len(prepared.labels)))

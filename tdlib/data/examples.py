@@ -99,6 +99,11 @@ class Examples(Sequence[Example]):
         self.ids, self.strata, self._make, self.labelled = ids, strata, make, labelled
         self.questions: Sequence[str] = ids if questions is None else questions
         self.parts: Sequence[str] = [""] * len(ids) if parts is None else parts
+        if not len(ids) == len(strata) == len(self.questions) == len(self.parts):
+            raise ValueError(
+                f"{len(ids)} ids, {len(strata)} strata, {len(self.questions)} questions and "
+                f"{len(self.parts)} parts; expected one of each for every example"
+            )
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Examples":

@@ -66,7 +66,11 @@ def open_picture(path: Path) -> Image.Image:
         DataError: the file is missing, does not decode, or has values outside of these ranges.
     """
     try:
-        with Image.open(path) as image:
+        # Of a file that it opens itself, Pillow may map the pixels of a turned TIFF by their upright size.
+        with path.open("rb") as file, Image.open(file) as image:
+            clear = image.info.get("transparency")
+            if isinstance(clear, tuple) and any("16" in str(tile[3]) for tile in image.tile):
+                image.info["transparency"] = tuple(value >> 8 for value in clear)  # as its pixels will be
             image.load()
             upright = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
             return _rgb(upright, path)
@@ -84,7 +88,8 @@ def _missing(path: Path) -> DataError:
 
 def _rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return _grey(np.asarray(image) / 257)
+        values = np.asarray(image)
+        return _grey(np.where(values == image.info.get("transparency"), 65535, values) / 257)
     if image.mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
         low, high = values.min(), values.max()

@@ -113,12 +113,16 @@ class Task:
         """Returns the label set; empty if examples have choices."""
         return ()
 
-    def measures(self, predictions: pd.DataFrame) -> dict[str, float]:
-        """Computes the figures of one split as shares, the main one first.
+    def measured(self, predictions: pd.DataFrame) -> pd.DataFrame:
+        """The rows whose mean ``score`` is the main figure of a split: one per question.
 
         ``predictions`` has a row per example, with columns ``question``, ``part`` and ``score``.
         """
-        return {self.metric: float(np.mean(predictions["score"]))}
+        return predictions
+
+    def measures(self, predictions: pd.DataFrame) -> dict[str, float]:
+        """Computes the figures of one split as shares, the main one first; ``predictions`` as above."""
+        return {self.metric: float(np.mean(self.measured(predictions)["score"]))}
 
     def write_submission(
         self, path: Path, examples: Examples, probabilities: np.ndarray, labels: Sequence[str]
@@ -164,12 +168,14 @@ class VcrTask(Task):
     def submitted(self) -> str:
         return self.test if self.has_parts else ""
 
+    def measured(self, predictions: pd.DataFrame) -> pd.DataFrame:
+        return vcr_results.joint_scores(predictions) if self.has_parts else predictions
+
     def measures(self, predictions: pd.DataFrame) -> dict[str, float]:
         if not self.has_parts:
             return super().measures(predictions)
         scores, rationale = predictions["score"], predictions["part"] != ""
-        return {
-            self.metric: float(np.mean(vcr_results.joint_scores(predictions)["score"])),
+        return super().measures(predictions) | {
             TASKS["vcr_qa"].metric: float(np.mean(scores[~rationale])),
             TASKS["vcr_qar"].metric: float(np.mean(scores[rationale])),
         }
@@ -429,10 +435,10 @@ def score(example: Example, prediction: int, labels: Sequence[str]) -> float:
     return float("nan") if example.label is None else float(prediction == example.label)
 
 
-def detail(table: pd.DataFrame, by: Sequence[str] = ()) -> dict[str, float]:
-    """Averages scores per stratum (question type or class), answer type (VQA), and column in ``by``."""
+def detail(table: pd.DataFrame, by: Sequence[str] = ("stratum", "answer_type")) -> dict[str, float]:
+    """Averages scores per group of each column: usually stratum (question type or class) and answer type."""
     means = {}
-    for column in ("stratum", "answer_type", *by):
+    for column in by:
         for group, value in table.groupby(column, sort=True)["score"].mean().items():
             if group:
                 means[f"{column}: {group}"] = float(value)

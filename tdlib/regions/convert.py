@@ -20,7 +20,7 @@ from tdlib.core.files import whole_path
 from tdlib.core.paths import resolve
 from tdlib.data.examples import DataError
 from tdlib.data.json_files import parse_json
-from tdlib.regions.files import UNREADABLE, RawRegions, checked, library
+from tdlib.regions.files import UNREADABLE, NpzRegions, RawRegions, checked, library
 
 # The files have no header; boxes are xyxy in pixels; boxes and features are base64 of float32.
 COLUMNS = {
@@ -172,7 +172,11 @@ def main() -> None:
         written = convert(options.kind, options.file, options.folder)
     except (DataError, ImportError, OSError) as error:  # a full disk, or a folder that is a file
         raise SystemExit(f"convert: {error}") from None
-    print(f"{written} pictures written; read them with regions=npz:{options.folder}")
+    width = NpzRegions(options.folder).dim
+    print(
+        f"{written} pictures written; read them with regions=npz:{options.folder}. Features are "
+        f"{width} wide; half or twice what the detector makes would mean that they were no float32"
+    )
 
 
 if __name__ == "__main__":

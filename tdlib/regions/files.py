@@ -216,6 +216,18 @@ class NpzRegions(FileRegions):
         if first is None:
             raise DataError(f"{self.paths[0]}: holds no .npz file; expected {self.what}")
         self.dim = self._read(first).features.shape[-1]
+        self._owners: dict[str, str] = {}  # the picture whose regions a file holds
+
+    def _distinct(self, image: Path) -> None:
+        super()._distinct(image)
+        if (file := self._file(image)) is None:
+            return
+        # "1.jpg" and "001.jpg", or COCO's pictures of one number in two splits
+        if (other := self._owners.setdefault(str(file), str(image))) != str(image):
+            raise DataError(
+                f"{image}: {file} are the regions of {other}, which has the same number; give the files of "
+                "regions the pictures' whole names"
+            )
 
     def names(self, image: Path) -> list[str]:
         return [f"{key}.npz" for key in (*picture_keys(image), image.name)]

@@ -167,10 +167,11 @@ def evaluate(
         table = prediction_table(split, examples, predictions, prepared.labels, constant)
         table = table.join(strata_by_row(data_folder(config), split, table["question"]))
         if examples.labelled:
-            of_split = task_of(config).measures(table)
+            task = task_of(config)
+            of_split = task.measures(table)
             figures["accuracy"][split] = next(iter(of_split.values()))
             figures["measures"][split] = of_split
-            figures["detail"][split] = detail(table, STRATA)
+            figures["detail"][split] = detail(table) | detail(task.measured(table), STRATA)
         if split == config.submission_split:
             told = predictions.chosen if predictions.every is None else predictions.every
             task = task_of(config)
