@@ -65,7 +65,7 @@ class RunConfig(BaseModel):
     shots: int | float = _data(
         48, "examples per stratum (48), a fraction of each (0.1), or 0: all", "all", ge=0
     )
-    seed: int = _data(0, "of the subset, of new parameters and of the data order", ge=0)
+    seed: int = _data(0, "of the subset, of new parameters and of the data order", ge=0, lt=2**32)
 
     teacher: str = _model("local-dir:data/models/mini-clip", "open_clip name, local-dir: or hf-hub:", "all")
     teacher_pretrained: str = _model("", "open_clip tag or checkpoint file", "all")
@@ -109,7 +109,9 @@ class RunConfig(BaseModel):
         ge=-1,
     )
     compile: bool = _training(False, "whether torch compiles the student for its training")
-    adversarial_steps: int = _training(0, "VILLA's steps of ascent (3 in the paper); 0: none", ge=0)
+    adversarial_steps: int = _training(
+        0, "VILLA's K, inputs that are trained on (3 in its paper; the first is unmoved); 0: none", ge=0
+    )
     adversarial_rate: float = _training(0.01, "length of such a step", gt=0)
     adversarial_weight: float = _training(1.5, "of the divergence from the unmoved output", ge=0)
     adversarial_on: Literal["text", "visual", "both"] = _training("both", "the embeddings that are moved")
@@ -294,6 +296,13 @@ class RunConfig(BaseModel):
             raise ValueError(f"expected a divisor of batch_size, which is {size}: all get equal shares")
         return value
 
+    @field_validator("adversarial_steps")
+    @classmethod
+    def _ascends(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("the first of them is the unmoved input: expected 0, or 2 and more")
+        return value
+
     @field_validator("shots")
     @classmethod
     def _number_or_share(cls, value: int | float) -> int | float:
@@ -376,9 +385,10 @@ def apply_arm(config: RunConfig, arm: Mapping[str, Any] | None = None) -> RunCon
     without selection, without the prior. Controls: other selections of the same size, a teacher that
     sees another example's picture or has random weights, and smoothed labels without a teacher.
     Beyond the paper: ``clip_td_repaired`` adds CLIP's judgement of re-paired examples to the method,
-    ``repair_only`` has nothing else, ``truth_only`` lets selected tokens predict a statement's truth. Their
-    controls: ``repair_shuffled`` and ``repair_random`` have such teachers, ``repair_own`` learns CLIP's
-    judgement of the true pairs in a second pass, ``finetune_double`` finetunes with as many passes.
+    ``repair_only`` has nothing else (``truth_weight`` adds to both), ``truth_only`` lets selected tokens
+    predict a statement's truth. Their controls: ``repair_shuffled`` and ``repair_random`` have such
+    teachers, ``repair_own`` learns CLIP's judgement of the true pairs in a second pass,
+    ``finetune_double`` finetunes with as many passes.
     ``clip_td_extra`` adds ``extra_term`` to the method, ``extra_only`` has that term beside the task's alone.
     ``clip_input``: CLIP's patch tokens in place of the student's regions; their projection is new
     (after CLIP-ViL, Shen et al. 2021). ``clip_finetune``: CLIP's two towers with a fusion head.
@@ -392,6 +402,11 @@ def apply_arm(config: RunConfig, arm: Mapping[str, Any] | None = None) -> RunCon
     settings = config.model_dump()
     own = arm_settings(ARMS.get(config.arm, {}) if arm is None else arm, settings)
     applied = RunConfig.from_parameters(**{**settings, **own})
+    if applied.student == "teacher" and applied.adversarial_steps and applied.adversarial_on != "visual":
+        raise ConfigError(
+            f"adversarial_on={applied.adversarial_on!r}: the words of CLIP itself are not moved; set "
+            "adversarial_on='visual', or adversarial_steps=0"
+        )
     alone = applied.batch_size < 2 * applied.processes
     if alone and applied.repair_weight > 0 and applied.repair_pool == "batch":
         raise ConfigError(
@@ -400,6 +415,25 @@ def apply_arm(config: RunConfig, arm: Mapping[str, Any] | None = None) -> RunCon
             "repair_pool='subset'"
         )
     return applied
+
+
+def check_common(config: RunConfig, arms: Sequence[str]) -> None:
+    """Raises ConfigError if the common settings of several arms are those that one arm sets.
+
+    An arm takes over what another one set, so that all would be that arm under other names.
+    """
+    fields = RunConfig.model_fields
+    own = {
+        name: value
+        for name, value in ARMS.get(config.arm, {}).items()
+        if value != fields[name].default and not (name in WEIGHTS and value)
+    }
+    if own and {*arms} != {config.arm} and all(getattr(config, name) == own[name] for name in own):
+        raise ConfigError(
+            f"arms={list(arms)}: the settings are those that apply_arm makes of arm={config.arm!r} "
+            f"({', '.join(f'{name}={value!r}' for name, value in own.items())}), so every arm would be like "
+            "it; give the settings from before apply_arm"
+        )
 
 
 def check_arm(config: RunConfig, but: Sequence[str] = ()) -> None:

@@ -16,6 +16,7 @@ from tdlib.data.examples import low_shot
 from tdlib.data.tasks import TASKS
 from tdlib.make.vocabulary import train_wordpiece_tokenizer
 from tdlib.method.selection import SELECTORS
+from tdlib.method.tokens import Tokens
 from tdlib.regions.backbones import MiniDetector, save_detector
 from tdlib.students.base import student_inputs
 from tdlib.students.registry import architecture, load_student
@@ -28,7 +29,6 @@ from tdlib.training.adversarial import moved_words, symmetric_divergence
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.evaluation import predict
 from tdlib.training.objective import TargetedDistillation, term_weights
-from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.prepare import prepare
 from tdlib.training.recording import preview_targets
 from tdlib.training.run import compare, train_run
@@ -93,7 +93,7 @@ def batch_of(config, number: int = 5):
         experiments.load_student(config, prepared), config, prepared.cache.teacher.dim
     )
     subset = low_shot(prepared.train, config.shots, config.seed)[:number]
-    feature_reader = TeacherFeatureReader(prepared.cache, prepared.idf, config)
+    feature_reader = experiments.feature_reader_of(config, prepared, subset)
     dataset = EncodedExamples(subset, prepared.encoder, feature_reader, num_labels=len(prepared.labels))
     batch = collate([dataset[i] for i in range(number)], prepared.encoder)
     return prepared, module, dataset, module.with_targets(batch)
@@ -146,6 +146,55 @@ def test_clip_input_gives_the_student_the_teachers_patches(settings, tmp_path, t
     assert all(torch.equal(p, stored.get_parameter(n)) for n, p in continued.named_parameters())
 
 
+def test_a_control_of_the_teacher_leaves_what_the_student_sees(settings):
+    """With CLIP's patches as regions, a teacher of random weights must not blind the student."""
+    seen = []
+    for arm in ("clip_td", "random_teacher"):
+        config = apply_arm(settings("uniter", arm=arm, regions="clip"))
+        prepared = prepare(config)
+        seen.append(
+            (prepared.encoder.visual(prepared.evaluated["val"][0]), prepared.cache.teacher.fingerprint)
+        )
+    (one, teacher), (other, random_teacher) = seen
+    assert teacher != random_teacher and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("student", STUDENTS[1:])
+def test_a_projection_that_is_drawn_anew_learns_as_the_head_does(settings, student, tmp_path):
+    rates = {}
+    for arm in ("finetune", "clip_input"):
+        config = apply_arm(settings(student, arm=arm))
+        prepared = prepare(config)
+        module = TargetedDistillation(experiments.load_student(config, prepared), config, None)
+        trainer = make_trainer(module, config, EncodedExamples(prepared.train, prepared.encoder), tmp_path)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        groups = trainer.create_optimizer().param_groups
+        rates[arm] = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+    faster = {name for name, rate in rates["clip_input"].items() if rate != rates["finetune"][name]}
+    assert faster and all("weight" in name or "bias" in name for name in faster) and len(faster) <= 2
+    assert {rates["clip_input"][name] for name in faster} == {1e-3}
+
+
+@pytest.mark.parametrize("arm", ["clip_td", "truth_only", "extra_only"])
+def test_a_score_that_is_no_number_shows_in_every_term_that_reads_the_selection(settings, arm):
+    _, module, _, batch = batch_of(apply_arm(settings(arm=arm)))
+    module.eval()
+    assert torch.isfinite(module(batch)["loss"])
+    batch["scores"][0, 0, batch["valid"][0, 0].nonzero()[0]] = float("nan")
+    assert not torch.isfinite(module(batch)["loss"])
+
+
+def test_a_map_without_any_target_stays_as_it_was_drawn(settings):
+    _, module, _, batch = batch_of(apply_arm(settings()))
+    before = module.phi["text"].weight.clone()
+    batch["valid"] = batch["valid"] & ~Tokens(batch["target_spans"], batch["target_boxes"]).is_text
+    module.with_targets = lambda given: given
+    module.fit_phi([batch])
+    assert (
+        torch.equal(module.phi["text"].weight, before) and torch.isfinite(module.phi["visual"].weight).all()
+    )
+
+
 @pytest.mark.parametrize("task", ["vcr_qa", "snli_ve", "vqa_v2"])
 def test_clip_finetune_trains_both_towers_and_loads_again(settings, tmp_path, task):
     config = settings(task=task)
@@ -182,14 +231,15 @@ def test_clip_input_needs_no_arm_before_it(settings, tmp_path, empty_cache):
 
 def test_arms_without_a_teacher_open_no_cache(settings, tmp_path, empty_cache):
     compare(settings("uniter", "vqa_v2"), ["finetune", "label_smoothing"], [0], tmp_path / "without")
-    config = apply_arm(settings("uniter", "vqa_v2", arm="finetune"))
+    common = settings("uniter", "vqa_v2", arm="finetune")
+    config = apply_arm(common)
     prepared = prepare(config, whole_splits=False)
     train_run(config, prepared, tmp_path / "alone")
     assert not experiments.open_cache.cache_info().currsize
     example = prepared.evaluated["val2014"][0]
     (record,) = preview_targets(config, prepared, [example])  # what a teacher would have targeted
     assert record.example_id == example.id and record.weight.sum() > 0
-    compare(config, ["finetune", "clip_td"], [0], tmp_path / "both")  # the first one prepares for both
+    compare(common, ["finetune", "clip_td"], [0], tmp_path / "both")  # the first one prepares for both
 
 
 def test_clip_input_needs_a_student_that_reads_regions(settings, tmp_path):

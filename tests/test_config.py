@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from tdlib.arms import ARMS
-from tdlib.config import RunConfig, apply_arm, check_arm, parameters_with, replaced_by_arm
+from tdlib.config import RunConfig, apply_arm, check_arm, check_common, parameters_with, replaced_by_arm
 from tdlib.core.paths import ROOT, ConfigError, resolve
 from tdlib.data.tasks import TASKS
 from tdlib.method import registry
@@ -333,6 +333,34 @@ def test_arms_with_bad_settings_are_refused(monkeypatch, update):
     monkeypatch.setitem(ARMS, "mine", update)
     with pytest.raises(ConfigError, match=next(iter(update))):
         apply_arm(RunConfig.from_parameters(arm="mine"))
+
+
+@pytest.mark.parametrize("arm", ["finetune", "naive", "random_teacher", "repair_own", "extra_only"])
+def test_settings_of_one_arm_are_not_those_of_several(arm):
+    applied = apply_arm(RunConfig.from_parameters(arm=arm))
+    with pytest.raises(ConfigError, match=rf"those that apply_arm makes of arm='{arm}'.*every arm would be"):
+        check_common(applied, [arm, "clip_td"])
+    check_common(applied, [arm])
+    check_common(RunConfig.from_parameters(arm=arm), ["finetune", "clip_td"])
+    check_common(apply_arm(RunConfig.from_parameters(arm="clip_td")), ["finetune", "clip_td"])
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if "extra" not in arm])
+def test_a_term_of_ones_own_is_in_its_arms_alone(arm):
+    own = apply_arm(RunConfig.from_parameters(arm=arm, extra_weight=2.0, repair_weight=5.0))
+    assert own.extra_weight == 0 and (own.repair_weight == 5) == arm.startswith(
+        ("repair", "clip_td_repaired")
+    )
+
+
+def test_steps_of_ascent_need_two_inputs_and_words_that_can_be_moved():
+    assert problems(adversarial_steps=1) == [
+        "adversarial_steps=1: the first of them is the unmoved input: expected 0, or 2 and more"
+    ]
+    moved = RunConfig.from_parameters(arm="clip_finetune", adversarial_steps=2)
+    with pytest.raises(ConfigError, match="words of CLIP itself are not moved"):
+        apply_arm(moved)
+    apply_arm(moved.model_copy(update={"adversarial_on": "visual"}))
 
 
 def test_a_weight_that_a_run_sets_goes_before_the_arm_s():

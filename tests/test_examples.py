@@ -19,6 +19,7 @@ from tdlib.data.examples import (
     low_shot,
     path_names,
     save_manifest,
+    spread,
 )
 
 few = settings(deadline=None, max_examples=30)
@@ -38,6 +39,21 @@ def ids(examples) -> list[str]:
 
 def strata(examples) -> Counter:
     return Counter(each.stratum for each in examples)
+
+
+@few
+@given(st.integers(0, 300), st.integers(1, 100))
+def test_spread_positions_are_in_order_and_have_no_period(number, most):
+    places = spread(number, most)
+    assert len(places) == min(number, most) and places == sorted({*places}) == spread(number, most)
+    assert all(0 <= place < number for place in places)
+    if number >= 2 * most >= 60:
+        assert 0.2 < sum(place % 2 for place in places) / most < 0.8
+
+
+def test_examples_have_one_stratum_each():
+    with pytest.raises(ValueError, match=r"3 ids, 2 strata, 3 questions and 3 parts"):
+        Examples(["a", "b", "c"], ["x", "y"], lambda i: EXAMPLES[i])
 
 
 # pictures set aside

@@ -116,6 +116,11 @@ def test_arrays_are_made_once_and_anew_for_another_detector(work, detector, tmp_
     corpus.regions(home, 0, SCENES, detector)
     assert path.stat().st_mtime_ns == before
     train_mini_detector(tmp_path, work, scenes=8, steps=2, batch=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "corpus_code", lambda: "another")
+        corpus.regions(home, 0, SCENES, detector)
+    assert path.stat().st_mtime_ns != before, "arrays of other code are made anew"
+    corpus.regions(home, 0, SCENES, detector)
     other = corpus.regions(home, 0, SCENES, tmp_path)["features"]
     assert len(list(home.glob("curated-regions-*"))) == 2
     assert not np.array_equal(other, np.load(path))
@@ -346,6 +351,35 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         loop.train(Runaway(), tmp_path / "c.safetensors", 5, 1)
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_before_its_weights_are_kept(tmp_path):
+    class Steep(Runaway):
+        def loss(self, phase, place, progress):
+            return (self.module.weight * (0.0 if place == 4 else 1.0)).abs().sum().sqrt(), {}
+
+    job = Steep()
+    with pytest.raises(FloatingPointError, match=r"step 4 \(only\): the gradient is nan"):
+        loop.train(job, tmp_path / "c.safetensors", 5, 1)
+    assert torch.isfinite(job.module.weight) and not (tmp_path / "c.safetensors").exists()
+
+
+def test_a_length_is_above_zero_and_no_shorter_than_what_is_done(tmp_path):
+    class Flat(Runaway):
+        def loss(self, phase, place, progress):
+            return self.module.weight.sum(), {}
+
+    path = tmp_path / "c.safetensors"
+    for steps, minutes in ((0, 1), (-3, 1), (None, 0), (None, float("nan"))):
+        with pytest.raises(ValueError, match="expected a length above 0"):
+            loop.train(Flat(), path, steps, minutes)
+    loop.train(Flat(), path, 4, 1)
+    with pytest.raises(DataError, match="at step 4, beyond steps=3"):
+        loop.train(Flat(), path, 3, 1)
+    for length, planned in ((4, {}), (6, {"planned": ["4 steps", "6 steps"]})):
+        position = loop.train(Flat(), path, length, 1)
+        made = loop.provenance(loop.train, "none", Flat(), position)
+        assert {name: made[name] for name in made if name == "planned"} == planned
+
+
 # What is written
 
 
@@ -516,6 +550,13 @@ def test_the_command_line_makes_measures_and_notes(monkeypatch, tmp_path):
     command.main(["vilt", "--measure", "--out", str(folder)])
     again = json.loads((folder / "provenance.json").read_text())
     assert again["held_out"] == {"matching": 2} and again["command"] == command_line
-    for wrong in (["vilt", "--minutes", "2", "--steps", "3"], ["detector", "--minutes", "2"], ["bert"]):
+    (folder / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(DataError, match=r"model\.safetensors: not the weights of provenance\.json"):
+        command.main(["vilt", "--measure", "--out", str(folder)])
+    for wrong in (
+        ["vilt", "--minutes", "2", "--steps", "3"], ["detector", "--minutes", "2"], ["bert"],
+        ["vilt", "--steps", "0"], ["vilt", "--minutes", "0"], ["vilt", "--minutes", "nan"],
+        ["vilt", "--scenes", "0"],
+    ):  # fmt: skip
         with pytest.raises(SystemExit):
             command.main(wrong)

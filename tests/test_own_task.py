@@ -194,6 +194,14 @@ def test_bad_examples_of_a_reader_of_ones_own_are_named(cell, settings, old, new
         list(read_split(settings(), "train"))
 
 
+def test_training_examples_without_a_label_are_named_before_training(cell, settings):
+    cell('label=field(number, "label", int)', 'label=field(number, "label", int) if number % 4 else None')
+    with pytest.raises(
+        DataError, match=r"train_split='train': \d+ of 16 examples have no label \(first: 'train-"
+    ):
+        prepare(apply_arm(settings(arm="finetune")))
+
+
 @pytest.mark.parametrize(("label", "worth"), [(2, 1.0), (-1, 0.5), (1, 1.5)])
 def test_bad_soft_labels_are_named(cell, settings, label, worth):
     cell("boxes=()", f"soft_label=(({label}, {worth}),), boxes=()")

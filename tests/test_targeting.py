@@ -454,6 +454,13 @@ def test_the_lift_is_what_it_was():
     assert np.flatnonzero(targeting.decisive_tokens(record)).tolist() == [5, 8]
 
 
+def test_a_record_without_any_selection_counts_as_one_that_selects_nothing_decisive():
+    record = make_record()
+    empty = replace(record, selected=np.zeros(SIZE, bool), weight=np.zeros(SIZE))
+    lift = targeting.targeting_lift([record, empty])
+    assert lift["text_n"] == 2 and lift["text_lift"] == targeting.targeting_lift([record])["text_lift"] / 2
+
+
 def test_curves_of_a_record_are_those_of_its_order():
     worth = np.arange(SIZE, dtype=float)
     curves = masking.record_curves(make_record(), toy_scorer(worth), "text", points=4, draws=8)

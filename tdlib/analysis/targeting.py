@@ -26,7 +26,7 @@ def decisive_tokens(record: TargetRecord) -> np.ndarray:
 def targeting_lift(records: Sequence[TargetRecord]) -> dict[str, float]:
     """Divides the weight on decisive tokens by their share of all distilled tokens; means per modality.
 
-    1 is what equal weights on all tokens reach; 0 means that no decisive token was selected.
+    1 is what equal weights on all tokens reach; 0 means that no decisive token, or none at all, was selected.
     Records without decisive tokens of a modality are left out of it; ``*_n`` counts the others.
     """
     lifts: dict[str, list[float]] = {"text": [], "visual": []}
@@ -35,8 +35,8 @@ def targeting_lift(records: Sequence[TargetRecord]) -> dict[str, float]:
         for name, modality in (("text", record.is_text), ("visual", record.is_visual)):
             present = modality & record.distilled
             weight = record.weight[present].sum()
-            if decisive[present].any() and weight > 0:
-                share = record.weight[present & decisive].sum() / weight
+            if decisive[present].any():
+                share = record.weight[present & decisive].sum() / weight if weight > 0 else 0.0
                 lifts[name].append(float(share / decisive[present].mean()))
     means = {
         f"{name}_lift": float(np.mean(values)) if values else float("nan") for name, values in lifts.items()

@@ -9,10 +9,10 @@ have other frequencies (VQA-CP). Q->AR needs two right choices, so its chance is
 from collections import defaultdict
 from collections.abc import Sequence
 
-from tdlib.data.examples import Example, Examples
+from tdlib.data.examples import Example, Examples, spread
 from tdlib.data.tasks import score
 
-MOST = 20_000  # training examples that are read; from larger splits about so many, at even distances
+MOST = 20_000  # training examples that are read; from larger splits so many are drawn
 
 
 def constant_answer(train: Examples) -> int | None:
@@ -21,7 +21,7 @@ def constant_answer(train: Examples) -> int | None:
     Returns None if examples have choices, or if none has a label.
     """
     totals: dict[int, float] = defaultdict(float)
-    for index in range(0, len(train), max(1, len(train) // MOST)):
+    for index in spread(len(train), MOST):
         example = train[index]
         if example.choices:
             return None

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +147,15 @@ class Examples(Sequence[Example]):
         return Examples(
             self.ids, self.strata, lambda i: change(self._make(i)), self.labelled, self.questions, self.parts
         )
+
+
+def spread(number: int, most: int) -> list[int]:
+    """Draws ``most`` of ``number`` positions, in order; all where there are no more.
+
+    The draw is the same everywhere. It has no period: every n-th example of VCR can be an answer, and none a
+    rationale.
+    """
+    return sorted(random.Random(0).sample(range(number), most)) if number > most else list(range(number))
 
 
 def path_names(paths: Sequence[Path]) -> list[str]:

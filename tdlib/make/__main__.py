@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -24,6 +25,18 @@ FOLDERS = {name: kind.folder for name, kind in KINDS.items()} | {
 }
 
 
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 1 on")
+    return number
+
+
+def _positive(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return number
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tdlib.make", description=__doc__)
     parser.add_argument(
@@ -31,15 +44,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
-        "--minutes", type=float, help="processor time that training takes (default: 80; not of the detector)"
+        "--minutes",
+        type=_positive,
+        help="processor time that training takes (default: 80; not of the detector)",
     )
-    length.add_argument("--steps", type=int, help="how many steps it takes, in place of minutes")
+    length.add_argument("--steps", type=_count, help="how many steps it takes, in place of minutes")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/models/mini-...)")
     parser.add_argument(
         "--work", type=Path, default=ROOT / "data/cache/make", help="where corpora and checkpoints lie"
     )
     parser.add_argument("--detector", type=Path, default=ROOT / "data/models/mini-detector")
-    parser.add_argument("--scenes", type=int, help="of each corpus (default: 48000; detector: 16000)")
+    parser.add_argument("--scenes", type=_count, help="of each corpus (default: 48000; detector: 16000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--measure", action="store_true", help="only measure what lies in the folder")
@@ -53,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     folder = options.out or MODELS / FOLDERS[options.model]
     settings = {"seed": options.seed}
-    settings |= {name: value for name in ("scenes", "steps", "minutes") if (value := getattr(options, name))}
+    asked = {name: getattr(options, name) for name in ("scenes", "steps", "minutes")}
+    settings |= {name: value for name, value in asked.items() if value is not None}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     command = ""
     if not options.measure:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from tdlib.core.files import file_digest, write_folder, write_json
-from tdlib.core.provenance import tokenizer_digest
+from tdlib.core.provenance import code_of, digest, tokenizer_digest
 from tdlib.data.examples import Box
 from tdlib.data.vcr import NEUTRAL_NAMES
 from tdlib.make.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer, vocabulary_texts
@@ -64,6 +64,16 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
 
 
+@cache
+def corpus_code() -> str:
+    """Hash of the code that decides what a prepared corpus holds, without docstrings."""
+    home = Path(__file__).parents[1]
+    files = [Path(__file__), home / "make" / "vocabulary.py", home / "regions" / "backbones.py"]
+    return digest(
+        [[file.name, code_of(file)] for file in [*files, *sorted((home / "miniworld").glob("*.py"))]]
+    )
+
+
 def write_arrays(
     folder: Path,
     made: dict[str, Any],
@@ -73,10 +83,11 @@ def write_arrays(
 ) -> dict[str, np.ndarray]:
     """Makes arrays of ``number`` rows each in processes, one chunk of rows after the other.
 
-    A folder whose ``made.json`` equals ``made`` is only read. ``work``, called with start and stop, returns
-    the rows [start, stop) of every array. ``beside`` writes other files to the folder.
+    A folder whose ``made.json`` equals ``made``, and that the same code has made, is only read. ``work``,
+    called with start and stop, returns the rows [start, stop) of every array. ``beside`` writes other
+    files to the folder.
     """
-    made = json.loads(json.dumps(made | {"rows": number}))
+    made = json.loads(json.dumps(made | {"rows": number, "code": corpus_code()}))
     try:
         if json.loads((folder / "made.json").read_text(encoding="utf-8")) == made:
             return read_arrays(folder)

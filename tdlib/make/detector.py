@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from tdlib.core.files import refuse_foreign, write_folder, write_json
 from tdlib.make import corpus
-from tdlib.make.loop import make_optimizer, mixed_precision
+from tdlib.make.loop import make_optimizer, mixed_precision, step_safely
 from tdlib.miniworld.writers import VERSION
 from tdlib.regions.backbones import MiniDetector, load_detector, save_detector
 
@@ -99,8 +99,7 @@ def train_mini_detector(
         loss = attribute_loss(logits, labels[index][asked])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
-        optimizer.step()
+        step_safely(optimizer, detector, f"step {step}")
         losses.append(float(loss.detach()))
         if (step + 1) % 50 == 0:
             log.info("step %d: %.3f (%.0f s)", step + 1, np.mean(losses[-50:]), time.time() - started)

@@ -105,6 +105,7 @@ class Position:
     steps: dict[str, int] = field(default_factory=dict)  # by phase
     averages: dict[str, float] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    planned: list[str] = field(default_factory=list)  # lengths that were asked for, one after the other
 
     def note(self, phase: str, figures: dict[str, Tensor]) -> None:
         """Adds a step's figures to the averages, except those that are not finite (a mean over nothing)."""
@@ -198,9 +199,12 @@ def train(job: Job, checkpoint: Path, steps: int | None, minutes: float) -> Posi
         minutes: of the processor's time (on a GPU, of the clock's).
 
     Raises:
-        DataError: the checkpoint is of other settings or other code.
-        FloatingPointError: a loss is not finite.
+        DataError: the checkpoint is of other settings or other code, or of more steps.
+        FloatingPointError: a loss or a gradient is not finite.
+        ValueError: the length is not above 0.
     """
+    if not 0 < (minutes if steps is None else steps) < math.inf:
+        raise ValueError(f"steps={steps}, minutes={minutes}: expected a length above 0")
     module = job.module.train()
     optimizer = make_optimizer(module)
     settings = job.settings | {"code": maker_code()}
@@ -209,6 +213,12 @@ def train(job: Job, checkpoint: Path, steps: int | None, minutes: float) -> Posi
         position = load_checkpoint(checkpoint, module, optimizer, settings)
         job.memory = position.memory
         log.info("continues at step %d, after %.0f s", position.step, position.seconds)
+    if steps is not None and position.step > steps:
+        raise DataError(
+            f"{checkpoint}: is at step {position.step}, beyond steps={steps}; delete it to begin anew"
+        )
+    if (length := f"{minutes:g} minutes" if steps is None else f"{steps} steps") not in position.planned[-1:]:
+        position.planned.append(length)
     # On a CPU its own time counts, not the wall's: other work beside it slows a run down but does not
     # shorten it. (With several threads their times add up. A GPU's work is not in the process's time.)
     clock = time.monotonic if next(module.parameters()).is_cuda else time.process_time
@@ -216,7 +226,7 @@ def train(job: Job, checkpoint: Path, steps: int | None, minutes: float) -> Posi
     logged = saved = time.monotonic()
 
     def progress() -> float:
-        return position.step / steps if steps else position.seconds / (60 * minutes)
+        return position.step / steps if steps is not None else position.seconds / (60 * minutes)
 
     while (share := progress()) < 1:
         phase = phase_at(job.phases, share)
@@ -243,18 +253,30 @@ def _update(job: Job, phase: str, optimizer: torch.optim.Optimizer, position: Po
     loss.backward()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(position.step, share)
-    nn.utils.clip_grad_norm_(list(job.module.parameters()), 1.0)
-    optimizer.step()
+    step_safely(optimizer, job.module, f"step {position.step} ({phase})")
     position.note(phase, figures)
     position.step += 1
     position.steps[phase] = place + 1
 
 
+def step_safely(optimizer: torch.optim.Optimizer, module: nn.Module, where: str) -> None:
+    """Takes a step along gradients of a norm of at most 1; FloatingPointError if it is not finite."""
+    norm = nn.utils.clip_grad_norm_(list(module.parameters()), 1.0)
+    if not norm.isfinite():
+        raise FloatingPointError(f"{where}: the gradient is {float(norm)}")
+    optimizer.step()
+
+
 def provenance(made_by: Callable[..., Any], corpus: str, job: Job, position: Position) -> dict[str, Any]:
-    """Describes how a finished model was made, for the file beside its weights."""
+    """Describes how a finished model was made, for the file beside its weights.
+
+    ``planned`` is there if a run was continued with another length: its phases had other shares then.
+    """
+    planned = {"planned": position.planned} if len(position.planned) > 1 else {}
     return {
         "made_by": f"{made_by.__module__}.{made_by.__qualname__}", "corpus": corpus, **job.settings,
-        "peak_learning_rate": PEAK, "steps": position.steps, "minutes": round(position.seconds / 60, 1),
+        "peak_learning_rate": PEAK, "steps": position.steps, **planned,
+        "minutes": round(position.seconds / 60, 1),
         "final": {name: round(value, 3) for name, value in position.averages.items()},
         "machine": machine(),
     }  # fmt: skip
@@ -276,9 +298,14 @@ def machine() -> dict[str, Any]:
 
 
 def note_figures(folder: Path, figures: dict[str, Any], command: str = "") -> None:
-    """Adds held-out figures, the weights' checksum and the command to a model folder's provenance."""
+    """Adds held-out figures, the weights' checksum and the command to a model folder's provenance.
+
+    Without a command the folder was only measured: DataError if its weights are not those that were made.
+    """
     path = folder / "provenance.json"
     made = json.loads(path.read_text(encoding="utf-8"))
     weights = next(folder.glob("*.safetensors"))
+    if not command and made.get("sha256", file_digest(weights)) != file_digest(weights):
+        raise DataError(f"{weights}: not the weights of provenance.json (sha256); make them with tdlib.make")
     made |= {"held_out": figures, "weights": weights.name, "sha256": file_digest(weights)}
     write_json(path, made | ({"command": command} if command else {}))

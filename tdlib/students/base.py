@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from tdlib.core.files import why_unreadable
 from tdlib.core.paths import resolve
 from tdlib.core.provenance import tokenizer_digest
-from tdlib.data.examples import Example, TextPart
+from tdlib.data.examples import Example, TextPart, spread
 
 log = logging.getLogger(__name__)
 
@@ -242,17 +242,18 @@ class StudentEncoder(ABC):
 def report_cut(encoder: StudentEncoder, examples: Sequence[Example], split: str) -> int:
     """Counts the statements of a split that the student reads cut short; warns in the log if there are any.
 
-    Of a split with more than ``MOST_MEASURED`` examples every n-th one is measured.
+    Of a split with more than ``MOST_MEASURED`` examples so many are measured, and the number is estimated.
     """
-    step = -(-len(examples) // MOST_MEASURED) or 1
-    lengths = [n for index in range(0, len(examples), step) for n in encoder.lengths(examples[index])]
+    measured = spread(len(examples), MOST_MEASURED)
+    lengths = [n for index in measured for n in encoder.lengths(examples[index])]
     cut = sum(length > encoder.max_text_tokens for length in lengths)
     if cut:
         log.warning(
-            "%d of %d statements of split %s are longer than max_text_tokens=%d and lose their end (the "
-            "longest has %d tokens)", cut, len(lengths), split, encoder.max_text_tokens, max(lengths),
+            "%d of %d statements (%d examples) of split %s are longer than max_text_tokens=%d and lose "
+            "their end (the longest has %d tokens)",
+            cut, len(lengths), len(measured), split, encoder.max_text_tokens, max(lengths),
         )  # fmt: skip
-    return cut
+    return round(cut * len(examples) / len(measured)) if cut else 0
 
 
 def load_checkpoint(

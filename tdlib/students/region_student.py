@@ -93,8 +93,8 @@ class RegionStudent:
         slots = attention_mask.flatten(0, 1).sum(-1) - 2
         return state[torch.arange(len(state), device=state.device), slots]
 
-    def renew_visual(self, dim: int) -> None:
-        """Re-initialises the projection of region features, for features of width ``dim``."""
+    def renew_visual(self, dim: int) -> nn.Module:
+        """Draws the projection of region features anew, for features of width ``dim``; returns it."""
         raise NotImplementedError
 
     def forward(

@@ -132,9 +132,10 @@ class UniterForMultipleChoice(RegionStudent, UniterPreTrainedModel):
     def make_classifier(config: UniterConfig) -> nn.Module:
         return nn.Sequential(*_two_layers(config, nn.ReLU(), outputs=2), LogOdds())
 
-    def renew_visual(self, dim: int) -> None:
+    def renew_visual(self, dim: int) -> nn.Module:
         self.uniter.img_embeddings.img_linear = drawn_linear(dim, self.config.hidden_size)
         self.config.img_dim = dim
+        return self.uniter.img_embeddings.img_linear
 
     def states(self, **inputs: Tensor) -> tuple[Tensor, ...]:
         return self.uniter(**inputs)

@@ -48,9 +48,10 @@ class VisualBertForMultipleChoice(RegionStudent, VisualBertPreTrainedModel):
         self.classifier = self.make_classifier(config)
         self.post_init()
 
-    def renew_visual(self, dim: int) -> None:
+    def renew_visual(self, dim: int) -> nn.Module:
         self.visual_bert.embeddings.visual_projection = drawn_linear(dim, self.config.hidden_size)
         self.config.visual_embedding_dim = dim
+        return self.visual_bert.embeddings.visual_projection
 
     def states(
         self, *, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, region_features: Tensor,

@@ -159,10 +159,11 @@ class VlBertForMultipleChoice(RegionStudent, BertPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         self.vlbert.word_embeddings = value
 
-    def renew_visual(self, dim: int) -> None:
+    def renew_visual(self, dim: int) -> nn.Module:
         down = self.image_feature_extractor.obj_downsample
         down[1] = drawn_linear(GEOMETRY + dim, self.config.hidden_size)
         self.config.visual_embedding_dim = dim
+        return down[1]
 
     def states(
         self, *, region_features: Tensor, region_boxes: Tensor, region_objects: Tensor, objects: Tensor,

@@ -1,7 +1,7 @@
 """Adversarial finetuning of any student (VILLA, Gan et al. 2020, arXiv 2006.06195).
 
 Perturbs the input embeddings in the direction that raises the loss, and penalises how far the prediction
-moves. Works with every arm; ``adversarial_steps`` enables it.
+moves. Works with every arm (CLIP itself: on pictures); ``adversarial_steps`` enables it.
 """
 
 from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ from tdlib.miniworld.writers import ensure_data
 from tdlib.students.base import report_cut, student_inputs
 from tdlib.students.registry import load_student
 from tdlib.training.data import collate
-from tdlib.training.prepare import encoder_of, teacher_cache
+from tdlib.training.prepare import encoder_of, regions_cache
 
 
 def asked_of(
@@ -70,7 +70,7 @@ def write_masked(folder: Path, shift: str) -> Path:
     target = generated_file(source, shift)
     if (there := home / target.name).is_file():
         raise ConfigError(f"{there}: the data hold this set already, which goes before one that is made")
-    cache = teacher_cache(config) if config.regions == "clip" else None
+    cache = regions_cache(config) if config.regions == "clip" else None
     encoder = encoder_of(config, cache, str(folder / "student"))
     student = load_student(str(folder / "student")).eval().to(usual_device())
     report_cut(encoder, VcrReader(home, source.stem, "both", config.references).open(), source.stem)

@@ -81,6 +81,14 @@ class Chosen:
     places: dict[str, Tensor]
     vectors: Tensor
 
+    @property
+    def whole(self) -> Tensor:
+        """0 if every score is a number, else none.
+
+        Selectors leave other tokens out; a loss that reads the selection must not look whole without them.
+        """
+        return 0 * self.scores.detach().sum()
+
 
 class TargetedDistillation(nn.Module):
     """A student with the loss of the method (step 9 and the terms beside it).
@@ -255,7 +263,7 @@ class TargetedDistillation(nn.Module):
         if self.settings.truth_weight > 0:
             assert chosen is not None
             truth = self.repairing.truth_loss(output, repaired, batch, chosen.selected, chosen.weights)
-            terms["truth"] = truth * share
+            terms["truth"] = truth * share + chosen.whole
         return terms
 
     def _extra(self, output: StudentOutput, batch: dict[str, Tensor], chosen: Chosen | None) -> Tensor:
@@ -276,7 +284,7 @@ class TargetedDistillation(nn.Module):
         check_result(f"extra_term {name!r}", per_example, batch["labels"].shape)
         if torch.is_grad_enabled() and not per_example.requires_grad:
             raise ValueError(f"extra_term {name!r} does not depend on the student: it would teach nothing")
-        return per_example.sum()
+        return per_example.sum() + chosen.whole
 
     def _features(self, batch: dict[str, Tensor], examples: int) -> dict[str, Tensor]:
         """The term "features": step 9 on the unlabelled examples that travel with a batch, if any.
@@ -317,12 +325,7 @@ class TargetedDistillation(nn.Module):
         """The term "distill" (step 9), and what the log keeps of the selection."""
         assert self.phi is not None and output.hidden_states is not None and output.logits is not None
         hidden = output.hidden_states[self.settings.distill_layer].float()
-        instance = self.instance_weights(batch, output.logits)
-        if self.settings.distill_target != "tokens" or self.settings.selector != "all":
-            # Where CLIP had to cut a text, its global embedding, by which patches are selected, is that of
-            # another text. The tokens before the cut are right, as CLIP's text tower reads from left to
-            # right; so only a loss without a selection keeps such an example.
-            instance = instance * batch["teacher_knows"]
+        instance = self.distill_weights(batch, output.logits)
         sequences = examples * hidden.shape[1]
         terms = {"distill": hidden.new_zeros(()), "instance_weight": instance.sum() / examples}
         if self.settings.distill_target != "tokens":
@@ -340,10 +343,8 @@ class TargetedDistillation(nn.Module):
             self.settings.distance, sequences,
         )  # fmt: skip
         selected, text = chosen.selected, Tokens(batch["target_spans"], batch["target_boxes"]).is_text
-        # Selectors leave tokens out whose score is not a number; the loss must not look whole without them.
-        whole = 0 * chosen.scores.detach().sum()
         return terms | {
-            "distill": terms["distill"] + on_words + on_places + whole,
+            "distill": terms["distill"] + on_words + on_places + chosen.whole,
             "selected_text": (selected & text).sum() / sequences,
             "selected_visual": (selected & ~text).sum() / sequences,
             "selected_mass": chosen.scores.masked_fill(~selected, 0).sum() / sequences,
@@ -389,6 +390,17 @@ class TargetedDistillation(nn.Module):
         weights = weigh_examples(batch["teacher_logits"], logits, batch["labels"], name)
         return weights if name == "uniform" else weights * batch["teacher_knows"]
 
+    def distill_weights(self, batch: dict[str, Tensor], logits: Tensor) -> Tensor:
+        """The weight c of each example in the term "distill", (batch,): ``instance_weights`` of whole texts.
+
+        Where CLIP had to cut a text, its global embedding, by which patches are selected, is that of another
+        text. The tokens before the cut are right, as CLIP's text tower reads from left to right; so only a
+        loss without a selection keeps such an example.
+        """
+        weights = self.instance_weights(batch, logits)
+        selects = self.settings.distill_target != "tokens" or self.settings.selector != "all"
+        return weights * batch["teacher_knows"] if selects else weights
+
     @torch.no_grad()
     def fit_phi(self, loader: DataLoader) -> None:
         """Starts the maps at the ridge regression of targets on the untrained student's hidden states.
@@ -426,6 +438,8 @@ class TargetedDistillation(nn.Module):
                 y = targets[chosen].double()
                 xx[name], xy[name] = xx[name] + x.T @ x, xy[name] + x.T @ y
         for name, linear in self.phi.items():
+            if not xx[name].any():  # no token has a target, as in a task without words
+                continue
             # Relative to the size of the features, so that it means the same for every student.
             eye = torch.eye(len(xx[name]), dtype=torch.double, device=device)
             penalty = PHI_RIDGE * xx[name].diagonal().mean() * eye

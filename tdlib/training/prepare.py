@@ -21,7 +21,7 @@ from tdlib.config import RunConfig, parameters_with
 from tdlib.core.files import ANNOTATIONS, file_state
 from tdlib.core.paths import ROOT, ConfigError, resolve
 from tdlib.core.provenance import digest
-from tdlib.data.examples import DataError, Example, Examples, divide_by_picture, low_shot
+from tdlib.data.examples import DataError, Example, Examples, divide_by_picture, low_shot, spread
 from tdlib.data.tasks import HELD_OUT, class_labels, reader, splits_of, task_of, user_task
 from tdlib.data.vcr import PERSON_TOKENS
 from tdlib.method.priors import Idf
@@ -171,6 +171,11 @@ def open_cache(
     return TeacherCache(CACHE_ROOT, Teacher(name, pretrained, random_weights=random_weights))
 
 
+def regions_cache(config: RunConfig) -> TeacherCache:
+    """The cache of the teacher whose patches a student sees as regions; no control changes it."""
+    return teacher_cache(config.model_copy(update={"teacher_control": ""}))
+
+
 def teacher_cache(config: RunConfig) -> TeacherCache:
     """The cache of a run's teacher, or of the one with random weights that replaces it as a control."""
     drawn = 1 if config.teacher_control == "random_weights" else None
@@ -201,7 +206,7 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
     evaluated = {split: read_split(config, split) for split in eval_splits}
     labels = class_labels(config)
     seen = config.regions == "clip" or config.student == "teacher"
-    encoder = encoder_of(config, teacher_cache(config) if seen else None)
+    encoder = encoder_of(config, regions_cache(config) if seen else None)
     if config.references == "person_tokens":
         encoder.tokenizer.add_tokens(PERSON_TOKENS)
     fills = whole_splits or config.asks_teacher
@@ -214,6 +219,12 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
                 f"no answer to the {len(subset)} training examples is one of the {len(labels)} labels; "
                 "expected labels of this data set (for VQA see vocabulary and vocabulary_minimum)"
             )
+        if user_task(config) and not task_of(config).has_soft_labels:
+            if lacking := [example.id for example in subset if example.label is None]:
+                raise DataError(
+                    f"train_split={train_split!r}: {len(lacking)} of {len(subset)} examples have no label "
+                    f"(first: {lacking[0]!r}); leave them out in the reader"
+                )
         encoder.prepare(subset)
         if cache is not None:
             add_to_cache(cache, subset, worded)
@@ -259,9 +270,9 @@ def encoder_of(config: RunConfig, cache: TeacherCache | None = None, student: st
 
 
 def fit_idf(train: Examples) -> Idf:
-    """Counts the words of a training split; in a large one, of ``COUNTED`` or more evenly spaced examples."""
-    every = range(0, len(train), max(1, len(train) // COUNTED))
-    return Idf.fit(statement.text for index in every for statement in train[index].statements())
+    """Counts the words of a training split; of a large one, of ``COUNTED`` examples."""
+    counted = spread(len(train), COUNTED)
+    return Idf.fit(statement.text for index in counted for statement in train[index].statements())
 
 
 def add_to_cache(
@@ -300,7 +311,8 @@ def load_student(config: RunConfig, prepared: PreparedData) -> PreTrainedModel:
     if isinstance(prepared.encoder, RegionEncoder) and prepared.encoder.foreign:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            student.renew_visual(prepared.encoder.regions.dim)
+            drawn = {*student.renew_visual(prepared.encoder.regions.dim).parameters()}
+        student.drawn = {name for name, parameter in student.named_parameters() if parameter in drawn}
         student.config.region_source = prepared.encoder.regions.fingerprint  # type: ignore[attr-defined]
     return student
 

@@ -88,7 +88,7 @@ class ProbeRecorder:
         teacher, student = (
             logits.float().softmax(-1).cpu().numpy() for logits in (batch["teacher_logits"], output.logits)
         )
-        instance = module.instance_weights(batch, output.logits).float().cpu().numpy()
+        instance = module.distill_weights(batch, output.logits).float().cpu().numpy()
         lessons = self._lessons(examples, batch, output.logits.float())
         length = batch["input_ids"].shape[2]
         records = []

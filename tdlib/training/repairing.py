@@ -50,6 +50,11 @@ class Repaired:
     weights: Tensor  # (pairs,), 0 for a pair that does not exist
 
 
+def rows_of(share: float, examples: int) -> int:
+    """How many of so many examples are shown again: ``share`` of them, rounded up."""
+    return math.ceil(share * examples * (1 - 1e-9))  # 0.07 * 100 is above 7 in floating point
+
+
 class Repairing(nn.Module):
     """The terms "repair" and "truth" of one run; its map ``psi`` is dropped after training.
 
@@ -116,7 +121,7 @@ class Repairing(nn.Module):
             judged_there = judged[everyone, columns]
         noise = torch.rand(examples, generator=self.generator).to(numbers.device, non_blocking=True)
         order = noise + 2.0 * ~exists  # noise is below 1: rows without another picture come last
-        rows = order.argsort()[: math.ceil(share * examples)].sort().values
+        rows = order.argsort()[: rows_of(share, examples)].sort().values
         return Pairs(rows, columns[rows], exists[rows], judged_there[rows], own)
 
     def repair(

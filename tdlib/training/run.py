@@ -5,7 +5,6 @@ checkpoints, or shared by several processes; neither changes what it computes.
 """
 
 import logging
-import math
 import shutil
 import tempfile
 import time
@@ -18,7 +17,7 @@ import torch
 import transformers
 from accelerate.utils import broadcast_object_list
 
-from tdlib.config import RunConfig, apply_arm, check_arm
+from tdlib.config import RunConfig, apply_arm, check_arm, check_common
 from tdlib.core.files import refuse_foreign, write_folder, write_json, write_jsonl
 from tdlib.core.paths import ConfigError
 from tdlib.core.records import END, write_records
@@ -45,6 +44,7 @@ from tdlib.training.prepare import (
 )
 from tdlib.training.processes import first_process_first, launch, must_launch, place_among_processes
 from tdlib.training.recording import ProbeRecorder, RecordTargets
+from tdlib.training.repairing import rows_of
 from tdlib.training.run_folders import (
     IDENTITY,
     archive_previous_run,
@@ -86,8 +86,10 @@ def compare(
         workers: runs that train side by side, see ``workers.side_by_side``.
 
     Raises:
-        ConfigError: an unknown arm, a bad value in one, or one that changes what all arms share.
+        ConfigError: an unknown arm, a bad value in one, or one that changes what all arms share; or
+            settings that ``apply_arm`` has made one arm's already.
     """
+    check_common(config, arms)
     runs = [apply_arm(config.model_copy(update={"arm": arm, "seed": seed})) for seed in seeds for arm in arms]
     for run in runs:
         changed = [name for name in SHARED if getattr(run, name) != getattr(config, name)]
@@ -335,7 +337,7 @@ class _Run:
 def passes_per_update(config: RunConfig) -> float:
     """How often an example of a full batch passes through the student at each update: once in finetuning."""
     size = config.batch_size
-    repaired = math.ceil(config.repair_share * size) / size if config.repair_weight > 0 else 0
+    repaired = rows_of(config.repair_share, size) / size if config.repair_weight > 0 else 0
     more = max(1, round(config.feature_share * size)) / size if config.distils_unlabelled else 0
     return 1 + config.adversarial_steps + repaired + more
 

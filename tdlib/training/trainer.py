@@ -161,8 +161,12 @@ class DistillationTrainer(Trainer):
         # New layers start from noise and learn at a higher rate than pretrained ones. Biases and norms do not
         # decay, as is usual since BERT.
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+        drawn = getattr(self.module.student, "drawn", ())
         for name, parameter in self.model.named_parameters():
-            is_new = name.startswith(("phi.", "log_variance.", "repairing.", "student.classifier."))
+            of_student = name.removeprefix("student.")
+            is_new = of_student in drawn or name.startswith(
+                ("phi.", "log_variance.", "repairing.", "student.classifier.")
+            )
             groups[is_new, parameter.ndim > 1].append(parameter)
         self.optimizer = torch.optim.AdamW(
             [
@@ -296,7 +300,7 @@ def diagnose(
     if "teacher_logits" in batch:
         logits = output["logits"].detach()
         agree = batch["teacher_logits"].argmax(-1) == logits.argmax(-1)
-        weights = torch.tensor(gather_object(module.instance_weights(batch, logits).float().tolist()))
+        weights = torch.tensor(gather_object(module.distill_weights(batch, logits).float().tolist()))
         quartiles = weights.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
         measures["instance_weight_quartiles"] = [round(value, 4) for value in quartiles.tolist()]
         measures["teacher_agreement"] = float(torch.tensor(gather_object(agree.float().tolist())).mean())

@@ -30,7 +30,15 @@ from tdlib.students.registry import load_student
 from tdlib.teacher import attention as teacher_attentions
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.pipeline import teacher_tokens, token_centres
-from tdlib.training.prepare import PreparedData, add_to_cache, encoder_of, prepare, read_split, teacher_cache
+from tdlib.training.prepare import (
+    PreparedData,
+    add_to_cache,
+    encoder_of,
+    prepare,
+    read_split,
+    regions_cache,
+    teacher_cache,
+)
 from tdlib.training.recording import preview_targets
 from tdlib.views.alignment import alignment_view, teacher_positions, tokens_of
 from tdlib.views.attention import attention_view, heads_view, relevance_view, rollout_view
@@ -337,7 +345,7 @@ def _nothing(text: str) -> Figure:
 @lru_cache(maxsize=2)
 def _open_student(run: Run) -> tuple[Any, Any]:
     folder = run.folder
-    cache = teacher_cache(run.config) if "clip" in (run.config.regions, run.config.student) else None
+    cache = regions_cache(run.config) if "clip" in (run.config.regions, run.config.student) else None
     encoder = encoder_of(run.config, cache, str(folder / "student"))
     return load_student(str(folder / "student"), labels=run.labels).eval(), encoder
 
