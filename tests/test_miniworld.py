@@ -176,6 +176,8 @@ def test_the_generator_replaces_its_own_folders_only(tmp_path):
 def test_a_split_without_questions_is_not_written_silently(tmp_path):
     with pytest.raises(DataError, match=r"train: 4 pictures are too few.*30 or more"):
         write_vcr(tmp_path / "vcr", 0, Size(train=4))
+    with pytest.raises(DataError, match="train2014: 100001 pictures; there are ids for 100000"):
+        write_vqa(tmp_path / "vqa", 0, Size(train=100_001))
     assert not list(tmp_path.iterdir())
 
 

@@ -267,6 +267,9 @@ def annotators(rng: np.random.Generator, answer: str, others: list[str]) -> list
     return [{"answer": answers[i], "answer_confidence": confidence[i], "answer_id": i + 1} for i in range(10)]
 
 
+_MOST = 100_000  # pictures of a split: so far apart are the ids of two splits
+
+
 @dataclass
 class _Shown:
     """A picture on disk, and how many questions were asked about it in the present file."""
@@ -280,10 +283,12 @@ class _Shown:
 
 def _pictures(folder: Path, split: str, number: int, seed: int) -> list[_Shown]:
     """Draws a split's pictures; those of a shifted split lie in its source's folder."""
+    if number > _MOST:
+        raise DataError(f"{split}: {number} pictures; there are ids for {_MOST}, ask for no more")
     coco_split = split.partition("_")[0]
     shown = []
     for index in range(number):
-        scene, image_id = worlds.scene_at(seed, split, index), worlds.STREAMS[split] * 100_000 + index
+        scene, image_id = worlds.scene_at(seed, split, index), worlds.STREAMS[split] * _MOST + index
         picture = worlds.save_picture(scene, folder / coco_split / f"COCO_{coco_split}_{image_id:012d}.jpg")
         shown.append(_Shown(scene, worlds.regions(scene, picture), image_id, coco_split))
     return shown
@@ -398,7 +403,7 @@ def write_vqa(folder: Path, seed: int = 0, size: Size = USUAL_SIZE) -> Path:
 
     Raises:
         DataError: the folder holds something else, for instance the real data; or a split has too
-            few pictures, or too many questions about each.
+            few or too many pictures, or too many questions about each.
     """
 
     def fill(partial: Path) -> None:

@@ -6,7 +6,7 @@ gives the same result. ``RegionEncoder`` makes their inputs, ``BertPairEncoder``
 VisualBERT, which read texts as BERT's pairs.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -68,6 +68,7 @@ class RegionStudent:
     )  # fmt: skip
     classifier: nn.Module
     base_model: Any
+    drawn: Collection[str] = ()  # parameters that are drawn anew for a run, which learn as its head does
 
     @staticmethod
     def make_classifier(config: Any) -> nn.Module:

@@ -133,11 +133,12 @@ def _fault(example: Example, choices: int, labels: int, soft: bool) -> str:
         return f"{len(example.names)} names of {len(example.boxes)} boxes; each box needs one"
     for part in (example.prompt, *example.choices):
         spans = [*part.relevant, *((reference.start, reference.end) for reference in part.references)]
-        if bad := [span for span in spans if not 0 <= span[0] < span[1] <= len(part.text)]:
-            return f"span {bad[0]} is not within {part.text!r}"
-        objects = [place for reference in part.references for place in reference.objects]
-        if bad := [place for place in objects if not 0 <= place < len(example.boxes)]:
-            return f"{part.text!r} refers to object {bad[0]} of {len(example.boxes)}"
+        for start, end in spans:
+            if not 0 <= start < end <= len(part.text):
+                return f"span {(start, end)} is not within {part.text!r}"
+        for place in (place for reference in part.references for place in reference.objects):
+            if not 0 <= place < len(example.boxes):
+                return f"{part.text!r} refers to object {place} of {len(example.boxes)}"
     if len(example.choices) != choices:
         return f"{len(example.choices)} choices, but {choices} in the first example"
     most = choices or labels
