@@ -89,7 +89,7 @@ class RunConfig(BaseModel):
     learning_rate: float = _training(
         2e-4, "of pretrained layers; a larger one destroys what a student knows", gt=0
     )
-    head_learning_rate: float = _training(4e-4, "of the new head and the dropped projections", gt=0)
+    head_learning_rate: float = _training(4e-4, "of layers that are new and of the dropped projections", gt=0)
     weight_decay: float = _training(0.01, "of matrices", ge=0)
     warmup_fraction: float = _training(0.1, "of the updates", ge=0, lt=1)
     label_smoothing: float = _training(0.0, "of the task loss", ge=0, lt=1)
@@ -432,7 +432,7 @@ def check_common(config: RunConfig, arms: Sequence[str]) -> None:
         raise ConfigError(
             f"arms={list(arms)}: the settings are those that apply_arm makes of arm={config.arm!r} "
             f"({', '.join(f'{name}={value!r}' for name, value in own.items())}), so every arm would be like "
-            "it; give the settings from before apply_arm"
+            "it; give the settings from before apply_arm, or leave arm at its default"
         )
 
 

@@ -28,6 +28,7 @@ from tdlib.core.devices import in_threads, usable_cores, usual_device, usual_wor
 from tdlib.core.paths import ROOT
 from tdlib.data.examples import Example, low_shot
 from tdlib.data.pictures import open_picture
+from tdlib.data.tasks import task_of
 from tdlib.students.base import student_inputs
 from tdlib.students.uniter import UniterConfig, UniterForMultipleChoice
 from tdlib.students.vilt import ViltForMultipleChoice
@@ -79,7 +80,14 @@ def encoded_subset(config: RunConfig, prepared: PreparedData, memory: int = 2**3
     if config.distill_weight or config.choice_weight:
         logits = class_logits(config, prepared, subset)
         feature_reader = TeacherFeatureReader(prepared.cache, prepared.idf, config, logits)
-    encoded = EncodedExamples(subset, prepared.encoder, feature_reader, memory, len(prepared.labels))
+    encoded = EncodedExamples(
+        subset,
+        prepared.encoder,
+        feature_reader,
+        memory,
+        len(prepared.labels),
+        soft_labels=task_of(config).has_soft_labels,
+    )
     for index in range(len(encoded) if memory else 0):
         encoded[index]
     return encoded

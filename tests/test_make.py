@@ -556,7 +556,7 @@ def test_the_command_line_makes_measures_and_notes(monkeypatch, tmp_path):
     for wrong in (
         ["vilt", "--minutes", "2", "--steps", "3"], ["detector", "--minutes", "2"], ["bert"],
         ["vilt", "--steps", "0"], ["vilt", "--minutes", "0"], ["vilt", "--minutes", "nan"],
-        ["vilt", "--scenes", "0"],
+        ["vilt", "--scenes", "0"], ["vilt", "--measure", "--steps", "5"], ["page", "--minutes", "5"],
     ):  # fmt: skip
         with pytest.raises(SystemExit):
             command.main(wrong)

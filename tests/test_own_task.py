@@ -183,7 +183,7 @@ def test_ids_of_another_split_do_not_mix_its_examples_up(cell, settings):
         ("boxes=()", "boxes=((0, 0, 1, 1),)", "0 names of 1 boxes"),
         ("prompt=TextPart(", "prompt=TextPart(references=(Reference(0, 1, (2,)),), text=", "object 2 of 0"),
         ("prompt=TextPart(", "prompt=TextPart(relevant=((3, 900),), text=", "span .3, 900. is not within"),
-        ("boxes=()", "soft_label=((0, 1.0),), boxes=()", "only a task with has_soft_labels = True"),
+        ("boxes=()", "soft_label=((0, 1.0),), boxes=()", "only a task of labels with has_soft_labels = True"),
     ],
 )
 def test_bad_examples_of_a_reader_of_ones_own_are_named(cell, settings, old, new, told):
@@ -202,11 +202,13 @@ def test_training_examples_without_a_label_are_named_before_training(cell, setti
         prepare(apply_arm(settings(arm="finetune")))
 
 
-@pytest.mark.parametrize(("label", "worth"), [(2, 1.0), (-1, 0.5), (1, 1.5)])
+@pytest.mark.parametrize(("label", "worth"), [(2, 1.0), (-1, 0.5), (1, 1.5), (1, 0.0)])
 def test_bad_soft_labels_are_named(cell, settings, label, worth):
     cell("boxes=()", f"soft_label=(({label}, {worth}),), boxes=()")
     type(TASKS["vsr"]).has_soft_labels = True
-    with pytest.raises(DataError, match=r"soft_label .*, expected one from 0 to 1, worth 0 to 1"):
+    with pytest.raises(
+        DataError, match=r"soft_label (.*, expected one from 0 to 1, worth 0 to 1|of no worth)"
+    ):
         list(read_split(settings(), "train"))
 
 

@@ -473,7 +473,7 @@ def test_two_pictures_of_one_number_do_not_share_regions(example, tmp_path, firs
     first, second = (shown(example, tmp_path, name) for name in (first, second))
     source(first)
     for use in (source, lambda second: source.require([second])):
-        with pytest.raises(DataError, match=rf"{file}\.npz are the regions of {first.image}"):
+        with pytest.raises(DataError, match=rf"{file}\.npz are the regions of {first.image.name}"):
             use(second)
     put_regions(tmp_path / "npz" / f"{second.image.stem}.npz", [[0, 0, 9, 9]], (40, 20))
     source(second)

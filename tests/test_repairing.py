@@ -165,7 +165,13 @@ def parts(prepared, config, size: int = 6):
     logits = class_logits(config, prepared, low_shot(prepared.train, config.shots, config.seed))
     feature_reader = TeacherFeatureReader(cache, prepared.idf, config, logits, judge=judge)
     feature_reader.prepare(subset)
-    data = EncodedExamples(subset, prepared.encoder, feature_reader, num_labels=len(prepared.labels))
+    data = EncodedExamples(
+        subset,
+        prepared.encoder,
+        feature_reader,
+        num_labels=len(prepared.labels),
+        soft_labels=task_of(config).has_soft_labels,
+    )
     batch = collate([data[i] for i in range(size)], prepared.encoder)
     module = TargetedDistillation(load_student(config, prepared), config, cache.teacher.dim)
     return module, module.with_targets(batch)

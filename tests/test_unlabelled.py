@@ -110,7 +110,7 @@ def test_soft_labels_do_not_travel(worlds, student_folder, teacher_folder, own_c
     add_to_cache(ready.cache, ready.train)
     subset, pool, feature_reader = parts(config, ready)
     assert feature_reader.class_logits is not None and class_logits(config, ready, subset) is not None
-    assert "soft" in pool.examples[0] and f"{UNLABELLED}soft" not in pool.draw([0, 1])
+    assert "soft" not in pool.examples[0] and f"{UNLABELLED}soft" not in pool.draw([0, 1])
 
 
 def test_there_must_be_others_and_a_term(config, prepared):

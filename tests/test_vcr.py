@@ -214,6 +214,7 @@ def test_question_types_are_strata_and_shared_with_a_reworded_split(tmp_path):
         ),
         (["It", "doesn", "'", "t", "say", ":", "I", "’", "LL", "go", "."], "It doesn't say: I’LL go."),
         ([[10_001], "'", "s", "'", "s", "'"], "[MASK]'s's '"),
+        (["[MASK]", "'", "t", "say"], "[MASK]'t say"),
         (["'", "s", "the", "'", "dog", "'", "t", "?", "'", "t"], "' s the ' dog't? ' t"),
         ([[0, 1, 2]], "Casey and dog and Jessie"),
         ([[2], ":", "why", "?"], "Jessie: why?"),

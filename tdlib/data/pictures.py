@@ -59,7 +59,7 @@ def read_header(path: Path) -> PictureHeader:
 def open_picture(path: Path) -> Image.Image:
     """Opens a picture upright, in RGB of 8 bits per channel, with transparent parts white.
 
-    16-bit values are divided by 257. Floats in [0, 1] are multiplied by 255, larger ones kept. Integers of
+    16-bit values are divided by 257; transparency of RGB of 16 bits is not seen. Floats in [0, 1] are multiplied by 255, larger ones kept. Integers of
     32 bits are kept too; if one is above 255, all are taken for 16-bit values.
 
     Raises:
@@ -70,7 +70,7 @@ def open_picture(path: Path) -> Image.Image:
         with path.open("rb") as file, Image.open(file) as image:
             clear = image.info.get("transparency")
             if isinstance(clear, tuple) and any("16" in str(tile[3]) for tile in image.tile):
-                image.info["transparency"] = tuple(value >> 8 for value in clear)  # as its pixels will be
+                del image.info["transparency"]  # of 16 bits, of which 8 are left: other colours look like it
             image.load()
             upright = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
             return _rgb(upright, path)

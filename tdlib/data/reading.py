@@ -151,7 +151,7 @@ def look_normalised(coordinates: Sequence[float], width: float, height: float) -
     return min(width, height) >= 16 and 0 < max(coordinates, default=0.0) <= 1.01
 
 
-_SLACK = 0.01  # detectors round outwards; boxes may leave the picture by this share of its size
+SLACK = 0.01  # detectors round outwards; boxes may leave the picture by this share of its size
 
 
 def normalise_boxes(boxes: Any, width: float, height: float, where: str) -> tuple[Box, ...]:
@@ -164,7 +164,7 @@ def normalise_boxes(boxes: Any, width: float, height: float, where: str) -> tupl
         if not (isinstance(box, list) and len(box) >= 4 and all(is_number(value) for value in box[:4])):
             raise DataError(f"{where}: box {index} is {box!r}, expected [x1, y1, x2, y2] in pixels")
         left, top, right, bottom = (value / size for value, size in zip(box, scale, strict=False))
-        if not (-_SLACK <= left <= right <= 1 + _SLACK and -_SLACK <= top <= bottom <= 1 + _SLACK):
+        if not (-SLACK <= left <= right <= 1 + SLACK and -SLACK <= top <= bottom <= 1 + SLACK):
             raise DataError(
                 f"{where}: box {index} is {box[:4]}, outside the picture of {width} x {height} pixels "
                 "or with its corners swapped; copy the file again or correct it"

@@ -25,7 +25,7 @@ from tdlib.data.reading import (
     need,
     normalise_boxes,
 )
-from tdlib.data.vcr_shifts import MASKED_TAG
+from tdlib.data.vcr_shifts import MASK, MASKED_TAG
 
 # The gender-neutral names of the authors' baseline (r2c, dataloaders/vcr.py); "Peyton" is there twice.
 NEUTRAL_NAMES = [
@@ -65,7 +65,9 @@ def _contracted(tokens: Sequence[Any]) -> set[int]:
     joined: set[int] = set()
     for place in range(1, len(tokens) - 1):
         before, mark, ending = tokens[place - 1 : place + 2]
-        word = isinstance(before, list) or (isinstance(before, str) and before[-1:].isalnum())
+        word = isinstance(before, list) or (
+            isinstance(before, str) and (before == MASK or before[-1:].isalnum())
+        )
         if word and mark in ("'", "’") and isinstance(ending, str) and ending.lower() in _AFTER_APOSTROPHE:
             joined |= {place, place + 1}
     return joined

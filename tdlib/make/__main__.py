@@ -13,7 +13,7 @@ from tdlib.core.paths import ROOT
 from tdlib.make.clip import make_clip
 from tdlib.make.detector import evaluate_detector, train_mini_detector
 from tdlib.make.kinds import KINDS
-from tdlib.make.loop import note_figures
+from tdlib.make.loop import check_weights, note_figures
 from tdlib.make.measure import measure_clip, measure_student
 from tdlib.make.page import write_page
 from tdlib.make.students import make_student
@@ -61,18 +61,22 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.model == "detector" and options.minutes:
         parser.error("the detector is made in a number of steps: give --steps")
+    asked = {name: getattr(options, name) for name in ("scenes", "steps", "minutes")}
+    settings = {name: value for name, value in asked.items() if value is not None}
+    if settings and (options.measure or options.model == "page"):
+        parser.error(f"--{next(iter(settings))}: nothing is made here")
     if options.model == "page":
         write_page(options.out or MODELS)
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     folder = options.out or MODELS / FOLDERS[options.model]
-    settings = {"seed": options.seed}
-    asked = {name: getattr(options, name) for name in ("scenes", "steps", "minutes")}
-    settings |= {name: value for name, value in asked.items() if value is not None}
+    settings["seed"] = options.seed
     device = "cuda" if torch.cuda.is_available() else "cpu"
     command = ""
-    if not options.measure:
+    if options.measure:
+        check_weights(folder)
+    else:
         command = shlex.join(["python", "-m", "tdlib.make", *(arguments or sys.argv[1:])])
         if options.model == "detector":
             train_mini_detector(folder, options.work, **settings)

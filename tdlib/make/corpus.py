@@ -68,10 +68,9 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
 def corpus_code() -> str:
     """Hash of the code that decides what a prepared corpus holds, without docstrings."""
     home = Path(__file__).parents[1]
-    files = [Path(__file__), home / "make" / "vocabulary.py", home / "regions" / "backbones.py"]
-    return digest(
-        [[file.name, code_of(file)] for file in [*files, *sorted((home / "miniworld").glob("*.py"))]]
-    )
+    names = ("make/corpus.py", "make/vocabulary.py", "regions/backbones.py", "method/tokens.py")
+    files = [*(home / name for name in names), *sorted((home / "miniworld").glob("*.py"))]
+    return digest([[file.name, code_of(file)] for file in files] + [NEUTRAL_NAMES, LONGEST])
 
 
 def write_arrays(

@@ -217,8 +217,6 @@ def train(job: Job, checkpoint: Path, steps: int | None, minutes: float) -> Posi
         raise DataError(
             f"{checkpoint}: is at step {position.step}, beyond steps={steps}; delete it to begin anew"
         )
-    if (length := f"{minutes:g} minutes" if steps is None else f"{steps} steps") not in position.planned[-1:]:
-        position.planned.append(length)
     # On a CPU its own time counts, not the wall's: other work beside it slows a run down but does not
     # shorten it. (With several threads their times add up. A GPU's work is not in the process's time.)
     clock = time.monotonic if next(module.parameters()).is_cuda else time.process_time
@@ -228,6 +226,9 @@ def train(job: Job, checkpoint: Path, steps: int | None, minutes: float) -> Posi
     def progress() -> float:
         return position.step / steps if steps is not None else position.seconds / (60 * minutes)
 
+    length = f"{minutes:g} minutes" if steps is None else f"{steps} steps"
+    if progress() < 1 and length not in position.planned[-1:]:
+        position.planned.append(length)
     while (share := progress()) < 1:
         phase = phase_at(job.phases, share)
         _update(job, phase, optimizer, position, share)
@@ -297,15 +298,18 @@ def machine() -> dict[str, Any]:
     return described | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
-def note_figures(folder: Path, figures: dict[str, Any], command: str = "") -> None:
-    """Adds held-out figures, the weights' checksum and the command to a model folder's provenance.
+def check_weights(folder: Path) -> None:
+    """Raises DataError if a folder's weights are not those that its provenance tells of."""
+    made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    weights = next(folder.glob("*.safetensors"))
+    if "sha256" in made and made["sha256"] != file_digest(weights):
+        raise DataError(f"{weights}: not the weights of provenance.json (sha256); make them with tdlib.make")
 
-    Without a command the folder was only measured: DataError if its weights are not those that were made.
-    """
+
+def note_figures(folder: Path, figures: dict[str, Any], command: str = "") -> None:
+    """Adds held-out figures, the weights' checksum and the command to a model folder's provenance."""
     path = folder / "provenance.json"
     made = json.loads(path.read_text(encoding="utf-8"))
     weights = next(folder.glob("*.safetensors"))
-    if not command and made.get("sha256", file_digest(weights)) != file_digest(weights):
-        raise DataError(f"{weights}: not the weights of provenance.json (sha256); make them with tdlib.make")
     made |= {"held_out": figures, "weights": weights.name, "sha256": file_digest(weights)}
     write_json(path, made | ({"command": command} if command else {}))

@@ -170,9 +170,9 @@ def main() -> None:
     options = parser.parse_args()
     try:
         written = convert(options.kind, options.file, options.folder)
+        width = NpzRegions(Path(options.folder).resolve()).dim
     except (DataError, ImportError, OSError) as error:  # a full disk, or a folder that is a file
         raise SystemExit(f"convert: {error}") from None
-    width = NpzRegions(options.folder).dim
     print(
         f"{written} pictures written; read them with regions=npz:{options.folder}. Features are "
         f"{width} wide; half or twice what the detector makes would mean that they were no float32"

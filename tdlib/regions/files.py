@@ -140,14 +140,15 @@ class FileRegions(ABC):
         if not self.paths:
             raise DataError(f"no file of regions given; expected {self.what}")
         self._places: dict[str, tuple[str, str]] = {}  # folder and ending of each picture, by its stem
+        self._numbered: dict[str, str] = {}  # stem of the picture whose regions a record is, by its place
 
     @abstractmethod
     def read(self, example: Example) -> Regions | None:
         """Reads the regions of an example's picture; None if no path has them."""
 
     @abstractmethod
-    def holds(self, image: Path) -> bool:
-        """Tells whether a call finds a picture's regions, without reading them."""
+    def where(self, image: Path) -> str | None:
+        """Names the place of a picture's regions, without reading them; None if no path has them."""
 
     @abstractmethod
     def names(self, image: Path) -> list[str]:
@@ -158,10 +159,12 @@ class FileRegions(ABC):
         pictures: set[Path] = set()
         first, lacking = None, 0
         for example in examples:
-            self._distinct(example.image)
-            if example.image not in pictures and not self.holds(example.image):
-                first, lacking = first or example, lacking + 1
+            if example.image in pictures:
+                continue
             pictures.add(example.image)
+            self._distinct(example.image)
+            if self.where(example.image) is None:
+                first, lacking = first or example, lacking + 1
         if first:
             raise DataError(f"{self._missing(first)} ({lacking} of {len(pictures)} are missing)")
 
@@ -173,7 +176,7 @@ class FileRegions(ABC):
         return regions
 
     def _distinct(self, image: Path) -> None:
-        """Refuses a second picture of one name: files of regions know pictures by their names alone."""
+        """Refuses a second picture of one name or number: files of regions know pictures by these alone."""
         place = sys.intern(str(image.parent)), image.suffix
         other = self._places.setdefault(image.stem, place)
         if other != place:
@@ -181,6 +184,14 @@ class FileRegions(ABC):
                 f"{image}: {Path(other[0]) / (image.stem + other[1])} has the same name, by which "
                 f"{self.what} tells pictures apart, so both would show the same regions; rename one, and its "
                 "regions"
+            )
+        # "1.jpg" and "001.jpg", or COCO's pictures of one number in two splits
+        if not _NUMBERED.fullmatch(image.stem) or (record := self.where(image)) is None:
+            return
+        if (owner := self._numbered.setdefault(record, image.stem)) != image.stem:
+            raise DataError(
+                f"{image}: {record} are the regions of {owner}{image.suffix}, which has the same number; "
+                "name the regions by the pictures' whole names"
             )
 
     def _missing(self, example: Example) -> DataError:
@@ -216,18 +227,6 @@ class NpzRegions(FileRegions):
         if first is None:
             raise DataError(f"{self.paths[0]}: holds no .npz file; expected {self.what}")
         self.dim = self._read(first).features.shape[-1]
-        self._owners: dict[str, str] = {}  # the picture whose regions a file holds
-
-    def _distinct(self, image: Path) -> None:
-        super()._distinct(image)
-        if (file := self._file(image)) is None:
-            return
-        # "1.jpg" and "001.jpg", or COCO's pictures of one number in two splits
-        if (other := self._owners.setdefault(str(file), str(image))) != str(image):
-            raise DataError(
-                f"{image}: {file} are the regions of {other}, which has the same number; give the files of "
-                "regions the pictures' whole names"
-            )
 
     def names(self, image: Path) -> list[str]:
         return [f"{key}.npz" for key in (*picture_keys(image), image.name)]
@@ -244,8 +243,8 @@ class NpzRegions(FileRegions):
             boxes, size = torch.tensor(places), upright_size(size, header, record.where)
         return Regions(features, boxes, torch.full((len(boxes),), -1), size)
 
-    def holds(self, image: Path) -> bool:
-        return self._file(image) is not None
+    def where(self, image: Path) -> str | None:
+        return None if (file := self._file(image)) is None else str(file)
 
     def _file(self, image: Path) -> Path | None:
         files = (folder / name for folder in self.paths for name in self.names(image))

@@ -68,8 +68,9 @@ class LmdbRegions(FileRegions):
     def names(self, image: Path) -> list[str]:
         return [key for database in self._databases if (key := database.key(image))]
 
-    def holds(self, image: Path) -> bool:
-        return all(self._value(image, kind, read=False) is not None for kind in self._kinds)
+    def where(self, image: Path) -> str | None:
+        found = [self._value(image, kind, read=False) for kind in self._kinds]
+        return None if None in found else ", ".join(part[0] for part in found if part)
 
     def _value(
         self, image: Path, ground_truth: bool, read: bool = True

@@ -67,8 +67,7 @@ def write_masked(folder: Path, shift: str) -> Path:
         )
     home = ensure_data(config)
     source = home / "val.jsonl"
-    target = generated_file(source, shift)
-    if (there := home / target.name).is_file():
+    if (there := home / f"{source.stem}_{shift}.jsonl").is_file():
         raise ConfigError(f"{there}: the data hold this set already, which goes before one that is made")
     cache = regions_cache(config) if config.regions == "clip" else None
     encoder = encoder_of(config, cache, str(folder / "student"))
@@ -89,6 +88,7 @@ def write_masked(folder: Path, shift: str) -> Path:
             return student(**{n: value.to(student.device) for n, value in batch.items()}).logits[0].tolist()
 
         lines.append(shortcut_scores(record, score_variants))
+    target = generated_file(source, shift)
     target.parent.mkdir(parents=True, exist_ok=True)
     scores = target.with_name(f"{source.stem}_shortcut_scores.jsonl")
     write_jsonl(scores, lines)

@@ -22,6 +22,7 @@ from tdlib.core.files import ANNOTATIONS, file_state
 from tdlib.core.paths import ROOT, ConfigError, resolve
 from tdlib.core.provenance import digest
 from tdlib.data.examples import DataError, Example, Examples, divide_by_picture, low_shot, spread
+from tdlib.data.reading import SLACK
 from tdlib.data.tasks import HELD_OUT, class_labels, reader, splits_of, task_of, user_task
 from tdlib.data.vcr import PERSON_TOKENS
 from tdlib.method.priors import Idf
@@ -124,7 +125,8 @@ def _fault(example: Example, choices: int, labels: int, soft: bool) -> str:
     if not isinstance(example.image, Path) or not isinstance(example.boxes, tuple):
         return "image must be a Path, and boxes a tuple"
     for box in (*example.boxes, *example.relevant_boxes):
-        if len(box) != 4 or not (0 <= box[0] <= box[2] <= 1 and 0 <= box[1] <= box[3] <= 1):
+        least, most = -SLACK, 1 + SLACK
+        if len(box) != 4 or not (least <= box[0] <= box[2] <= most and least <= box[1] <= box[3] <= most):
             return (
                 f"box {box}, expected (x1, y1, x2, y2) from 0 to 1: pixels divided by the picture's width "
                 "and height"
@@ -145,8 +147,12 @@ def _fault(example: Example, choices: int, labels: int, soft: bool) -> str:
     known = f"one from 0 to {most - 1}" if most else "none, as the task has neither choices nor labels"
     if example.label is not None and not 0 <= example.label < most:
         return f"label {example.label}, expected {known}"
-    if example.soft_label and not soft:
-        return "a soft_label, which only a task with has_soft_labels = True learns from"
+    if not example.soft_label:
+        return ""
+    if not soft or choices:
+        return "a soft_label, which only a task of labels with has_soft_labels = True learns from"
+    if example.label is None or not any(worth > 0 for _, worth in example.soft_label):
+        return "a soft_label of no worth, or without the label that is worth most"
     for label, worth in example.soft_label:
         if not (0 <= label < most and 0 <= worth <= 1):
             return f"soft_label {(label, worth)}, expected {known}, worth 0 to 1"
