@@ -214,6 +214,12 @@ class RunConfig(BaseModel):
         return self.distill_weight > 0 or self.choice_weight > 0 or self.extra_weight > 0 or self.asks_judge
 
     @property
+    def targets_tokens(self) -> bool:
+        """True if a term of the loss reads the selected tokens; else a selection is only recorded."""
+        distils = self.distill_weight > 0 and self.distill_target != "global"
+        return distils or self.truth_weight > 0 or self.extra_weight > 0
+
+    @property
     def distils_unlabelled(self) -> bool:
         """True if tokens of training examples beyond the labelled subset are distilled too."""
         return self.feature_pool == "train" and self.distill_weight > 0

@@ -168,6 +168,8 @@ def test_attention_of_vilt_is_the_stock_models(vilt):
     texts = found.record.is_text
     share = found.maps[1, 0][texts][:, found.record.is_visual].sum(1).mean()
     assert heads.iloc[2]["text_to_picture"] == pytest.approx(share, abs=1e-6)
+    with pytest.raises(AttentionError, match=r"heads 0 to \d+, but head=99"):
+        attention_views.attention_view(found, head=99)
     with pytest.raises(AttentionError, match="layers 0 to 1"):
         student_attentions.student_attention(student, batch, record, layers=[2])
     with pytest.raises(AttentionError, match="record's encoder"):

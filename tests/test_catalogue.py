@@ -86,6 +86,14 @@ def test_a_tasks_own_splits(task, train, of_the_miniworld, of_a_users_data):
     assert splits_of(named) == ("a", ["b", "c"])
 
 
+def test_what_would_not_be_tested_or_submitted_is_refused():
+    with pytest.raises(ConfigError, match="shift='style': is not tested, as eval_splits names the tests"):
+        splits_of(config("vcr", shift="style", eval_splits=["val"]))
+    for half in ("vcr_qa", "vcr_qar"):
+        with pytest.raises(ConfigError, match=f"submission=True: task='{half}' is half of what is submitted"):
+            submission_split(half)
+
+
 @pytest.mark.parametrize("task", ["vcr", "e_snli_ve", "vqa_v2"])
 def test_held_out_pictures_are_evaluated_instead_of_tests(task):
     train, evaluated = splits_of(config(task, held_out=0.2))
@@ -97,7 +105,7 @@ def test_held_out_pictures_are_evaluated_instead_of_tests(task):
 
 
 def test_the_split_that_a_benchmark_takes():
-    assert {task: submission_split(task) for task in TASKS} == {
+    assert {task: TASKS[task].submitted for task in TASKS} == {
         "vcr_qa": "", "vcr_qar": "", "vcr": "test", "snli_ve": "test", "e_snli_ve": "test",
         "vqa_v2": "test2015", "vqa_cp_v2": "test",
     }  # fmt: skip

@@ -177,6 +177,12 @@ def test_an_index_without_labels(image, tmp_path):
     assert len(Filter().choose(rows)) == 2
 
 
+def test_a_label_that_is_named_like_the_number_of_another_is_found_by_its_name(table):
+    counts = table.assign(answer=["2", "0", "red", None] * 2)  # VQA's answers
+    assert list(Filter(label="2").choose(counts)["example_id"]) == ["val-0", "val-4"]
+    assert list(Filter(label="1").choose(counts)["example_id"]) == ["val-1", "val-5"]
+
+
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
     numbers = np.linspace(0, 1, 8)
@@ -203,6 +209,7 @@ def table() -> pd.DataFrame:
         (Filter(text="yes"), [2, 6]),  # the answer counts
         (Filter(label="2"), [2, 6]),
         (Filter(label="No"), [1, 5]),
+        (Filter(label="Who"), []),
         (Filter(split="shifted"), [1, 3, 5, 7]),
         (Filter(concept="known"), [0, 3, 6, 7]),
         (Filter(concept="unknown", style="flat"), [4]),

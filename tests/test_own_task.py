@@ -202,6 +202,17 @@ def test_training_examples_without_a_label_are_named_before_training(cell, setti
         prepare(apply_arm(settings(arm="finetune")))
 
 
+def test_tests_that_are_labelled_in_part_are_named_before_training(cell, settings):
+    """Accuracy would be that of the labelled ones alone."""
+    label = 'field(number, "label", int)'
+    cell(f"label={label}", f'label={label} if number % 4 or self.path.stem == "train" else None')
+    with pytest.raises(DataError, match=r"split dev: \d+ of \d+ examples have no label to be scored by"):
+        prepare(apply_arm(settings(arm="finetune")))
+    cell(f"label={label}", f'label={label} if self.path.stem == "train" else None')
+    with pytest.raises(DataError, match=r"or say labelled=False of the whole split"):
+        prepare(apply_arm(settings(arm="finetune")))
+
+
 @pytest.mark.parametrize(("label", "worth"), [(2, 1.0), (-1, 0.5), (1, 1.5), (1, 0.0)])
 def test_bad_soft_labels_are_named(cell, settings, label, worth):
     cell("boxes=()", f"soft_label=(({label}, {worth}),), boxes=()")

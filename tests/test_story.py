@@ -165,6 +165,9 @@ def test_strata_part_the_examples_of_each_test(world, runs):
     table = summarise_within(predictions, "concept")
     sizes = table.drop_duplicates(["concept", "split"]).groupby("split")["examples"].sum()
     assert dict(sizes) == dict(predictions.groupby("split")["id"].nunique())
+    fewer = predictions[(predictions["split"] != "val_shortcut") | predictions["id"].str.endswith("1")]
+    parts = summarise_within(fewer, "concept").groupby("split")["examples"]
+    assert parts.max()["val_shortcut"] < parts.max()["val"], "each test has its own number of questions"
     by_hand = predictions[
         (predictions["concept"] == "known")
         & (predictions["split"] == "val")

@@ -17,7 +17,7 @@ from tdlib.data import tasks as catalogue
 from tdlib.data import vcr
 from tdlib.data.examples import DataError, low_shot
 from tdlib.data.json_files import Records
-from tdlib.data.tasks import TASKS, submission_split
+from tdlib.data.tasks import TASKS
 from tdlib.data.vcr import VcrReader
 from tdlib.regions.sources import open_regions
 from tdlib.students.registry import load_student, open_encoder
@@ -43,7 +43,7 @@ def settings(worlds, teacher_folder, student_folder, own_cache):
             "task": task, "data_dir": str(worlds[TASKS[task].data_set]), "student": str(student_folder),
             "learning_rate": 5e-4, "head_learning_rate": 1e-3,  # so that a few updates show
             "teacher": f"local-dir:{teacher_folder}", "shots": 0.3, "epochs": 1, "batch_size": 8,
-            "probe_examples": 2, "vocabulary_minimum": 2, "submission_split": submission_split(task),
+            "probe_examples": 2, "vocabulary_minimum": 2, "submission_split": TASKS[task].submitted,
         }  # fmt: skip
         return apply_arm(RunConfig.from_parameters(**common | changes))
 
@@ -68,7 +68,7 @@ def test_a_task_trains_evaluates_and_submits(settings, task, tmp_path):
     table = pd.read_parquet(folder / "predictions.parquet")
     for split, examples in prepared.evaluated.items():  # nothing is dropped
         assert table[table["split"] == split]["id"].tolist() == list(examples.ids)
-    tested = submission_split(task)
+    tested = TASKS[task].submitted
     if tested:
         file = folder / metrics["submission"]
         assert TASKS[task].check_submission(file, prepared.evaluated[tested]) == []

@@ -297,6 +297,7 @@ def test_it_starts_where_it_is_told(runs, drawn):
     assert panel.first.value == "b" and panel.second.value == "a"
     assert (panel.split.value, panel.correct.value, panel.list.total) == ("shifted", "wrong", 7)
     assert drawn[0] == (panel.request, "two runs") and panel.request.example_id == "val-30"
+    assert Explorer(runs, runs[1], second=runs[1]).second.value == "b"
 
 
 def test_examples_are_chosen_by_what_the_data_say_of_them(runs, drawn, monkeypatch):

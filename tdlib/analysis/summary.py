@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from tdlib.analysis.compare import BASELINE, summarise
+from tdlib.analysis.compare import BASELINE, joint_predictions, summarise
 from tdlib.analysis.statistics import ALPHA, FOUND, pairs_needed
 from tdlib.core.facts import signed
 
@@ -15,12 +15,13 @@ TOO_FEW = "too few pairs"
 def summarise_within(predictions: pd.DataFrame, by: str) -> pd.DataFrame:
     """Applies ``compare.summarise`` to each kind of examples; adds columns ``by`` and ``examples``.
 
-    ``by`` is a column with the kind, such as ``concept``; rows with "" are left out.
+    ``by`` is a column with the kind, such as ``concept``; rows with "" are left out. ``examples`` is the
+    number of questions of the kind in the split.
     """
-    frames = [
-        summarise(rows).assign(**{by: kind, "examples": rows.groupby("split")["id"].nunique().max()})
-        for kind, rows in predictions[predictions[by].fillna("") != ""].groupby(by, sort=True)
-    ]
+    frames = []
+    for kind, rows in predictions[predictions[by].fillna("") != ""].groupby(by, sort=True):
+        table, asked = summarise(rows), joint_predictions(rows).groupby("split")["id"].nunique()
+        frames.append(table.assign(**{by: kind, "examples": table["split"].map(asked)}))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[by, "split", "arm"])
 
 

@@ -59,8 +59,9 @@ def read_header(path: Path) -> PictureHeader:
 def open_picture(path: Path) -> Image.Image:
     """Opens a picture upright, in RGB of 8 bits per channel, with transparent parts white.
 
-    16-bit values are divided by 257; transparency of RGB of 16 bits is not seen. Floats in [0, 1] are multiplied by 255, larger ones kept. Integers of
-    32 bits are kept too; if one is above 255, all are taken for 16-bit values.
+    16-bit values are divided by 257 (RGB of 16 bits shows no transparency). Floats in [0, 1] are multiplied
+    by 255, larger ones kept. Integers of 32 bits are kept too; if one is above 255, all are taken for 16-bit
+    values.
 
     Raises:
         DataError: the file is missing, does not decode, or has values outside of these ranges.

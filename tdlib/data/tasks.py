@@ -341,6 +341,11 @@ def splits_of(config: RunConfig) -> tuple[str, list[str]]:
             ``held_out``.
     """
     task, shift = task_of(config), config.shift
+    if config.eval_splits and shift not in ("auto", ""):
+        raise ConfigError(
+            f"shift={shift!r}: is not tested, as eval_splits names the tests; add its split there, and leave "
+            "shift as it is"
+        )
     if config.held_out:
         if config.eval_splits or shift not in ("auto", "") or config.submission_split:
             raise ConfigError(
@@ -364,7 +369,12 @@ def splits_of(config: RunConfig) -> tuple[str, list[str]]:
 
 
 def submission_split(task: str) -> str:
-    """Returns the split whose predictions the benchmark takes; "" for half a task (VCR's Q->A alone)."""
+    """Returns the split whose predictions the benchmark takes.
+
+    Raises a ConfigError for half a task (VCR's Q->A alone).
+    """
+    if not TASKS[task].submitted:
+        raise ConfigError(f"submission=True: task={task!r} is half of what is submitted; use task='vcr'")
     return TASKS[task].submitted
 
 

@@ -39,7 +39,12 @@ class Attention:
     model: str
 
     def row(self, head: int | None = None) -> np.ndarray:
-        """Averages what the readout attends to over layers, and over heads if None: (tokens,), sums to 1."""
+        """Averages what the readout attends to over layers, and over heads if None: (tokens,), sums to 1.
+
+        Raises an AttentionError if there is no such head.
+        """
+        if head is not None and not 0 <= head < self.maps.shape[1]:
+            raise AttentionError(f"{self.model} has heads 0 to {self.maps.shape[1] - 1}, but head={head}")
         maps = self.maps if head is None else self.maps[:, head : head + 1]
         return maps[:, :, self.readout].mean((0, 1))
 

@@ -23,7 +23,7 @@ from tdlib.core.paths import ROOT, ConfigError, resolve
 from tdlib.core.provenance import digest
 from tdlib.data.examples import DataError, Example, Examples, divide_by_picture, low_shot, spread
 from tdlib.data.reading import SLACK
-from tdlib.data.tasks import HELD_OUT, class_labels, reader, splits_of, task_of, user_task
+from tdlib.data.tasks import HELD_OUT, class_labels, reader, score, splits_of, task_of, user_task
 from tdlib.data.vcr import PERSON_TOKENS
 from tdlib.method.priors import Idf
 from tdlib.miniworld.writers import ensure_data
@@ -243,6 +243,13 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         for split, examples in evaluated.items()
     }
     for split, examples in evaluated.items():
+        if user_task(config) and examples.labelled:
+            unscored = [example.id for example in examples if np.isnan(score(example, 0, labels))]
+            if unscored:
+                raise DataError(
+                    f"split {split}: {len(unscored)} of {len(examples)} examples have no label to be scored "
+                    f"by (first: {unscored[0]!r}); leave them out, or say labelled=False of the whole split"
+                )
         encoder.prepare(examples)
         encoded[split].check_pictures()  # a damaged picture or region must stop a run before it trains
         if cache is not None:

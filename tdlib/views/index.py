@@ -212,10 +212,11 @@ def read_instances(path: Path, split: str, ids: Sequence[str]) -> pd.DataFrame:
 class Filter:
     """Conditions that examples of an index must meet, and their ``order`` (one of ``ORDERS``).
 
-    ``text``: words that must all occur, in any case, in id, statements or answer. ``label``: an index, or a
-    label's name. ``correct``: True keeps examples that the student gets right. ``weight``: lowest and highest
-    c. ``disagreement``: the least ``|p_T - p_S|``. ``concept``: "known" or "unknown" to the mini students'
-    corpus; ``style``: of the picture. An example without c, p_T or p_S is dropped only by a condition on it.
+    ``text``: words that must all occur, in any case, in id, statements or answer. ``label``: a label's
+    name, or an index if none is named so. ``correct``: True keeps examples that the student gets right.
+    ``weight``: lowest and highest c. ``disagreement``: the least ``|p_T - p_S|``. ``concept``: "known" or
+    "unknown" to the mini students' corpus; ``style``: of the picture. An example without c, p_T or p_S is
+    dropped only by a condition on it.
     """
 
     text: str = ""
@@ -240,7 +241,8 @@ class Filter:
                 keep &= texts.str.contains(word, regex=False).to_numpy(dtype=bool)
         if self.label:
             named = index["answer"].fillna("").to_numpy(dtype=object) == self.label
-            keep &= named | (index["label"].astype("string").fillna("") == self.label).to_numpy(dtype=bool)
+            numbered = (index["label"].astype("string").fillna("") == self.label).to_numpy(dtype=bool)
+            keep &= named if named.any() else numbered  # VQA has answers such as "2"
         for column in ("split", "concept", "style"):
             if wanted := getattr(self, column):
                 keep &= (index[column] == wanted).to_numpy(dtype=bool)

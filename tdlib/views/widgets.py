@@ -56,6 +56,7 @@ class Explorer(ipywidgets.VBox):
         example: id of the example that is shown first; the first that passes the filter if empty.
         view: the view that is shown first, a key of ``explorer.VIEWS``.
         filter: the list starts with it, and "reset" returns to it.
+        second: the run that it is compared with first; ``index.companion`` if None.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Explorer(ipywidgets.VBox):
         example: str = "",
         view: str = "statement and picture",
         filter: Filter = Filter(),  # noqa: B008 (frozen)
+        second: Run | None = None,
     ):
         first = first or runs[0]
         self.runs = {run.name: run for run in runs}
@@ -72,7 +74,7 @@ class Explorer(ipywidgets.VBox):
         self._start, self._models = filter, threading.Lock()
         self._quiet = 0
         self._made = lru_cache(maxsize=64)(lambda request, view: self._make(request, view))
-        self._make_controls(runs, first, view)
+        self._make_controls(runs, first, second or companion(runs, first), view)
         self.list, self.stage = ExampleList(), Stage()
         self.message = ipywidgets.HTML()
         self.shown: View | None = None
@@ -85,8 +87,8 @@ class Explorer(ipywidgets.VBox):
         self._watch()
         self._turn()
 
-    def _make_controls(self, runs: Sequence[Run], first: Run, view: str) -> None:
-        names, other = list(self.runs), companion(runs, first)
+    def _make_controls(self, runs: Sequence[Run], first: Run, other: Run | None, view: str) -> None:
+        names = list(self.runs)
         self.first = dropdown("run", names, first.name)
         self.second = dropdown("compared with", names, other.name if other else first.name)
         self.search = named("search", ipywidgets.Text(placeholder="words of id, text, answer"), "270px")
