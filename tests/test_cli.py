@@ -17,8 +17,10 @@ from notebooks import execute
 from tdlib.cli import main
 from tdlib.config import RunConfig
 from tdlib.core.paths import ROOT, ConfigError
+from tdlib.data.tasks import TASKS
 from tdlib.runs.notebook import run_notebook
 from tdlib.runs.template import read_template
+from tdlib.training.run import compare
 
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -138,6 +140,32 @@ def test_data_notebook_shows_every_task(tiny, worlds, own_cache, tmp_path):
     }  # fmt: skip
     execute("02_data", **parameters)
     assert len(list((tmp_path / "runs").iterdir())) == 3  # what both, text and picture tell
+
+
+@pytest.mark.parametrize("task", ["vcr_qa", "snli_ve", "vqa_v2"])
+@pytest.mark.parametrize(
+    ("notebook", "small"),
+    [
+        ("02_teacher", {"variants": ["value"], "measured": 4}),
+        ("03_students", {"pictures": 4, "questions": 30, "policies": ["nucleus"]}),
+        ("06_targeting", {"measured": 4, "masked": 2, "policies": ["nucleus"], "shots": 0.3, "epochs": 1}),
+    ],
+)
+def test_notebooks_show_every_kind_of_task(tiny, worlds, own_cache, tmp_path, notebook, small, task):
+    named = {"tasks": [task]} if notebook == "06_targeting" else {"task": task}
+    own = {"students": [tiny["student"]]} if notebook == "03_students" else {"student": tiny["student"]}
+    parameters = {"data_dir": str(worlds[TASKS[task].data_set]), "teacher": tiny["teacher"]}
+    execute(notebook, **parameters, **named, **own, **small, runs_dir=str(tmp_path / "runs"))
+
+
+def test_the_method_and_a_run_are_shown_token_by_token(tiny, tmp_path, own_cache):
+    config = RunConfig.from_parameters(**tiny, probe_examples=2, probe_every=1)
+    compare(config, ["clip_td", "clip_td_repaired"], [0], tmp_path)
+    execute("05_tokens", runs=[str(tmp_path)])
+    common = {name: tiny[name] for name in ("data_dir", "teacher", "student")}
+    execute("01_method", **common, selector="sample")
+    with pytest.raises(ConfigError, match="expected a task whose examples have choices"):
+        execute("01_method", task="snli_ve", teacher=tiny["teacher"], student=tiny["student"])
 
 
 def test_data_check_lists_problems_and_says_so_by_its_status(tdlib, worlds, tmp_path):
