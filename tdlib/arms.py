@@ -38,9 +38,9 @@ ARMS: dict[str, dict[str, object]] = {
     "random_teacher": {**_IN_PAPER, "teacher_control": "random_weights"},
     "label_smoothing": {**_TASK_ALONE, "label_smoothing": 0.1},
     # beyond the paper: CLIP's judgement of texts with other pictures, and its controls
-    "clip_td_repaired": {"repair_weight": 3.0, "extra_weight": 0.0},  # "truth" may be added
+    "clip_td_repaired": {"repair_weight": 3.0, "extra_weight": 0.0},
     "repair_only": {**_REPAIR_ALONE},
-    "truth_only": {**_TASK_ALONE, "truth_weight": 1.0},
+    "truth_only": {**_NO_DISTILLATION, "extra_weight": 0.0, "truth_weight": 1.0},
     "repair_shuffled": {**_REPAIR_ALONE, "teacher_control": "shuffled_images"},
     "repair_random": {**_REPAIR_ALONE, "teacher_control": "random_weights"},
     "repair_own": {**_REPAIR_ALONE, "repair_pool": "own"},

@@ -391,10 +391,11 @@ def apply_arm(config: RunConfig, arm: Mapping[str, Any] | None = None) -> RunCon
     without selection, without the prior. Controls: other selections of the same size, a teacher that
     sees another example's picture or has random weights, and smoothed labels without a teacher.
     Beyond the paper: ``clip_td_repaired`` adds CLIP's judgement of re-paired examples to the method,
-    ``repair_only`` has nothing else (``truth_weight`` adds to both), ``truth_only`` lets selected tokens
-    predict a statement's truth. Their controls: ``repair_shuffled`` and ``repair_random`` have such
-    teachers, ``repair_own`` learns CLIP's judgement of the true pairs in a second pass,
-    ``finetune_double`` finetunes with as many passes.
+    ``repair_only`` has nothing else, ``truth_only`` lets selected tokens predict a statement's truth (a
+    run's ``truth_weight`` adds this to the first two, its ``repair_weight`` re-pairing to the last).
+    Their controls: ``repair_shuffled`` and ``repair_random`` have such teachers, ``repair_own`` learns
+    CLIP's judgement of the true pairs in a second pass, ``finetune_double`` finetunes with as many
+    passes.
     ``clip_td_extra`` adds ``extra_term`` to the method, ``extra_only`` has that term beside the task's alone.
     ``clip_input``: CLIP's patch tokens in place of the student's regions; their projection is new
     (after CLIP-ViL, Shen et al. 2021). ``clip_finetune``: CLIP's two towers with a fusion head.

@@ -349,7 +349,7 @@ def test_settings_of_one_arm_are_not_those_of_several(arm):
 def test_a_term_of_ones_own_is_in_its_arms_alone(arm):
     own = apply_arm(RunConfig.from_parameters(arm=arm, extra_weight=2.0, repair_weight=5.0))
     assert own.extra_weight == 0 and (own.repair_weight == 5) == arm.startswith(
-        ("repair", "clip_td_repaired")
+        ("repair", "clip_td_repaired", "truth")
     )
 
 
