@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdlib.core.files import parse_value
+from tdlib.core.files import at_least, parse_value
 from tdlib.core.paths import ROOT, ConfigError
 from tdlib.data.examples import DataError
 from tdlib.method.registry import table_keys
@@ -326,12 +326,6 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _at_least(least: int, text: str) -> int:
-    if (number := int(text)) < least:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number from {least} on")
-    return number
-
-
 _PAIR: Any = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
 
 
@@ -402,8 +396,8 @@ def main(arguments: list[str] | None = None) -> int:
     world = commands.add_parser("world", help="write MiniWorld data in the official formats")
     world.add_argument("kind", choices=["vcr", "snli_ve", "vqa_v2", "vqa_cp_v2", "web", "curated"])
     world.add_argument("folder")
-    world.add_argument("--seed", type=partial(_at_least, 0), default=0)
-    world.add_argument("--pictures", type=partial(_at_least, 1), default=900)
+    world.add_argument("--seed", type=partial(at_least, 0), default=0)
+    world.add_argument("--pictures", type=partial(at_least, 1), default=900)
     world.set_defaults(call=_world)
     data = commands.add_parser("data", help="check a data set, make shifted sets").add_subparsers(
         required=True

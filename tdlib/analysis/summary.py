@@ -5,7 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from tdlib.analysis.compare import BASELINE, joint_predictions, summarise
+from tdlib.analysis.compare import BASELINE, summarise
+from tdlib.analysis.scores import joint_predictions
 from tdlib.analysis.statistics import ALPHA, FOUND, pairs_needed
 from tdlib.core.facts import signed
 

@@ -1,5 +1,6 @@
 """Writes files so that none is ever half-written under its final name; reads values; compares files."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -119,6 +120,13 @@ def parse_value(text: str, where: str) -> Any:
         if text[:1] == "[" and text[-1:] == "]" and not set(text[1:-1]) & set("\"'{}[]"):
             return [parse_value(word.strip(), where) for word in text[1:-1].split(",")]
         return text
+
+
+def at_least(least: int, text: str) -> int:
+    """Parses a whole number of the command line, ``least`` or more: a ``type`` for argparse."""
+    if (number := int(text)) < least:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from {least} on")
+    return number
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -155,7 +155,7 @@ def spread(number: int, most: int) -> list[int]:
     The draw is the same everywhere. It has no period: every n-th example of VCR can be an answer, and none a
     rationale.
     """
-    return sorted(random.Random(0).sample(range(number), most)) if number > most else list(range(number))
+    return sorted(random.Random(0).sample(range(number), min(number, most)))
 
 
 def path_names(paths: Sequence[Path]) -> list[str]:

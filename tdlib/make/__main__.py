@@ -5,10 +5,12 @@ import logging
 import math
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from tdlib.core.files import at_least
 from tdlib.core.paths import ROOT
 from tdlib.make.clip import make_clip
 from tdlib.make.detector import evaluate_detector, train_mini_detector
@@ -25,12 +27,6 @@ FOLDERS = {name: kind.folder for name, kind in KINDS.items()} | {
 }
 
 
-def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number from 1 on")
-    return number
-
-
 def _positive(text: str) -> float:
     if not 0 < (number := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
@@ -42,19 +38,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "model", choices=[*FOLDERS, "page"], help="'page': bring the page of models up to date"
     )
-    length = parser.add_mutually_exclusive_group()
+    length, count = parser.add_mutually_exclusive_group(), partial(at_least, 1)
     length.add_argument(
         "--minutes",
         type=_positive,
         help="processor time that training takes (default: 80; not of the detector)",
     )
-    length.add_argument("--steps", type=_count, help="how many steps it takes, in place of minutes")
+    length.add_argument("--steps", type=count, help="how many steps it takes, in place of minutes")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/models/mini-...)")
     parser.add_argument(
         "--work", type=Path, default=ROOT / "data/cache/make", help="where corpora and checkpoints lie"
     )
     parser.add_argument("--detector", type=Path, default=ROOT / "data/models/mini-detector")
-    parser.add_argument("--scenes", type=_count, help="of each corpus (default: 48000; detector: 16000)")
+    parser.add_argument("--scenes", type=count, help="of each corpus (default: 48000; detector: 16000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--measure", action="store_true", help="only measure what lies in the folder")

@@ -178,14 +178,18 @@ class FileRegions(ABC):
     def _distinct(self, image: Path) -> None:
         """Refuses a second picture of one name or number: files of regions know pictures by these alone."""
         place = sys.intern(str(image.parent)), image.suffix
-        other = self._places.setdefault(image.stem, place)
-        if other != place:
+        if (other := self._places.get(image.stem)) is None:  # it was not asked for yet
+            self._claim(image)
+            self._places[image.stem] = place
+        elif other != place:
             raise DataError(
                 f"{image}: {Path(other[0]) / (image.stem + other[1])} has the same name, by which "
                 f"{self.what} tells pictures apart, so both would show the same regions; rename one, and its "
                 "regions"
             )
-        # "1.jpg" and "001.jpg", or COCO's pictures of one number in two splits
+
+    def _claim(self, image: Path) -> None:
+        """Notes whose regions a record named by a number is: "1.jpg" and "001.jpg" would share one."""
         if not _NUMBERED.fullmatch(image.stem) or (record := self.where(image)) is None:
             return
         if (owner := self._numbered.setdefault(record, image.stem)) != image.stem:

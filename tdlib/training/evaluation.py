@@ -155,7 +155,7 @@ def evaluate(
     """Writes predictions of all evaluated splits (and a submission) to ``folder``; returns the figures."""
     figures: dict[str, Any] = {"accuracy": {}, "measures": {}, "detail": {}}
     frames = []
-    constant = constant_answer(prepared.train)
+    constant, task = constant_answer(prepared.train), task_of(config)
     for split, examples in prepared.evaluated.items():
         encoded = prepared.encoded[split]
         if config.modality != "both":
@@ -167,14 +167,12 @@ def evaluate(
         table = prediction_table(split, examples, predictions, prepared.labels, constant)
         table = table.join(strata_by_row(data_folder(config), split, table["question"]))
         if examples.labelled:
-            task = task_of(config)
             of_split = task.measures(table)
             figures["accuracy"][split] = next(iter(of_split.values()))
             figures["measures"][split] = of_split
             figures["detail"][split] = detail(table) | detail(task.measured(table), STRATA)
         if split == config.submission_split:
             told = predictions.chosen if predictions.every is None else predictions.every
-            task = task_of(config)
             task.write_submission(folder / task.submission, examples, told, prepared.labels)
             figures["submission"] = task.submission
         frames.append(table)

@@ -72,11 +72,11 @@ def write_masked(folder: Path, shift: str) -> Path:
     cache = regions_cache(config) if config.regions == "clip" else None
     encoder = encoder_of(config, cache, str(folder / "student"))
     student = load_student(str(folder / "student")).eval().to(usual_device())
-    report_cut(encoder, VcrReader(home, source.stem, "both", config.references).open(), source.stem)
-    lines = []
-    examples = VcrReader(home, source.stem, references=config.references, file=source).open()
-    encoder.prepare(examples)
-    for record, example in zip(Records.lines(source, "VCR"), examples, strict=True):
+    examples = VcrReader(home, source.stem, "both", config.references).open()
+    report_cut(encoder, examples, source.stem)
+    lines, questions = [], examples[::2]  # each is followed by its rationale
+    encoder.prepare(questions)
+    for record, example in zip(Records.lines(source, "VCR"), questions, strict=True):
         visual = encoder.visual(example)  # once for answers and rationales
         if config.modality == "text":
             visual = encoder.blank(visual)

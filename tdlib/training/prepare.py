@@ -124,9 +124,9 @@ def _fault(example: Example, choices: int, labels: int, soft: bool) -> str:
     """Says what is wrong with an example of a task with so many choices or labels; "" if nothing."""
     if not isinstance(example.image, Path) or not isinstance(example.boxes, tuple):
         return "image must be a Path, and boxes a tuple"
+    low, high = -SLACK, 1 + SLACK
     for box in (*example.boxes, *example.relevant_boxes):
-        least, most = -SLACK, 1 + SLACK
-        if len(box) != 4 or not (least <= box[0] <= box[2] <= most and least <= box[1] <= box[3] <= most):
+        if len(box) != 4 or not (low <= box[0] <= box[2] <= high and low <= box[1] <= box[3] <= high):
             return (
                 f"box {box}, expected (x1, y1, x2, y2) from 0 to 1: pixels divided by the picture's width "
                 "and height"
@@ -211,7 +211,7 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
     if config.submission_split and config.submission_split not in eval_splits:
         eval_splits = [*eval_splits, config.submission_split]
     evaluated = {split: read_split(config, split) for split in eval_splits}
-    labels = class_labels(config)
+    labels, users = class_labels(config), bool(user_task(config))
     seen = config.regions == "clip" or config.student == "teacher"
     encoder = encoder_of(config, regions_cache(config) if seen else None)
     if config.references == "person_tokens":
@@ -226,7 +226,7 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
                 f"no answer to the {len(subset)} training examples is one of the {len(labels)} labels; "
                 "expected labels of this data set (for VQA see vocabulary and vocabulary_minimum)"
             )
-        if user_task(config) and not task_of(config).has_soft_labels:
+        if users and not task_of(config).has_soft_labels:
             if lacking := [example.id for example in subset if example.label is None]:
                 raise DataError(
                     f"train_split={train_split!r}: {len(lacking)} of {len(subset)} examples have no label "
@@ -243,7 +243,7 @@ def prepare(config: RunConfig, seeds: Sequence[int] = (), whole_splits: bool = T
         for split, examples in evaluated.items()
     }
     for split, examples in evaluated.items():
-        if user_task(config) and examples.labelled:
+        if users and examples.labelled:
             unscored = [example.id for example in examples if np.isnan(score(example, 0, labels))]
             if unscored:
                 raise DataError(
