@@ -126,8 +126,11 @@ class RunConfig(BaseModel):
     choice_instance_weight: str = _method(
         "uniform", "of each example in that term: a key of tdlib.method.weighting.INSTANCE_WEIGHTS"
     )
-    class_probabilities: Literal["probe", "statements"] = _method(
-        "probe", "the teacher's, where there are no choices: cross-fitted probe, or zero-shot", "all"
+    class_probabilities: Literal["fit", "probe", "statements"] = _method(
+        "fit",
+        "the teacher's, where there are no choices: how well text and picture fit and how frequent labels "
+        "are, a cross-fitted probe of both embeddings, or zero-shot",
+        "all",
     )
     distill_layer: int = _method(-2, "index into hidden states; -1 is the last, -2 what [CLS] reads")
     relevance: str = _method("value", "a key of tdlib.method.relevance.RELEVANCE or STUDENT_RELEVANCE")

@@ -113,7 +113,7 @@ def test_what_a_cut_text_would_falsify_is_left_out_of_every_term(base, prepared,
     config = settings_of(base, arm=arm, repair_choice="disagreement", repair_weight=1.0, truth_weight=1.0)
     config = apply_arm(config).model_copy(update={"instance_weight": weight})
     experiments.add_to_cache(prepared.cache, prepared.train[:4])
-    judge = StatementJudge(prepared.cache, prepared.train)
+    judge = StatementJudge(prepared.cache)
     feature_reader = TeacherFeatureReader(prepared.cache, prepared.idf, config, judge=judge)
     data = EncodedExamples([prepared.train[i] for i in range(4)], prepared.encoder, feature_reader)
     module = module_of(prepared, config).eval()
@@ -182,7 +182,7 @@ def test_clip_judges_pairs_in_single_precision(base, prepared):
     config = apply_arm(settings_of(base, arm="repair_only", repair_choice="disagreement"))
     chosen = [prepared.train[i] for i in range(6)]
     experiments.add_to_cache(prepared.cache, chosen)
-    judge = StatementJudge(prepared.cache, prepared.train)
+    judge = StatementJudge(prepared.cache)
     data = EncodedExamples(
         chosen,
         prepared.encoder,

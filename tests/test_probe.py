@@ -12,6 +12,7 @@ from tdlib.core.paths import ConfigError
 from tdlib.data.examples import Example, Examples, TextPart
 from tdlib.teacher import probe
 from tdlib.teacher.cache import TeacherCache
+from tdlib.teacher.posterior import AnswerPosterior
 from tdlib.teacher.probe import (
     AnswerStatements,
     ClassProbe,
@@ -245,9 +246,10 @@ def test_judged_answers_are_stored_without_tokens(problem):
     """Those of all of VQA, with tokens, would take hundreds of gigabytes."""
     cache, examples = problem
     before = cache.store.count("texts")
-    judge = StatementJudge(cache, examples, ("green", "pink", "black"))
+    answers = AnswerPosterior(cache, examples, ("green", "pink", "black"))
     assert cache.store.count("texts") == before and cache.store.count("texts_pooled") == 12
-    embeddings, outputs = judge(examples[1])
+    embeddings, _, outputs = StatementJudge(cache, answers)(examples[1])
     texts = [f"{examples[1].prompt.text} {('green', 'pink', 'black')[i]}" for i in outputs]
     live = torch.stack([record.pooled for record in cache.teacher.encode_texts(texts)])
-    torch.testing.assert_close(embeddings / cache.teacher.logit_scale, live, rtol=0, atol=3e-3)
+    scale = answers.sharpness * cache.teacher.logit_scale
+    torch.testing.assert_close(embeddings / scale, live, rtol=0, atol=3e-3)

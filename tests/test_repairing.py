@@ -22,11 +22,12 @@ from tdlib.method.pairing import PICTURE_CHOICES, judge_choices, judge_truth, ot
 from tdlib.method.tokens import Tokens
 from tdlib.method.weighting import certainty_weight, disagreement_weight
 from tdlib.students.base import student_inputs
+from tdlib.teacher.posterior import AnswerPosterior
 from tdlib.training.data import EncodedExamples, collate
 from tdlib.training.judging import PicturePool, StatementJudge, picture_number
 from tdlib.training.objective import TargetedDistillation
 from tdlib.training.pipeline import TeacherFeatureReader, token_centres
-from tdlib.training.prepare import class_logits, load_student, prepare
+from tdlib.training.prepare import feature_reader_of, load_student, prepare
 from tdlib.training.recording import preview_targets
 from tdlib.training.repairing import repaired_inputs
 from tdlib.training.run import passes_per_update, train_run
@@ -161,9 +162,7 @@ def settings_of(base: RunConfig, **changes) -> RunConfig:
 def parts(prepared, config, size: int = 6):
     """A module and a batch of the training subset."""
     cache, subset = prepared.cache, low_shot(prepared.train, 0, 0)[:size]
-    judge = StatementJudge(cache, prepared.train, prepared.labels, task_of(config).verdicts)
-    logits = class_logits(config, prepared, low_shot(prepared.train, config.shots, config.seed))
-    feature_reader = TeacherFeatureReader(cache, prepared.idf, config, logits, judge=judge)
+    feature_reader = feature_reader_of(config, prepared, low_shot(prepared.train, config.shots, config.seed))
     feature_reader.prepare(subset)
     data = EncodedExamples(
         subset,
@@ -473,16 +472,22 @@ def test_vqa_compares_the_frequent_answers_of_a_question_type(
     config = task_settings(worlds, teacher_folder, student_folder, "vqa_v2")
     ready = prepare(config, whole_splits=False)
     module, batch = parts(ready, config)
-    judge = StatementJudge(ready.cache, ready.train, ready.labels)
-    example = ready.train[0]
-    statements, outputs = judge(example)
+    subset = low_shot(ready.train, config.shots, config.seed)
+    answers = AnswerPosterior(ready.cache, subset, ready.labels)
+    judge, example = StatementJudge(ready.cache, answers), subset[0]
+    statements, prior, outputs = judge(example)
     assert len(set(outputs.tolist())) == len(outputs) == min(32, len(ready.labels)) == len(statements)
-    same = [e.label for e in ready.train if e.stratum == example.stratum and e.label is not None]
+    same = [e.label for e in subset if e.stratum == example.stratum and e.label is not None]
     assert outputs[0] in same and same.count(outputs[0]) == max(map(same.count, same))
     unlabelled = judge(replace(example, label=None, soft_label=(), annotators=()))
-    assert torch.equal(unlabelled[1], outputs) and torch.equal(unlabelled[0], statements)
+    for found, expected in zip(unlabelled, (statements, prior, outputs), strict=True):
+        assert torch.equal(found, expected)
     cosine = ready.cache.pooled(f"{example.prompt.text.strip()} {ready.labels[outputs[1]]}")
-    assert_close(statements[1], ready.cache.teacher.logit_scale * cosine.float())
+    assert_close(statements[1], answers.sharpness * ready.cache.teacher.logit_scale * cosine.float())
+    picture = ready.cache.picture(example.image).pooled.float()
+    frequent = answers.log_prior(example)
+    assert_close(statements @ picture + frequent, answers(example)[outputs])
+    assert_close(prior, answers.log_prior(example, flat=True))
     assert module(batch)["repair"] > 0
     train_run(config, ready, tmp_path / "run")
     assert pd.read_parquet(tmp_path / "run" / "predictions.parquet")["score"].notna().any()
@@ -500,7 +505,7 @@ def test_shuffled_and_random_teachers_judge_pairs_wrongly(base, prepared):
     cache, config = prepared.cache, settings_of(base, arm="repair_shuffled")
     feature_reader = TeacherFeatureReader(
         cache, prepared.idf, config, seen_as=lambda e: replace(e, image=shown[e.id, e.image]),
-        judge=StatementJudge(cache, subset),
+        judge=StatementJudge(cache),
     )  # fmt: skip
     feature_reader.prepare(subset)
     data = EncodedExamples(subset, prepared.encoder, feature_reader)

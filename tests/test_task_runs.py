@@ -97,7 +97,7 @@ def test_a_task_trains_evaluates_and_submits(settings, task, tmp_path):
 def test_the_teacher_may_speak_by_answer_statements(settings, task, tmp_path):
     config = settings(task, class_probabilities="statements")
     prepared = prepare(config, [0])
-    assert "probe_accuracy" not in train_run(config, prepared, tmp_path / "run")
+    assert "teacher_accuracy" not in train_run(config, prepared, tmp_path / "run")
     cache, example = prepared.cache, low_shot(prepared.train, config.shots, config.seed)[0]
     own, asked = {s.text for s in example.statements()}, worded_answers(config, prepared.labels)(example)
     for text in {*asked} - own:  # hundreds a question, of which nobody reads the tokens
@@ -133,7 +133,7 @@ def test_nothing_held_out_is_refused(settings):
 
 
 def test_reference_scores_of_a_probe_and_of_choices(settings):
-    for task, name in (("snli_ve", "teacher, probe"), ("vcr_qar", "teacher, zero-shot")):
+    for task, name in (("snli_ve", "teacher, fit"), ("vcr_qar", "teacher, zero-shot")):
         config = settings(task, submission_split="")
         table = reference_scores(config, prepare(config, [0])).set_index(["arm", "split"])["mean"]
         assert table.loc["chance", TASKS[task].evaluated] == pytest.approx(

@@ -96,7 +96,7 @@ class Task:
         """The labels for a text that is true of its picture, and for one that is false.
 
         None where examples have choices, or where labels answer a question: CLIP then reads the text with
-        each of them, see ``judging.StatementJudge`` and ``probe.AnswerStatements``.
+        the frequent ones, see ``posterior.AnswerPosterior``, or with each, see ``probe.AnswerStatements``.
         """
         return None
 

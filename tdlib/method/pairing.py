@@ -26,14 +26,18 @@ NEVER = -1e4  # a logit that a softmax in single precision makes exactly 0, and 
 
 
 def judge_choices(
-    statements: Float[Tensor, "batch judged teacher_dim"], pictures: Float[Tensor, "pictures teacher_dim"]
+    statements: Float[Tensor, "batch judged teacher_dim"],
+    pictures: Float[Tensor, "pictures teacher_dim"],
+    log_prior: Logits | None = None,
 ) -> Judgements:
-    """CLIP's logits over the statements of each text, for every picture: scaled cosines.
+    """CLIP's logits over the statements of each text, for every picture: scaled cosines, and a prior.
 
-    ``logits[b, j, k] = statement[b, k] . picture[j]``; statements are global embeddings times the logit
-    scale, pictures unit vectors. For tasks in which exactly one of several statements is true.
+    ``logits[b, j, k] = statement[b, k] . picture[j] + log_prior[b, k]``; statements are global embeddings
+    times the logit scale, pictures unit vectors. For tasks in which exactly one of several statements is
+    true; None takes all to be alike likely.
     """
-    return torch.einsum("bkd,jd->bjk", statements.detach(), pictures.detach())
+    fits = torch.einsum("bkd,jd->bjk", statements.detach(), pictures.detach())
+    return fits if log_prior is None else fits + log_prior.unsqueeze(1)
 
 
 def judge_truth(

@@ -163,7 +163,7 @@ def means_over_seeds(plan: Plan, table: pd.DataFrame) -> pd.DataFrame:
 
 def _is_share(metric: str) -> bool:
     """True for metrics in [0, 1] that pages show in per cent: all that a training run calls a score."""
-    return any(part in ("accuracy", "measures", "detail", "probe_accuracy") for part in metric.split("."))
+    return any(part in ("accuracy", "measures", "detail", "teacher_accuracy") for part in metric.split("."))
 
 
 def _metrics(plan: Plan, table: pd.DataFrame) -> list[str]:

@@ -1,7 +1,7 @@
-"""The teacher's class probabilities for tasks without choices: a cross-fitted linear probe.
+"""The teacher's class probabilities for tasks without choices: a cross-fitted linear probe, or zero-shot.
 
-The probe reads CLIP's global embeddings (method, step 8). No training example is scored by a probe that was
-fitted on it, so the teacher's certainty does not come from memory.
+The probe reads CLIP's global embeddings, or only how well they fit each other (method, step 8). No training
+example is scored by a probe that was fitted on it, so the teacher's certainty does not come from memory.
 """
 
 import hashlib
@@ -67,6 +67,9 @@ class ClassProbe:
         examples: the training subset; those without a label are left out of the fit.
         num_labels: size of the label set.
         seed: of the folds.
+        fit_alone: the one feature is how well the picture fits the text (the scaled cosine), so that the
+            teacher cannot learn what a text alone betrays of its label. Where labels say whether a text is
+            true of its picture, this suffices.
 
     At most ``MOST`` examples are fitted on, the first in a seeded order. The penalty is the one of
     ``PENALTIES`` with the least cross-entropy on the held-out folds. It and the features' mean and scale are
@@ -76,8 +79,11 @@ class ClassProbe:
         ValueError: labelled examples of fewer pictures than folds.
     """
 
-    def __init__(self, cache: TeacherCache, examples: Sequence[Example], num_labels: int, seed: int):
-        self.cache = cache
+    def __init__(
+        self, cache: TeacherCache, examples: Sequence[Example], num_labels: int, seed: int,
+        fit_alone: bool = False,
+    ):  # fmt: skip
+        self.cache, self.fit_alone = cache, fit_alone
         # The order depends on the seed and the ids alone, whatever the order of the subset. No more examples
         # are made than are fitted on: all of VQA would take gigabytes.
         every = Examples.of(examples)
@@ -120,7 +126,10 @@ class ClassProbe:
     def _raw(self, examples: Sequence[Example]) -> Tensor:
         images = [self.cache.picture(example.image).pooled.float() for example in examples]
         texts = [self.cache.text(example.prompt.text).pooled.float() for example in examples]
-        return probe_features(torch.stack(images), torch.stack(texts))
+        image, text = torch.stack(images), torch.stack(texts)
+        if self.fit_alone:
+            return self.cache.teacher.logit_scale * (image * text).sum(-1, keepdim=True)
+        return probe_features(image, text)
 
     def _standard(self, raw: Tensor) -> Tensor:
         return (raw - self._mean) / self._scale
@@ -180,7 +189,7 @@ def check_statements(examples: int, labels: int) -> None:
         raise ConfigError(
             f"class_probabilities='statements': {examples} examples with {labels} answers each are "
             f"{examples * labels:,} texts for the teacher, of at most {MOST_STATEMENTS:,}; set "
-            "class_probabilities='probe', or fewer shots and a smaller vocabulary (vocabulary_minimum)"
+            "class_probabilities='fit', or fewer shots and a smaller vocabulary (vocabulary_minimum)"
         )
 
 
@@ -202,7 +211,9 @@ class CutTexts:
 
 
 def count_cut(
-    examples: Iterable[Example], cut: Callable[[str], int], answers: AnswerStatements | None = None
+    examples: Iterable[Example],
+    cut: Callable[[str], int],
+    answers: Callable[[Example], Sequence[str]] | None = None,
 ) -> CutTexts:
     """Counts the examples of which a teacher cuts a text, given how many tokens it cuts of one.
 

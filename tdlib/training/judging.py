@@ -5,7 +5,6 @@ outputs of the student they belong. The example's label is never read.
 """
 
 import hashlib
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from torch import Tensor
 from tdlib.data.examples import Example
 from tdlib.students.base import StudentEncoder
 from tdlib.teacher.cache import TeacherCache
-
-JUDGED_ANSWERS = 32  # of a VQA question
+from tdlib.teacher.posterior import AnswerPosterior
 
 
 class StatementJudge:
@@ -26,65 +24,44 @@ class StatementJudge:
     - Choices (VCR): the question with each choice; they stand for the student's outputs in order.
     - Verdicts (SNLI-VE): the text, which is true or false; these stand for the labels that say so, here
       "entailment" and "contradiction". "neutral" is not judged, see ``method.pairing.judge_truth``.
-    - A label set (VQA): the question followed by an answer, for the ``JUDGED_ANSWERS`` answers that are most
-      frequent among the training subset's questions of its type, and then among all. The student's
-      distribution over these alone is compared; the teacher's cache stores the global embedding of each,
-      without tokens (1 kB for a teacher of 512 dimensions).
+    - A label set (VQA): the question with each of its frequent answers, judged by how well it fits among
+      those that questions of its type have, see ``AnswerPosterior``. Their prior is flat: how frequent each
+      is can be learned from the labels, and is what a shift such as VQA-CP's turns round. The student's
+      distribution over these answers alone is compared.
 
     Args:
-        cache: stores the statements' embeddings; missing ones are added.
-        examples: the training subset, whose answers are counted.
-        labels: the label set, where examples have no choices.
-        verdicts: its labels for a text that is true of its picture, and false (``Task.verdicts``).
+        cache: holds the statements' embeddings.
+        answers: says which answers are judged, where there is a label set without verdicts.
+        verdicts: the labels for a text that is true of its picture, and false, where there are such.
     """
 
     def __init__(
-        self, cache: TeacherCache, examples: Sequence[Example], labels: Sequence[str] = (),
-        verdicts: tuple[str, str] | None = None,
-    ):  # fmt: skip
-        self.cache, self.labels = cache, labels
-        self._verdicts = [labels.index(label) for label in verdicts or ()]
-        self._answers: dict[str, list[int]] = {}
-        if labels and verdicts is None:
-            self._answers = _frequent_answers(examples, len(labels))
-            self.prepare(examples)
+        self, cache: TeacherCache, answers: AnswerPosterior | None = None, verdicts: Sequence[int] = ()
+    ):
+        self.cache, self._answers, self._verdicts = cache, answers, verdicts
 
     def prepare(self, examples: Sequence[Example]) -> None:
         """Adds to the cache in large batches what these examples lack (calling adds one by one)."""
         if self._answers:
-            self.cache.add_pooled(text for example in examples for text in self._statements(example)[0])
+            self._answers.prepare(examples)
 
-    def _statements(self, example: Example) -> tuple[list[str], list[int]]:
-        if not self.labels:
-            return [statement.text for statement in example.statements()], [*range(len(example.choices))]
-        if self._verdicts:
-            return [example.prompt.text], self._verdicts
-        answers = self._answers.get(example.stratum, self._answers[""])
-        return [f"{example.prompt.text.strip()} {self.labels[answer]}" for answer in answers], answers
+    def __call__(self, example: Example) -> tuple[Tensor, Tensor, Tensor]:
+        """What CLIP's logits for any picture are made of, for each statement that is judged.
 
-    def __call__(self, example: Example) -> tuple[Tensor, Tensor]:
-        """Global embeddings times the logit scale (statements, teacher_dim), and outputs (judged,)."""
-        texts, outputs = self._statements(example)
+        Global embeddings times the logit scale (judged, teacher_dim), the logarithm of each statement's
+        prior probability (judged,), and the student's outputs (judged,) that they stand for; of verdicts
+        there is one statement and prior, and two outputs.
+        """
         self.prepare([example])
+        if self._answers:
+            texts, outputs = self._answers.statements(example), self._answers.judged(example)
+            prior, sharpness = self._answers.log_prior(example, flat=True), self._answers.sharpness
+        else:
+            texts = [statement.text for statement in example.statements()]
+            outputs = [*self._verdicts] or [*range(len(texts))]
+            prior, sharpness = torch.zeros(len(texts)), 1.0
         embeddings = torch.stack([self.cache.pooled(text) for text in texts])
-        return self.cache.teacher.logit_scale * embeddings, torch.tensor(outputs)
-
-
-def _frequent_answers(examples: Sequence[Example], num_labels: int) -> dict[str, list[int]]:
-    """The labels that are judged for each stratum, most frequent first; "" holds those of all strata."""
-    counts: dict[str, Counter[int]] = defaultdict(Counter)
-    for example in examples:
-        if example.label is not None:
-            counts[example.stratum][example.label] += 1
-    overall: Counter[int] = sum(counts.values(), Counter())
-    by_frequency = [label for label, _ in overall.most_common()]
-    by_frequency += [label for label in range(num_labels) if label not in overall]  # for equal lengths
-    size = min(JUDGED_ANSWERS, num_labels)
-    ordered = {
-        stratum: [*dict.fromkeys([label for label, _ in counted.most_common()] + by_frequency)][:size]
-        for stratum, counted in counts.items()
-    }
-    return ordered | {"": by_frequency[:size]}
+        return sharpness * self.cache.teacher.logit_scale * embeddings, prior, torch.tensor(outputs)
 
 
 def picture_number(picture: Path) -> int:

@@ -19,7 +19,6 @@ from tdlib.method.tokens import TeacherTokens, Tokens
 from tdlib.students.base import pad_last
 from tdlib.teacher.cache import TeacherCache, text_key
 from tdlib.teacher.model import TeacherRecord, choice_logits
-from tdlib.teacher.probe import AnswerStatements
 from tdlib.teacher.towers import EXTRAS
 from tdlib.training.judging import StatementJudge
 from tdlib.training.targets import TeacherFeatures
@@ -56,7 +55,7 @@ class TeacherFeatureReader:
         config: names the relevance variant, the prior and their settings.
         class_logits: computes the teacher's logits over the label set, where examples have no choices.
         seen_as: gives the example as the teacher sees it: a control shows it another example's picture.
-        answers: words the answer statements, where ``class_logits`` compares the picture with these.
+        answers: words the statements that ``class_logits`` compares the picture with, if it does.
         judge: lists the statements that CLIP judges, where a run re-pairs.
         centres: mean teacher tokens of texts and of pictures, where targets are centred.
     """
@@ -68,7 +67,7 @@ class TeacherFeatureReader:
         config: RunConfig,
         class_logits: Callable[[Example], Tensor] | None = None,
         seen_as: Callable[[Example], Example] = lambda example: example,
-        answers: AnswerStatements | None = None,
+        answers: Callable[[Example], Sequence[str]] | None = None,
         judge: StatementJudge | None = None,
         centres: tuple[Tensor, Tensor] | None = None,
     ):
@@ -151,7 +150,7 @@ class TeacherFeatureReader:
             is_cut = any(map(self.cache.cut, self.answers(example)))
         else:
             is_cut = any(text.cut for text in texts)
-        judged = self.judge(example) if self.judge else (None, None)
+        judged = self.judge(example) if self.judge else (None, None, None)
         return TeacherFeatures(
             tuple(texts), tuple(map(text_key, statements)), picture, self.cache.picture_key(example.image),
             boxes, prior[:, : spans.shape[1]], logits, torch.tensor(float(not is_cut)),

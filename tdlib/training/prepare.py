@@ -35,6 +35,7 @@ from tdlib.students.clip import ClipFusionEncoder, open_teacher_as_student
 from tdlib.students.region_student import RegionEncoder
 from tdlib.teacher.cache import TeacherCache
 from tdlib.teacher.model import Teacher
+from tdlib.teacher.posterior import AnswerPosterior
 from tdlib.teacher.probe import AnswerStatements, ClassProbe, check_statements, soft_target, statement_logits
 from tdlib.training.data import EncodedExamples
 from tdlib.training.judging import StatementJudge
@@ -332,7 +333,7 @@ def load_student(config: RunConfig, prepared: PreparedData) -> PreTrainedModel:
 
 
 def worded_answers(config: RunConfig, labels: tuple[str, ...]) -> AnswerStatements | None:
-    """How the teacher reads labels in statements; None where a probe judges them, or there are none."""
+    """How the teacher reads labels in statements alone; None where it does not, or there are none."""
     if not labels or config.class_probabilities != "statements":
         return None
     return AnswerStatements(labels, task_of(config).verdicts)
@@ -346,7 +347,10 @@ def class_logits(
         return None
     if answers := worded_answers(config, prepared.labels):
         return partial(statement_logits, prepared.cache, answers)
-    return ClassProbe(prepared.cache, subset, len(prepared.labels), config.seed)
+    fits = config.class_probabilities == "fit"
+    if fits and task_of(config).verdicts is None:
+        return AnswerPosterior(prepared.cache, subset, prepared.labels)
+    return ClassProbe(prepared.cache, subset, len(prepared.labels), config.seed, fit_alone=fits)
 
 
 def feature_reader_of(config: RunConfig, prepared: PreparedData, subset: Examples) -> TeacherFeatureReader:
@@ -378,12 +382,17 @@ def feature_reader_of(config: RunConfig, prepared: PreparedData, subset: Example
         return replace(example, image=other) if other else example
 
     seen = subset.mapped(seen_as) if shown else subset
-    cache = prepared.cache
+    cache, logits, judge = prepared.cache, class_logits(config, prepared, seen), None
+    answers = logits if isinstance(logits, AnswerPosterior) else None
+    if config.asks_judge:
+        judged = answers
+        if prepared.labels and verdicts is None and judged is None:
+            judged = AnswerPosterior(cache, seen, prepared.labels)
+        judge = StatementJudge(cache, judged, [prepared.labels.index(label) for label in verdicts or ()])
     return TeacherFeatureReader(
-        cache, prepared.idf, config, class_logits(config, prepared, seen), seen_as,
-        worded_answers(config, prepared.labels),
-        StatementJudge(cache, subset, prepared.labels, verdicts) if config.asks_judge else None,
-        token_centres(cache, seen) if config.centred_targets else None,
+        cache, prepared.idf, config, logits, seen_as,
+        answers.statements if answers else worded_answers(config, prepared.labels),
+        judge, token_centres(cache, seen) if config.centred_targets else None,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from tdlib.data.chance import chance_scores, constant_answer
 from tdlib.data.examples import Example, low_shot
 from tdlib.data.tasks import score, task_of
 from tdlib.teacher.cache import TeacherCache
+from tdlib.teacher.posterior import AnswerPosterior
 from tdlib.teacher.probe import statement_logits
 from tdlib.training.data import EncodedExamples
 from tdlib.training.evaluation import predict
@@ -30,8 +31,8 @@ def zero_shot(cache: TeacherCache, examples: Sequence[Example]) -> np.ndarray:
 def reference_scores(config: RunConfig, prepared: PreparedData) -> pd.DataFrame:
     """Scores the teacher, the student before any finetuning, and guessing, on the evaluated splits.
 
-    Columns arm, split, mean. The teacher chooses zero-shot where examples have choices; else a
-    linear probe on its global embeddings, fitted on the subset of the config's seed. The student
+    Columns arm, split, mean. The teacher chooses zero-shot where examples have choices; else as
+    ``class_probabilities`` says, with what it takes from the subset of the config's seed. The student
     chooses where examples have choices, by the score that its pretraining gave it (one whose checkpoint
     lacks such a score guesses); other tasks' labels it has not seen. Guessing is as in ``data.chance``.
     Task "vcr" is left out, because its score joins two predictions.
@@ -52,8 +53,10 @@ def reference_scores(config: RunConfig, prepared: PreparedData) -> pd.DataFrame:
                 "student, zero-shot": predict(student, dataset).argmax(1),
             }
         else:
-            name = "teacher, probe" if config.class_probabilities == "probe" else "teacher, zero-shot"
-            answers = {name: np.array([int(logits(example).argmax()) for example in examples])}
+            if isinstance(logits, AnswerPosterior):
+                logits.prepare(examples)
+            by = "zero-shot" if config.class_probabilities == "statements" else config.class_probabilities
+            answers = {f"teacher, {by}": np.array([int(logits(example).argmax()) for example in examples])}
         for name, chosen in answers.items():
             scores = [
                 score(example, int(prediction), prepared.labels)

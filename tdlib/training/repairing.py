@@ -93,7 +93,7 @@ class Repairing(nn.Module):
         if asks_truth(batch):
             judged = judge_truth(batch["statements"], images, distinct)
         else:
-            judged = judge_choices(batch["statements"], images)
+            judged = judge_choices(batch["statements"], images, batch["statement_prior"])
         own = judged[torch.arange(len(judged), device=first.device), first[: len(judged)]]
         return judged, own, numbers, distinct
 

@@ -24,6 +24,7 @@ from tdlib.core.records import END, write_records
 from tdlib.data.examples import Examples, low_shot, save_manifest
 from tdlib.data.tasks import task_of
 from tdlib.students.base import report_cut
+from tdlib.teacher.posterior import AnswerPosterior
 from tdlib.teacher.probe import ClassProbe, count_cut
 from tdlib.teacher.towers import EXTRAS
 from tdlib.training import checkpoints
@@ -41,6 +42,7 @@ from tdlib.training.prepare import (
     feature_reader_of,
     load_student,
     prepare,
+    worded_answers,
 )
 from tdlib.training.processes import first_process_first, launch, must_launch, place_among_processes
 from tdlib.training.recording import ProbeRecorder, RecordTargets
@@ -228,8 +230,9 @@ class _Run:
         self.metrics: dict[str, Any] = {
             "arm": config.arm, "seed": config.seed, "train_examples": len(subset)
         }  # fmt: skip
-        if self.feature_reader is not None and isinstance(self.feature_reader.class_logits, ClassProbe):
-            self.metrics["probe_accuracy"] = self.feature_reader.class_logits.held_out_accuracy
+        teacher = self.feature_reader.class_logits if self.feature_reader else None
+        if isinstance(teacher, ClassProbe | AnswerPosterior):
+            self.metrics["teacher_accuracy"] = teacher.held_out_accuracy
 
     def _open_feature_reader(self) -> TeacherFeatureReader | None:
         """Opens the reader of the teacher's features and fills the cache; None for arms without a teacher."""
@@ -238,7 +241,7 @@ class _Run:
             return None
         feature_reader = feature_reader_of(config, prepared, self.subset)
         if config.distils_unlabelled or (config.repair_pool == "train" and config.asks_judge):
-            answers = feature_reader.answers if config.distils_unlabelled else None
+            answers = worded_answers(config, prepared.labels) if config.distils_unlabelled else None
             add_to_cache(prepared.cache, prepared.train.mapped(feature_reader.seen_as), answers)
         if config.relevance in (*EXTRAS, "gradient"):
             feature_reader.prepare(prepared.train if config.distils_unlabelled else self.subset)

@@ -34,8 +34,8 @@ class TeacherFeatures:
     tokens have the prior 1. ``saliencies`` are the scalars that some relevance variants read, of each
     statement's tokens and of the picture's. ``logits`` are CLIP's zero-shot scaled cosines (choices,), or
     class logits (labels,). ``knows`` is 0 where CLIP had to cut a text, so that its logits tell nothing, else
-    1. ``statements`` and ``judged`` name what CLIP judges about the text with any picture, see
-    ``judging.StatementJudge``.
+    1. ``statements``, ``statement_prior`` and ``judged`` name what CLIP judges about the text with any
+    picture, see ``judging.StatementJudge``.
     """
 
     texts: tuple[TeacherRecord, ...]
@@ -50,6 +50,7 @@ class TeacherFeatures:
     saliencies: Sequence[tuple[Tensor, Tensor]] | None = None
     centres: tuple[Tensor, Tensor] | None = None  # mean teacher tokens, where targets are centred
     statements: Tensor | None = None  # (judged, teacher_dim)
+    statement_prior: Tensor | None = None  # (judged,), logarithms
     judged: Tensor | None = None  # (judged,)
 
     @property
@@ -89,9 +90,9 @@ def pack(features: Sequence[TeacherFeatures], text_tokens: int) -> dict[str, Ten
     batch = {PACKED + name: value for name, value in packed.items()}
     batch["teacher_logits"] = torch.stack([one.logits for one in features])
     batch["teacher_knows"] = torch.stack([one.knows for one in features])
-    if first.statements is not None:
-        batch["statements"] = torch.stack([one.statements for one in features if one.statements is not None])
-        batch["judged"] = torch.stack([one.judged for one in features if one.judged is not None])
+    for name in ("statements", "statement_prior", "judged"):
+        if getattr(first, name) is not None:
+            batch[name] = torch.stack([getattr(one, name) for one in features])
     return batch
 
 
