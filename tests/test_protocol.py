@@ -354,6 +354,16 @@ def test_worlds_are_compared_apart_and_together(two_worlds):
     assert [", world 1:" in told[0], ", world 2:" in told[1], ", all worlds:" in told[2]] == [True] * 3
 
 
+def test_an_arm_of_one_world_does_not_stand_in_the_correction_of_both(tmp_path):
+    """It has no row there; what is found must not depend on how far its runs are."""
+    shares = {"finetune": (0.4, 0.4), "clip_td": (0.5, 0.35), "naive": (0.9,)}
+    table = compare(write_worlds(tmp_path / "b", shares), tested=["clip_td", "naive"])
+    row = row_of(table, arm="clip_td", world="all")
+    assert 2 / 2**7 < row["p_value"] < 0.4, "else both ways to correct give the same"
+    assert row["p_adjusted"] == 2 * row["p_value"] and row["arms_tested"] == 2
+    assert row_of(table, arm="naive", world="1")["verdict"] == "better"
+
+
 def test_means_beside_each_other_are_of_the_same_worlds(tmp_path):
     """A control that was run in the easier world alone must not look good for that."""
     shares = {"finetune": (0.8, 0.2), "clip_td": (0.9, 0.3), "naive": (0.75,)}

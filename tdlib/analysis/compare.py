@@ -9,7 +9,7 @@ same ones, because worlds differ in how hard they are: an arm that was not run i
 worlds, with the other arms in these.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,10 @@ class Tested:
 
     arms: Mapping[str, pd.DataFrame]
     clusters: np.ndarray
+
+    def of(self, arms: Collection[str]) -> "Tested":
+        """The same test with these arms alone."""
+        return Tested({arm: scores for arm, scores in self.arms.items() if arm in arms}, self.clusters)
 
     def seeds(self, arm: str) -> pd.Index:
         return self.arms[arm].index if arm in self.arms else pd.Index([], dtype=int)
@@ -125,11 +129,10 @@ def compare_arms(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str = BASEL
                 chance = float(np.mean([chances[world] for world in together]))
                 of_all = len(together) > 1 and set(together) == every_world[key[:2]]
                 shared["world"] = ALL_WORLDS if of_all else ", ".join(together)
-                rows += [
-                    shared | row
-                    for row in arm_rows([worlds[world] for world in together], chance, *options)
-                    if len(together) == 1 or worlds_of[row["arm"]].issuperset(together)
-                ]
+                # An arm of fewer worlds has no row here, so its p must not stand in the correction either.
+                arms = {arm for arm in worlds_of if len(together) == 1 or worlds_of[arm].issuperset(together)}
+                compared = [worlds[world].of(arms) for world in together]
+                rows += [shared | row for row in arm_rows(compared, chance, *options)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -259,14 +262,14 @@ def _check_runs(place: str, runs: pd.DataFrame, baseline: str) -> None:
     """Raises ProtocolError where one arm and seed come twice, or a pair learned from other examples."""
     twice = runs[runs.duplicated(["arm", "seed"], keep=False)]
     if len(twice):
-        named = ", ".join(f"{r.run} ({r.arm}, seed {r.seed:g})" for r in twice.itertuples())
+        named = ", ".join(f"{r.run} ({r.arm}, seed {int(r.seed)})" for r in twice.itertuples())
         raise ProtocolError(f"{place}: several runs of one arm and seed: {named}; expected one")
     usual = runs[runs["arm"] == baseline].set_index("seed")
     for run in runs[runs["seed"].isin(usual.index)].itertuples():
         partner = usual.loc[run.seed]
         if run.subset != partner["subset"]:
             raise ProtocolError(
-                f"{place}, seed {run.seed:g}: {run.arm} (run {run.run}) learned from "
+                f"{place}, seed {int(run.seed)}: {run.arm} (run {run.run}) learned from "
                 f"{run.train_examples:g} examples, digest {run.subset}, but {baseline} "
                 f"(run {partner['run']}) from {partner['train_examples']:g}, digest {partner['subset']}; "
                 "a pair needs the same"

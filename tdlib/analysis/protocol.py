@@ -277,7 +277,7 @@ def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
     left = runs[runs["state"] != "done"].fillna({"reason": ""}).groupby(keys, sort=False, dropna=False)
     return left.agg(
         runs=("run", "size"),
-        seeds=("seed", lambda seeds: ", ".join(f"{seed:g}" for seed in seeds.dropna())),
+        seeds=("seed", lambda seeds: ", ".join(f"{int(seed)}" for seed in seeds.dropna())),
         first=("run", "first"),
     ).reset_index()
 

@@ -75,7 +75,9 @@ def _masked_sets(parameters: dict[str, Any]) -> Iterator[tuple[str, Path]]:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    return sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file())
+    found = (file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file())
+    # What a desktop or an editor leaves there (.DS_Store, .ipynb_checkpoints) is no part of a model.
+    return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts))
 
 
 def _hash(file: Path) -> str:
