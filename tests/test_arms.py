@@ -206,6 +206,13 @@ def test_a_map_without_any_target_stays_as_it_was_drawn(settings):
     )
 
 
+def test_clip_itself_is_finetuned_adversarially_on_pictures(settings, tmp_path):
+    config = settings(task="vcr_qa", adversarial_steps=2, adversarial_on="visual", epochs=1)
+    (folder,) = compare(config, ["clip_finetune"], [0], tmp_path)
+    table = pd.read_parquet(folder / "predictions.parquet")
+    assert table["score"].notna().all()
+
+
 @pytest.mark.parametrize("task", ["vcr_qa", "snli_ve", "vqa_v2"])
 def test_clip_finetune_trains_both_towers_and_loads_again(settings, tmp_path, task):
     config = settings(task=task)

@@ -33,6 +33,7 @@ from torch.testing import assert_close
 
 from tdlib.core.paths import ConfigError
 from tdlib.make.vocabulary import train_clip_tokenizer
+from tdlib.teacher import model as teacher_model
 from tdlib.teacher.convert import convert
 from tdlib.teacher.families import text_tower
 from tdlib.teacher.model import Teacher, choice_logits, patch_boxes
@@ -414,6 +415,48 @@ def saved_clip(tmp_path, captions_texts):
         return model, tmp_path / "saved"
 
     return save
+
+
+def test_a_processor_of_transformers_says_how_pictures_are_prepared(saved_clip, tmp_path, caplog):
+    """``CLIPProcessor.save_pretrained`` writes no preprocessor_config.json."""
+    from transformers import CLIPImageProcessorPil
+
+    way = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3, "resample": 2, "size": {"height": 32}}
+    way["size"]["width"] = 32
+    _, folder = saved_clip("gelu")
+    convert(folder, tmp_path / "unknown")
+    assert "does not say how pictures are prepared" in caplog.text
+    known = CLIPImageProcessorPil(**way, do_center_crop=False).to_dict()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": known}, default=str))
+    teacher = Teacher(f"local-dir:{convert(folder, tmp_path / 'teacher')}")
+    told = teacher.model.visual.preprocess_cfg
+    assert (tuple(told["mean"]), told["interpolation"], told["resize_mode"]) == (
+        (0.5, 0.4, 0.3), "bilinear", "squash",
+    )  # fmt: skip
+    (folder / "processor_config.json").write_text(
+        json.dumps({"image_processor": known | {"rescale_factor": 1 / 127.5}}, default=str)
+    )
+    with pytest.raises(TeacherError, match="rescale_factor"):
+        convert(folder, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("PE-Core-T-16-384", ((0.5, 0.5, 0.5), "bilinear", "squash")),
+        ("ViT-H-14-CLIPA", ((0.485, 0.456, 0.406), "bilinear", "squash")),
+        ("MobileCLIP-S1", ((0.0, 0.0, 0.0), "bilinear", "shortest")),
+    ],
+)
+def test_pictures_for_a_weights_file_are_prepared_as_for_the_architectures_tags(name, way):
+    found = teacher_model._preprocessing(name, "weights.pt")
+    assert (found["image_mean"], found["image_interpolation"], found["image_resize_mode"]) == way
+
+
+def test_tags_that_differ_are_told(caplog):
+    assert teacher_model._preprocessing("ViT-L-14", "weights.pt") == {}
+    assert "published weights of ViT-L-14 differ" in caplog.text
+    assert teacher_model._preprocessing("ViT-L-14", "openai") == {}
 
 
 @pytest.mark.parametrize(("act", "eos"), [("quick_gelu", None), ("gelu", 2)])

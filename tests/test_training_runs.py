@@ -172,6 +172,13 @@ def test_half_precision_is_the_students_alone(base, prepared, folders, tmp_path,
         assert first[name] != known[name] and first[name] == pytest.approx(known[name], rel=0.05), name
 
 
+@pytest.mark.parametrize("changes", [{"adversarial_steps": 2}, {"diagnostics_every": 1}])
+def test_a_compiled_student_has_no_second_backward_pass(base, prepared, tmp_path, changes):
+    config = apply_arm(settings_of(base, arm="finetune", compile=True, **changes))
+    with pytest.raises(ConfigError, match="compile=True"):
+        train_run(config, prepared, tmp_path / "run")
+
+
 def test_half_precision_needs_hardware(base, prepared, tmp_path):
     with pytest.raises(ConfigError, match="precision='fp16' needs a GPU"):
         config = apply_arm(settings_of(base, arm="finetune", precision="fp16"))

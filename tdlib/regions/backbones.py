@@ -92,12 +92,17 @@ class TorchvisionBackbone:
         for head in _HEADS:
             if hasattr(self.model, head):
                 setattr(self.model, head, nn.Identity())
+        own = {}
+        if hasattr(self.model, "transform_input"):  # torchvision sets it with all weights of its own
+            self.model.transform_input, own = True, {"transform_input": "True"}
         load_weights(self.model, name, Path(resolve(str(weights))))
         self.device = torch.device(device)
         self.model.to(self.device)
         feature_map = self.feature_map(torch.zeros(1, 3, 256, 256, device=self.device))
         self.dim, self.stride = feature_map.shape[1], 256 // feature_map.shape[2]
-        self.fingerprint = fingerprint(self.model, size=SHORTER_SIDE, torchvision=torchvision.__version__)
+        self.fingerprint = fingerprint(
+            self.model, size=SHORTER_SIDE, torchvision=torchvision.__version__, **own
+        )
 
     @torch.no_grad()
     def feature_map(self, pixels: Tensor) -> Tensor:

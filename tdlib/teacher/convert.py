@@ -6,6 +6,8 @@ read off the tensors, so only what these do not tell is taken from ``config.json
 
 import argparse
 import json
+import logging
+import math
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +21,8 @@ from tdlib.core.files import refuse_foreign, write_folder
 from tdlib.core.paths import ConfigError
 from tdlib.teacher.model import Teacher
 from tdlib.teacher.towers import TeacherError
+
+log = logging.getLogger(__name__)
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 ACTIVATIONS = {"quick_gelu": True, "gelu": False}  # whether it is QuickGELU
@@ -151,11 +155,21 @@ def _image_size(stored: dict[str, Tensor]) -> int:
 
 
 def _preprocess(source: Path, stored: dict[str, Tensor]) -> dict[str, Any]:
-    """How pictures are prepared, from preprocessor_config.json; OpenAI's way without it."""
-    path, side = source / "preprocessor_config.json", _image_size(stored)
-    given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """How pictures are prepared: by preprocessor_config.json, or transformers 5's processor_config.json.
+
+    OpenAI's way without either, which is said.
+    """
+    path, side, given = source / "preprocessor_config.json", _image_size(stored), dict[str, Any]()
+    if path.is_file():
+        given = json.loads(path.read_text(encoding="utf-8"))
+    elif (path := source / "processor_config.json").is_file():
+        given = json.loads(path.read_text(encoding="utf-8")).get("image_processor", {})
+    if not given:
+        log.warning("%s does not say how pictures are prepared; taken to be as OpenAI's CLIP does", source)
     if off := [name for name in ("do_resize", "do_rescale", "do_normalize") if given.get(name) is False]:
         raise TeacherError(f"{path}: {', '.join(off)} false; open_clip always does what these leave out")
+    if not math.isclose(given.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
+        raise TeacherError(f"{path}: rescale_factor {given['rescale_factor']}; open_clip takes 1/255")
     size = given.get("size", side)
     size = {"shortest_edge": size} if isinstance(size, int) else size
     mode = "shortest" if "shortest_edge" in size else "squash"

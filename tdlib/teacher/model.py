@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import open_clip
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
@@ -112,7 +113,8 @@ class Teacher:
 
     A checkpoint file does not say which activation its weights were trained with. OpenAI's (and all
     made from them, and those of MetaCLIP and DFN) need QuickGELU: name "ViT-B-16-quickgelu", not
-    "ViT-B-16", with such a file. With a tag, the activation is set right here.
+    "ViT-B-16", with such a file. With a tag, the activation is set right here. Nor does a file say how
+    pictures are prepared: that is taken from the architecture's tags, with a warning where they differ.
 
     Args:
         name: an open_clip model name ("ViT-B-16"), "local-dir:FOLDER" or "hf-hub:ORG/REPO".
@@ -134,7 +136,7 @@ class Teacher:
                 f"teacher {name!r} brings its own weights, pretrained={pretrained!r} would be ignored; leave "
                 "teacher_pretrained empty or name an open_clip architecture"
             )
-        options = _activation(name, pretrained)
+        options = _activation(name, pretrained) | _preprocessing(name, pretrained)
         if random_weights is not None:
             options |= {"load_weights": False, "pretrained_text": False}
         try:
@@ -310,6 +312,31 @@ def _activation(name: str, pretrained: str) -> dict[str, Any]:
             "the name %s-quickgelu, not %s", pretrained, name, name,
         )  # fmt: skip
     return {}
+
+
+def _preprocessing(name: str, pretrained: str) -> dict[str, Any]:
+    """Chooses how pictures are prepared for a checkpoint file, which does not say it itself.
+
+    As for the tags of this architecture; where these differ, open_clip's default with a warning.
+    """
+    if not pretrained or open_clip.get_pretrained_cfg(name, pretrained):
+        return {}
+    usual = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, "interpolation": "bicubic"}
+    usual["resize_mode"] = "shortest"
+    ways = []
+    for tag in open_clip.list_pretrained_tags_by_model(name):
+        told = open_clip.get_pretrained_cfg(name, tag)
+        way = {f"image_{key}": told.get(key) or value for key, value in usual.items()}
+        way = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in way.items()}
+        if way not in ways:
+            ways.append(way)
+    if len(ways) > 1:
+        log.warning(
+            "%s does not say how pictures were prepared for it, and the published weights of %s differ in "
+            "that; taken to be as for OpenAI's. A folder with an open_clip_config.json (local-dir:) says it",
+            pretrained, name,
+        )  # fmt: skip
+    return ways[0] if len(ways) == 1 else {}
 
 
 def _hint(error: Exception, name: str) -> str:

@@ -67,10 +67,10 @@ def adversarial_loss(
     if config.adversarial_on != "visual":
         table = student.get_input_embeddings()
         assert isinstance(table, nn.Embedding)
+        real = inputs["attention_mask"].flatten(0, 1)[..., None]
         deltas["words"] = torch.zeros(*words.shape, table.embedding_dim, device=words.device)
     if config.adversarial_on != "text":
         deltas["visual"] = torch.zeros_like(inputs[seen])
-    real = inputs["attention_mask"].flatten(0, 1)[..., None]
     total = clean.logits.new_zeros(())
     for step in range(config.adversarial_steps):
         deltas = {name: delta.detach().requires_grad_() for name, delta in deltas.items()}

@@ -332,6 +332,11 @@ def make_trainer(
             "precision='fp16': small gradients vanish in it but for the optimizer's, which are scaled; set "
             "adversarial_steps=0 and diagnostics_every=0, or precision='bf16'"
         )
+    if config.compile and (config.adversarial_steps or config.diagnostics_every):
+        raise ConfigError(
+            "compile=True: a compiled student keeps no graph for a second backward pass; set "
+            "adversarial_steps=0 and diagnostics_every=0, or compile=False"
+        )
     workers = dataset.workers(config.loader_workers, config.processes)
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=config.epochs * config.repeat_epochs,
