@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import open_clip
 import torch
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
@@ -321,13 +320,11 @@ def _preprocessing(name: str, pretrained: str) -> dict[str, Any]:
     """
     if not pretrained or open_clip.get_pretrained_cfg(name, pretrained):
         return {}
-    usual = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, "interpolation": "bicubic"}
-    usual["resize_mode"] = "shortest"
-    ways = []
+    usual, ways = PreprocessCfg(), list[dict[str, Any]]()
     for tag in open_clip.list_pretrained_tags_by_model(name):
         told = open_clip.get_pretrained_cfg(name, tag)
-        way = {f"image_{key}": told.get(key) or value for key, value in usual.items()}
-        way = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in way.items()}
+        keys = ("mean", "std", "interpolation", "resize_mode")
+        way = {f"image_{key}": told.get(key) or getattr(usual, key) for key in keys}
         if way not in ways:
             ways.append(way)
     if len(ways) > 1:

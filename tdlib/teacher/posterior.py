@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from tdlib.data.examples import Example, Examples
 from tdlib.teacher.cache import TeacherCache
+from tdlib.teacher.probe import AnswerStatements, statement_logits
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class AnswerPosterior:
 
     def statements(self, example: Example) -> list[str]:
         """The question followed by each answer that is judged, in the order of ``judged``."""
-        return [f"{example.prompt.text.strip()} {self.labels[label]}" for label in self.judged(example)]
+        return AnswerStatements(tuple(self.labels[label] for label in self.judged(example)))(example)
 
     def log_prior(self, example: Example, flat: bool = False) -> Float[Tensor, " judged"]:
         """The logarithm of ``p(a | kind)``, in nats, of the answers that are judged.
@@ -119,22 +120,19 @@ class AnswerPosterior:
         With ``flat`` every answer that is right of some other picture counts once, however often it is:
         which answers a kind of question has, without saying which it mostly has.
         """
-        of_kind, of_all = self._counts.get(example.stratum, Counter()).copy(), self._all.copy()
-        for stratum, label in self._of_picture.get(example.image, ()):
-            of_all[label] -= 1
-            if of_kind and stratum == example.stratum:
-                of_kind[label] -= 1
+        of_kind = self._counts.get(example.stratum, Counter())
+        own = self._of_picture.get(example.image, ())
+        own_all = Counter(label for _, label in own)
+        own_kind = Counter(label for stratum, label in own if of_kind and stratum == example.stratum)
         judged = self.judged(example)
         # Half a count for every answer, so that one which the subset lacks is not impossible.
-        overall = torch.tensor([of_all[label] + 0.5 for label in judged])
-        kind = torch.tensor([float(of_kind[label]) for label in judged])
+        overall = torch.tensor([self._all[label] - own_all[label] + 0.5 for label in judged])
+        kind = torch.tensor([float(of_kind[label] - own_kind[label]) for label in judged])
         shares = (kind.clamp(max=1) if flat else kind) + overall / overall.sum()
         return (shares / shares.sum()).log()
 
     def _fit(self, example: Example) -> Float[Tensor, " judged"]:
-        embeddings = torch.stack([self.cache.pooled(text) for text in self.statements(example)])
-        picture = self.cache.picture(example.image).pooled.float()
-        return self.cache.teacher.logit_scale * (embeddings @ picture)
+        return statement_logits(self.cache, self.statements, example)
 
     def __call__(self, example: Example) -> Float[Tensor, " labels"]:
         """Computes logits over the label set; ``UNJUDGED`` for the answers that are not judged."""

@@ -30,7 +30,7 @@ class StatementJudge:
       distribution over these answers alone is compared.
 
     Args:
-        cache: holds the statements' embeddings.
+        cache: holds the statements' embeddings; those of ``answers`` are added where they are missing.
         answers: says which answers are judged, where there is a label set without verdicts.
         verdicts: the labels for a text that is true of its picture, and false, where there are such.
     """
@@ -38,12 +38,7 @@ class StatementJudge:
     def __init__(
         self, cache: TeacherCache, answers: AnswerPosterior | None = None, verdicts: Sequence[int] = ()
     ):
-        self.cache, self._answers, self._verdicts = cache, answers, verdicts
-
-    def prepare(self, examples: Sequence[Example]) -> None:
-        """Adds to the cache in large batches what these examples lack (calling adds one by one)."""
-        if self._answers:
-            self._answers.prepare(examples)
+        self.cache, self.answers, self._verdicts = cache, answers, verdicts
 
     def __call__(self, example: Example) -> tuple[Tensor, Tensor, Tensor]:
         """What CLIP's logits for any picture are made of, for each statement that is judged.
@@ -52,10 +47,10 @@ class StatementJudge:
         prior probability (judged,), and the student's outputs (judged,) that they stand for; of verdicts
         there is one statement and prior, and two outputs.
         """
-        self.prepare([example])
-        if self._answers:
-            texts, outputs = self._answers.statements(example), self._answers.judged(example)
-            prior, sharpness = self._answers.log_prior(example, flat=True), self._answers.sharpness
+        if answers := self.answers:
+            answers.prepare([example])
+            texts, outputs = answers.statements(example), answers.judged(example)
+            prior, sharpness = answers.log_prior(example, flat=True), answers.sharpness
         else:
             texts = [statement.text for statement in example.statements()]
             outputs = [*self._verdicts] or [*range(len(texts))]

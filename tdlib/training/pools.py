@@ -5,7 +5,7 @@ from tdlib.core.paths import ConfigError
 from tdlib.data.examples import Examples
 from tdlib.teacher.posterior import AnswerPosterior
 from tdlib.training.data import EncodedExamples, UnlabelledExamples
-from tdlib.training.judging import PicturePool, StatementJudge
+from tdlib.training.judging import PicturePool
 from tdlib.training.pipeline import TeacherFeatureReader
 from tdlib.training.prepare import PreparedData
 
@@ -40,8 +40,9 @@ def unlabelled_examples(
             "feature_pool='subset', or fewer shots"
         )
     prepared.encoder.prepare(others)
-    for worded in (feature_reader.class_logits, feature_reader.judge):
-        if isinstance(worded, AnswerPosterior | StatementJudge):
-            worded.prepare(others)
+    judge = feature_reader.judge
+    for posterior in {feature_reader.class_logits, judge.answers if judge else None}:  # mostly the same one
+        if isinstance(posterior, AnswerPosterior):
+            posterior.prepare(others)
     encoded = EncodedExamples(others, prepared.encoder, feature_reader, num_labels=len(prepared.labels))
     return UnlabelledExamples(encoded, config.seed, config.feature_share)
